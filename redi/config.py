@@ -5,8 +5,10 @@ A program states its settings as a keyword-only dataclass. `parse` fills it, lat
     dataclass default  <  --config RECIPE.toml  <  --flag value
 
 The help text of a field stands beside its type, `lr: Annotated[float, "peak learning rate"]`; a
-subclass may restate the field with another default and inherits the text. A field's name is its
-TOML key, and with dashes its flag. Unknown keys and flags are errors, so a typo never trains.
+subclass may restate the field with another default and inherits type and text. A field's name is
+its TOML key, and with dashes its flag; a field without a default, or one annotated with
+`positional` after its help, is given by place. Unknown keys and flags are errors, so a typo never
+trains.
 
 `program` is the frame every command runs in: what a user can get wrong is raised anywhere below as
 `UserError` and ends here in one line on stderr and exit status 2.
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 C = TypeVar("C")
+positional = object()  # Annotated[str, "help", positional]: given by place, though it has a default
 
 
 class UserError(Exception):
@@ -63,33 +66,35 @@ def one_line(text: str) -> str:
 
 
 def parse(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
-    """Read `config_class` from a recipe and flags. Raises UserError; exits 0 after --help.
-
-    A field without a default is a required positional argument.
-    """
+    """Read `config_class` from a recipe and flags. Raises UserError; exits 0 after --help."""
     parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config")
-    positional = [f.name for f in dataclasses.fields(config_class) if _is_required(f)]
-    hints = typing.get_type_hints(config_class)
-    for name, kind in hints.items():
-        many = typing.get_origin(kind) in (list, tuple)
-        nargs = "+" if many else "?" if _optional(kind)[0] is bool else None
-        flag = name if name in positional else f"--{name.replace('_', '-')}"
-        const = {"const": "true"} if nargs == "?" and name not in positional else {}
-        parser.add_argument(flag, nargs=nargs, default=argparse.SUPPRESS, **const)
+    hints = {name: hint.__origin__ for name, hint in _annotations(config_class).items()}
+    by_place = _given_by_place(config_class)
+    for field in dataclasses.fields(config_class):
+        kind, name = hints[field.name], field.name
+        options: dict[str, Any] = {"default": argparse.SUPPRESS}
+        if typing.get_origin(kind) in (list, tuple):
+            options["nargs"] = "+"
+        elif kind is bool:
+            options |= {"nargs": "?", "const": "true"}
+        elif name in by_place and not _is_required(field):
+            options["nargs"] = "?"
+        parser.add_argument(name if name in by_place else _flag(name), **options)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
         print(usage(config_class, description))
         sys.exit(0)
     given = vars(parser.parse_args(arguments))
     recipe = given.pop("config")
-    given.pop("help")
     values = read_toml(recipe, hints) if recipe else {}
     for name, text in given.items():
-        label = name if name in positional else f"--{name.replace('_', '-')}"
-        values[name] = _from_text(text, hints[name], label)
+        values[name] = _from_text(text, hints[name], name if name in by_place else _flag(name))
     return config_class(**values)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def read_toml(path: str | Path, hints: dict[str, Any]) -> dict[str, Any]:
@@ -128,56 +133,71 @@ def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _optional(kind: Any) -> tuple[Any, bool]:
-    """(inner type, may be None) of `X | None`."""
-    if isinstance(kind, types.UnionType):
-        inner = [k for k in typing.get_args(kind) if k is not type(None)]
-        return inner[0], len(inner) < len(typing.get_args(kind))
-    return kind, False
+def _given_by_place(config_class: type) -> set[str]:
+    """Names of the fields that are positional arguments."""
+    hints = _annotations(config_class).items()
+    marked = {name for name, hint in hints if positional in hint.__metadata__}
+    return marked | {f.name for f in dataclasses.fields(config_class) if _is_required(f)}
+
+
+def _annotations(config_class: type) -> dict[str, Any]:
+    """Field name -> its `Annotated[type, help]`, the one of the base class that has it."""
+    notes: dict[str, Any] = {}
+    for base in reversed(config_class.__mro__):
+        for name, hint in inspect.get_annotations(base).items():
+            if typing.get_origin(hint) is typing.Annotated:
+                notes[name] = hint
+    return notes
+
+
+def _members(kind: Any) -> tuple:
+    """The types that a value may have: those of `X | Y | None`."""
+    united = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    return typing.get_args(kind) if united else (kind,)
 
 
 def _from_text(text: str | list[str], kind: Any, label: str) -> Any:
     """A flag's text as a value of the field's type."""
-    kind, may_be_none = _optional(kind)
     if isinstance(text, list):
-        element = typing.get_args(kind)[0]
-        return [_from_text(t, element, label) for t in text]
-    if may_be_none and text == "none":
+        return [_from_text(part, typing.get_args(kind)[0], label) for part in text]
+    if text == "none" and type(None) in _members(kind):
         return None
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise UserError(f"{label}: expected true or false, got {text!r}")
+    if text in ("true", "false") and kind is bool:
         return text == "true"
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            raise UserError(f"{label}: expected {_kind_name(kind)}, got {text!r}") from None
+    for number in (int, float):
+        if number in _members(kind):
+            try:
+                return number(text)
+            except ValueError:
+                continue
     return _checked(text, kind, label)
 
 
 def _checked(value: Any, kind: Any, label: str) -> Any:
     """A TOML value (or a flag's string), checked against the field's type."""
-    kind, _ = _optional(kind)
-    origin = typing.get_origin(kind)
-    if origin is typing.Literal:
-        if value not in typing.get_args(kind):
-            choices = ", ".join(map(str, typing.get_args(kind)))
-            raise UserError(f"{label}: expected one of {choices}; got {value!r}")
-        return value
-    if origin in (list, tuple):
-        if not isinstance(value, list):
-            raise UserError(f"{label}: expected a list, got {value!r}")
-        return [_checked(v, typing.get_args(kind)[0], label) for v in value]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{label}: expected {_kind_name(kind)}, got {value!r}")
-    return value
+    members = _members(kind)
+    for member in members:
+        if typing.get_origin(member) is typing.Literal:
+            if value in typing.get_args(member):
+                return value
+        elif typing.get_origin(member) in (list, tuple):
+            if isinstance(value, list):
+                return [_checked(v, typing.get_args(member)[0], label) for v in value]
+        elif type(value) is member:
+            return value
+        elif member is float and type(value) is int:
+            return float(value)
+    expected = " or ".join(_kind_name(member) for member in members)
+    raise UserError(f"{label}: expected {expected}; got {value!r}")
 
 
-def _kind_name(kind: type) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+def _kind_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) in (list, tuple):
+        return "a list"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(kind, "none")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -190,29 +210,33 @@ class _Parser(argparse.ArgumentParser):
 
 def usage(config_class: type, description: str) -> str:
     """One screen: a line a flag, with its default and its meaning."""
-    notes: dict[str, str] = {}
-    for base in reversed(config_class.__mro__):
-        for name, hint in inspect.get_annotations(base).items():
-            if typing.get_origin(hint) is typing.Annotated:
-                notes[name] = hint.__metadata__[0]
-    positional, rows = [], [("--config RECIPE.toml", "read settings from a recipe; flags win")]
+    annotations, by_place = _annotations(config_class), _given_by_place(config_class)
+    notes = {name: hint.__metadata__[0] for name, hint in annotations.items()}
+    hints = {name: hint.__origin__ for name, hint in annotations.items()}
+    head, places, flags = ["usage:", Path(sys.argv[0]).name], [], []
     for field in dataclasses.fields(config_class):
-        if _is_required(field):
-            positional.append(field.name.upper())
-            rows.insert(0, (field.name.upper(), notes[field.name]))
-            continue
-        default = field.default
-        if default is dataclasses.MISSING:
-            default = field.default_factory()
-        rows.append((f"--{field.name.replace('_', '-')} {_shown(default)}", notes[field.name]))
+        default = "" if _is_required(field) else " " + _shown(field)
+        if field.name in by_place:
+            head.append(f"[{field.name.upper()}]" if default else field.name.upper())
+            note = f"{notes[field.name]}{f' (default{default})' if default else ''}"
+            places.append((field.name.upper(), note))
+        else:
+            note = notes[field.name] + _choices(hints[field.name])
+            flags.append((_flag(field.name) + default, note))
+    rows = [*places, ("--config RECIPE.toml", "read settings from a recipe; flags win"), *flags]
     width = min(max(len(left) for left, _ in rows), 36)
     lines = [f"  {left:<{width}}  {note}" for left, note in rows]
-    name = Path(sys.argv[0]).name
-    head = " ".join([f"usage: {name}", *positional, "[--config RECIPE.toml] [--flag value ...]"])
-    return "\n".join([head, description, "", *lines])
+    return "\n".join([" ".join([*head, "[--flag value ...]"]), description, "", *lines])
 
 
-def _shown(default: Any) -> str:
+def _choices(kind: Any) -> str:
+    fixed = typing.get_origin(kind) is typing.Literal
+    return f" ({'|'.join(typing.get_args(kind))})" if fixed else ""
+
+
+def _shown(field: dataclasses.Field) -> str:
+    made = field.default is dataclasses.MISSING
+    default = field.default_factory() if made else field.default
     if default is None or isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, list):

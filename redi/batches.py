@@ -1,0 +1,138 @@
+"""An optimizer step as packed batches, and what is summed over them.
+
+A `Task` is rows together with the objective that weighs them. It turns the sequence ids of a plan
+into batches whose token weights hold the counts of the *whole* step, so the losses of its packs
+add up to the loss of the step:
+
+    for batch in task.batches(step):
+        share, logps = task.loss(model, batch)        # sum of the shares = loss of the step
+
+Two passes without gradients live here too: the held-out loss, and the reference log-probs of DPO.
+Letters: N rows, R supervised tokens, S sequences of a pack.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redi.data.dataset import Dataset
+from redi.distributed import Place
+from redi.logprobs import token_logps
+from redi.model import Transformer
+from redi.objectives import Objective, Totals, sequence_sums
+from redi.packing import Pack, PackedBatch, Step, pack, plan
+from redi.runlog import Progress
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to train on or to score, and the objective."""
+
+    dataset: Dataset
+    objective: Objective
+    place: Place
+    pack_tokens: int
+    reference: Tensor | None = None  # (N, 2), see objectives.Objective
+
+    def plan(self, rows_per_step: int, seed: int = 0, epoch: int = 0) -> list[Step]:
+        return plan(
+            self.dataset.lengths,
+            rows_per_step,
+            self.pack_tokens,
+            self.place.world_size,
+            seed,
+            epoch,
+            self.objective.keep_pairs,
+        )
+
+    def totals(self, step: Step) -> Totals:
+        """Counts over all packs and ranks of a step."""
+        ids = np.concatenate([ids for packs in step for ids in packs])
+        rows = len(ids) // 2 if self.dataset.store.paired else len(ids)
+        return Totals(rows, int(self.dataset.response_lengths[ids].sum()))
+
+    def batches(self, step: Step) -> Iterator[tuple[PackedBatch, Totals]]:
+        """This rank's packs of a step, read from disk and moved to the device."""
+        totals = self.totals(step)
+        for ids in step[self.place.rank]:
+            yield self._load(ids, totals).to(self.place.device), totals
+
+    def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> tuple[Tensor, Tensor]:
+        """The pack's share of the step's loss, and its log-probs (R,) detached."""
+        return self.objective.loss(model, batch, totals, self.reference)
+
+    def _load(self, ids: Pack, totals: Totals) -> PackedBatch:
+        sequences = [self.dataset.sequence(i) for i in ids]
+        signs = torch.tensor([s.sign for s in sequences])
+        lengths = torch.tensor([s.response_length for s in sequences])
+        return pack(sequences, self.objective.token_weights(signs, lengths, totals))
+
+
+# ---------------------------------------------------------------- what is logged of log-probs
+
+
+@dataclass(frozen=True)
+class SequenceLogps:
+    """Mean log-prob per token of a pack's sequences, with what sorts them into pairs."""
+
+    rows: list[int]
+    signs: list[int]
+    means: Tensor  # (S,) on the device until somebody reads them
+
+    @classmethod
+    def of(cls, batch: PackedBatch, logps: Tensor) -> "SequenceLogps":
+        sums = sequence_sums(logps, batch.response_lengths)
+        return cls(batch.row_ids, batch.signs, sums / sums.new_tensor(batch.response_lengths))
+
+
+def summarise(parts: list[SequenceLogps]) -> dict[str, float]:
+    """Mean log-probs of chosen and rejected responses, in nats per token, over rows; for pairs
+    also the margin and the share of pairs ranked right. Waits for the device once."""
+    means = torch.cat([part.means for part in parts]).tolist()
+    keys = [key for part in parts for key in zip(part.rows, part.signs)]
+    chosen = {row: mean for (row, sign), mean in zip(keys, means) if sign > 0}
+    rejected = {row: mean for (row, sign), mean in zip(keys, means) if sign < 0}
+    summary = {"chosen_logp": sum(chosen.values()) / len(chosen)}
+    if rejected:
+        margins = [chosen[row] - rejected[row] for row in chosen]
+        summary["rejected_logp"] = sum(rejected.values()) / len(rejected)
+        summary["margin"] = sum(margins) / len(margins)
+        summary["ranked_right"] = sum(margin > 0 for margin in margins) / len(margins)
+    return summary
+
+
+# ---------------------------------------------------------------- passes without gradients
+
+
+@torch.no_grad()
+def held_out(model: Transformer, task: Task) -> dict[str, float]:
+    """The objective's loss over all rows of `task` as one step, and their mean log-probs."""
+    [step] = task.plan(rows_per_step=len(task.dataset))
+    loss, parts = 0.0, []
+    for batch, totals in task.batches(step):
+        share, logps = task.loss(model, batch, totals)
+        loss += share.item()
+        parts.append(SequenceLogps.of(batch, logps))
+    return {"loss": loss, **summarise(parts)}
+
+
+@torch.no_grad()
+def with_reference(model: Transformer, task: Task) -> Task:
+    """`task` with the log-probs of `model` as it is, if its objective wants them."""
+    if not task.objective.needs_reference:
+        return task
+    dataset, device = task.dataset, task.place.device
+    sums = torch.empty(len(dataset), 2, device=device)
+    [step] = task.plan(rows_per_step=len(dataset))
+    progress = Progress(len(step[task.place.rank]), "reference log-probs", unit="pack")
+    for batch, _ in task.batches(step):
+        targets = batch.targets
+        logps = model(batch, lambda h, w, targets=targets: token_logps(h, w, targets))
+        columns = [0 if sign > 0 else 1 for sign in batch.signs]
+        sums[batch.row_ids, columns] = sequence_sums(logps, batch.response_lengths).to(sums)
+        progress.update({})
+    progress.close()
+    return replace(task, reference=sums)

@@ -1,0 +1,276 @@
+"""The Hugging Face model folder, in and out.
+
+In: config.json (both forms in use), safetensors in one file or in shards, tokenizer, generation
+config. Every tensor must be there with the right shape and none may be left over. Weights become
+fp32: they are what the optimizer updates, and an update at lr 1e-6 is lost in bf16.
+
+Out: the same folder again, in the source's dtype, with what training changed: the weights, the
+rotary base and the context if asked, and the stop tokens. A model trained on chat turns must stop
+at the template's end token; that one decision goes into generation_config.json, config.json and
+tokenizer_config.json together. Files are written aside and renamed, config.json last, so a folder
+that was not finished does not load.
+
+Left out: .bin and .pt files (pickles run code), quantised weights, remote code.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from redi.config import UserError
+from redi.data.tokenizer import TOKENIZER_FILES, ChatTokenizer
+from redi.distributed import whole
+from redi.hub import model_folder
+from redi.model import ModelConfig, Transformer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+KEEP = "keep"  # for the overrides: as the checkpoint has it
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from, and what a saved one takes over from there."""
+
+    name: str  # the folder or hub id as it was asked for
+    folder: Path
+    config: dict[str, Any]  # config.json, overrides applied
+    generation: dict[str, Any]  # generation_config.json
+    dtype: torch.dtype  # of the stored weights
+    chat: ChatTokenizer | None  # None if the folder has no tokenizer
+    stop_ids: list[int]  # the template's end token first
+
+
+def load_model(
+    folder_or_hub_id: str | Path,
+    rope_theta: float | str = KEEP,
+    max_position_embeddings: int | str = KEEP,
+    made_by: str | None = None,
+) -> tuple[Transformer, Source]:
+    """Read a model: (the transformer in fp32 on the CPU, its source).
+
+    rope_theta and max_position_embeddings override the checkpoint's; the change is printed as
+    old -> new. made_by: the command that makes the folder, for the error when it is missing.
+    Raises UserError for anything missing, broken, of the wrong shape, or not built here.
+    """
+    folder = model_folder(str(folder_or_hub_id), made_by=made_by)
+    path = folder / "config.json"
+    config_json = _read_json(path)
+    _override(config_json, rope_theta, max_position_embeddings, str(path))
+    config = ModelConfig.from_json(config_json, str(path))
+    with torch.device("meta"):
+        model = Transformer(config)
+    dtype = _fill(model, folder)
+    generation_path = folder / "generation_config.json"
+    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    chat = ChatTokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+    if chat is not None:
+        largest = max(chat.tokenizer.get_vocab(with_added_tokens=True).values())
+        if largest >= config.vocab_size:
+            raise UserError(
+                f"{folder / 'tokenizer.json'}: token id {largest} has no embedding; "
+                f"{path.name} says vocab_size {config.vocab_size}"
+            )
+    stop_ids = _stop_ids(config_json, generation, chat)
+    name = str(folder_or_hub_id)
+    return model, Source(name, folder, config_json, generation, dtype, chat, stop_ids)
+
+
+def save_model(
+    model: Transformer,
+    folder: str | Path,
+    source: Source,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+) -> None:
+    """Write `model` as a Hugging Face folder; dtype defaults to the source's.
+
+    card: the text of README.md. Other files of `folder` are left alone. Raises UserError if the
+    folder cannot be written.
+    """
+    folder, dtype = Path(folder), dtype or source.dtype
+    aside = folder.with_name(f"{folder.name}.saving-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        _write_weights(model, aside, dtype)
+        for name in TOKENIZER_FILES:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, aside / name)
+        _write_settings(model.config, aside, source, dtype)
+        if card is not None:
+            (aside / "README.md").write_text(card, encoding="utf-8")
+        _publish(aside, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: the model could not be saved ({error})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- in
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a Hugging Face model folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _override(
+    config: dict[str, Any], theta: float | str, max_positions: int | str, where: str
+) -> None:
+    if max_positions != KEEP:
+        old = config.get("max_position_embeddings")
+        config["max_position_embeddings"] = int(max_positions)
+        print(f"max_position_embeddings: {old} -> {int(max_positions)}")
+    if theta != KEEP:
+        from redi.model import rope_theta
+
+        print(f"rope_theta: {rope_theta(config, where):g} -> {float(theta):g}")
+        config["rope_theta"] = float(theta)
+        config["rope_parameters"] = {
+            **(config.get("rope_parameters") or {"rope_type": "default"}),
+            "rope_theta": float(theta),
+        }
+
+
+def _fill(model: Transformer, folder: Path) -> torch.dtype:
+    """Give the meta-device `model` the folder's tensors as fp32; returns their stored dtype."""
+    missing = dict(model.state_dict())
+    unexpected, dtypes, extra_head = [], set(), None
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    tensor = tensors.get_tensor(name)
+                    if name == "lm_head.weight" and model.config.tied:
+                        extra_head = tensor
+                    elif name not in missing:
+                        unexpected.append(name)
+                    else:
+                        dtypes.add(tensor.dtype)
+                        _assign(model, name, tensor, missing.pop(name).shape, path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    if missing or unexpected:
+        raise UserError(
+            f"{folder}: weights do not fit config.json; "
+            f"missing: {', '.join(missing) or 'none'}; "
+            f"unexpected: {', '.join(unexpected) or 'none'}"
+        )
+    if extra_head is not None and not torch.equal(extra_head.float(), model.output_weight.detach()):
+        raise UserError(
+            f"{folder}: config.json ties the output weight to the embedding, but lm_head.weight "
+            "is stored and differs; set tie_word_embeddings to false if it is meant"
+        )
+    dtype = dtypes.pop()
+    for other in dtypes:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def _assign(model: Transformer, name: str, tensor: Tensor, shape: torch.Size, path: Path) -> None:
+    if tensor.shape != shape:
+        raise UserError(
+            f"{path}: {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
+        )
+    if not tensor.is_floating_point():
+        raise UserError(f"{path}: {name} is {tensor.dtype}; expected floating point")
+    module, _, leaf = name.rpartition(".")
+    parameter = torch.nn.Parameter(tensor.to(torch.float32))
+    setattr(model.get_submodule(module), leaf, parameter)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        shards = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        for shard in shards:
+            if not (folder / shard).is_file():
+                raise UserError(f"{folder / shard}: no such file, though {INDEX} lists it")
+        return [folder / shard for shard in shards]
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder / WEIGHTS}: no such file (nor {INDEX})")
+    return [folder / WEIGHTS]
+
+
+def _stop_ids(
+    config: dict[str, Any], generation: dict[str, Any], chat: ChatTokenizer | None
+) -> list[int]:
+    """The template's end token, then those of generation_config.json (or else config.json)."""
+    named = generation.get("eos_token_id", config.get("eos_token_id"))
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    first = [] if chat is None else [chat.stop_id]
+    return list(dict.fromkeys([*first, *named]))
+
+
+# ---------------------------------------------------------------- out
+
+
+def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype) -> None:
+    """safetensors in shards of at most 5 GB, with an index if there are several."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in model.state_dict().items():
+        tensor = whole(tensor).to("cpu", dtype).contiguous()
+        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_settings(config: ModelConfig, folder: Path, source: Source, dtype: torch.dtype) -> None:
+    """config.json in both forms, generation_config.json, and the stop token in all three files."""
+    name = str(dtype).removeprefix("torch.")
+    settings = {**source.config, "dtype": name, "torch_dtype": name}
+    settings["rope_theta"] = config.rope_theta
+    rope = settings.get("rope_parameters") or {}
+    settings["rope_parameters"] = {**rope, "rope_theta": config.rope_theta, "rope_type": "default"}
+    generation = dict(source.generation)
+    if source.stop_ids:
+        settings["eos_token_id"] = source.stop_ids[0]
+        generation["eos_token_id"] = source.stop_ids
+    if source.chat is not None and (folder / "tokenizer_config.json").is_file():
+        tokenizer_config = _read_json(folder / "tokenizer_config.json")
+        tokenizer_config["eos_token"] = source.chat.token(source.chat.stop_id)
+        _write_json(folder / "tokenizer_config.json", tokenizer_config)
+    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "config.json", settings)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _publish(aside: Path, folder: Path) -> None:
+    """Move the finished files to their final names. config.json goes first and comes last: without
+    it nothing loads, so no mixture of an old and a new model ever does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        old.unlink(missing_ok=True)
+    for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, folder / file.name)

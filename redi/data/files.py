@@ -1,0 +1,148 @@
+"""Rows out of data files, one at a time, each with its place; and files that are written whole.
+
+    raw.jsonl      {"problem": "1+1", ...}          read_rows("raw.jsonl") yields
+                   {"problem": "2+2", ...}              ("raw.jsonl:1", {"problem": "1+1", ...})
+                                                        ("raw.jsonl:2", {"problem": "2+2", ...})
+
+The place goes into every later error about the row. Teacher data is tens of gigabytes, so rows are
+streamed: memory holds one line of a JSONL file, or one batch of a Parquet file. The exception is a
+.json file that is one array: it is parsed whole, because nothing can be read from an array before
+it ends; write JSON Lines instead when it does not fit. A .json file of lines streams like a .jsonl.
+
+Left out: compression (Parquet has its own), CSV (it has no lists), and `{"data": [...]}` wrappers.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from redi.config import UserError
+from redi.hub import dataset_files
+
+# A row of OpenR1-Math-Raw is up to half a megabyte of text, so a batch is at most some 30 MB.
+PARQUET_BATCH_ROWS = 64
+
+Row = dict[str, Any]
+
+
+def read_rows(source: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) of a file, a folder, a hub id or a list of them, in the files' order.
+
+    place: "file:LINE" in a file of JSON lines, "file: row ROW" in an array or a Parquet file; both
+    count from 1. Blank lines are no rows. Missing files are found before the first row is read.
+    Raises UserError: a file that is missing, unreadable or without a row; a line that is not UTF-8,
+    not JSON or not an object.
+    """
+    sources = [source] if isinstance(source, (str, Path)) else source
+    return _rows([file for one in sources for file in dataset_files(one)])
+
+
+def _rows(files: list[Path]) -> Iterator[tuple[str, Row]]:
+    for path in files:
+        empty = True
+        try:
+            for place, row in _reader(path):
+                empty = False
+                yield place, row
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if empty:
+            raise UserError(f"{path}: holds no rows")
+
+
+def _reader(path: Path) -> Iterator[tuple[str, Row]]:
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    if path.suffix == ".json" and _opens_with_bracket(path):
+        return _json_array(path)
+    return _json_lines(path)
+
+
+# ---------------------------------------------------------------- the three forms
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    # In bytes, a line ends at \n alone; decoded text would also break at a lone \r.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                place = f"{path}:{number}"
+                yield place, _as_row(_parsed(line, place), place)
+
+
+def _json_array(path: Path) -> Iterator[tuple[str, Row]]:
+    for number, value in enumerate(_parsed(path.read_bytes(), str(path)), start=1):
+        place = f"{path}: row {number}"
+        yield place, _as_row(value, place)
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        # Both are needed for pages to be read one by one; by default a row group is read whole.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a sound Parquet file after row {number} ({error})") from error
+
+
+def _opens_with_bracket(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _parsed(data: bytes, place: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))  # editors on Windows begin a file with a BOM
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if b"\n" in data.strip() else ""
+        detail = f"{error.msg} at {line}column {error.colno}"
+        raise UserError(f"{place}: not valid JSON ({detail})") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8; a number or a nesting without end
+        raise UserError(f"{place}: not valid JSON in UTF-8 ({error})") from error
+
+
+def _as_row(value: Any, place: str) -> Row:
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: expected a JSON object, got {json.dumps(value)[:40]}")
+    return value
+
+
+# ---------------------------------------------------------------- files written whole
+
+
+@contextlib.contextmanager
+def write_aside(path: str | Path) -> Iterator[TextIO]:
+    """A text file that takes its final name only when the block ends without an exception.
+
+    Until then it lies beside `path` as NAME.PID.part, and any exception, Ctrl-C included, removes
+    it; what was under the final name stays as it was. The data is on the disk before the rename,
+    so not even a power cut leaves half a file under the final name. UTF-8, lines end in \\n.
+    Raises UserError when the file cannot be written.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        # An error that names another file, or a closed pipe, is of something else the block does.
+        elsewhere = error.filename is not None and str(error.filename) != str(aside)
+        if elsewhere or isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()

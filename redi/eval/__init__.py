@@ -1,0 +1,1 @@
+"""Benchmarks, generation, grading and the report: what `evaluate.py` is made of."""

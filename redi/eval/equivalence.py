@@ -1,0 +1,378 @@
+r"""Whether two written answers are the same answer: `\frac{1}{2}`, `1/2` and `0.5`.
+
+An answer is cleaned (typography only), cut at its top-level commas into the several answers it may
+hold, and compared part by part: by text, then by Math-Verify, the verifier behind the paper's
+labels. Around Math-Verify stand the rules it lacks or gets wrong:
+
+    order         a bare list or {set} matches in any order, a (tuple) or [interval) in its own
+    capitals      it reads R and r, \Delta and \delta, x' and x as one symbol: here they differ
+    small numbers it rounds at 6 decimals, so 8e-19 equals 3e-19: 5 digits must agree here as well
+    words         \text{east} is compared as text; as algebra it would be e*a*s*t, equal to "seat"
+    bases         52_8 is not 52_9
+    percent       10% is 0.1 and, as problems often name the unit themselves, 10; 0.5% is not 0.5
+
+Units are dropped, not compared, as in every published grader: 5 cm and 5 m are the same answer.
+Left out: tolerance for a differently rounded decimal, since the published scores have none.
+
+Run as a program, this file is the worker of `grade.Grader`: questions on stdin, verdicts on
+stdout, a line each. The algebra is untrusted work: `5^{5^{5^{5^5}}}` never returns and holds the
+interpreter's lock, so that no Python code can stop it. The kernel can: before each question the
+worker sets an alarm whose action is its own death. It imports nothing of redi, to start fast.
+"""
+
+import functools
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from typing import Any
+
+MEMORY_LIMIT = 2 << 30  # bytes of address space; a comparison needs some 0.2 GiB
+STARTUP_S = 120.0  # importing sympy takes 0.5 s, minutes on a busy network file system
+
+# ---------------------------------------------------------------- text
+
+_GREEK = "Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|gamma|beta|zeta"
+_UNITS = (
+    "degrees?|cents?|dollars?|inch(?:es)?|feet|foot|ft|miles?|mph|mm|cm|km|nm|meters?|metres?"
+    "|kg|grams?|seconds?|minutes?|min|hours?|days?|years?|units?|Hz|eV|km/h|m/s"
+)
+_CLEANING: list[tuple[re.Pattern[str], str]] = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\(?:[,!]|;|:)(?=\s*\d{3})|\{,\}(?=\d{3})|,\\!\s*(?=\d{3})", ""),  # 10,\!080
+        (r"\\(?:left|right|[bB]ig{1,2}[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
+        (r"\\(?:text|math)(?:rm|bf|it|sf|tt|normal)|\\mbox|\\operatorname", r"\\text"),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\([gl])eq(?:slant)?(?![a-zA-Z])", r"\\\1e"),
+        (r"\\lbrace|\\rbrace", lambda m: r"\{" if m[0] == r"\lbrace" else r"\}"),
+        (r"(?<!\\)\\[$()\[\]!]|\$", ""),
+        (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|[~\s]+", " "),
+        (r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\{])(?:and|or)(?![a-zA-Z])", " , "),
+        (r"\\?%|(?:\\text\{\s*)?\bper ?cent\b(?:\s*\})?", "%"),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?:\s*(?:\\text\{\s*)?[CF](?![a-zA-Z])\s*\}?)?", ""),
+        (r"(\d)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
+        (r"\\(frac|sqrt)\s*(\\[a-zA-Z]+|\w)", r"\\\1{\2}"),  # \frac12, \sqrt2: the first argument
+        (r"(\\frac\{[^{}]*\})\s*(\\[a-zA-Z]+|\w)", r"\1{\2}"),  # and the second
+        (r"([_^])\s*\{\s*(\w)\s*\}", r"\1\2"),
+        (r"(?:,\s*)+,", ","),
+        (r"(?<![\d}])\.(?=\d)", "0."),
+    )
+]
+_SYMBOLS = str.maketrans(
+    {
+        "\u2212": "-",
+        "\u2013": "-",
+        "\u00d7": r"\times ",
+        "\u00b7": r"\cdot ",
+        "\u03c0": r"\pi ",
+        "\u00b0": r"^\circ",
+        "\u2264": r"\le ",
+        "\u2265": r"\ge ",
+        "\u221e": r"\infty ",
+        "\u00b1": r"\pm ",
+    }
+)
+
+
+@functools.lru_cache(4096)
+def clean(latex: str) -> str:
+    """The same LaTeX with one spelling for what typography alone distinguishes."""
+    text = latex.translate(_SYMBOLS)
+    for pattern, replacement in _CLEANING:
+        text = pattern.sub(replacement, text)
+    return text.strip().rstrip(".").strip(" ,")
+
+
+@functools.lru_cache(4096)
+def text_key(latex: str) -> str:
+    r"""Equal keys mean equal answers: `\dfrac{1}{2}` and `\frac12`, `\text{(C)}` and `C`."""
+    text = _drop_units(clean(latex))
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?<!\d) | (?!\d)", "", text)  # 1 2 is not 12
+    if choice := re.fullmatch(r"\(([A-Z])\)", text):
+        return choice[1]
+    return text.lower() if re.fullmatch(r"[A-Za-z]{3,}", text) else text
+
+
+def as_integer(latex: str) -> int | None:
+    """The answer as an integer if it is plainly one (`-1,234`, `042`), else None."""
+    text = text_key(latex)
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,1000}", text) else None
+
+
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_TRAILING_TEXT = re.compile(r"(?<=\S)\s*\\text\{[^{}]*\}(?:\^(?:\{-?\d\}|\d))?$")
+_TRAILING_UNIT = re.compile(rf"(?<=[\d}}])\s*(?:{_UNITS})(?:\^(?:\{{\d\}}|\d))?$")
+
+
+def _drop_units(text: str) -> str:
+    while (shorter := _TRAILING_UNIT.sub("", _TRAILING_TEXT.sub("", text))) != text:
+        text = shorter.strip()
+    return text
+
+
+# ---------------------------------------------------------------- answers of several parts
+
+_TOKENS = re.compile(r"\\begin|\\end|\\[{}]|\\.|[(){}\[\],;]")
+_NAME = r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_\w|_\{[^{}]*\}|'|\([a-z,]+\))*|\([a-zA-Z](?:,\s*[a-zA-Z])+\)"
+_NAMED = re.compile(rf"(?:{_NAME})\s*(?:=|\\in(?![a-zA-Z]))\s*(.+)")
+
+
+def _split(text: str) -> list[str]:
+    """Cut at the commas and semicolons outside all brackets."""
+    depth, start, parts = 0, 0, []
+    for token in _TOKENS.finditer(text):
+        if token[0] in ("(", "[", "{", r"\{", r"\begin"):
+            depth += 1
+        elif token[0] in (")", "]", "}", r"\}", r"\end"):
+            depth -= 1
+        elif token[0] in ",;" and depth == 0:
+            parts.append(text[start : token.start()])
+            start = token.end()
+    return [part.strip() for part in (*parts, text[start:]) if part.strip()]
+
+
+def _parts(text: str) -> tuple[str, list[str]]:
+    """The brackets around the whole answer ("" for a bare list) and the answers inside."""
+    whole = re.fullmatch(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", text)
+    if whole and _encloses(text):
+        inside = _split(whole[2])
+        if len(inside) > 1 or whole[1] == r"\{":
+            return whole[1] + whole[3], _with_both_signs(inside)
+    return "", _with_both_signs(_split(text))
+
+
+def _encloses(text: str) -> bool:
+    """Whether the first bracket of `text` is closed by its last one, unlike in (1,2),(3,4)."""
+    depth = 0
+    for token in _TOKENS.finditer(text):
+        depth += (token[0] in ("(", "[", "{", r"\{")) - (token[0] in (")", "]", "}", r"\}"))
+        if depth == 0:
+            return token.end() == len(text)
+    return False
+
+
+def _with_both_signs(parts: list[str]) -> list[str]:
+    r"""`1 \pm \sqrt{2}` stands for two answers."""
+    signed = []
+    for part in parts:
+        if part.count(r"\pm") == 1:
+            signed += [part.replace(r"\pm", sign).replace("+ -", "-") for sign in "+-"]
+        else:
+            signed.append(part)
+    return signed
+
+
+def equivalent(gold: str, answer: str) -> bool:
+    """Whether `answer` says what `gold` says. Needs math_verify; may run for ever: see `serve`."""
+    gold, answer = clean(gold), clean(answer)
+    if text_key(gold) == text_key(answer):
+        return True
+    if "," in gold and "," not in answer and _THOUSANDS.fullmatch(gold):
+        gold = gold.replace(",", "")
+    if "," in answer and "," not in gold and _THOUSANDS.fullmatch(answer):
+        answer = answer.replace(",", "")
+    if (named := _NAMED.fullmatch(gold)) and not re.search(r"=|\\in(?![a-zA-Z])", answer):
+        gold = named[1]
+    if (named := _NAMED.fullmatch(answer)) and not re.search(r"=|\\in(?![a-zA-Z])", gold):
+        answer = named[1]
+
+    gold_brackets, golds = _parts(gold)
+    answer_brackets, answers = _parts(answer)
+    if len(golds) == len(answers) == 1 and golds[0] == gold and answers[0] == answer:
+        return _same_value(gold, answer)
+    if len(golds) != len(answers):
+        # an interval may be written as an inequality: (2, 5) and 2 < x < 5
+        interval = (gold_brackets or answer_brackets) not in ("", r"\{\}")
+        return interval and 1 in (len(golds), len(answers)) and _same_value(gold, answer)
+    if gold_brackets and answer_brackets and gold_brackets != answer_brackets:
+        return False
+    if {gold_brackets, answer_brackets} - {"", r"\{\}"}:
+        return all(equivalent(g, a) for g, a in zip(golds, answers))
+    return _same_members(golds, answers)
+
+
+def _same_members(golds: list[str], answers: list[str]) -> bool:
+    """Each gold has its own answer, in whatever order."""
+    left = list(answers)
+    for gold in golds:
+        match = next((a for a in left if equivalent(gold, a)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+# ---------------------------------------------------------------- one answer against one
+
+_PERCENT = re.compile(r"(.+?)\s*%")
+_AT_LEAST_ONE = re.compile(r"[+-]?0*[1-9]\d*(?:\.\d+)?")
+_BASED = re.compile(r"\(?(\w+?)\)?_\{?(\d+)\}?")
+_WORDS = re.compile(r"\\text\{[^{}\d]*\}")
+
+
+def _same_value(gold: str, answer: str) -> bool:
+    """Compare two answers that hold one value each, both clean."""
+    if _WORDS.fullmatch(gold) or _WORDS.fullmatch(answer):
+        return False  # equal words have equal keys
+    gold_percent, answer_percent = _PERCENT.fullmatch(gold), _PERCENT.fullmatch(answer)
+    if gold_percent and answer_percent:
+        return _same_value(gold_percent[1], answer_percent[1])
+    if percent := gold_percent or answer_percent:
+        other = answer if gold_percent else gold
+        if _AT_LEAST_ONE.fullmatch(percent[1]) and _same_algebra(percent[1], other):
+            return True
+        return _same_algebra(rf"\frac{{{percent[1]}}}{{100}}", other)
+    gold_based, answer_based = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
+    if gold_based and answer_based and gold_based[1].isdigit() and answer_based[1].isdigit():
+        return _in_base(*gold_based.groups()) == _in_base(*answer_based.groups())
+    return _same_algebra(gold, answer)
+
+
+def _in_base(digits: str, base: str) -> int | tuple[str, str]:
+    try:
+        return int(digits, int(base))
+    except ValueError:  # 9_8 is no number
+        return digits, base
+
+
+def _same_algebra(gold: str, answer: str) -> bool:
+    """Math-Verify's judgement, unless two decimals agree in fewer than five digits."""
+    from math_verify import verify
+
+    golds, answers = _parsed(_drop_units(gold)), _parsed(_drop_units(answer))
+    if not golds or not answers:
+        return False
+    same = verify(
+        golds,
+        answers,
+        allow_set_relation_comp=True,
+        timeout_seconds=None,  # its alarm is a Python handler, which a long power never lets run
+        raise_on_error=True,
+    )
+    return same and not _far_apart(golds[0], answers[0])
+
+
+def _parsed(latex: str) -> list[Any]:
+    """LaTeX as sympy expressions; [] if it is not LaTeX that Math-Verify reads."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    reading = LatexExtractionConfig(
+        boxed_match_priority=-1,  # the box is opened already; reading it here merges neighbours
+        normalization_config=NormalizationConfig(
+            units=False,  # it would cut the variable from 6m
+            malformed_operators=True,
+            nits=True,
+            boxed="none",
+        ),
+    )
+    return parse(
+        f"${_distinct_symbols(latex)}$",
+        [reading],
+        fallback_mode="no_fallback",
+        extraction_mode="first_match",  # else it falls back on a fragment of what it cannot read
+        parsing_timeout=None,
+        raise_on_error=True,
+    )
+
+
+_SYMBOL = re.compile(
+    r"\\(?:begin|end|mathbb|text)\s*\{[^{}]*\}"  # left alone
+    rf"|\\(?P<greek>{_GREEK})(?![a-zA-Z])"
+    r"|\\[a-zA-Z]+"  # left alone
+    r"|(?P<imaginary>(?<![a-zA-Z])i(?![a-zA-Z_(]))"
+    r"|(?P<capital>[A-Z])(?:_(?P<subscript>\w|\{[^{}]*\}))?(?!\s*[(\w])"
+    r"|(?P<primed>[a-zA-Z])(?P<primes>'+)(?!\()"
+    r"|(?P<bare_capital>[A-Z])(?!\s*\()"
+)
+
+
+def _distinct_symbols(latex: str) -> str:
+    r"""Rename what Math-Verify would confuse: capitals, primes, \gamma (a constant to it), i."""
+
+    def rename(match: re.Match[str]) -> str:
+        if match["imaginary"]:
+            return " I "
+        if match["primed"]:
+            return rf"\text{{{match['primed']}{'prime' * len(match['primes'])}}}"
+        name = match["greek"] or match["capital"] or match["bare_capital"]
+        if not name:
+            return match[0]
+        case = "capital" if name[0].isupper() else "small"
+        return rf"\text{{{case}{name}{re.sub(r'[^0-9a-zA-Z]', '', match['subscript'] or '')}}}"
+
+    return _SYMBOL.sub(rename, latex)
+
+
+def _far_apart(gold: Any, answer: Any) -> bool:
+    """Whether two numbers, one of them a decimal, differ by more than 1e-5 of the larger."""
+    from sympy import Basic, Float
+
+    if not (isinstance(gold, Basic) and isinstance(answer, Basic)):
+        return False  # matrices
+    if gold.free_symbols or answer.free_symbols or not (gold.has(Float) or answer.has(Float)):
+        return False
+    try:
+        gold, answer = complex(gold), complex(answer)
+    except (TypeError, ValueError, OverflowError):
+        return False  # sets, equations, numbers beyond a double: Math-Verify's judgement stands
+    return abs(gold - answer) > 1e-5 * max(abs(gold), abs(answer))
+
+
+# ---------------------------------------------------------------- the worker
+
+
+def serve(limit_s: float) -> None:
+    """Answer questions from stdin until it closes: as it does however the parent ends.
+
+    A question is a JSON line [answer, gold, ...], a reply one of correct, incorrect, timeout;
+    before them comes `ready`, or why not. At limit_s seconds a question ends the process.
+    """
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is not a reply
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.setitimer(signal.ITIMER_REAL, STARTUP_S)
+    logging.disable()
+    try:
+        _same_algebra("1", "2")  # imports it all, and builds the parser's tables
+        _limit_memory()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=replies)
+        return
+    print("ready", file=replies)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        verdict = _judge(*json.loads(line))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(verdict, file=replies)
+
+
+def _judge(answer: str, *golds: str) -> str:
+    for gold in golds:
+        try:
+            if equivalent(gold, answer):
+                return "correct"
+        except MemoryError:
+            return "timeout"
+        except Exception:
+            continue  # an answer that cannot be read or compared is not this gold
+    return "incorrect"
+
+
+def _limit_memory() -> None:
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+if __name__ == "__main__":
+    serve(float(sys.argv[1]))

@@ -1,0 +1,128 @@
+"""The paper's objectives, as pure functions of summed or averaged token log-probs.
+
+For a prompt x with a correct trace y_w (chosen) and an incorrect one y_l (rejected), write
+
+    S = sum_t log pi(y_t | x, y_<t)        M = S / |y|        |y| counts the stop token
+
+and, for one worked pair with log-probs [-.1, -.2, -.3] (chosen) and [-1, -3] (rejected),
+
+    S_w = -0.6   M_w = -0.2   S_l = -4   M_l = -2
+
+    stage 1   SFT        Eq. 1   -S_w / N_tokens                                     0.2
+    stage 2   REDI       Eq. 5   -M_w + alpha M_l              alpha 0.8            -1.4
+              symmetric  Eq. 4   -M_w + M_l                                         -1.8
+              DPO        Eq. 2   -log sigmoid(beta [(S_w - S_w_ref) - (S_l - S_l_ref)])
+                                 beta 0.1, S_w_ref -0.9, S_l_ref -3.5                0.653947
+              SimPO      Eq. 3   -log sigmoid(beta (M_w - M_l) - gamma)
+                                 beta 2, gamma 1                                     0.071645
+
+SFT and REDI are linear in the log-probs: each response token carries a signed weight that its
+sequence's length and sign alone decide. The second half of this file states those weights. They
+are what training runs on (one fused pass, a pair need not stay together); the losses above them
+are the definition, and tests hold the two to one value and one gradient.
+
+No reference model, no beta and no sigmoid in REDI: it is unbounded below, so watch the curves.
+Related objectives outside the paper are not here. Letters: P pairs, S sequences.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---------------------------------------------------------------- definitions (Section 3)
+
+
+def sft_loss(logp_sum: Tensor, num_tokens: int) -> Tensor:
+    """Eq. 1: mean negative log-likelihood per response token, in nats.
+
+    logp_sum: scalar, the sum of log-probs over all response tokens of the optimizer step.
+    num_tokens: their number. Gradient: -1 / num_tokens on every token.
+
+    >>> round(sft_loss(torch.tensor(-0.6), 3).item(), 6)
+    0.2
+    """
+    return -logp_sum / num_tokens
+
+
+def redi_loss(chosen_mean: Tensor, rejected_mean: Tensor, alpha: float = 0.8) -> Tensor:
+    """Eq. 5: -M_w + alpha * M_l, per pair (P,), in nats per token.
+
+    Gradient: -1/|y_w| on every chosen token, +alpha/|y_l| on every rejected token: constants.
+    alpha 0 trains on positives alone, alpha 1 is the symmetric objective.
+
+    >>> round(redi_loss(torch.tensor([-0.2]), torch.tensor([-2.0])).item(), 6)
+    -1.4
+    """
+    return -chosen_mean + alpha * rejected_mean
+
+
+def symmetric_loss(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
+    """Eq. 4: -M_w + M_l, per pair (P,): REDI with alpha 1, and its gradient.
+
+    >>> round(symmetric_loss(torch.tensor([-0.2]), torch.tensor([-2.0])).item(), 6)
+    -1.8
+    """
+    return redi_loss(chosen_mean, rejected_mean, alpha=1.0)
+
+
+def dpo_loss(
+    chosen_sum: Tensor,
+    rejected_sum: Tensor,
+    ref_chosen_sum: Tensor,
+    ref_rejected_sum: Tensor,
+    beta: float,
+) -> Tensor:
+    """Eq. 2: -log sigmoid(beta * [(S_w - S_w_ref) - (S_l - S_l_ref)]), per pair (P,).
+
+    The reference sums come from the model that stage 2 starts from. Gradient: with
+    s = beta * sigmoid(-margin), -s on every chosen token and +s on every rejected one.
+
+    >>> sums = [torch.tensor([s]) for s in (-0.6, -4.0, -0.9, -3.5)]
+    >>> round(dpo_loss(*sums, beta=0.1).item(), 6)
+    0.653947
+    """
+    margin = (chosen_sum - ref_chosen_sum) - (rejected_sum - ref_rejected_sum)  # (P,)
+    return -F.logsigmoid(beta * margin)
+
+
+def simpo_loss(chosen_mean: Tensor, rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
+    """Eq. 3: -log sigmoid(beta * (M_w - M_l) - gamma), per pair (P,).
+
+    Gradient: with s = beta * sigmoid(gamma - beta (M_w - M_l)), -s/|y_w| on every chosen token
+    and +s/|y_l| on every rejected one. As beta -> 0 its direction becomes Eq. 4's (Appendix B).
+
+    >>> round(simpo_loss(torch.tensor([-0.2]), torch.tensor([-2.0]), 2.0, 1.0).item(), 6)
+    0.071645
+    """
+    return -F.logsigmoid(beta * (chosen_mean - rejected_mean) - gamma)
+
+
+# ---------------------------------------------------------------- the linear ones as token weights
+#
+# loss = sum_t w_t * token_logps[t], where every token of a sequence has the same weight. Counts
+# are those of the whole optimizer step, over all ranks: nothing is averaged afterwards.
+
+
+def sft_token_weights(lengths: Tensor, num_tokens: int) -> Tensor:
+    """Eq. 1 as the weight of each token of each sequence (S,): -1 / N_tokens.
+
+    >>> sft_token_weights(torch.tensor([3, 2]), num_tokens=5).tolist()
+    [-0.2, -0.2]
+    """
+    return torch.full(lengths.shape, -1.0 / num_tokens, dtype=torch.float64)
+
+
+def redi_token_weights(
+    signs: Tensor, lengths: Tensor, num_pairs: int, alpha: float = 0.8
+) -> Tensor:
+    """Eq. 5 as the weight of each token of each sequence (S,).
+
+    signs (S,): +1 chosen, -1 rejected; lengths (S,): |y| in tokens; num_pairs: of the whole step.
+    -1 / (N_pairs |y_w|) on chosen tokens, +alpha / (N_pairs |y_l|) on rejected ones.
+
+    >>> redi_token_weights(torch.tensor([1, -1]), torch.tensor([4, 2]), num_pairs=1).tolist()
+    [-0.25, 0.4]
+    """
+    numerator = torch.full(signs.shape, alpha, dtype=torch.float64)
+    numerator[signs > 0] = -1.0
+    return numerator / (num_pairs * lengths)

@@ -1,0 +1,227 @@
+"""Qwen2 as its checkpoints have it, without a batch dimension.
+
+How this differs from the textbook transformer:
+- a pack of T tokens in a row, each with its position in its own document; no padding, no mask
+- q, k and v have biases, o has none; fewer key/value heads than query heads (GQA)
+- RMSNorm before each half of a block, rotary positions (half-split), SwiGLU
+- the embedding is also the output weight where the checkpoint ties them
+- `forward` runs a head inside the model, on the rows that are supervised: the logits of a pack
+  never exist (see logprobs.py), and sharded parameters are whole while the head needs them
+- how tokens attend to each other is an argument: training hands in the documents of a pack,
+  generation hands in a KV cache. The weights, the rotation and this file are the same for both
+
+Parameter names are the checkpoint's own, so loading is strict and needs no mapping.
+Left out: dropout (0 in the published configuration), sliding windows, rotary scaling; a
+configuration that asks for what is not here is refused by name.
+
+Letters: T packed tokens, D hidden, H heads, K kv heads, d head size, R rows, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from redi.attention import packed_attention
+from redi.config import UserError
+from redi.packing import PackedBatch
+
+Output = TypeVar("Output")
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, d), k, v (T, K, d) -> (T, H, d)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers that shape the network."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool
+    max_positions: int  # the context: prompt and response together
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any], where: str) -> "ModelConfig":
+        """Read a Hugging Face config.json, in the form of transformers 5 or an older one.
+
+        `where` names the file in errors. Raises UserError for a missing field, for two forms that
+        disagree, and for every field whose value would change the numbers computed here.
+        """
+        refuse_unbuilt(config, where)
+        try:
+            heads = config["num_attention_heads"]
+            return cls(
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                num_layers=config["num_hidden_layers"],
+                num_heads=heads,
+                num_kv_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+                rope_theta=rope_theta(config, where),
+                norm_eps=config.get("rms_norm_eps", 1e-6),
+                tied=config.get("tie_word_embeddings", False),
+                max_positions=config["max_position_embeddings"],
+            )
+        except KeyError as missing:
+            raise UserError(f"{where}: the field {missing} is missing") from None
+
+
+def rope_theta(config: dict[str, Any], where: str) -> float:
+    """The rotary base: in `rope_parameters` (transformers 5) or at the top level (older files)."""
+    found = {
+        float(table["rope_theta"])
+        for table in (config, config.get("rope_parameters") or {})
+        if table.get("rope_theta") is not None
+    }
+    if len(found) != 1:
+        problem = "is missing" if not found else f"is given twice, as {sorted(found)}"
+        raise UserError(f"{where}: rope_theta {problem}")
+    return found.pop()
+
+
+def refuse_unbuilt(config: dict[str, Any], where: str) -> None:
+    """Raise UserError for a setting that this file would silently compute differently."""
+    layers = set(config.get("layer_types") or ())
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    dtypes = {str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key)}
+    refused = {
+        "model_type": (config.get("model_type"), config.get("model_type") == "qwen2"),
+        "rope_type": (rope_type, rope_type == "default"),
+        "partial_rotary_factor": (factor := rope.get("partial_rotary_factor", 1.0), factor == 1.0),
+        "use_sliding_window": (used := config.get("use_sliding_window", False), not used),
+        "layer_types": (sorted(layers), layers <= {"full_attention"}),
+        "hidden_act": (act := config.get("hidden_act", "silu"), act == "silu"),
+        "attention_dropout": (rate := config.get("attention_dropout", 0.0), not rate),
+        "quantization_config": (quant := config.get("quantization_config"), not quant),
+        "dtype and torch_dtype": (sorted(dtypes), len(dtypes) <= 1),
+    }
+    for field, (value, is_built) in refused.items():
+        if not is_built:
+            raise UserError(
+                f"{where}: {field} is {value!r}; redi builds Qwen2 with full attention, default "
+                "rotary positions, silu, and no dropout or quantization"
+            )
+
+
+# ---------------------------------------------------------------- the network, leaves first
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, d) of the angles position * theta^(-2i/d), in fp32; both halves alike."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions[:, None].float() * (1.0 / theta**exponents)  # (T, d/2)
+    angles = torch.cat([angles, angles], dim=-1)  # (T, d)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (T, heads, d): turn each pair (x[i], x[i + d/2]) by its position's angle."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries)
+        self.k_proj = nn.Linear(config.hidden_size, keys)
+        self.v_proj = nn.Linear(config.hidden_size, keys)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        split_heads = (len(x), -1, self.head_dim)
+        query = rotate(self.q_proj(x).view(split_heads), cos, sin)  # (T, H, d)
+        key = rotate(self.k_proj(x).view(split_heads), cos, sin)  # (T, K, d)
+        value = self.v_proj(x).view(split_heads)  # (T, K, d)
+        return self.o_proj(attend(query, key, value).reshape(len(x), -1))  # (T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))  # (T, D)
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states. Named `model` in checkpoints."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attends: Iterable[Attend]) -> Tensor:
+        x = self.embed_tokens(tokens)  # (T, D)
+        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        for block, attend in zip(self.layers, attends):
+            x = block(x, cos, sin, attend)
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """The decoder and its output weight."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def output_weight(self) -> Tensor:  # (V, D)
+        return self.model.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    def forward(self, batch: PackedBatch, head: Callable[[Tensor, Tensor], Output]) -> Output:
+        """head(hidden (R, D), output weight (V, D)) over the pack's supervised rows."""
+        attend = partial(packed_attention, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
+        hidden = self.model(batch.tokens, batch.positions, itertools.repeat(attend))  # (T, D)
+        return head(hidden[batch.rows], self.output_weight)

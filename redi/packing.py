@@ -1,0 +1,190 @@
+"""Which sequences share a step, a rank and a pack; and the pack as tensors.
+
+The recipe fixes the optimizer step in rows: 128 traces, or 32 pairs. Inside a step the sequences
+may lie anywhere, because losses are sums with whole-step weights. So, step by step:
+
+    1. shuffle the rows by (seed, epoch) and cut them into steps of `rows_per_step`
+    2. deal the step's sequences to ranks, longest first, each to the rank with least work so far
+    3. on each rank, put them into packs of at most `pack_tokens`, longest first, best fit
+    4. give every rank the same number of packs: collectives need it
+
+Worked example: rows of 7, 5 and 3 tokens, one step, one rank, packs of 10:
+
+    plan    [[ [array([0, 2]), array([1])] ]]                    step, rank, pack
+    pack 0  tokens     a0 a1 a2 a3 a4 a5 a6 c0 c1 c2             T = 10
+            positions   0  1  2  3  4  5  6  0  1  2
+            cu_seqlens [0, 7, 10]
+
+For pairs, row p has two sequences: 2p is the chosen one, 2p + 1 the rejected one. They are dealt
+apart, unless `keep_pairs`: a sigmoid over the pair needs both in one pack.
+
+If a has 4 prompt tokens, its response a4 a5 a6 is predicted at rows 3, 4, 5: targets are shifted
+within the sequence before it is packed, so no document predicts the next one's first token.
+
+`plan` is a pure function of its arguments: every rank computes the same, and a resumed run needs
+no saved state. Left out: packing across steps (it would change which rows share a step).
+Letters: N rows, T packed tokens, S sequences of a pack, R supervised (response) tokens.
+"""
+
+import heapq
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Pack = np.ndarray  # the ids of the sequences in it
+Step = list[list[Pack]]  # rank -> packs, as many on every rank
+
+# Work of a sequence in units of one token: L + ATTENTION * L^2. The ratio of Qwen2.5-1.5B's
+# attention to its matmuls, forward and backward; other sizes are close enough for dealing.
+ATTENTION = 3.5 * 86e3 / 9.26e9
+
+
+def plan(
+    lengths: np.ndarray,
+    rows_per_step: int,
+    pack_tokens: int,
+    world_size: int = 1,
+    seed: int = 42,
+    epoch: int = 0,
+    keep_pairs: bool = False,
+) -> list[Step]:
+    """plan[step][rank] = list of packs, each an array of sequence ids.
+
+    lengths (N,): tokens of each row, and its id is the row; or (N, 2): tokens of the chosen and
+    the rejected sequence, ids 2 * row and 2 * row + 1. A pack holds at least one sequence (with
+    keep_pairs: one pair) however long, else at most pack_tokens. Where a step has fewer pieces
+    than there are packs to fill, some packs are empty arrays. Every row is used exactly once; the
+    last step may be smaller. Raises ValueError for settings that are not positive.
+    """
+    if min(rows_per_step, pack_tokens, world_size) < 1:
+        raise ValueError("rows_per_step, pack_tokens and world_size must be at least 1")
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    starts = range(0, len(order), rows_per_step)
+    paired = lengths.ndim == 2
+    steps = []
+    for start in starts:
+        rows = order[start : start + rows_per_step]
+        if not paired:
+            pieces = [(int(lengths[row]), (row,)) for row in rows]
+        elif keep_pairs:
+            pieces = [(int(lengths[row].sum()), (2 * row, 2 * row + 1)) for row in rows]
+        else:
+            pieces = [(int(lengths[row, j]), (2 * row + j,)) for row in rows for j in (0, 1)]
+        # Longest first; ties by id, so that nothing depends on the order of equal keys.
+        pieces.sort(key=lambda piece: (-piece[0], piece[1]))
+        steps.append(_plan_step(pieces, pack_tokens, world_size))
+    return steps
+
+
+def _plan_step(pieces: list[tuple[int, tuple]], pack_tokens: int, world_size: int) -> Step:
+    """Deal (length, sequence ids) pieces, longest first, to ranks and packs."""
+    dealt: list[list] = [[] for _ in range(world_size)]
+    work = [(0.0, rank) for rank in range(world_size)]  # a heap
+    for piece in pieces:
+        done, rank = heapq.heappop(work)
+        dealt[rank].append(piece)
+        heapq.heappush(work, (done + piece[0] + ATTENTION * piece[0] ** 2, rank))
+    packed = [_best_fit(mine, pack_tokens) for mine in dealt]
+    most = max(len(packs) for packs in packed)
+    return [
+        [np.array(ids, dtype=np.int64) for ids in packs + [[]] * (most - len(packs))]
+        for packs in packed
+    ]
+
+
+def _best_fit(pieces: list[tuple[int, tuple]], pack_tokens: int) -> list[list]:
+    """Each piece, longest first, into the fullest pack that still has room for it."""
+    packs: list[list] = []
+    free: list[int] = []
+    for length, ids in pieces:
+        fitting = [(room, index) for index, room in enumerate(free) if room >= length]
+        if fitting:
+            _, index = min(fitting)
+        else:
+            index = len(packs)
+            packs.append([])
+            free.append(pack_tokens)
+        packs[index].extend(ids)
+        free[index] -= length
+    return packs
+
+
+# ---------------------------------------------------------------- a pack as tensors
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """What the model and the loss see of one pack. Lists stay on the host: nothing waits."""
+
+    tokens: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64, from 0 in every document
+    cu_seqlens: Tensor  # (S+1,) int32, where documents begin
+    lengths: list[int]  # S, tokens of each document
+    rows: Tensor  # (R,) int64, where the supervised tokens are predicted
+    targets: Tensor  # (R,) int64
+    token_weights: Tensor  # (R,) float64, d loss / d log-prob for a linear objective
+    row_ids: list[int]  # S, the data row of each sequence
+    signs: list[int]  # S, +1 chosen, -1 rejected
+    response_lengths: list[int]  # S, |y|: supervised tokens of each sequence
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return PackedBatch(**{**self.__dict__, **moved})
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A rendered row: prompt then response, the stop token last."""
+
+    tokens: np.ndarray  # (L,)
+    prompt_length: int
+    row: int
+    sign: int  # +1 chosen (and every SFT trace), -1 rejected
+
+    @property
+    def response_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+def pack(sequences: list[Sequence], weights: Tensor) -> PackedBatch:
+    """Lay sequences end to end. weights (S,): the token weight of each sequence.
+
+    An empty list gives the pack of a rank that has nothing to do: one token, nothing supervised.
+    """
+    if not sequences:
+        return _pack_of_nothing()
+    lengths = [len(s.tokens) for s in sequences]
+    cu_seqlens = np.cumsum([0, *lengths])
+    response_lengths = [s.response_length for s in sequences]
+    rows = [
+        np.arange(start + s.prompt_length - 1, start + len(s.tokens) - 1)
+        for s, start in zip(sequences, cu_seqlens)
+    ]
+    return PackedBatch(
+        tokens=torch.from_numpy(np.concatenate([s.tokens for s in sequences]).astype(np.int64)),
+        positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        lengths=lengths,
+        rows=torch.from_numpy(np.concatenate(rows)),
+        targets=torch.from_numpy(
+            np.concatenate([s.tokens[s.prompt_length :] for s in sequences]).astype(np.int64)
+        ),
+        token_weights=weights.repeat_interleave(torch.tensor(response_lengths)),
+        row_ids=[s.row for s in sequences],
+        signs=[s.sign for s in sequences],
+        response_lengths=response_lengths,
+    )
+
+
+def _pack_of_nothing() -> PackedBatch:
+    none = torch.zeros(0, dtype=torch.int64)
+    one = torch.zeros(1, dtype=torch.int64)
+    cu_seqlens = torch.tensor([0, 1], dtype=torch.int32)
+    weights = torch.zeros(0, dtype=torch.float64)
+    return PackedBatch(one, one, cu_seqlens, [1], none, none, weights, [], [], [])

@@ -1,0 +1,228 @@
+"""What a run writes beside its model: config.toml, metrics.jsonl, a progress line, curves.
+
+metrics.jsonl has one JSON object a line: {"kind": "train", "step": 12, "loss": ..., ...}, then
+"eval" (held-out data), and last "finished". `python -m redi.runlog RUN [RUN ...]` draws what is
+there as RUN/curves.png; several runs are laid over each other.
+
+Left out: anything that needs a server. TensorBoard and W&B are fed the same records when asked.
+"""
+
+import json
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tqdm import tqdm
+
+from redi.config import UserError, parse, program, to_toml
+from redi.data.files import write_aside
+
+NOT_COMPARED = {"dry_run", "tracker"}  # settings that do not change what a run computes
+QUIET_SECONDS = 10.0  # between progress lines where there is no terminal
+
+
+def is_finished(out: str, config: Any) -> bool:
+    """Whether this run is complete in `out` already. An unfinished one is started afresh.
+
+    Raises UserError if the folder holds another run or somebody's files.
+    """
+    folder = Path(out)
+    if folder.is_file():
+        raise UserError(f"--out {out}: is a file; expected a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    return _compare(folder, tomllib.loads(to_toml(config)))
+
+
+def _compare(folder: Path, settings: dict[str, Any]) -> bool:
+    recorded = folder / "config.toml"
+    if not recorded.is_file():
+        raise UserError(f"--out {folder}: holds files that no run made; choose another folder")
+    old = tomllib.loads(recorded.read_text(encoding="utf-8"))
+    changed = [
+        f"{key} was {old.get(key)!r}, now {settings.get(key)!r}"
+        for key in sorted({*old, *settings} - NOT_COMPARED)
+        if old.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise UserError(
+            f"--out {folder}: holds another run ({'; '.join(changed)}); choose another folder"
+        )
+    records = list(read_metrics(folder))
+    if records and records[-1]["kind"] == "finished":
+        return True
+    print(f"{folder} holds an unfinished run with these settings: starting it afresh")
+    return False
+
+
+def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run. A last line cut short by a kill is left out."""
+    path = run / "metrics.jsonl"
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+class RunLog:
+    """Writes a run's records as they come, and shows the progress line."""
+
+    def __init__(self, out: str, config: Any, notes: dict[str, str]):
+        """notes: facts that are not settings (versions, data hash), kept as TOML comments."""
+        self.folder = Path(out)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made a folder ({error})") from None
+        self._track = TRACKERS[config.tracker](self.folder, to_toml(config))
+        comments = "".join(f"# {key}: {value}\n" for key, value in notes.items())
+        with write_aside(self.folder / "config.toml") as file:
+            file.write(comments + to_toml(config))
+        self._metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        line = {"kind": kind, "step": step, **values}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        self._track(kind, step, values)
+
+    def finish(self) -> None:
+        """The last record: the run is complete and its model saved."""
+        self._metrics.write(json.dumps({"kind": "finished"}) + "\n")
+        self._metrics.close()
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a plain line on stdout every few seconds."""
+
+    def __init__(self, total: int, name: str, unit: str):
+        self._bar = tqdm(total=total, desc=name, unit=unit, disable=None, dynamic_ncols=True)
+        self._name, self._total, self._done = name, total, 0
+        self._began = self._said = time.monotonic()
+
+    def update(self, values: dict[str, str]) -> None:
+        self._done += 1
+        text = " ".join(f"{key} {value}" for key, value in values.items())
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+        now = time.monotonic()
+        last = self._done == self._total
+        if self._bar.disable and (now - self._said > QUIET_SECONDS or last):
+            self._said = now
+            left = (now - self._began) / self._done * (self._total - self._done)
+            print(f"{self._name} {self._done}/{self._total} [{left:.0f} s left] {text}", flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+# ---------------------------------------------------------------- other places to send records
+
+Track = Callable[[str, int, dict[str, Any]], None]
+
+
+def _to_nowhere(folder: Path, settings: str) -> Track:
+    return lambda kind, step, values: None
+
+
+def _to_tensorboard(folder: Path, settings: str) -> Track:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tracker tensorboard: pip install tensorboard first") from None
+    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer.add_text("settings", f"```\n{settings}```")
+
+    def track(kind: str, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(f"{kind}/{name}", value, step)
+        writer.flush()
+
+    return track
+
+
+def _to_wandb(folder: Path, settings: str) -> Track:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--tracker wandb: pip install wandb first") from None
+    run = wandb.init(project="redi", name=folder.name, config=tomllib.loads(settings))
+    return lambda kind, step, values: run.log(
+        {f"{kind}/{name}": value for name, value in values.items()}, step=step
+    )
+
+
+TRACKERS = {"none": _to_nowhere, "tensorboard": _to_tensorboard, "wandb": _to_wandb}
+
+
+# ---------------------------------------------------------------- curves
+
+
+@dataclass(kw_only=True)
+class CurvesConfig:
+    runs: Annotated[list[str], "folders of runs; the picture goes into the first"]
+
+
+PANELS = {
+    "loss": "loss",
+    "chosen_logp": "mean log-prob, chosen (nats per token)",
+    "rejected_logp": "mean log-prob, rejected (nats per token)",
+    "margin": "margin, chosen - rejected (nats per token)",
+    "grad_norm": "gradient norm before clipping",
+    "lr": "learning rate",
+}
+
+
+def draw(runs: list[Path], path: Path) -> None:
+    """Write the curves of `runs` as a PNG: a panel a quantity, a colour a run, dots held out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    histories = {run: list(read_metrics(run)) for run in runs}
+    seen = {key for records in histories.values() for r in records for key in r}
+    panels = [key for key in PANELS if key in seen]
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(5 * columns, 3.2 * lines), squeeze=False, layout="constrained"
+    )
+    for axis, key in zip(axes.flat, panels):
+        for number, (run, records) in enumerate(histories.items()):
+            for kind, style in (("train", "-"), ("eval", "o")):
+                points = [(r["step"], r[key]) for r in records if r["kind"] == kind and key in r]
+                if points:
+                    name = f"{run}" + (", held out" if kind == "eval" else "")
+                    axis.plot(*zip(*points), style, color=f"C{number}", lw=1, ms=4, label=name)
+        axis.set(title=PANELS[key], xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    axes.flat[0].legend(fontsize="small")
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    figure.savefig(aside, dpi=110, format="png")
+    plt.close(figure)
+    aside.replace(path)
+
+
+@program
+def main() -> None:
+    config = parse(CurvesConfig, "Draw the curves of runs as RUN/curves.png.")
+    runs = [Path(run) for run in config.runs]
+    for run in runs:
+        if not any(r["kind"] == "train" for r in read_metrics(run)):
+            raise UserError(f"{run}: no training records in {run / 'metrics.jsonl'}")
+    draw(runs, runs[0] / "curves.png")
+    print(runs[0] / "curves.png")
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)

@@ -1,0 +1,207 @@
+"""redi/data/files.py: every row once with its place, little memory, no half-written file."""
+
+import errno
+import json
+import os
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from redi.config import UserError
+from redi.data.files import PARQUET_BATCH_ROWS, read_rows, write_aside
+
+ROWS = [{"n": 1, "text": "a\u2028b\r c"}, {"n": 2, "text": "é\n"}, {"n": 3, "text": ""}]
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# ---------------------------------------------------------------- forms
+
+
+def test_jsonl_rows_carry_their_line_and_blank_lines_are_no_rows(tmp_path):
+    first, second, third = json_lines(ROWS).split("\n")[:3]
+    path = write(tmp_path / "raw.jsonl", f"{first}\n\n{second}\n   \n{third}")
+    assert list(read_rows(path)) == [
+        (f"{path}:1", ROWS[0]),
+        (f"{path}:3", ROWS[1]),
+        (f"{path}:5", ROWS[2]),
+    ]
+
+
+@pytest.mark.parametrize("lead", ["", "\ufeff", "\n \t"])
+def test_a_json_file_is_an_array_or_lines(tmp_path, lead):
+    array = write(tmp_path / "array.json", lead + json.dumps(ROWS, indent=2))
+    lines = write(tmp_path / "lines.json", lead + json_lines(ROWS))
+    assert list(read_rows(array)) == [(f"{array}: row {i}", r) for i, r in enumerate(ROWS, 1)]
+    assert [row for _, row in read_rows(lines)] == ROWS
+
+
+def test_parquet_gives_the_rows_of_all_batches_and_row_groups(tmp_path):
+    rows = [{"n": i, "lists": {"x": [True, None]}} for i in range(3 * PARQUET_BATCH_ROWS + 1)]
+    path = tmp_path / "raw.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=PARQUET_BATCH_ROWS + 7)
+    assert list(read_rows(path)) == [(f"{path}: row {i}", r) for i, r in enumerate(rows, 1)]
+
+
+def test_a_folder_gives_its_files_in_name_order_and_a_list_in_its_own(tmp_path):
+    b = write(tmp_path / "b.jsonl", '{"n": 2}\n')
+    a = write(tmp_path / "a.json", '[{"n": 1}]')
+    write(tmp_path / "notes.txt", "not data")
+    assert [row["n"] for _, row in read_rows(tmp_path)] == [1, 2]
+    assert [row["n"] for _, row in read_rows([b, str(a), b])] == [2, 1, 2]
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("cut.jsonl", '{"n": 1}\n{"n": ', "cut.jsonl:2: not valid JSON (Expecting value"),
+        ("latin.jsonl", b'{"n": 1}\n\n{"t": "\xe9"}\n', "latin.jsonl:3: not valid JSON in UTF-8"),
+        ("list.jsonl", '{"n": 1}\n[1, 2]\n', "list.jsonl:2: expected a JSON object, got [1, 2]"),
+        ("long.jsonl", "9" * 5000 + "\n", "long.jsonl:1: not valid JSON in UTF-8"),
+        ("deep.jsonl", "[" * 200_000 + "\n", "deep.jsonl:1: not valid JSON in UTF-8"),
+        (
+            "cut.json",
+            '[\n{"n": 1},\n{"n"',
+            "cut.json: not valid JSON (Expecting ':' delimiter at l",
+        ),
+        ("mixed.json", '[{"n": 1}, "x"]', 'mixed.json: row 2: expected a JSON object, got "x"'),
+        ("empty.jsonl", "", "empty.jsonl: holds no rows"),
+        ("blank.jsonl", "\n\n", "blank.jsonl: holds no rows"),
+        ("none.json", "[]", "none.json: holds no rows"),
+        ("false.parquet", "PAR1 it says", "false.parquet: not a sound Parquet file after row 0"),
+        ("table.csv", "n\n1\n", "table.csv: expected a .parquet, .jsonl or .json file"),
+        ("gone.jsonl", None, "gone.jsonl: no such file or folder"),
+    ],
+)
+def test_an_error_names_the_file_and_the_line(tmp_path, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        write(path, content)
+    with pytest.raises(UserError) as error:
+        list(read_rows(path))
+    assert str(error.value).startswith(f"{tmp_path}/{said}")
+
+
+def test_a_parquet_file_damaged_in_its_middle_is_an_error(tmp_path):
+    path = tmp_path / "raw.parquet"
+    table = pa.Table.from_pylist([{"text": f"{i:0100}"} for i in range(1000)])
+    pq.write_table(table, path, compression="gzip", use_dictionary=False, row_group_size=500)
+    sound = path.read_bytes()
+    middle = len(sound) // 2
+    write(path, sound[:middle] + b"\xff" * 64 + sound[middle + 64 :])
+    with pytest.raises(UserError, match=r"raw\.parquet: "):
+        list(read_rows(path))
+
+
+def test_a_parquet_file_without_rows_is_an_error(tmp_path):
+    path = tmp_path / "raw.parquet"
+    pq.write_table(pa.table({"n": pa.array([], pa.int64())}), path)
+    with pytest.raises(UserError, match="holds no rows"):
+        list(read_rows(path))
+
+
+def test_a_missing_file_of_a_list_is_found_before_the_first_row(tmp_path):
+    there = write(tmp_path / "a.jsonl", '{"n": 1}\n')
+    with pytest.raises(UserError, match=r"b\.jsonl: no such file"):
+        read_rows([there, tmp_path / "b.jsonl"])
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_reading_60_mb_of_json_lines_holds_a_few_lines(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    line = json.dumps({"text": "x" * 20_000}) + "\n"
+    path.write_text(line * 3000)
+    tracemalloc.start()
+    try:
+        assert sum(len(row["text"]) for _, row in read_rows(path)) == 60_000_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_reading_60_mb_of_parquet_holds_a_few_batches(tmp_path):
+    path = tmp_path / "raw.parquet"
+    texts = pa.array([os.urandom(10_000).hex() for _ in range(3000)])  # 20 kB each
+    # One row group, of pages of about a megabyte.
+    layout = {"compression": "none", "use_dictionary": False, "write_batch_size": 64}
+    pq.write_table(pa.table({"text": texts}), path, **layout)
+    assert pq.ParquetFile(path).num_row_groups == 1
+    del texts
+    before, arrow_peak, characters = pa.total_allocated_bytes(), 0, 0
+    tracemalloc.start()
+    try:
+        for _, row in read_rows(path):
+            characters += len(row["text"])
+            arrow_peak = max(arrow_peak, pa.total_allocated_bytes() - before)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert characters == 60_000_000
+    assert peak < 8_000_000
+    assert arrow_peak < 16_000_000
+
+
+# ---------------------------------------------------------------- write_aside
+
+
+def write_half(path, error):
+    with write_aside(path) as file:
+        file.write("half")
+        raise error
+
+
+def test_a_file_appears_whole_and_only_when_the_block_ends(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with write_aside(path) as file:
+        file.write("é\n")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == "é\n".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_what_was_there_and_nothing_else(tmp_path, raised):
+    path = write(tmp_path / "out.jsonl", "before\n")
+    with pytest.raises(raised):
+        write_half(path, raised())
+    assert path.read_text() == "before\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_the_users_error(tmp_path):
+    write(tmp_path / "file", "")
+    (tmp_path / "taken").mkdir()
+    for path in (tmp_path / "file" / "x", tmp_path / "gone" / "x", tmp_path / "taken"):
+        with pytest.raises(UserError, match=r": cannot be written \("), write_aside(path) as file:
+            file.write("x")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "taken"]
+
+
+def test_a_full_disk_is_the_users_error(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match=r"out\.jsonl: cannot be written \(No space left"):
+        write_half(path, OSError(errno.ENOSPC, "No space left on device"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("raised", [FileNotFoundError(2, "gone", "other"), BrokenPipeError()])
+def test_an_error_of_something_else_is_not_blamed_on_the_file(tmp_path, raised):
+    with pytest.raises(type(raised)):
+        write_half(tmp_path / "out.jsonl", raised)
+    assert list(tmp_path.iterdir()) == []

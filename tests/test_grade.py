@@ -1,0 +1,364 @@
+r"""A response and the gold answer in, a verdict out; and what must survive a hostile answer."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from redi.config import UserError
+from redi.eval import equivalence
+from redi.eval import grade as grade_module
+from redi.eval.grade import Grader, extract, grade
+
+ROOT = Path(__file__).parent.parent
+ENDLESS = r"\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}"  # Math-Verify issue 65
+HUNGRY = r"10^{10^{9}}+1"  # a number of 1e9 digits
+
+
+def boxed(answer: str) -> str:
+    return rf"<think>\nhm</think> The answer is $\boxed{{{answer}}}$."
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=1) as pool:
+        yield pool
+
+
+EQUAL = [  # gold, answer
+    (r"\frac{1}{2}", r"\dfrac12"),
+    (r"\frac{1}{2}", "1/2"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"\frac59", "0.555556"),
+    (r"1\frac{4}{5}", r"\frac{9}{5}"),
+    (r"137 \frac{1}{2}", "137.5"),
+    (".35625", "0.35625"),
+    ("142", "142.0"),
+    ("33", "033"),
+    ("58,500", "58500"),
+    (r"10,\!080", "10,080"),
+    (r"11,\! 111,\! 111,\! 100", "11111111100"),
+    (r"\$32,\!348", "32348"),
+    (r"\$18.90", "18.9"),
+    (r"11\sqrt2", r"11 \sqrt{2}"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt 3}"),
+    ("p - q", "-q+p"),
+    ("(a+5)(b+2)", "ab+2a+5b+10"),
+    ("6 - 5i", "-5i + 6"),
+    ("2i", "(1+i)^2"),
+    (r"\ln 2 + i\frac\pi3", r"\ln(2) + \frac{i \pi}{3}"),
+    ("x=5", "5"),
+    ("5", "x = 5"),
+    ("f(x)=2x", "2x"),
+    (r"m_{\max }=n^{2}-n-1", "n^2-n-1"),
+    ("y = 2x + 3", "2x - y + 3 = 0"),
+    ("5x - 7y + 11z + 4 = 0", "-5x+7y-11z=4"),
+    (r"x \in [-2,7]", "[-2,7]"),
+    ("[-2,7]", r"-2 \le x \le 7"),
+    (r"(2,\infty)", "x > 2"),
+    (r"k \geqslant 2", r"k\ge 2"),
+    (r"\left(\frac{3}{5},\frac{8}{3}\right]", "(0.6, 8/3]"),
+    (r"(0,9) \cup (9,36)", r"\left(9,36\right)\cup\left(0,9\right)"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)"),
+    ("(15,-29)", "15, -29"),
+    ("3, 5, 7", r"\{7, 5, 3\}"),
+    ("3, 5", "(3, 5)"),
+    ("1,-2", r"x = -2 \text{ or } x = 1"),
+    ("$1$ and $2$", "2, 1"),
+    ("$(1,2)$ or $(2,1)$", "(2,1),(1,2)"),
+    (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}"),
+    (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5"),
+    (r"$90^{\circ}$,$60^{\circ}$", "60, 90"),
+    (r"90^\circ", "90"),
+    (r"90^\circ", r"90 \text{ degrees}"),
+    (r"864 \mbox{ inches}^2", "864"),
+    (r"15\mbox{ cm}^2", r"15\,\mathrm{cm}^{2}"),
+    (r"5.4 \text{ cents}", "5.4 cents"),
+    (r"15000 \text{ kcal m}^{-2} \text{yr}^{-1}", "15000"),
+    (r"10\%", "10"),
+    (r"10\%", "0.1"),
+    ("62.5%", r"62.5 \%"),
+    ("4.5e33", r"4.5 \times 10^{33}"),
+    (r"1.7 \cdot 10^{-6}", "0.0000017"),
+    ("1e-5", "10^{-5}"),
+    ("52_8", "52_{8}"),
+    # 4 * 125 + 2 * 25 + 5 = 555 = 512 + 5 * 8 + 3
+    (r"4210_{5}", "1053_{8}"),
+    (r"\text{Evelyn}", "Evelyn"),
+    ("even", r"\text{Even}"),
+    (r"\text{(C)}", "C"),
+    ("B", r"\textbf{(B)}"),
+    (
+        r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+        r"\begin{bmatrix} -\frac{1}{3} \\ \frac{2}{3} \end{bmatrix}",
+    ),
+    (r"\frac{1}{\sqrt{2}}c", r"\frac{c}{\sqrt 2}"),
+    (r"\frac{e^{-2t}}{15}", r"\frac{1}{15 e^{2t}}"),
+    (r"m_{p} c^{2}(\gamma^{2}-1) \sin ^{2} \theta", r"m_p c^2 (\gamma^2 - 1)\sin^2\theta"),
+    (r"x' + \frac{r}{V}x - rc = 0", r"x'+\frac{rx}{V}=rc"),
+    (r"\cot x", r"\frac{\cos x}{\sin x}"),
+    ("7.", "7"),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer"), EQUAL)
+def test_the_same_answer_written_differently_is_correct(grader, gold, answer):
+    assert grader.grade(boxed(answer), gold) == "correct"
+
+
+DIFFERENT = [  # gold, answer
+    (r"\frac{1}{2}", r"\frac{1}{3}"),
+    (r"\frac13", "0.33"),
+    (r"\pi", "3.14"),
+    ("5", "-5"),
+    ("12", "1 2"),
+    ("12", "21"),
+    ("1,234", "1,243"),
+    ("2^{1009}", "2^{1009}-1"),
+    ("10^{100}", "10^{100}+1"),
+    (r"8.2 \times 10^{-19}", r"2.88 \times 10^{-19}"),
+    (".0000672", ".00006725"),
+    ("4.5e33", "4.5e34"),
+    ("x=5", "y=5"),
+    ("6m", "6"),
+    (r"\frac{1}{\sqrt{2}}c", r"\frac{1}{\sqrt{2}}"),
+    (r"\frac{r}{V}", r"\frac{R}{V}"),
+    (r"\Delta", r"\delta"),
+    ("y'+y=0", "y+y=0"),
+    ("6-5i", "6+5i"),
+    ("(3,4]", "[3,4]"),
+    ("(3,4)", "(4,3)"),
+    ("(1,2)", r"\{1,2\}"),
+    (r"(2,\infty)", r"x \ge 2"),
+    ("3, 5, 7", "3, 5"),
+    ("3, 5", "3, 5, 7"),
+    ("-2,-2", "-2"),
+    ("(1,2),(3,4)", "(1,4),(3,2)"),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}"),
+    ("52_8", "52_9"),
+    (r"10\%", "0.01"),
+    ("0.5", r"0.5\%"),
+    (r"\text{east}", r"\text{seat}"),
+    (r"\text{even}", r"\text{odd}"),
+    (r"\text{(C)}", r"\text{(D)}"),
+    (r"2\sqrt{2}", r"\sqrt{6}"),
+    ("n^{2}-n+1", "n^{2}-n-1"),
+    ("y = 2x + 3", "y = 2x - 3"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"),
+    (r"\sin x", r"\cos x"),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
+def test_an_answer_that_is_nearly_the_gold_is_incorrect(grader, gold, answer):
+    assert grader.grade(boxed(answer), gold) == "incorrect"
+
+
+def test_any_answer_of_a_list_suffices(grader):
+    golds = ["0.01", r"\frac{1}{50}"]
+    assert grader.grade(boxed("0.02"), golds) == "correct"
+    assert grader.grade(boxed("0.03"), golds) == "incorrect"
+
+
+def test_a_gold_that_is_no_latex_does_not_hide_the_next_one(grader):
+    assert grader.grade(boxed("0.5"), [r"\frac{", r"\frac12"]) == "correct"
+
+
+# ---------------------------------------------------------------- which answer
+
+
+def test_a_response_that_never_stopped_thinking_has_no_answer():
+    assert grade(r"<think> it is \boxed{5}", "5") == "no_answer"
+    assert grade(r"<think> it is \boxed{5}", "5", "length") == "truncated"
+
+
+def test_a_response_cut_at_the_limit_is_truncated_whatever_it_says():
+    assert grade(boxed("5"), "5", "length") == "truncated"
+
+
+def test_an_answer_outside_any_box_is_no_answer():
+    assert grade("</think> The answer is 5.", "5") == "no_answer"
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"</think> \boxed{1} or rather \boxed{2}", "2"),
+        (r"</think> \boxed{1}, \fbox{2}", "2"),
+        (r"\boxed{1}</think> none", None),
+        (r"</think> \boxed{1} </think> \boxed{2}", "2"),
+        (r"</think> \boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+        (r"</think> \boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"</think> \boxed{\{1}", r"\{1"),
+        (r"</think> \boxed {7}", "7"),
+        (r"</think> \boxed{1} and \boxed{2", "1"),
+        (r"</think> \boxed{1 and \boxed{2}", "2"),
+        (r"</think> \boxed{\boxed{3}}", "3"),
+        (r"</think> \boxed{4} as asked, in \boxed{}.", "4"),
+        (r"</think> \boxed{ }", None),
+        (r"</think> }{ \boxed{5} }", "5"),
+        ("</think> \\boxed{1 \\\\\n 2}", "1 \\\\\n 2"),
+        (r"no end \boxed{5}", None),
+    ],
+)
+def test_the_answer_is_the_last_balanced_box_after_the_thinking(response, answer):
+    assert extract(response) == answer
+
+
+def test_extraction_takes_linear_time_on_boxes_that_never_close():
+    started = time.perf_counter()
+    assert extract("</think>" + r"\boxed{x " * 100_000) is None
+    assert time.perf_counter() - started < 5
+
+
+# ---------------------------------------------------------------- hostile answers
+
+
+def test_an_endless_power_is_a_timeout_and_the_next_answer_is_graded():
+    with Grader(workers=1, limit_s=1.5) as grader:
+        started = time.perf_counter()
+        items = [(boxed(ENDLESS), "1", "stop"), (boxed(r"\frac{2}{4}"), "0.5", "stop")]
+        assert grader.grade_all(items) == ["timeout", "correct"]
+        assert time.perf_counter() - started < 20
+
+
+def test_a_memory_bomb_stays_within_its_limit_and_the_next_answer_is_graded():
+    with Grader(workers=1, limit_s=4) as grader:
+        assert grader.grade(boxed(HUNGRY), "7-x") in ("timeout", "incorrect")
+        assert grader.grade(boxed(r"\frac{2}{4}"), "0.5") == "correct"
+
+
+def test_a_worker_cannot_hold_more_memory_than_its_limit():
+    code = (
+        "from redi.eval.equivalence import MEMORY_LIMIT, _limit_memory\n"
+        "_limit_memory()\n"
+        "try: bytearray(MEMORY_LIMIT)\n"
+        "except MemoryError: print('refused')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "refused\n"
+
+
+def test_a_worker_that_dies_is_replaced():
+    with Grader(workers=1) as grader:
+        assert grader.grade(boxed("1/2"), "0.5") == "correct"
+        first = grader._idle[0]._process.pid
+        os.kill(first, signal.SIGKILL)
+        grader._idle[0]._process.wait()
+        assert grader.grade(boxed("1/4"), "0.25") == "correct"
+        assert grader._idle[0]._process.pid != first
+
+
+def test_a_worker_that_dies_during_a_question_is_a_timeout():
+    with Grader(workers=1, limit_s=30) as grader:
+        grader.grade(boxed("1/2"), "0.5")
+        worker = grader._idle[0]._process
+        killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {worker.pid}"])
+        started = time.perf_counter()
+        assert grader.grade(boxed(ENDLESS), "1") == "timeout"
+        assert time.perf_counter() - started < 15
+        killer.wait()
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_not_a_verdict(monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no such thing')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Grader() as grader, pytest.raises(UserError, match="no such thing"):
+        grader.grade(boxed("1/2"), "0.5")
+
+
+def test_workers_end_when_their_parent_is_killed():
+    code = (
+        "import time\n"
+        "from redi.eval.grade import Grader\n"
+        "grader = Grader()\n"
+        r"grader.grade(r'</think> \boxed{1/2}', '0.5')" + "\n"
+        "print(grader._idle[0]._process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    worker = int(parent.stdout.readline())
+    assert _is_running(worker)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while _is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_running(worker)
+
+
+def _is_running(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return state.stdout.strip() not in ("", "Z", "Zs")
+
+
+def test_an_interrupt_kills_the_busy_worker(monkeypatch):
+    grader = Grader(workers=1, limit_s=60)
+    started = []
+
+    def interrupted(self):
+        started.append(self._process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grade_module._Worker, "receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        grader.grade(boxed("1/2"), "0.5")
+    assert started[0].poll() is not None
+
+
+# ---------------------------------------------------------------- many answers
+
+
+def test_grade_all_keeps_the_order_of_its_items():
+    items = []
+    for k in range(1, 31):
+        items.append((boxed(rf"\frac{{{2 * k}}}{{4}}"), f"{k}/2", "stop"))  # algebra: right
+        items.append((boxed(str(k)), str(k + 1), "stop"))  # integers: wrong
+        items.append((boxed(rf"\frac{{{k}}}{{7}}"), f"{k}/8", "stop"))  # algebra: wrong
+        items.append((boxed(str(k)), str(k), "length"))
+    with Grader(workers=2) as grader:
+        verdicts = grader.grade_all(items)
+    assert verdicts == ["correct", "incorrect", "incorrect", "truncated"] * 30
+
+
+def test_integers_are_graded_without_starting_a_worker():
+    with Grader() as grader:
+        items = [(boxed(str(k % 7)), str(k % 5), "stop") for k in range(5000)]
+        verdicts = grader.grade_all(items)
+        assert grader._idle == []
+    assert verdicts == ["correct" if k % 7 == k % 5 else "incorrect" for k in range(5000)]
+
+
+def test_an_answer_that_occurs_many_times_is_judged_once(monkeypatch):
+    sent = []
+    send = grade_module._Worker.send
+    monkeypatch.setattr(
+        grade_module._Worker, "send", lambda self, q: (sent.append(q), send(self, q))
+    )
+    with Grader() as grader:
+        verdicts = grader.grade_all([(boxed("1/2"), "0.5", "stop")] * 100)
+    assert verdicts == ["correct"] * 100
+    assert sent == [("1/2", "0.5")]
+
+
+def test_grading_imports_neither_torch_nor_sympy():
+    code = "import sys, redi.eval.grade; print({'torch', 'sympy', 'math_verify'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n"
+
+
+def test_nothing_is_correct_against_no_answers():
+    with pytest.raises(ValueError, match="empty list"):
+        grade(boxed("5"), [])
+
+
+def test_whitespace_between_digits_is_significant():
+    assert equivalence.text_key("1 2") != equivalence.text_key("12")
+    assert equivalence.as_integer("1 2") is None

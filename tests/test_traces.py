@@ -1,0 +1,241 @@
+"""redi/data/traces.py: one hand-made row per rule of the recipe, and an account that adds up."""
+
+import copy
+import hashlib
+import json
+import random
+
+import pytest
+
+from redi.config import UserError
+from redi.data.traces import FIELDS, NO_PAIR, NO_POSITIVE, build, raw_rows
+
+DELETE = object()
+
+
+def raw(**changes):
+    """A row with a wrong, a right, another right and another wrong trace."""
+    both = [False, True, True, False]
+    row = {
+        "problem": "1+1?",
+        "problem_is_valid": "Yes",
+        "source": "olympiads",
+        "generations": ["It is 3.", "It is 2.", "So 2.", "So 3."],
+        "correctness": {
+            "llama_verification": list(both),
+            "math_verify_answer": [None] * 4,
+            "math_verify_reparsed_answer": list(both),
+        },
+        **changes,
+    }
+    return {name: value for name, value in row.items() if value is not DELETE}
+
+
+def labelled(llama, math_verify, **changes):
+    labels = {"llama_verification": llama, "math_verify_reparsed_answer": math_verify}
+    return raw(correctness=labels, **changes)
+
+
+def only(row):
+    (built,) = build([row])
+    return built
+
+
+# ---------------------------------------------------------------- what a row becomes
+
+
+def test_the_first_correct_trace_is_chosen_and_the_first_incorrect_one_rejected():
+    row_id = hashlib.sha256(b"1+1?\0It is 2.").hexdigest()[:16]
+    positive, pair, reason = only(raw())
+    assert positive == {
+        "prompt": [{"role": "user", "content": "1+1?"}],
+        "completion": [{"role": "assistant", "content": "It is 2."}],
+        "source": "olympiads",
+        "id": row_id,
+    }
+    assert pair == {
+        "prompt": [{"role": "user", "content": "1+1?"}],
+        "chosen": [{"role": "assistant", "content": "It is 2."}],
+        "rejected": [{"role": "assistant", "content": "It is 3."}],
+        "source": "olympiads",
+        "id": row_id,
+    }
+    assert reason is None
+    assert list(positive) == ["prompt", "completion", "source", "id"]
+    assert list(pair) == ["prompt", "chosen", "rejected", "source", "id"]
+
+
+def test_a_trace_is_correct_only_when_both_verifiers_say_so():
+    positive, pair, _ = only(labelled([True, False, True, True], [False, True, True, False]))
+    assert positive["completion"][0]["content"] == "So 2."
+    assert pair["rejected"][0]["content"] == "It is 3."
+
+
+def test_texts_are_taken_as_they_are():
+    generations = ["\n wrong ", "<think>\nright\n\n", "", ""]
+    positive, pair, _ = only(raw(problem="  1+1?\u2028\n", generations=generations))
+    assert positive["prompt"][0]["content"] == "  1+1?\u2028\n"
+    assert pair["chosen"][0]["content"] == "<think>\nright\n\n"
+    assert pair["rejected"][0]["content"] == "\n wrong "
+
+
+def test_the_id_is_that_of_the_content_not_of_the_place():
+    rows = [raw(), raw(problem="2+2?"), raw(generations=["3", "2", "2", "3"])]
+    forward = [positive["id"] for positive, _, _ in build(rows)]
+    backward = [positive["id"] for positive, _, _ in build(reversed(rows))]
+    assert forward == backward[::-1]
+    assert len(set(forward)) == 3
+
+
+@pytest.mark.parametrize("valid", ["Yes", "yes", " YES\n"])
+def test_a_problem_is_valid_whatever_the_case_and_the_blanks(valid):
+    assert only(raw(problem_is_valid=valid))[2] is None
+
+
+@pytest.mark.parametrize("source", [None, DELETE, "cn_k12_extra"])
+def test_a_row_of_any_other_source_stays(source):
+    assert only(raw(source=source))[2] is None
+
+
+# ---------------------------------------------------------------- one row per reason
+
+ALL, NONE = [True] * 4, [False] * 4
+LABELS = raw()["correctness"]
+DROPPED = [
+    ("malformed", raw(generations="It is 2.")),
+    ("malformed", raw(generations=["It is 2.", 2, "a", "b"])),
+    ("malformed", raw(generations={"0": "It is 2."})),
+    ("malformed", raw(problem=11)),
+    ("malformed", raw(problem_is_valid=True)),
+    ("malformed", raw(source=["olympiads"])),
+    ("malformed", raw(correctness=[True, True])),
+    ("malformed", raw(correctness={**LABELS, "llama_verification": "true"})),
+    ("malformed", raw(correctness={**LABELS, "math_verify_reparsed_answer": [1, 0, 1, 0]})),
+    ("malformed", raw(problem="half of a pair: \ud83d")),
+    ("malformed", raw(generations=["a", "b", "c", "\udc00"])),
+    ("problem not valid", raw(problem_is_valid="No")),
+    ("problem not valid", raw(problem_is_valid="")),
+    ("problem not valid", raw(problem_is_valid=None)),
+    ("problem not valid", raw(problem_is_valid=DELETE)),
+    ("source cn_k12", raw(source="cn_k12")),
+    ("empty problem", raw(problem="")),
+    ("empty problem", raw(problem=" \n")),
+    ("empty problem", raw(problem=None)),
+    ("empty problem", raw(problem=DELETE)),
+    ("no generations", raw(generations=[])),
+    ("no generations", raw(generations=None)),
+    ("no generations", raw(generations=DELETE)),
+    ("labels missing", raw(correctness=None)),
+    ("labels missing", raw(correctness=DELETE)),
+    ("labels missing", raw(correctness={"llama_verification": ALL})),
+    ("labels missing", labelled(None, ALL)),
+    ("labels missing", labelled(ALL, None)),
+    ("labels missing", labelled([True, None, True, True], ALL)),
+    ("labels misaligned", labelled(ALL, [True] * 3)),
+    ("labels misaligned", labelled([True] * 5, ALL)),
+    ("labels misaligned", labelled([], ALL)),
+    ("no correct generation", labelled(NONE, NONE)),
+    ("no correct generation", labelled([True, True, False, False], [False, False, True, True])),
+    ("empty chosen", raw(generations=["It is 3.", "", "So 2.", "So 3."])),
+    ("empty chosen", raw(generations=["It is 3.", " \n", "So 2.", "So 3."])),
+    ("empty chosen", raw(generations=["It is 3.", None, "So 2.", "So 3."])),
+]
+UNPAIRED = [
+    ("no incorrect generation", labelled(ALL, ALL)),
+    ("empty rejected", raw(generations=["", "It is 2.", "So 2.", "So 3."])),
+    ("empty rejected", raw(generations=[None, "It is 2.", "So 2.", "So 3."])),
+    ("chosen equals rejected", raw(generations=["It is 2.", "It is 2.", "So 2.", "So 3."])),
+]
+
+
+@pytest.mark.parametrize(("reason", "row"), DROPPED)
+def test_a_row_that_breaks_a_rule_gives_nothing_but_its_reason(reason, row):
+    assert only(row) == (None, None, reason)
+
+
+@pytest.mark.parametrize(("reason", "row"), UNPAIRED)
+def test_a_row_without_a_usable_wrong_trace_gives_its_positive_alone(reason, row):
+    positive, pair, why = only(row)
+    assert positive["prompt"][0]["content"] == "1+1?"
+    assert pair is None
+    assert why == reason
+
+
+def test_every_reason_has_a_row_above():
+    assert {reason for reason, _ in DROPPED} == set(NO_POSITIVE)
+    assert {reason for reason, _ in UNPAIRED} == set(NO_PAIR)
+
+
+def test_the_rules_are_asked_in_their_order():
+    row = labelled(NONE, NONE, problem_is_valid="No", source="cn_k12", problem="")
+    reasons = [only(row)[2]]
+    for mended in ({"problem_is_valid": "Yes"}, {"source": "math"}, {"problem": "1+1?"}):
+        row = {**row, **mended}
+        reasons.append(only(row)[2])
+    assert reasons == [
+        "problem not valid",
+        "source cn_k12",
+        "empty problem",
+        "no correct generation",
+    ]
+
+
+def test_rows_come_out_one_for_one_and_in_order():
+    rows = [raw(problem="a"), raw(source="cn_k12"), labelled(ALL, ALL, problem="b"), raw()]
+    seen = [(p and p["prompt"][0]["content"], q is not None, why) for p, q, why in build(rows)]
+    assert seen == [
+        ("a", True, None),
+        (None, False, "source cn_k12"),
+        ("b", False, "no incorrect generation"),
+        ("1+1?", True, None),
+    ]
+
+
+def test_build_takes_one_row_at_a_time_and_leaves_it_unchanged():
+    taken = []
+    rows = [raw(), raw(problem="2+2?")]
+    before = copy.deepcopy(rows)
+    next(build(taken.append(row) or row for row in rows))
+    assert len(taken) == 1
+    assert rows == before
+
+
+def test_whatever_stands_in_the_fields_is_a_row_or_a_counted_drop():
+    chance = random.Random(0)
+    scraps = [None, "", "yes", "\ud800", 0, True, [], [None], [True], ["a"], ["a", "a"], {}, [[]]]
+    labels = {"llama_verification": [True, False], "math_verify_reparsed_answer": [True, False]}
+    reasons = set()
+    for _ in range(5000):
+        row = raw(generations=["a", "b"], correctness=dict(labels))
+        for name in chance.sample((*FIELDS, "source"), chance.choice([0, 1, 2])):
+            row[name] = chance.choice(scraps)
+        if isinstance(row["correctness"], dict) and chance.random() < 0.5:
+            row["correctness"][chance.choice(list(labels))] = chance.choice(scraps)
+        positive, pair, reason = only(row)
+        json.dumps([positive, pair], ensure_ascii=False).encode()
+        assert reason in (None, *NO_POSITIVE, *NO_PAIR)
+        assert (positive is None) == (reason in NO_POSITIVE)
+        assert (pair is None) == (reason is not None)
+        reasons.add(reason)
+    assert {None, "malformed", "labels missing", "labels misaligned"} <= reasons
+
+
+# ---------------------------------------------------------------- the right format
+
+
+def test_a_file_of_another_format_is_refused_with_the_fields_seen_and_expected(tmp_path):
+    path = tmp_path / "bench.jsonl"
+    path.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "level": 1}\n')
+    with pytest.raises(UserError) as error:
+        list(raw_rows(path))
+    assert str(error.value) == (
+        f"{path}: not OpenR1-Math-Raw: expected the fields problem, problem_is_valid, "
+        "generations, correctness; found problem, answer, level"
+    )
+
+
+def test_one_row_with_the_fields_makes_a_file_raw(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    rows = [{"problem": "1+1?"}, raw()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(raw_rows(path)) == rows

@@ -1,0 +1,79 @@
+"""Stage 2: learn from right and wrong traces of the same problem (Eq. 5 of arXiv 2505.24850).
+
+    python train_redi.py                                      the published run
+    python train_redi.py --config recipes/toy_redi.toml
+    python train_redi.py --config recipes/dpo.toml            a baseline of the paper
+
+Reads the stage-1 model and pairs {"prompt": [messages], "chosen": [message], "rejected":
+[message]}, as `python -m redi.prepare` writes them, and minimises per pair
+
+    redi        -M_w + alpha M_l                              alpha 0.8
+    symmetric   -M_w + M_l
+    dpo         -log sigmoid(beta [(S_w - S_w_ref) - (S_l - S_l_ref)])
+    simpo       -log sigmoid(beta (M_w - M_l) - gamma)
+
+with M the mean and S the sum of a response's log-probs. Writes a Hugging Face folder.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from redi.config import UserError, parse, program
+from redi.objectives import OBJECTIVES
+from redi.train import TrainConfig, require, run
+
+# What each objective takes, and the paper's best value (Section 4; DPO and SimPO: its baselines).
+PARAMETERS = {
+    "redi": {"alpha": 0.8},
+    "symmetric": {},
+    "dpo": {"beta": 0.001},
+    "simpo": {"beta": 2.0, "gamma": 1.0},
+}
+
+
+@dataclass(kw_only=True)
+class REDIConfig(TrainConfig):
+    objective: Annotated[Literal[tuple(OBJECTIVES)], "what is minimised"] = "redi"
+    alpha: Annotated[
+        float | None, "weight of the rejected trace, in [0, 1]; redi only, none = 0.8"
+    ] = None
+    beta: Annotated[float | None, "sharpness of the sigmoid; dpo and simpo"] = None
+    gamma: Annotated[float | None, "target margin; simpo only"] = None
+    model: str = "out/sft"
+    data: str = "data/pairs.jsonl"
+    out: str = "out/redi"
+    lr: float = 1e-6
+    rows_per_step: int = 32
+    epochs: int = 1
+    rope_theta: float | str = "keep"
+    max_position_embeddings: int | str = "keep"
+    max_prompt: int = 800
+    max_response: int = 19_000
+    max_length: int = 32_768
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = PARAMETERS[self.objective]
+        for name in ("alpha", "beta", "gamma"):
+            given = getattr(self, name)
+            require(name in own or given is None, name, given, f"none with {self.objective}")
+        if self.objective == "redi" and self.alpha is None:
+            self.alpha = own["alpha"]
+        for name, published in own.items():
+            if getattr(self, name) is None:
+                raise UserError(
+                    f"--{name} is missing: {self.objective} needs it (the paper's is {published:g})"
+                )
+        require(self.alpha is None or 0 <= self.alpha <= 1, "alpha", self.alpha, "within [0, 1]")
+        require(self.beta is None or self.beta > 0, "beta", self.beta, "above 0")
+
+
+@program
+def main() -> None:
+    config = parse(REDIConfig, "Stage 2 of REDI: learning from pairs of right and wrong traces.")
+    objective = OBJECTIVES[config.objective](config)
+    run(config, objective, paired=True, model_made_by="python train_sft.py")
+
+
+if __name__ == "__main__":
+    main()
