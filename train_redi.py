@@ -18,9 +18,9 @@ with M the mean and S the sum of a response's log-probs. Writes a Hugging Face f
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from redi.config import UserError, parse, program
+from redi.config import UserError, parse, program, require
 from redi.objectives import OBJECTIVES
-from redi.train import TrainConfig, require, run
+from redi.train import TrainConfig, run
 
 # What each objective takes, and the paper's best value (Section 4; DPO and SimPO: its baselines).
 PARAMETERS = {

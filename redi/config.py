@@ -36,6 +36,12 @@ class UserError(Exception):
     """Something the user can mend: which file, row or flag; what was expected; what to do."""
 
 
+def require(holds: bool, name: str, value: Any, expected: str) -> None:
+    """Raises UserError naming the flag."""
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} is {value}: expected {expected}")
+
+
 def program(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a program's `main`: errors of the user's end in one line and exit status 2,
     Ctrl-C in one line and 130. A `main` that knows what is on disk says so in the
@@ -213,7 +219,9 @@ def usage(config_class: type, description: str) -> str:
     annotations, by_place = _annotations(config_class), _given_by_place(config_class)
     notes = {name: hint.__metadata__[0] for name, hint in annotations.items()}
     hints = {name: hint.__origin__ for name, hint in annotations.items()}
-    head, places, flags = ["usage:", Path(sys.argv[0]).name], [], []
+    spec = sys.modules["__main__"].__spec__  # None unless started with python -m
+    name = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    head, places, flags = ["usage:", name], [], []
     for field in dataclasses.fields(config_class):
         default = "" if _is_required(field) else " " + _shown(field)
         if field.name in by_place:

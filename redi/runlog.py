@@ -72,14 +72,14 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
 class RunLog:
     """Writes a run's records as they come, and shows the progress line."""
 
-    def __init__(self, out: str, config: Any, notes: dict[str, str]):
+    def __init__(self, out: str, config: Any, notes: dict[str, str], tracker: str = "none"):
         """notes: facts that are not settings (versions, data hash), kept as TOML comments."""
         self.folder = Path(out)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {out}: cannot be made a folder ({error})") from None
-        self._track = TRACKERS[config.tracker](self.folder, to_toml(config))
+        self._track = TRACKERS[tracker](self.folder, to_toml(config))
         comments = "".join(f"# {key}: {value}\n" for key, value in notes.items())
         with write_aside(self.folder / "config.toml") as file:
             file.write(comments + to_toml(config))

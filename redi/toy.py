@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from redi.checkpoint import Source, save_model
-from redi.config import UserError, parse, program
+from redi.config import UserError, parse, program, require
 from redi.data.files import write_aside
 from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.model import ModelConfig, Transformer
@@ -75,11 +75,9 @@ class ToyConfig:
 
     def __post_init__(self) -> None:
         for name in ("problems", "benchmark", "operations"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}: expected at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("impatience", "luck", "slip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} is {getattr(self, name)}: expected within [0, 1]")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "within [0, 1]")
 
 
 # ---------------------------------------------------------------- the teacher

@@ -26,7 +26,7 @@ from torch import nn
 from redi import __version__, distributed
 from redi.batches import SequenceLogps, Task, held_out, summarise, with_reference
 from redi.checkpoint import Source, load_model, save_model
-from redi.config import UserError, to_toml
+from redi.config import UserError, require, to_toml
 from redi.data import dataset as data_room
 from redi.data.dataset import Dataset, Limits, describe
 from redi.distributed import DTYPES, peak_memory_gib, whole
@@ -95,12 +95,6 @@ class TrainConfig:
         )
 
 
-def require(holds: bool, name: str, value: object, expected: str) -> None:
-    """Raises UserError naming the flag."""
-    if not holds:
-        raise UserError(f"--{name.replace('_', '-')} is {value}: expected {expected}")
-
-
 # ---------------------------------------------------------------- a whole run
 
 
@@ -131,7 +125,7 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
 
     # ---- train and save
     facts = notes(source, dataset)
-    log = RunLog(config.out, config, facts)
+    log = RunLog(config.out, config, facts, config.tracker)
     distributed.place_model(model, place, distributed.compute_dtype(config.dtype, place))
     train(model, task, config, log, eval_task)
     save_model(model, config.out, source, save_dtype(config, source), model_card(config, facts))

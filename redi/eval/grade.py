@@ -4,20 +4,27 @@ r"""A response -> a verdict: correct, incorrect, no_answer, truncated or timeout
 
 The answer is the last balanced box after `</think>`; a response that never stopped thinking, or was
 cut off at the length limit, has none, whatever it says. Most answers are decided here, as text or
-as integers; the rest is algebra, done by workers (`equivalence.py`) that may hang, eat memory or
-crash: a question that does ends as "timeout", its worker is replaced, and the next question finds
-a fresh one. A worker is a new program, not a fork: forking a process that holds threads and a CUDA
-context is not safe. It lives in its own session, so that Ctrl-C reaches only the parent.
+as integers; the rest is algebra (`equivalence.py`), done by worker processes. They may hang, eat
+memory or crash: a question that does so ends as "timeout", its worker is replaced, and the next
+question finds a fresh one. No Python code can stop a worker inside `5^{5^{5^{5^5}}}`, which holds
+the interpreter's lock; the kernel can, so before each question a worker sets an alarm whose action
+is its own death. A worker is a new program, not a fork: forking a process that holds threads and a
+CUDA context is not safe. It lives in its own session, so that Ctrl-C reaches only the parent, and
+sees the parent's end, however that comes, as the end of its input.
 Left out: Math-Verify's own extraction, which merges neighbouring boxes and reads unfinished ones,
 and its timeouts, which are Python signal handlers and do not interrupt a long integer power.
 """
 
 import atexit
 import contextlib
+import functools
 import json
+import logging
 import os
 import re
+import resource
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +38,11 @@ from redi.eval import equivalence
 
 Verdict = Literal["correct", "incorrect", "no_answer", "truncated", "timeout"]
 Question = tuple[str, ...]  # an answer and the golds, any of which it may equal
+
+ROOT = str(Path(__file__).resolve().parents[2])  # the folder that holds the package
+MEMORY_LIMIT = 2 << 30  # bytes of address space; a comparison needs some 0.2 GiB
+LONGEST_ANSWER = 2000  # characters; the longest gold of the five benchmarks has 204
+STARTUP_S = 120.0  # importing sympy takes 0.5 s, a minute on a busy network file system
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
@@ -59,6 +71,13 @@ def extract(response: str) -> str | None:
 def grade(response: str, answer: str | list[str], finish_reason: str = "stop") -> Verdict:
     """Grade one response in a worker shared by the whole process; see `Grader.grade`."""
     return _shared_grader().grade(response, answer, finish_reason)
+
+
+@functools.cache
+def _shared_grader() -> "Grader":
+    grader = Grader(workers=1)
+    atexit.register(grader.close)
+    return grader
 
 
 class Grader:
@@ -150,6 +169,8 @@ def _decide(response: str, answer: str | list[str], finish_reason: str) -> Verdi
     given = extract(response)
     if given is None:
         return "no_answer"
+    if len(given) > LONGEST_ANSWER:  # prose, or a loop: reading it takes quadratic time
+        return "correct" if given in golds else "incorrect"
     key = equivalence.text_key(given)
     if any(equivalence.text_key(gold) == key for gold in golds):
         return "correct"
@@ -161,17 +182,21 @@ def _decide(response: str, answer: str | list[str], finish_reason: str) -> Verdi
 
 
 class _Worker:
-    """One process that runs `equivalence.serve`, and its two pipes."""
+    """One process that runs `serve`, and its two pipes."""
 
     def __init__(self, limit_s: float):
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(equivalence.__file__).resolve()), str(limit_s)],
+            [sys.executable, "-P", "-c", f"from redi.eval.grade import serve; serve({limit_s})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            # sympy's order of terms follows hashes: a verdict must not change from run to run
-            env={**os.environ, "PYTHONHASHSEED": "0"},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")])),
+                # sympy's order of terms follows hashes: a verdict must not change between runs
+                "PYTHONHASHSEED": "0",
+            },
         )
         self.replies = self._process.stdout
         self._ready = False
@@ -212,12 +237,49 @@ class _Worker:
             self._process.stdin.close()
 
 
-_shared: Grader | None = None
+# ---------------------------------------------------------------- the worker's side
 
 
-def _shared_grader() -> Grader:
-    global _shared
-    if _shared is None:
-        _shared = Grader(workers=1)
-        atexit.register(_shared.close)
-    return _shared
+def serve(limit_s: float) -> None:
+    """Answer questions from stdin until it closes.
+
+    A question is a JSON line [answer, gold, ...], a reply one of correct, incorrect, timeout;
+    before them comes `ready`, or why not. A question that takes limit_s seconds ends the process.
+    """
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what a library prints is not a reply
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.setitimer(signal.ITIMER_REAL, STARTUP_S)
+    logging.disable()  # Math-Verify warns that its timeouts are off
+    try:
+        equivalence.equivalent("x", "2x")  # imports it all, and builds the parser's tables
+        _limit_memory()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=replies)
+        return
+    print("ready", file=replies)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        verdict = _judge(*json.loads(line))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(verdict, file=replies)
+
+
+def _judge(answer: str, *golds: str) -> Verdict:
+    for gold in golds:
+        try:
+            if equivalence.equivalent(gold, answer):
+                return "correct"
+        except MemoryError:
+            return "timeout"
+        except Exception:
+            continue  # what cannot be read or compared is not this gold
+    return "incorrect"
+
+
+def _limit_memory() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    with contextlib.suppress(ValueError):  # macOS knows no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
