@@ -10,7 +10,8 @@ For a benchmark of P problems with n samples each, where c of a problem's n samp
 SEM is the spread between repeated runs of the same benchmark, not between problems: it says how far
 another evaluation of the same model may differ. A completion that is truncated, unanswered or timed
 out counts as wrong, and its share stands beside the score, because a short limit looks like a bad
-model. Left out: majority votes and confidence intervals over problems; the paper reports neither.
+model. `python -m redi.eval.report RUN [RUN ...]` puts evaluations side by side. Left out: majority
+votes and confidence intervals over problems; the paper reports neither.
 """
 
 import dataclasses
@@ -18,11 +19,13 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from redi.config import UserError
+from redi.config import UserError, parse, program
+from redi.data.files import write_aside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +170,12 @@ def table(report: Report) -> str:
     if len(report.scores) > 1:
         mean = f"{100 * report.mean_pass_at_1:.1f}"
         rows.append(("mean", "", mean, *[""] * (len(HEADER) - 3)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    return _markdown(rows)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the header first; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
@@ -189,3 +197,74 @@ def _row(score: Score) -> tuple[str, ...]:
         f"{100 * score.no_answer:.1f}",
         f"{100 * score.timeout:.1f}",
     )
+
+
+# ---------------------------------------------------------------- several models side by side
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    runs: Annotated[list[str], "folders that evaluate.py wrote; each is named by its last part"]
+    out: Annotated[str | None, "JSON file for the table"] = None
+
+
+def compare(runs: list[Path]) -> list[dict[str, Any]]:
+    """A row for each run and benchmark, from the report.json of each run."""
+    rows = []
+    for run in runs:
+        path = run / "report.json"
+        try:
+            scores = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; `python evaluate.py` makes it") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a report of evaluate.py ({error})") from None
+        for score in scores:
+            samples = score["num_samples"]
+            rows.append(
+                {
+                    "model": run.name,
+                    "benchmark": score["benchmark"],
+                    "problems": score["num_problems"],
+                    "pass@1": score["pass_at_1"],
+                    "sem": score["sem"],
+                    f"pass@{samples}": score["pass_at_k"][-1],
+                    "mean_tokens": score["mean_tokens"],
+                    "truncated": score["truncated"],
+                }
+            )
+    return rows
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `compare` as a Markdown table; fractions as they are."""
+    cells = [["model", "benchmark", "pass@1 ± SEM", "pass@n", "mean tokens", "truncated"]]
+    for row in rows:
+        best = next(key for key in row if key.startswith("pass@") and key != "pass@1")
+        cells.append(
+            [
+                row["model"],
+                row["benchmark"],
+                f"{row['pass@1']:.3f} ± {row['sem']:.3f}",
+                f"{row[best]:.3f} (n = {best[5:]})",
+                f"{row['mean_tokens']:.1f}",
+                f"{row['truncated']:.1%}",
+            ]
+        )
+    return _markdown(cells)
+
+
+@program
+def main() -> None:
+    config = parse(CompareConfig, "Put evaluations side by side.")
+    rows = compare([Path(run) for run in config.runs])
+    print(comparison_table(rows))
+    if config.out:
+        with write_aside(config.out) as file:
+            json.dump({"rows": rows}, file, indent=2)
+            file.write("\n")
+        print(f"\nsaved {config.out}")
+
+
+if __name__ == "__main__":
+    main()

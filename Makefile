@@ -1,0 +1,56 @@
+# make demo   the whole method on a toy problem, on a CPU, in a few minutes
+# make test   lint and tests
+# make clean  forget the virtual environment and everything in out/
+# Each makes .venv first. Another interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+# So small a model runs slower on many threads than on two.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: demo test lint clean
+
+demo: .venv/core
+	@rm -rf out/demo
+	$(BIN)/python -m redi.toy out/demo
+	$(BIN)/python -m redi.prepare out/demo/raw.parquet --out out/demo
+	$(BIN)/python train_sft.py --config recipes/toy_sft.toml
+	$(BIN)/python train_redi.py --config recipes/toy_redi.toml
+	$(BIN)/python evaluate.py --config recipes/toy_eval.toml --model out/demo/student --out out/demo/eval/base
+	$(BIN)/python evaluate.py --config recipes/toy_eval.toml --model out/demo/sft --out out/demo/eval/sft
+	$(BIN)/python evaluate.py --config recipes/toy_eval.toml --model out/demo/redi --out out/demo/eval/redi
+	@$(BIN)/python -m redi.runlog out/demo/sft
+	@$(BIN)/python -m redi.runlog out/demo/redi
+	@$(BIN)/python -m redi.eval.report out/demo/eval/base out/demo/eval/sft out/demo/eval/redi \
+		--out out/demo/report.json
+
+test: .venv/dev lint
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis
+
+# ---- environments: made anew when their requirements change
+
+.venv/core: requirements.txt
+	@$(call new_venv)
+	@echo "installing requirements.txt into .venv (a minute or two)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt requirements.txt
+	@$(call new_venv)
+	@echo "installing requirements-dev.txt into .venv (a minute or two)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch .venv/core $@
+
+define new_venv
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: redi needs Python 3.11 or newer; try make PYTHON=python3.11" >&2; exit 1; }; \
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+endef

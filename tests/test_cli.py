@@ -1,0 +1,308 @@
+"""What a user can get wrong ends in one line that says what to mend, and leaves nothing behind.
+
+The programs' `main` runs in this process (`program` turns errors into one line and a status); the
+interrupted runs and one error are run as real commands.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import train_redi
+import train_sft
+from redi import prepare, toy
+
+ROOT = Path(__file__).parent.parent
+LIMITS = ["--max-length", "256"]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """A small toy: raw.parquet, student/, benchmark.jsonl, positives.jsonl, pairs.jsonl."""
+    folder = tmp_path_factory.mktemp("toy")
+    run(toy.main, str(folder), "--problems", "60", "--benchmark", "4")
+    run(prepare.main, str(folder / "raw.parquet"), "--out", str(folder))
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    """A working folder with its own copy of the toy, to be broken."""
+    shutil.copytree(made, tmp_path / "toy")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(main, *arguments: str) -> int:
+    """The exit status of a program."""
+    before, sys.argv = sys.argv, ["program", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def sft(*arguments: str) -> int:
+    keep = ["--rope-theta", "keep", "--max-position-embeddings", "keep"]
+    given = ["--model", "toy/student", "--data", "toy/positives.jsonl", "--out", "run"]
+    return run(train_sft.main, *keep, *LIMITS, *given, *arguments)
+
+
+def redi(*arguments: str) -> int:
+    given = ["--model", "toy/student", "--data", "toy/pairs.jsonl", "--out", "run"]
+    return run(train_redi.main, *LIMITS, *given, *arguments)
+
+
+def evaluated(*arguments: str) -> int:
+    given = ["--model", "toy/student", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
+    return run(evaluate.main, "--samples", "1", "--max-new-tokens", "8", *given, *arguments)
+
+
+# ---------------------------------------------------------------- ways to break an input
+
+
+def edit_json(path: str, **changes) -> None:
+    content = json.loads(Path(path).read_text())
+    content |= changes
+    Path(path).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def edit_line(path: str, number: int, line: str) -> None:
+    lines = Path(path).read_text().splitlines()
+    lines[number - 1] = line
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+def row(path: str, number: int) -> dict:
+    return json.loads(Path(path).read_text().splitlines()[number - 1])
+
+
+def remove_config():
+    Path("toy/student/config.json").unlink()
+
+
+def truncate_weights():
+    path = Path("toy/student/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def reshape_weight():
+    weights = load_file("toy/student/model.safetensors")
+    weights["model.norm.weight"] = torch.ones(7)
+    save_file(weights, "toy/student/model.safetensors", metadata={"format": "pt"})
+
+
+def remove_stop_token():
+    plain = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    Path("toy/student/chat_template.jinja").write_text(plain)
+
+
+def shrink_embedding():
+    edit_json("toy/student/config.json", vocab_size=256)
+    weights = load_file("toy/student/model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:256].clone()
+    save_file(weights, "toy/student/model.safetensors", metadata={"format": "pt"})
+
+
+def empty_data():
+    Path("toy/positives.jsonl").write_text("")
+
+
+def break_line():
+    edit_line("toy/positives.jsonl", 7, '{"prompt": [')
+
+
+def drop_field():
+    content = row("toy/positives.jsonl", 5)
+    del content["completion"]
+    edit_line("toy/positives.jsonl", 5, json.dumps(content))
+
+
+def empty_response():
+    content = row("toy/positives.jsonl", 3)
+    content["completion"][0]["content"] = " \n"
+    edit_line("toy/positives.jsonl", 3, json.dumps(content))
+
+
+def other_run():
+    assert sft("--max-steps", "1", "--rows-per-step", "4") == 0
+
+
+def foreign_files():
+    Path("run").mkdir()
+    Path("run/thesis.tex").write_text("precious")
+
+
+def no_answers():
+    Path("toy/benchmark.jsonl").write_text('{"problem": "1+1?"}\n')
+
+
+def write_recipe():
+    Path("recipe.toml").write_text("lr = 1e-3\nlearnig_rate = 1e-3\n")
+
+
+NOTHING = None
+BAD_INPUTS = {
+    "missing model": (NOTHING, sft, ["--model", "nowhere"], ["nowhere"]),
+    "missing stage 1": (NOTHING, redi, ["--model", "out/sft"], ["out/sft", "train_sft.py"]),
+    "no config.json": (remove_config, sft, [], ["student/config.json"]),
+    "truncated weights": (truncate_weights, sft, [], ["model.safetensors"]),
+    "wrong shape": (reshape_weight, sft, [], ["model.norm.weight", "[7]", "[96]"]),
+    "no stop token": (remove_stop_token, sft, [], ["student", "no stop token"]),
+    "small embedding": (shrink_embedding, sft, [], ["tokenizer.json", "256"]),
+    "missing data": (NOTHING, sft, ["--data", "no.jsonl"], ["no.jsonl"]),
+    "missing pairs": (NOTHING, redi, ["--data", "data/pairs.jsonl"], ["redi.prepare"]),
+    "empty data": (empty_data, sft, [], ["positives.jsonl"]),
+    "broken line": (break_line, sft, [], ["positives.jsonl:7"]),
+    "lacking a field": (drop_field, sft, [], ["positives.jsonl:5", "completion"]),
+    "empty response": (empty_response, sft, [], ["positives.jsonl:3", "completion"]),
+    "pairs as positives": (NOTHING, sft, ["--data", "toy/pairs.jsonl"], [":1", "completion"]),
+    "unknown flag": (NOTHING, sft, ["--learning-rate", "1"], ["--learning-rate"]),
+    "not a number": (NOTHING, sft, ["--lr", "fast"], ["--lr", "fast"]),
+    "unknown key": (write_recipe, sft, ["--config", "recipe.toml"], ["recipe.toml", "learnig"]),
+    "missing recipe": (NOTHING, sft, ["--config", "no.toml"], ["no.toml"]),
+    "alpha": (NOTHING, redi, ["--alpha", "1.5"], ["--alpha", "[0, 1]"]),
+    "alpha with dpo": (NOTHING, redi, ["--objective", "dpo", "--alpha", "0.5"], ["--alpha", "dpo"]),
+    "dpo without beta": (NOTHING, redi, ["--objective", "dpo"], ["--beta", "0.001"]),
+    "simpo without gamma": (
+        NOTHING, redi, ["--objective", "simpo", "--beta", "2"], ["--gamma", "1"],
+    ),
+    "every row too long": (NOTHING, sft, ["--max-response", "3"], ["positives.jsonl", "60"]),
+    "one row too long": (
+        NOTHING, sft, ["--max-response", "30", "--over-length", "error"], ["positives.jsonl", "30"],
+    ),
+    "beyond the context": (NOTHING, sft, ["--max-length", "9999"], ["--max-length", "256"]),
+    "another run": (other_run, sft, ["--lr", "0.5"], ["--out", "lr"]),
+    "foreign files": (foreign_files, sft, [], ["--out", "run"]),
+    "out is a file": (NOTHING, sft, ["--out", "toy/raw.parquet"], ["--out", "raw.parquet"]),
+    "no tracker": (NOTHING, sft, ["--tracker", "wandb"], ["wandb", "install"]),
+    "no answers": (no_answers, evaluated, [], ["benchmark.jsonl:1", "answer"]),
+    "unknown benchmark": (NOTHING, evaluated, ["--benchmark", "math"], ["math500"]),
+    "evaluate a missing model": (NOTHING, evaluated, ["--model", "out/redi"], ["train_redi.py"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_line_naming_what_to_mend(case, here, capsys):
+    prepare_it, program, arguments, named = BAD_INPUTS[case]
+    if prepare_it is not NOTHING:
+        prepare_it()
+    before = files_under(here)
+    capsys.readouterr()
+    status = program(*arguments)
+    errors = capsys.readouterr().err.splitlines()
+    assert status == 2
+    assert len(errors) == 1, errors
+    for text in named:
+        assert text in errors[0]
+    assert files_under(here) == before
+
+
+def files_under(folder: Path) -> set[Path]:
+    """Every file but the token store, which is a cache: a good input that met a bad flag."""
+    cache = folder / "out" / "tokens"
+    return {p for p in folder.rglob("*") if p.is_file() and cache not in p.parents}
+
+
+def test_a_pair_of_equal_traces_is_dropped_and_counted(here, capsys):
+    pair = row("toy/pairs.jsonl", 2)
+    pair["rejected"] = pair["chosen"]
+    edit_line("toy/pairs.jsonl", 2, json.dumps(pair))
+    pairs = len(Path("toy/pairs.jsonl").read_text().splitlines())
+    assert redi("--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert f"{pairs - 1} pairs to train on, 1 left out" in shown
+    assert "1 chosen equals rejected" in shown
+
+
+def test_a_finished_run_started_again_says_so(here, capsys):
+    arguments = ["--max-steps", "1", "--rows-per-step", "4"]
+    assert sft(*arguments) == 0
+    weights = Path("run/model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert sft(*arguments) == 0
+    assert "run is finished" in capsys.readouterr().out
+    assert Path("run/model.safetensors").read_bytes() == weights
+
+
+def test_a_dry_run_reports_and_writes_nothing(here, capsys):
+    before = files_under(here)
+    assert sft("--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "60 rows to train on" in shown
+    assert "optimizer steps" in shown
+    assert "<|im_end|>" in shown  # a row as the model sees it
+    assert files_under(here) == before
+
+
+def test_help_fits_a_screen_and_states_defaults(capsys):
+    assert run(train_redi.main, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 110
+    assert any("--lr 1e-06" in line for line in lines)
+    assert any("--max-response 19000" in line and "tokens" in line for line in lines)
+
+
+def test_more_than_one_process_is_refused(here, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sft() == 2
+    assert "WORLD_SIZE" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- as real commands
+
+
+def command(program: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / program), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not (path.is_file() and path.stat().st_size):
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+TRAIN = [
+    "--model", "toy/student", "--data", "toy/positives.jsonl", "--out", "run", *LIMITS,
+    "--rope-theta", "keep", "--max-position-embeddings", "keep",
+]  # fmt: skip
+
+
+def test_ctrl_c_ends_training_in_one_line_that_says_what_is_on_disk(here):
+    training = command("train_sft.py", *TRAIN, "--rows-per-step", "2", "--epochs", "1000")
+    wait_for(here / "run" / "metrics.jsonl")
+    training.send_signal(signal.SIGINT)
+    _, errors = training.communicate(timeout=60)
+    assert training.returncode == 130
+    assert [line for line in errors.splitlines() if line] == [errors.strip()]
+    assert "run holds config.toml and metrics.jsonl, no model was saved" in errors
+    assert {p.name for p in (here / "run").iterdir()} == {"config.toml", "metrics.jsonl"}
+
+
+def test_an_error_of_a_real_command_is_one_line_on_stderr(here):
+    failing = command("train_sft.py", "--model", "nowhere")
+    _, errors = failing.communicate(timeout=60)
+    assert failing.returncode == 2
+    assert len(errors.splitlines()) == 1
+    assert "Traceback" not in errors
