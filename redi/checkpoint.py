@@ -97,8 +97,9 @@ def save_model(
     folder cannot be written.
     """
     folder, dtype = Path(folder), dtype or source.dtype
-    aside = folder.with_name(f"{folder.name}.saving-{os.getpid()}")
+    aside = folder / f".saving-{os.getpid()}"  # inside: a rename cannot leave the file system
     try:
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process of the same number
         aside.mkdir(parents=True)
         _write_weights(model, aside, dtype)
         for name in TOKENIZER_FILES:
@@ -108,7 +109,7 @@ def save_model(
         if card is not None:
             (aside / "README.md").write_text(card, encoding="utf-8")
         _publish(aside, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is either, by who was writing
         raise UserError(f"{folder}: the model could not be saved ({error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -196,7 +197,10 @@ def _assign(model: Transformer, name: str, tensor: Tensor, shape: torch.Size, pa
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        shards = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{folder / INDEX}: the field 'weight_map' is missing")
+        shards = sorted(set(weight_map.values()))
         for shard in shards:
             if not (folder / shard).is_file():
                 raise UserError(f"{folder / shard}: no such file, though {INDEX} lists it")
@@ -210,7 +214,8 @@ def _stop_ids(
     config: dict[str, Any], generation: dict[str, Any], chat: ChatTokenizer | None
 ) -> list[int]:
     """The template's end token, then those of generation_config.json (or else config.json)."""
-    named = generation.get("eos_token_id", config.get("eos_token_id"))
+    named = generation.get("eos_token_id")
+    named = config.get("eos_token_id") if named is None else named
     named = named if isinstance(named, list) else [] if named is None else [named]
     first = [] if chat is None else [chat.stop_id]
     return list(dict.fromkeys([*first, *named]))
@@ -243,7 +248,7 @@ def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype) -> None
 
 
 def _write_settings(config: ModelConfig, folder: Path, source: Source, dtype: torch.dtype) -> None:
-    """config.json in both forms, generation_config.json, and the stop token in all three files."""
+    """config.json in both forms, generation_config.json, and the stop token wherever it stands."""
     name = str(dtype).removeprefix("torch.")
     settings = {**source.config, "dtype": name, "torch_dtype": name}
     settings["rope_theta"] = config.rope_theta
@@ -253,10 +258,12 @@ def _write_settings(config: ModelConfig, folder: Path, source: Source, dtype: to
     if source.stop_ids:
         settings["eos_token_id"] = source.stop_ids[0]
         generation["eos_token_id"] = source.stop_ids
-    if source.chat is not None and (folder / "tokenizer_config.json").is_file():
-        tokenizer_config = _read_json(folder / "tokenizer_config.json")
-        tokenizer_config["eos_token"] = source.chat.token(source.chat.stop_id)
-        _write_json(folder / "tokenizer_config.json", tokenizer_config)
+    # Where the older special_tokens_map.json is there, transformers may prefer what it says.
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if source.chat is not None and (folder / file).is_file():
+            tokens = _read_json(folder / file)
+            tokens["eos_token"] = source.chat.token(source.chat.stop_id)
+            _write_json(folder / file, tokens)
     _write_json(folder / "generation_config.json", generation)
     _write_json(folder / "config.json", settings)
 
@@ -267,10 +274,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _publish(aside: Path, folder: Path) -> None:
     """Move the finished files to their final names. config.json goes first and comes last: without
-    it nothing loads, so no mixture of an old and a new model ever does."""
+    it nothing loads, so no mixture of an old and a new model ever does. Files that the new model
+    does not have (shards, a chat template) go too: they would be read as its own."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+    names = (INDEX, "generation_config.json", *TOKENIZER_FILES)
+    for old in [*folder.glob("model*.safetensors"), *(folder / name for name in names)]:
         old.unlink(missing_ok=True)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)

@@ -77,23 +77,27 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         head = _Head(hidden, weight)
         logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
-        lse = torch.empty_like(logps)  # (R,)
+        row_max, total = logps.new_empty(2, len(logps), 1)  # (R, 1) each
         for rows in head.chunks:
-            row_max, total, logps[rows] = _softmax_minus_onehot_(head.logits(rows), targets[rows])
-            lse[rows] = (row_max + total.log())[:, 0]
-        ctx.save_for_backward(hidden, weight, targets, logps, lse)
+            row_max[rows], total[rows], logps[rows] = _softmax_minus_onehot_(
+                head.logits(rows), targets[rows]
+            )
+        ctx.save_for_backward(hidden, weight, targets, logps, row_max, total)
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps: Tensor):
-        hidden, weight, targets, logps, lse = ctx.saved_tensors
+        hidden, weight, targets, logps, row_max, total = ctx.saved_tensors
         head = _Head(hidden, weight)
         grads = _Gradients(head, *ctx.needs_input_grad[:2])
         for rows in head.chunks:
-            probs = head.logits(rows).sub_(lse[rows, None]).clamp_(min=MIN_EXPONENT).exp_()
-            probs.scatter_(1, targets[rows, None], torch.expm1(logps[rows, None]))  # p - onehot
-            grads.add(rows, probs, -grad_logps[rows, None])
+            # As in the forward pass, total * (softmax - onehot): dividing by total here, or
+            # subtracting a rounded log-sum-exp, would leave rows that do not sum to zero.
+            logits = head.logits(rows).sub_(row_max[rows]).clamp_(min=MIN_EXPONENT).exp_()
+            target_grads = torch.expm1(logps[rows, None]) * total[rows]
+            logits.scatter_(1, targets[rows, None], target_grads)
+            grads.add(head, rows, logits, -grad_logps[rows, None] / total[rows])
         return grads.hidden_as(hidden.dtype), grads.weight_as(weight.dtype), None
 
 
@@ -111,7 +115,7 @@ class _WeightedLogpSum(torch.autograd.Function):
             logits = head.logits(rows)
             _, total, logps[rows] = _softmax_minus_onehot_(logits, targets[rows])
             # The buffer holds total * (softmax - onehot); the division rides on the row scale.
-            grads.add(rows, logits, -token_weights[rows, None] / total)
+            grads.add(head, rows, logits, -token_weights[rows, None] / total)
         ctx.grads, ctx.dtypes = grads, (hidden.dtype, weight.dtype)
         ctx.mark_non_differentiable(logps)
         return logps @ token_weights, logps
@@ -167,36 +171,37 @@ class _Head:
         """(C, V) in a buffer that every chunk uses again: the first, largest one makes it."""
         hidden = self.hidden[rows]
         if hidden.dtype != self.dtype:
-            return torch.mm(hidden, self.weight.T, out_dtype=self.dtype)
+            return self.mm(hidden, self.weight.T)
         if self.buffer is None:
             self.buffer = hidden.new_empty(len(hidden), len(self.weight))
         return torch.mm(hidden, self.weight.T, out=self.buffer[: len(hidden)])
 
+    def mm(self, a: Tensor, b: Tensor) -> Tensor:
+        """The product of two operands in at least fp32."""
+        return torch.mm(a, b) if a.dtype == self.dtype else torch.mm(a, b, out_dtype=self.dtype)
+
 
 class _Gradients:
-    """d sum / d hidden and d sum / d weight, gathered chunk by chunk in at least fp32."""
+    """d sum / d hidden and d sum / d weight, gathered chunk by chunk in at least fp32.
+
+    It outlives the head, whose buffer is free again before the model's backward pass begins.
+    """
 
     def __init__(self, head: _Head, for_hidden: bool, for_weight: bool):
-        self.head = head
         self.hidden = torch.empty_like(head.hidden, dtype=head.dtype) if for_hidden else None
         self.weight = torch.zeros_like(head.weight, dtype=head.dtype) if for_weight else None
 
-    def add(self, rows: slice, logit_grads: Tensor, scale: Tensor) -> None:
+    def add(self, head: _Head, rows: slice, logit_grads: Tensor, scale: Tensor) -> None:
         """Add the part of a chunk: logit_grads (C, V), each row times scale (C, 1)."""
-        head = self.head
         operand = logit_grads.to(head.hidden.dtype)
         if self.hidden is not None:
-            torch.mul(self._mm(operand, head.weight), scale, out=self.hidden[rows])
+            torch.mul(head.mm(operand, head.weight), scale, out=self.hidden[rows])
         if self.weight is not None:
             scaled = (head.hidden[rows] * scale).to(head.hidden.dtype)  # (C, D)
             if operand.dtype == head.dtype:
                 self.weight.addmm_(operand.T, scaled)
             else:
-                self.weight.add_(self._mm(operand.T, scaled))
-
-    def _mm(self, a: Tensor, b: Tensor) -> Tensor:
-        dtype = self.head.dtype
-        return torch.mm(a, b) if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+                self.weight.add_(head.mm(operand.T, scaled))
 
     def scale_(self, factor: Tensor) -> None:
         for grad in (self.hidden, self.weight):

@@ -82,7 +82,7 @@ def rope_theta(config: dict[str, Any], where: str) -> float:
     """The rotary base: in `rope_parameters` (transformers 5) or at the top level (older files)."""
     found = {
         float(table["rope_theta"])
-        for table in (config, config.get("rope_parameters") or {})
+        for table in (config, *rope_tables(config))
         if table.get("rope_theta") is not None
     }
     if len(found) != 1:
@@ -91,16 +91,22 @@ def rope_theta(config: dict[str, Any], where: str) -> float:
     return found.pop()
 
 
+def rope_tables(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where rotary settings may stand; transformers prefers the older one if both do."""
+    return [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+
+
 def refuse_unbuilt(config: dict[str, Any], where: str) -> None:
     """Raise UserError for a setting that this file would silently compute differently."""
     layers = set(config.get("layer_types") or ())
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    tables = rope_tables(config)
+    rope_types = {table.get("rope_type") or table.get("type") or "default" for table in tables}
+    factors = {table.get("partial_rotary_factor") or 1.0 for table in (config, *tables)}
     dtypes = {str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key)}
     refused = {
         "model_type": (config.get("model_type"), config.get("model_type") == "qwen2"),
-        "rope_type": (rope_type, rope_type == "default"),
-        "partial_rotary_factor": (factor := rope.get("partial_rotary_factor", 1.0), factor == 1.0),
+        "rope_type": (sorted(rope_types), rope_types == {"default"}),
+        "partial_rotary_factor": (sorted(factors), factors == {1.0}),
         "use_sliding_window": (used := config.get("use_sliding_window", False), not used),
         "layer_types": (sorted(layers), layers <= {"full_attention"}),
         "hidden_act": (act := config.get("hidden_act", "silu"), act == "silu"),

@@ -26,6 +26,7 @@ no saved state. Left out: packing across steps (it would change which rows share
 Letters: N rows, T packed tokens, S sequences of a pack, R supervised (response) tokens.
 """
 
+import bisect
 import heapq
 from dataclasses import dataclass, fields
 
@@ -97,17 +98,16 @@ def _plan_step(pieces: list[tuple[int, tuple]], pack_tokens: int, world_size: in
 def _best_fit(pieces: list[tuple[int, tuple]], pack_tokens: int) -> list[list]:
     """Each piece, longest first, into the fullest pack that still has room for it."""
     packs: list[list] = []
-    free: list[int] = []
+    free: list[tuple[int, int]] = []  # (room, index), sorted: a whole epoch may be one step
     for length, ids in pieces:
-        fitting = [(room, index) for index, room in enumerate(free) if room >= length]
-        if fitting:
-            _, index = min(fitting)
+        fitting = bisect.bisect_left(free, (length,))
+        if fitting < len(free):
+            room, index = free.pop(fitting)
         else:
-            index = len(packs)
+            room, index = pack_tokens, len(packs)
             packs.append([])
-            free.append(pack_tokens)
         packs[index].extend(ids)
-        free[index] -= length
+        bisect.insort(free, (room - length, index))
     return packs
 
 

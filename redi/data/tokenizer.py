@@ -107,6 +107,8 @@ class ChatTokenizer:
                 config = json.loads(config_path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"{config_path}: not JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{config_path}: expected a JSON object")
         special = {k: v for k, v in config.items() if k.endswith("_token") and v is not None}
         special = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items()}
         template = _find_template(folder, config)
@@ -120,7 +122,8 @@ class ChatTokenizer:
         The prefix is left out where the template writes it already (`<think>` in some).
         """
         stretches = self._render(messages, add_generation_prompt=True)
-        if prefix and not _text_at_end(stretches).rstrip().endswith(prefix.rstrip()):
+        written = "".join(x if isinstance(x, str) else self.token(x) for x in stretches)
+        if prefix and not written.rstrip().endswith(prefix.rstrip()):
             stretches.append(prefix)
         return self._encode([stretches])[0]
 
@@ -184,10 +187,14 @@ class ChatTokenizer:
 
         With cut_at_last the last message's content is the item `_ANSWER`, joined to nothing.
         """
+        from jinja2 import TemplateError
+
         marked = [{**m, "content": _mark(i)} for i, m in enumerate(messages)]
-        text = self._jinja.render(
-            messages=marked, add_generation_prompt=add_generation_prompt, **self.special_tokens
-        )
+        told = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+        try:
+            text = self._jinja.render(messages=marked, **told, **self.special_tokens)
+        except TemplateError as error:
+            raise UserError(f"{self.where}: the chat template fails ({error})") from None
         parts = re.split(f"{_OPEN}(\\d+){_CLOSE}", text)
         if [int(i) for i in parts[1::2]] != list(range(len(messages))):
             raise UserError(
@@ -262,10 +269,6 @@ def _extend(stretches: list, items: list) -> None:
             stretches[-1] += item
         else:
             stretches.append(item)
-
-
-def _text_at_end(stretches: list) -> str:
-    return stretches[-1] if stretches and isinstance(stretches[-1], str) else ""
 
 
 def _find_template(folder: Path, config: dict) -> str:

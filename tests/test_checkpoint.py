@@ -1,0 +1,534 @@
+"""redi/checkpoint.py against transformers and safetensors: folders in and out, and failures."""
+
+import json
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from redi import checkpoint
+from redi.checkpoint import load_model, save_model
+from redi.config import UserError
+from redi.data.tokenizer import chatml
+from redi.distributed import Place, place_model
+from redi.objectives import SFT, Totals
+from redi.packing import Sequence, pack
+
+PLACE = Place(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(save_qwen2, save_tokenizer, tmp_path) -> Path:
+    """A model with its tokenizer; the base model's stop token is not the template's."""
+    save_qwen2(tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": 0}')
+    return save_tokenizer(tmp_path / "source")
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Change fields of a JSON file; a value of ... removes one."""
+    value = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder, each stored once."""
+    files = [load_file(file) for file in folder.glob("*.safetensors")]
+    tensors = {name: tensor for file in files for name, tensor in file.items()}
+    assert len(tensors) == sum(map(len, files))
+    return tensors
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    return {name: t.view(torch.uint8).numpy().tobytes() for name, t in stored(folder).items()}
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """What transformers makes of a folder."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.arange(40)[None], use_cache=False).logits
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------- in and out again (invariant 6)
+
+
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_load_then_save_is_bitwise(save_qwen2, tmp_path, monkeypatch, tied, dtype, shard_bytes):
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", shard_bytes)
+    save_qwen2(tmp_path / "in", dtype, tie_word_embeddings=tied)
+    model, source = load_model(tmp_path / "in")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    save_model(model, tmp_path / "out", source)
+    assert bits(tmp_path / "out") == bits(tmp_path / "in")
+    assert {tensor.dtype for tensor in stored(tmp_path / "out").values()} == {dtype}
+    assert ("lm_head.weight" in stored(tmp_path / "out")) == (not tied)
+    assert (len(list(tmp_path.glob("out/*.safetensors"))) > 1) == (shard_bytes < 10**6)
+    again, _ = load_model(tmp_path / "out")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_shards_are_at_most_their_limit_and_the_index_lists_every_tensor(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 50_000)  # the embedding alone is 40,960
+    model, source = load_model(folder)
+    save_model(model, folder, source)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    tensors = stored(folder)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys()
+    for file in folder.glob("*.safetensors"):
+        shard = load_file(file)
+        assert sum(tensor.nbytes for tensor in shard.values()) <= 50_000
+        assert {name for name, of in index["weight_map"].items() if of == file.name} == set(shard)
+
+
+def test_shards_written_by_transformers_load(save_qwen2, tmp_path):
+    theirs = save_qwen2(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    model, _ = load_model(tmp_path)
+    expected = theirs.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 20_000])
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_what_was_saved(save_qwen2, tmp_path, monkeypatch, tied, shard_bytes):
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", shard_bytes)
+    save_qwen2(tmp_path / "in", tie_word_embeddings=tied)
+    save_model(*reversed_arguments(load_model(tmp_path / "in"), tmp_path / "out"))
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "in"))
+
+
+def reversed_arguments(loaded, folder):
+    model, source = loaded
+    return model, folder, source
+
+
+def test_a_dtype_given_is_the_dtype_saved(folder, tmp_path):
+    model, source = load_model(folder)
+    save_model(model, tmp_path / "out", source, torch.bfloat16)
+    saved = stored(tmp_path / "out")
+    for name, tensor in stored(folder).items():
+        assert torch.equal(saved[name], tensor.bfloat16())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert load_model(tmp_path / "out")[1].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", ["new", "old"])
+def test_overrides_are_printed_and_saved_in_both_forms(folder, tmp_path, capsys, form):
+    if form == "old":
+        changes = dict.fromkeys(("rope_parameters", "dtype", "layer_types"), ...)
+        edit_json(folder / "config.json", rope_theta=10_000.0, torch_dtype="float32", **changes)
+    model, source = load_model(folder, rope_theta=300_000.0, max_position_embeddings=512)
+    assert capsys.readouterr().out.splitlines() == [
+        "max_position_embeddings: 128 -> 512",
+        "rope_theta: 10000 -> 300000",
+    ]
+    save_model(model, tmp_path / "out", source)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 300_000.0
+    assert config["rope_parameters"]["rope_type"] == "default"
+    assert config["max_position_embeddings"] == 512
+    # The oracle: transformers on the old weights, with its own field edited by hand.
+    before = logits(folder)
+    rope = {"rope_theta": 300_000.0, "rope_type": "default"}
+    edit_json(folder / "config.json", rope_parameters=rope, rope_theta=...)
+    assert torch.equal(logits(tmp_path / "out"), logits(folder))
+    assert not torch.equal(logits(tmp_path / "out"), before)
+    again, _ = load_model(tmp_path / "out")
+    assert (again.config.rope_theta, again.config.max_positions) == (300_000.0, 512)
+
+
+def test_saving_over_the_source_keeps_the_weights(folder):
+    before = bits(folder)
+    model, source = load_model(folder)
+    save_model(model, folder, source)
+    save_model(model, folder, source)
+    assert bits(folder) == before
+    assert load_model(folder)[1].stop_ids == source.stop_ids
+
+
+# ---------------------------------------------------------------- one decision about stopping
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_three_files_agree_on_where_to_stop(folder, tmp_path, legacy):
+    """The base model stops at <|endoftext|>, 0; the template ends a turn with <|im_end|>, 2."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    if legacy:  # the map counts for more than tokenizer_config.json where it is still written
+        text = json.dumps({"eos_token": {"content": "<|endoftext|>", "lstrip": False}})
+        (folder / "special_tokens_map.json").write_text(text)
+    model, source = load_model(folder)
+    assert source.stop_ids == [2, 0]
+    save_model(model, tmp_path / "out", source)
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 0]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 2
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
+    assert load_model(tmp_path / "out")[1].stop_ids == [2, 0]
+
+
+def test_stop_ids_come_from_config_json_where_no_generation_config_names_them(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    edit_json(folder / "config.json", eos_token_id=[1, 2])
+    assert load_model(folder)[1].stop_ids == [2, 1]
+    (folder / "generation_config.json").unlink()
+    assert load_model(folder)[1].stop_ids == [2, 1]
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_saved_tokenizer_is_transformers_own(folder, tmp_path, place):
+    from transformers import AutoTokenizer
+
+    if place == "chat_template.jinja":
+        edit_json(folder / "tokenizer_config.json", chat_template=...)
+        (folder / place).write_text(chatml(system="You are terse."))
+    model, source = load_model(folder)
+    save_model(model, tmp_path / "out", source)
+    messages = [{"role": "user", "content": "6-1=?"}]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True
+    )
+    assert source.chat.encode_prompt(messages) == theirs["input_ids"]
+    assert load_model(tmp_path / "out")[1].chat.encode_prompt(messages) == theirs["input_ids"]
+
+
+def test_a_model_without_a_tokenizer_loads_and_saves(save_qwen2, tmp_path):
+    save_qwen2(tmp_path / "in")
+    model, source = load_model(tmp_path / "in")
+    assert source.chat is None
+    assert source.stop_ids == []
+    save_model(model, tmp_path / "out", source)
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "in"))
+
+
+def test_the_card_is_the_readme_and_other_files_stay(folder, tmp_path):
+    model, source = load_model(folder)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("{}\n")
+    save_model(model, out, source, card="# A model\n")
+    assert (out / "README.md").read_text() == "# A model\n"
+    assert (out / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_nothing_of_another_model_stays_behind(folder, tmp_path, monkeypatch):
+    """A template, shards or an index that the new model does not have would be read with it."""
+    model, source = load_model(folder)
+    out = tmp_path / "out"
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 20_000)
+    save_model(model, out, source)
+    (out / "chat_template.jinja").write_text("{{ 'another' }}")
+    (out / "added_tokens.json").write_text("{}")
+    monkeypatch.undo()
+    save_model(model, out, source)
+    assert {file.name for file in out.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+# ---------------------------------------------------------------- failing writes
+
+
+@contextmanager
+def full_disk(limit: int):
+    """No file may grow beyond `limit` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def failing(name: str, at: int):
+    """A stand-in for a function of checkpoint.py that raises at its `at`-th call."""
+    original, calls = getattr(checkpoint, name), []
+
+    def stand_in(*arguments, **settings):
+        calls.append(arguments)
+        if len(calls) == at:
+            raise OSError(28, "No space left on device")
+        return original(*arguments, **settings)
+
+    return stand_in
+
+
+@pytest.mark.parametrize("name", ["save_file", "_write_json"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_failing_write_leaves_the_previous_model_whole(folder, monkeypatch, name, at):
+    model, source = load_model(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, name, failing(name, at))
+    with pytest.raises(UserError, match="could not be saved") as error:
+        save_model(model, folder, source)
+    assert one_line(error).startswith(f"{folder}: ")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_full_disk_is_an_error_of_one_line(folder):
+    model, source = load_model(folder)
+    before = bits(folder)
+    with full_disk(10_000), pytest.raises(UserError, match="could not be saved") as error:
+        save_model(model, folder, source)
+    assert one_line(error)
+    assert bits(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_model_moved_halfway_does_not_load(folder, monkeypatch, at):
+    model, source = load_model(folder)
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 50_000)
+    moves, replace = [], checkpoint.os.replace
+
+    def killed(old, new):
+        moves.append(new)
+        if len(moves) == at:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model, folder, source)
+    with pytest.raises(UserError, match=r"config.json: no such file"):
+        load_model(folder)
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(folder, tmp_path):
+    model, source = load_model(folder)
+    aside = tmp_path / "out" / f".saving-{checkpoint.os.getpid()}"
+    aside.mkdir(parents=True)
+    (aside / "model-00001-of-00009.safetensors").write_bytes(b"half")
+    save_model(model, tmp_path / "out", source)
+    assert bits(tmp_path / "out") == bits(folder)
+    assert not aside.exists()
+
+
+def test_files_are_written_inside_the_folder_and_never_move_between_file_systems(
+    folder, tmp_path, monkeypatch
+):
+    """A mounted folder, and the file system of its parent: os.replace cannot cross."""
+    model, source = load_model(folder)
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.chdir(tmp_path / "mounted")
+    replace = checkpoint.os.replace
+
+    def within_one(old, new):
+        assert tmp_path / "mounted" in Path(old).absolute().parents
+        replace(old, new)
+
+    monkeypatch.setattr(checkpoint.os, "replace", within_one)
+    save_model(model, ".", source)
+    assert bits(tmp_path / "mounted") == bits(folder)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_one_line(folder, tmp_path):
+    model, source = load_model(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be saved") as error:
+        save_model(model, tmp_path / "file" / "out", source)
+    assert one_line(error)
+
+
+# ---------------------------------------------------------------- broken folders
+
+
+def rewrite(folder: Path, change) -> None:
+    """Apply change(tensors) to the stored tensors, in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_a_shard(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def rename_a_tensor(tensors: dict) -> None:
+    tensors["model.final_norm.weight"] = tensors.pop("model.norm.weight")
+
+
+BREAKS = {
+    "no config.json": (
+        lambda folder: (folder / "config.json").unlink(),
+        ["config.json: no such file"],
+    ),
+    "config.json is half written": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "qw'),
+        ["config.json: not readable as JSON"],
+    ),
+    "config.json is a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        ["config.json: expected a JSON object"],
+    ),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        ["model.safetensors: no such file"],
+    ),
+    "truncated weights": (truncate, ["model.safetensors: not a whole safetensors file"]),
+    "empty weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        ["model.safetensors: not a whole safetensors file"],
+    ),
+    "a missing shard": (lose_a_shard, ["model-00001-of-00002.safetensors: no such file"]),
+    "an index without a map": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
+        ["model.safetensors.index.json", "weight_map"],
+    ),
+    "a wrong shape": (
+        lambda folder: rewrite(folder, lambda t: t.update({"model.norm.weight": torch.ones(31)})),
+        ["model.norm.weight has shape [31]", "[32]"],
+    ),
+    "integers": (
+        lambda folder: rewrite(
+            folder, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+        ),
+        ["model.norm.weight is torch.int8"],
+    ),
+    "another name": (
+        lambda folder: rewrite(folder, rename_a_tensor),
+        ["missing: model.norm.weight", "unexpected: model.final_norm.weight"],
+    ),
+    "a tied head that differs": (
+        lambda folder: rewrite(folder, lambda t: t.update({"lm_head.weight": torch.ones(320, 32)})),
+        ["lm_head.weight", "tie_word_embeddings"],
+    ),
+    "a tied head of another size": (
+        lambda folder: rewrite(folder, lambda t: t.update({"lm_head.weight": torch.ones(3, 32)})),
+        ["lm_head.weight", "tie_word_embeddings"],
+    ),
+    "more tokens than embeddings": (
+        lambda folder: edit_tokenizer(folder, 320),
+        ["tokenizer.json: token id 320 has no embedding", "vocab_size 320"],
+    ),
+}
+
+
+def edit_tokenizer(folder: Path, token_id: int) -> None:
+    value = json.loads((folder / "tokenizer.json").read_text())
+    added = {**value["added_tokens"][0], "content": "<|late|>", "id": token_id}
+    value["model"]["vocab"]["<|late|>"] = token_id
+    value["added_tokens"].append(added)
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_folder_is_an_error_of_one_line(folder, name):
+    damage, said = BREAKS[name]
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        load_model(folder)
+    for part in said:
+        assert part in one_line(error)
+    assert str(folder) in one_line(error)
+
+
+def test_a_tied_head_that_is_stored_and_equal_is_accepted_and_saved_once(folder, tmp_path):
+    before = bits(folder)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model, source = load_model(folder)
+    save_model(model, tmp_path / "out", source)
+    assert bits(tmp_path / "out") == before
+
+
+# ---------------------------------------------------------------- fp32 weights, bf16 compute
+
+
+@pytest.fixture(scope="module")
+def sharded(save_qwen2, tmp_path_factory):
+    """(folder, a model that computes in fp32, the same one under FSDP2 in bf16)."""
+    folder = tmp_path_factory.mktemp("sharded")
+    save_qwen2(folder, tie_word_embeddings=True)
+    plain, mixed = load_model(folder)[0], load_model(folder)[0]
+    place_model(plain, PLACE, torch.float32)
+    place_model(mixed, PLACE, torch.bfloat16)
+    yield folder, plain, mixed
+    torch.distributed.destroy_process_group()
+
+
+def sft_loss(model) -> torch.Tensor:
+    rng = np.random.default_rng(0)
+    rows = [Sequence(rng.integers(0, 320, n), prompt_length=3, row=0, sign=1) for n in (9, 5, 20)]
+    totals = Totals(num_rows=3, num_tokens=sum(row.response_length for row in rows))
+    lengths = torch.tensor([row.response_length for row in rows])
+    batch = pack(rows, SFT.token_weights(torch.ones(3), lengths, totals))
+    return SFT.loss(model, batch, totals, None)[0]
+
+
+def test_bf16_gradients_are_fp32_and_neither_divided_nor_far_from_those_of_fp32(sharded):
+    _, plain, mixed = sharded
+    losses = []
+    for model in (plain, mixed):
+        model.zero_grad()
+        losses.append(sft_loss(model))
+        losses[-1].backward()
+    assert abs(losses[1].item() - losses[0].item()) < 0.02 * losses[0].item()
+    assert losses[1].item() != losses[0].item()  # it did compute in bf16
+    expected = dict(plain.named_parameters())
+    for name, parameter in mixed.named_parameters():
+        gradient, wanted = parameter.grad.full_tensor(), expected[name].grad
+        assert parameter.dtype == gradient.dtype == torch.float32
+        assert (gradient - wanted).norm() < 0.05 * wanted.norm(), name
+
+
+def test_gradients_of_two_packs_add_up(sharded):
+    _, _, mixed = sharded
+    norms = []
+    for backwards in (1, 2):
+        mixed.zero_grad()
+        for _ in range(backwards):
+            sft_loss(mixed).backward()
+        norms.append(mixed.model.norm.weight.grad.full_tensor())
+    torch.testing.assert_close(norms[1], 2 * norms[0])
+
+
+def test_a_step_of_1e_6_moves_the_master_weights_and_they_are_what_is_saved(sharded, tmp_path):
+    folder, _, mixed = sharded
+    _, source = load_model(folder)
+    save_model(mixed, tmp_path / "before", source)
+    assert bits(tmp_path / "before") == bits(folder)
+
+    mixed.zero_grad()
+    sft_loss(mixed).backward()
+    torch.optim.AdamW(mixed.parameters(), lr=1e-6, weight_decay=0.0).step()
+    save_model(mixed, tmp_path / "after", source)
+    before, after = stored(tmp_path / "before"), stored(tmp_path / "after")
+    for name, parameter in mixed.named_parameters():
+        assert torch.equal(after[name], parameter.full_tensor()), name
+        moved = after[name] - before[name]
+        assert moved.abs().max() > 0, name
+        assert moved.abs().max() < 1.5e-6, name  # AdamW's first step is the learning rate

@@ -1,0 +1,318 @@
+"""redi/model.py and redi/attention.py against transformers' Qwen2 and a dense block mask."""
+
+import inspect
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import redi.attention
+from redi.attention import packed_attention
+from redi.checkpoint import load_model
+from redi.config import UserError
+from redi.logprobs import reference_token_logps
+from redi.model import ModelConfig
+from redi.packing import PackedBatch, Sequence, pack
+
+LENGTHS = [7, 1, 12, 3]
+
+
+def sequence(tokens: np.ndarray, prompt_length: int = 1) -> Sequence:
+    return Sequence(tokens, prompt_length, row=0, sign=1)
+
+
+def documents(seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 320, length) for length in LENGTHS]
+
+
+def packed(parts: list[np.ndarray]) -> PackedBatch:
+    return pack([sequence(part) for part in parts], torch.zeros(len(parts)))
+
+
+@torch.no_grad()
+def our_logits(model, parts: list[np.ndarray]) -> Tensor:  # (T, V)
+    batch = packed(parts)
+    batch = replace(batch, rows=torch.arange(len(batch.tokens)))
+    return model(batch, lambda hidden, weight: hidden @ weight.T)
+
+
+@torch.no_grad()
+def their_logits(model, parts: list[np.ndarray]) -> Tensor:  # (T, V)
+    tokens = torch.from_numpy(np.concatenate(parts))[None]
+    positions = torch.from_numpy(np.concatenate([np.arange(len(part)) for part in parts]))[None]
+    # With a cache transformers takes no notice of the positions, and documents see each other.
+    return model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0]
+
+
+@pytest.fixture(scope="module")
+def folder(save_qwen2, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_qwen2(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 300_000.0])
+@pytest.mark.parametrize("head_dim", [16, 128])
+@pytest.mark.parametrize("heads", [4, 6])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_transformers(save_qwen2, tmp_path, tied, heads, head_dim, theta):
+    theirs = save_qwen2(
+        tmp_path,
+        tie_word_embeddings=tied,
+        num_attention_heads=heads,
+        head_dim=head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
+    model, _ = load_model(tmp_path)
+    parts = documents()
+    together, alone = our_logits(model, parts), [our_logits(model, [part]) for part in parts]
+    torch.testing.assert_close(together, their_logits(theirs, parts), atol=1e-5, rtol=0)
+    for ours, part in zip(alone, parts):
+        torch.testing.assert_close(ours, their_logits(theirs, [part]), atol=1e-5, rtol=0)
+
+
+def test_gradients_equal_transformers(save_qwen2, tmp_path):
+    theirs = save_qwen2(tmp_path)
+    model, _ = load_model(tmp_path)
+    tokens = documents()[2]
+    logits = theirs(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0]
+    F.cross_entropy(logits[:-1], torch.from_numpy(tokens)[1:], reduction="sum").backward()
+    batch = packed([tokens])
+    (-model(batch, lambda h, w: reference_token_logps(h, w, batch.targets)).sum()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_hidden_states_of_the_decoder_equal_transformers(save_qwen2, tmp_path):
+    theirs = save_qwen2(tmp_path)
+    model, _ = load_model(tmp_path)
+    tokens = torch.from_numpy(documents()[2])
+
+    def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return dense_attention(query, key, value, [len(query)])
+
+    with torch.no_grad():
+        ours = model.model(tokens, torch.arange(len(tokens)), [causal, causal])
+        hidden = theirs.model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(ours, hidden, atol=1e-5, rtol=0)
+
+
+def test_parameter_names_are_transformers_own(save_qwen2, tmp_path):
+    theirs = save_qwen2(tmp_path, tie_word_embeddings=False)
+    model, _ = load_model(tmp_path)
+    assert model.state_dict().keys() == theirs.state_dict().keys()
+
+
+# ---------------------------------------------------------------- packing (invariant 2)
+
+
+def test_a_packed_sequence_gives_the_log_probs_it_gives_alone(folder):
+    model, _ = load_model(folder)
+    model.double()
+    parts = [part for part in documents() if len(part) > 1]
+
+    def logps(parts):
+        batch = packed(parts)
+        return model(batch, lambda h, w: reference_token_logps(h, w, batch.targets)).detach()
+
+    together, alone = logps(parts), torch.cat([logps([part]) for part in parts])
+    # Not to the last bit: the angles are fp32, and matrix products of other sizes add otherwise.
+    torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("changed", range(len(LENGTHS)))
+def test_changing_one_document_changes_nothing_in_another(folder, changed):
+    model, _ = load_model(folder)
+    before, after = documents(), documents()
+    after[changed] = (after[changed] + 1) % 320
+    pairs = zip(our_logits(model, before).split(LENGTHS), our_logits(model, after).split(LENGTHS))
+    for index, (old, new) in enumerate(pairs):
+        assert torch.equal(old, new) == (index != changed)
+
+
+def test_the_last_token_of_a_document_never_predicts_the_next():
+    batch = packed(documents())
+    last = (batch.cu_seqlens[1:] - 1).tolist()
+    assert not set(last) & set(batch.rows.tolist())
+    assert torch.equal(batch.tokens[batch.rows + 1], batch.targets)
+
+
+# ---------------------------------------------------------------- configurations
+
+
+def changed_config(folder, **changes) -> dict:
+    """The folder's config.json with `changes`; a value of ... removes the field."""
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    return {key: value for key, value in config.items() if value is not ...}
+
+
+THETA = {"rope_theta": 10_000.0}
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("model_type", {"model_type": "llama"}),
+        ("model_type", {"model_type": ...}),
+        ("rope_type", {"rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0}}),
+        ("rope_type", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("rope_type", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("rope_theta", {"rope_scaling": {"rope_theta": 1e6, "rope_type": "default"}}),
+        ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+        ("partial_rotary_factor", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}),
+        ("use_sliding_window", {"use_sliding_window": True, "sliding_window": 64}),
+        ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("hidden_act", {"hidden_act": "gelu"}),
+        ("attention_dropout", {"attention_dropout": 0.1}),
+        ("quantization_config", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+        ("torch_dtype", {"dtype": "float32", "torch_dtype": "bfloat16"}),
+        ("rope_theta", {"rope_theta": 1e6, "rope_parameters": {**THETA, "rope_type": "default"}}),
+        *[
+            (field, {field: ...})
+            for field in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "max_position_embeddings",
+            )
+        ],
+        ("rope_theta", {"rope_parameters": {"rope_type": "default"}}),
+        ("rope_theta", {"rope_parameters": ...}),
+    ],
+)
+def test_a_configuration_that_is_not_built_is_refused_by_name(folder, field, changes):
+    config = changed_config(folder, **changes)
+    with pytest.raises(UserError) as error:
+        ModelConfig.from_json(config, "here/config.json")
+    message = str(error.value)
+    assert field in message
+    assert message.startswith("here/config.json: ")
+    assert "\n" not in message
+
+
+def test_an_older_configuration_is_read_as_transformers_reads_it(save_qwen2, tmp_path):
+    from transformers import Qwen2ForCausalLM
+
+    save_qwen2(tmp_path, num_attention_heads=2, num_key_value_heads=1)
+    config = changed_config(
+        tmp_path,
+        rope_theta=300_000.0,
+        rope_scaling=None,
+        torch_dtype="float32",
+        use_sliding_window=False,
+        sliding_window=4096,
+        **dict.fromkeys(("rope_parameters", "dtype", "layer_types", "head_dim"), ...),
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs, (model, _) = Qwen2ForCausalLM.from_pretrained(tmp_path), load_model(tmp_path)
+    parts = documents()
+    torch.testing.assert_close(
+        our_logits(model, parts), their_logits(theirs, parts), atol=1e-5, rtol=0
+    )
+
+
+# ---------------------------------------------------------------- attention
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    """The definition: every score, a block mask, softmax. q (T, H, d), k, v (T, K, d)."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    token = torch.arange(len(query))
+    seen = (document[:, None] == document) & (token[:, None] >= token)  # (T, T)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def random_heads(heads: int, kv_heads: int, lengths: list[int], dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), count, 16) for count in (heads, kv_heads, kv_heads)]
+    tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    return [tensor.requires_grad_() for tensor in tensors], cu_seqlens
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [1], [1, 1, 1], [33]])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2), (6, 1)])
+def test_attention_equals_a_dense_block_mask(heads, kv_heads, lengths):
+    tensors, cu_seqlens = random_heads(heads, kv_heads, lengths)
+    ours = packed_attention(*tensors, cu_seqlens, lengths)
+    expected = dense_attention(*tensors, lengths)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).double()
+    gradients = torch.autograd.grad(ours, tensors, upstream)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, tensors, upstream)):
+        torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=0)
+
+
+def newer_varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
+):
+    """As in torch 2.12: groups are its own business, once told."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return checked_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size)
+
+
+def older_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+    """As in torch 2.11: as many key heads as query heads."""
+    assert query.shape == key.shape == value.shape
+    return checked_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size)
+
+
+def checked_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size):
+    lengths = cu_seq_q.diff().tolist()
+    assert cu_seq_q.dtype == torch.int32
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k == max(lengths)
+    assert window_size == (-1, 0)  # causal
+    return dense_attention(query, key, value, lengths)
+
+
+@pytest.mark.parametrize("varlen_attn", [newer_varlen_attn, older_varlen_attn])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_the_fast_path_calls_either_form_of_varlen_attn(monkeypatch, varlen_attn, heads, kv_heads):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    tensors, cu_seqlens = random_heads(heads, kv_heads, LENGTHS)
+    ours = redi.attention._varlen(*tensors, cu_seqlens, max(LENGTHS))
+    expected = dense_attention(*tensors, LENGTHS)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+
+
+def test_the_installed_varlen_attn_takes_the_arguments_given_to_it():
+    from torch.nn.attention.varlen import varlen_attn
+
+    given = [*["tensor"] * 5, 3, 3]
+    inspect.signature(varlen_attn).bind(*given, window_size=(-1, 0))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_the_two_paths_agree_on_a_gpu(heads, kv_heads):
+    lengths = [257, 1, 64, 130]
+    tensors, cu_seqlens = random_heads(heads, kv_heads, lengths, torch.float32)
+    low = [t.detach().to("cuda", torch.bfloat16).requires_grad_() for t in tensors]
+    wide = [t.detach().cpu().double().requires_grad_() for t in low]
+    fast = packed_attention(*low, cu_seqlens.cuda(), lengths)
+    expected = dense_attention(*wide, lengths)
+    upstream = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    gradients = torch.autograd.grad(fast, low, upstream.cuda())
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    for got, want in zip((fast, *gradients), (expected, *wanted)):
+        error = (got.cpu().double() - want).norm() / want.norm()
+        assert error < 2**-7  # bf16 has 8 bits
