@@ -20,10 +20,13 @@ demo: .venv/core
 	$(BIN)/python evaluate.py --config recipes/toy_eval.toml --model out/demo/student --out out/demo/eval/base
 	$(BIN)/python evaluate.py --config recipes/toy_eval.toml --model out/demo/sft --out out/demo/eval/sft
 	$(BIN)/python evaluate.py --config recipes/toy_eval.toml --model out/demo/redi --out out/demo/eval/redi
-	@$(BIN)/python -m redi.runlog out/demo/sft
-	@$(BIN)/python -m redi.runlog out/demo/redi
+	@$(BIN)/python -m redi.runlog out/demo/sft >/dev/null
+	@$(BIN)/python -m redi.runlog out/demo/redi >/dev/null
+	@echo
 	@$(BIN)/python -m redi.eval.report out/demo/eval/base out/demo/eval/sft out/demo/eval/redi \
 		--out out/demo/report.json
+	@echo "curves:      out/demo/sft/curves.png, out/demo/redi/curves.png"
+	@echo "completions: out/demo/eval/{base,sft,redi}/benchmark.jsonl"
 
 test: .venv/dev lint
 	$(BIN)/python -m pytest

@@ -125,7 +125,7 @@ def with_reference(model: Transformer, task: Task) -> Task:
     if not task.objective.needs_reference:
         return task
     dataset, device = task.dataset, task.place.device
-    sums = torch.empty(len(dataset), 2, device=device)
+    sums = torch.empty(len(dataset), 2, device=device, dtype=torch.float64)
     [step] = task.plan(rows_per_step=len(dataset))
     progress = Progress(len(step[task.place.rank]), "reference log-probs", unit="pack")
     for batch, _ in task.batches(step):

@@ -185,7 +185,8 @@ def notes(source: Source, dataset: Dataset) -> dict[str, str]:
 
 def model_card(config: TrainConfig, facts: dict[str, str]) -> str:
     """README.md of the saved model: the recipe, the data's hash and the parent."""
-    parent = f"base_model: {config.model}\n" if config.model.count("/") == 1 else ""
+    on_hub = not Path(config.model).exists()
+    parent = f"base_model: {config.model}\n" if on_hub else ""
     lines = "".join(f"- {key}: {value}\n" for key, value in facts.items())
     return (
         f"---\nlibrary_name: transformers\ntags: [redi]\n{parent}---\n\n"
@@ -231,14 +232,15 @@ def train(
     task = with_reference(model, task)
     eval_task = with_reference(model, eval_task) if eval_task else None
     optimizer = make_optimizer(model, config)
-    total, done = num_steps(task, config), 0
+    total, done, tokens, seconds = num_steps(task, config), 0, 0, 0.0
     progress = Progress(total, config.out, unit="step")
     try:
         for number, step in enumerate(islice(_steps(task, config), total), start=1):
             lr = config.lr * lr_factor(number, total)
             record = _train_step(model, optimizer, task, step, lr, config.clip)
             log.record("train", number, **record)
-            progress.update(_shown(record))
+            tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
+            progress.update(_shown(record, tokens / seconds))
             if eval_task and (number % config.eval_every == 0 or number == total):
                 log.record("eval", number, **held_out(model, eval_task))
             done = number
@@ -291,10 +293,9 @@ def _train_step(
     return record | {"memory_gib": memory, "seconds": time.perf_counter() - began}
 
 
-def _shown(record: dict[str, float]) -> dict[str, str]:
+def _shown(record: dict[str, float], tokens_per_second: float) -> dict[str, str]:
     """The record as the progress line has room for it."""
     names = {"loss": "loss", "chosen_logp": "chosen", "rejected_logp": "rejected"}
     shown = {name: f"{record[key]:.3f}" for key, name in names.items() if key in record}
     shown |= {"lr": f"{record['lr']:.1e}", "grad": f"{record['grad_norm']:.2f}"}
-    speed = record["tokens"] / record["seconds"]
-    return shown | {"tok/s": f"{speed:,.0f}", "mem": f"{record['memory_gib']:.1f}G"}
+    return shown | {"tok/s": f"{tokens_per_second:,.0f}", "mem": f"{record['memory_gib']:.1f}G"}

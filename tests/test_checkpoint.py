@@ -3,6 +3,7 @@
 import json
 import resource
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ def edit_json(path: Path, **changes) -> None:
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a folder, each stored once."""
     files = [load_file(file) for file in folder.glob("*.safetensors")]
+    assert all(files)  # none is empty
     tensors = {name: tensor for file in files for name, tensor in file.items()}
     assert len(tensors) == sum(map(len, files))
     return tensors
@@ -90,10 +92,13 @@ def test_shards_are_at_most_their_limit_and_the_index_lists_every_tensor(folder,
     tensors = stored(folder)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     assert index["weight_map"].keys() == tensors.keys()
-    for file in folder.glob("*.safetensors"):
+    sizes = []
+    for file in sorted(folder.glob("*.safetensors")):
         shard = load_file(file)
-        assert sum(tensor.nbytes for tensor in shard.values()) <= 50_000
+        sizes.append(sum(tensor.nbytes for tensor in shard.values()))
         assert {name for name, of in index["weight_map"].items() if of == file.name} == set(shard)
+    assert max(sizes) <= 50_000
+    assert all(a + b > 50_000 for a, b in pairwise(sizes))  # none could be joined
 
 
 def test_shards_written_by_transformers_load(save_qwen2, tmp_path):
@@ -155,6 +160,17 @@ def test_overrides_are_printed_and_saved_in_both_forms(folder, tmp_path, capsys,
     assert not torch.equal(logits(tmp_path / "out"), before)
     again, _ = load_model(tmp_path / "out")
     assert (again.config.rope_theta, again.config.max_positions) == (300_000.0, 512)
+
+
+@pytest.mark.parametrize("form", ["new", "old"])
+def test_both_forms_of_the_configuration_are_written_whichever_was_read(folder, tmp_path, form):
+    if form == "old":
+        changes = dict.fromkeys(("rope_parameters", "dtype", "layer_types"), ...)
+        edit_json(folder / "config.json", rope_theta=10_000.0, torch_dtype="float32", **changes)
+    save_model(*reversed_arguments(load_model(folder), tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000.0
+    assert config["dtype"] == config["torch_dtype"] == "float32"
 
 
 def test_saving_over_the_source_keeps_the_weights(folder):
@@ -498,11 +514,15 @@ def test_bf16_gradients_are_fp32_and_neither_divided_nor_far_from_those_of_fp32(
         losses[-1].backward()
     assert abs(losses[1].item() - losses[0].item()) < 0.02 * losses[0].item()
     assert losses[1].item() != losses[0].item()  # it did compute in bf16
-    expected = dict(plain.named_parameters())
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    errors = {}
     for name, parameter in mixed.named_parameters():
-        gradient, wanted = parameter.grad.full_tensor(), expected[name].grad
+        gradient = parameter.grad.full_tensor()
         assert parameter.dtype == gradient.dtype == torch.float32
-        assert (gradient - wanted).norm() < 0.05 * wanted.norm(), name
+        errors[name] = (gradient - expected[name]).norm()
+        assert errors[name] < 0.1 * expected[name].norm(), name
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert torch.stack(list(errors.values())).norm() < 0.05 * norm
 
 
 def test_gradients_of_two_packs_add_up(sharded):

@@ -482,6 +482,7 @@ def test_the_default_chunk_is_32_mib_of_fp32_logits_on_a_cpu():
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @kernels
 def test_cuda_equals_float64_of_the_same_inputs(kernel, dtype, monkeypatch):

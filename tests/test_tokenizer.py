@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers, processors
 
 from redi.config import UserError
 from redi.data.tokenizer import ChatTokenizer, chatml
@@ -36,6 +36,20 @@ MATH_TEMPLATE = r"""{%- if tools %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """
+# Indented, and without the dashes that would cut the white space around each tag.
+INDENTED_TEMPLATE = """{% for message in messages %}
+    {% if message.role == 'user' %}
+<|im_start|>user
+{{ message.content }}<|im_end|>
+    {% else %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+"""
 # In the manner of DeepSeek-R1-Distill's: it thinks first, and forgets what earlier turns thought.
 R1_TEMPLATE = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}"
@@ -54,6 +68,7 @@ TEMPLATES = {
     "chatml with another": chatml('Say "hi",\nthen stop.'),
     "chatml without": chatml(system=None),
     "Qwen2.5-Math": MATH_TEMPLATE,
+    "indented": INDENTED_TEMPLATE,
 }
 CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -263,6 +278,13 @@ def test_the_stop_token_is_what_ends_an_answer(both):
     assert ours.token(ours.stop_id) == "<|im_end|>"
 
 
+def test_a_control_token_may_begin_like_another(tokenizer_json):
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.add_special_tokens(["<|im_end|><|im_end|>"])
+    chat = ChatTokenizer(tokenizer, per_message("{{ m['content'] }}<|im_end|><|im_end|>"))
+    assert chat.token(chat.stop_id) == "<|im_end|><|im_end|>"
+
+
 def per_message(turn: str) -> str:
     return "{% for m in messages %}" + turn + "{% endfor %}"
 
@@ -396,6 +418,10 @@ def distilled(tokenizer_json, save_tokenizer, tmp_path_factory):
     tokenizer.add_special_tokens([AddedToken(begin), AddedToken(end)])
     roles = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]  # noqa: RUF001
     tokenizer.add_tokens([AddedToken(role, normalized=False) for role in roles])
+    # Such tokenizers put the begin token before every text that is not a conversation's.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     return ChatTokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
 

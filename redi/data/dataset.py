@@ -130,6 +130,7 @@ def load(files: list[Path], chat: ChatTokenizer, paired: bool, cache: str | Path
     folder = Path(cache) / hashlib.sha256(made_from.encode()).hexdigest()[:16]
     if not (folder / "store.json").is_file():
         aside = folder.with_name(f"{folder.name}.making-{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)  # of a killed process with the same number
         try:
             aside.mkdir(parents=True)
             _write(aside, files, chat, paired, data_hash)
@@ -165,7 +166,7 @@ def select(store: TokenStore, limits: Limits, over_length: str, where: str) -> D
             if over_length == "error":
                 line = store.lines[np.flatnonzero(newly)[0]]
                 raise UserError(
-                    f"{where}:{line}: {reason} (--over-length drop leaves such rows out)"
+                    f"{where}: row {line}: {reason} (--over-length drop leaves such rows out)"
                 )
     if not kept.any():
         reasons = {**store.skipped, **dropped}

@@ -129,15 +129,16 @@ def generate(
     """Complete every request; results come as they finish, in no fixed order.
 
     Requests of one problem should follow each other: they share a prefill when they are admitted
-    together. The prompt and max_new_tokens of a request must fit the model's context. Raises
-    ValueError if they do not.
+    together. The prompt and max_new_tokens of a request, at least 1 each, must fit the model's
+    context. Raises ValueError if they do not.
     """
     queue = deque(requests)
     for request in queue:
-        needed = len(request.prompt_ids) + request.max_new_tokens
-        if needed > model.config.max_positions or not request.prompt_ids:
+        asked, limit = len(request.prompt_ids), request.max_new_tokens
+        if min(asked, limit) < 1 or asked + limit > model.config.max_positions:
             raise ValueError(
-                f"request {request.key}: {needed} positions, context {model.config.max_positions}"
+                f"request {request.key}: {asked} prompt tokens and {limit} new ones; "
+                f"the context is {model.config.max_positions}"
             )
     engine = _Engine(model, sampling, min(slots, len(queue)))
     while queue or engine.live:

@@ -1,0 +1,114 @@
+"""What benchmarks share: rounds of CPU time, a peak of memory, and the results file.
+
+rounds = interleave({"ours": f, "peer": g}, 5)      f g  g f  f g ...: drift meets both alike
+ratios = [a.total / b.total for a, b in zip(rounds["ours"], rounds["peer"])]
+write("loss", {"C2": result(ratios, goal=0.75, peer="plain logits")})
+"""
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("torch", "transformers", "trl", "liger-kernel", "math-verify")
+
+
+@dataclass(frozen=True)
+class CPUSeconds:
+    """CPU time of this process: its own code, and the kernel's on its behalf (page faults)."""
+
+    user: float
+    system: float
+
+    @property
+    def total(self) -> float:
+        return self.user + self.system
+
+
+def cpu_seconds(run: Callable[[], Any]) -> CPUSeconds:
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    run()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return CPUSeconds(after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime)
+
+
+def interleave(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[CPUSeconds]]:
+    """Time every variant once a round, in an order that turns round each time."""
+    seconds: dict[str, list[CPUSeconds]] = {name: [] for name in variants}
+    names = list(variants)
+    for _ in range(rounds):
+        for name in names:
+            seconds[name].append(cpu_seconds(variants[name]))
+        names.reverse()
+    return seconds
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """How far the memory of this process rises over where it stands, while `run` runs. Linux."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+# ---------------------------------------------------------------- results
+
+
+def result(values: list[float], goal: float, peer: str) -> dict[str, Any]:
+    """The entry of one measure. peer: what it is a ratio to, or an agreement with."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+        "goal": goal,
+        "peer": peer,
+    }
+
+
+def write(name: str, results: dict[str, dict[str, Any]]) -> None:
+    """bench/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    content = {"machine": machine(), "versions": versions(), "results": results}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def machine() -> dict[str, Any]:
+    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that are installed."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
