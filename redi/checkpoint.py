@@ -29,7 +29,7 @@ from redi.config import UserError
 from redi.data.tokenizer import TOKENIZER_FILES, ChatTokenizer
 from redi.distributed import whole
 from redi.hub import model_folder
-from redi.model import ModelConfig, Transformer
+from redi.model import ModelConfig, Transformer, read_rope_theta
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -138,14 +138,15 @@ def _override(
         config["max_position_embeddings"] = int(max_positions)
         print(f"max_position_embeddings: {old} -> {int(max_positions)}")
     if theta != KEEP:
-        from redi.model import rope_theta
+        print(f"rope_theta: {read_rope_theta(config, where):g} -> {float(theta):g}")
+        _set_rope_theta(config, float(theta))
 
-        print(f"rope_theta: {rope_theta(config, where):g} -> {float(theta):g}")
-        config["rope_theta"] = float(theta)
-        config["rope_parameters"] = {
-            **(config.get("rope_parameters") or {"rope_type": "default"}),
-            "rope_theta": float(theta),
-        }
+
+def _set_rope_theta(config: dict[str, Any], theta: float) -> None:
+    """In the older form of config.json and in that of transformers 5."""
+    config["rope_theta"] = theta
+    rope = config.get("rope_parameters") or {}
+    config["rope_parameters"] = {**rope, "rope_theta": theta, "rope_type": "default"}
 
 
 def _fill(model: Transformer, folder: Path) -> torch.dtype:
@@ -251,9 +252,7 @@ def _write_settings(config: ModelConfig, folder: Path, source: Source, dtype: to
     """config.json in both forms, generation_config.json, and the stop token wherever it stands."""
     name = str(dtype).removeprefix("torch.")
     settings = {**source.config, "dtype": name, "torch_dtype": name}
-    settings["rope_theta"] = config.rope_theta
-    rope = settings.get("rope_parameters") or {}
-    settings["rope_parameters"] = {**rope, "rope_theta": config.rope_theta, "rope_type": "default"}
+    _set_rope_theta(settings, config.rope_theta)
     generation = dict(source.generation)
     if source.stop_ids:
         settings["eos_token_id"] = source.stop_ids[0]

@@ -35,6 +35,16 @@ Output = TypeVar("Output")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, d), k, v (T, K, d) -> (T, H, d)
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The numbers that shape the network."""
@@ -60,16 +70,22 @@ class ModelConfig:
         """
         refuse_unbuilt(config, where)
         try:
+            for name in SIZES:
+                if type(config[name]) is not int or config[name] < 1:
+                    raise UserError(f"{where}: {name} is {config[name]!r}; expected a whole number")
             heads = config["num_attention_heads"]
+            kv_heads = config.get("num_key_value_heads") or heads
+            if heads % kv_heads:
+                raise UserError(f"{where}: {heads} heads cannot share {kv_heads} key/value heads")
             return cls(
                 vocab_size=config["vocab_size"],
                 hidden_size=config["hidden_size"],
                 intermediate_size=config["intermediate_size"],
                 num_layers=config["num_hidden_layers"],
                 num_heads=heads,
-                num_kv_heads=config.get("num_key_value_heads") or heads,
+                num_kv_heads=kv_heads,
                 head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                rope_theta=rope_theta(config, where),
+                rope_theta=read_rope_theta(config, where),
                 norm_eps=config.get("rms_norm_eps", 1e-6),
                 tied=config.get("tie_word_embeddings", False),
                 max_positions=config["max_position_embeddings"],
@@ -78,7 +94,7 @@ class ModelConfig:
             raise UserError(f"{where}: the field {missing} is missing") from None
 
 
-def rope_theta(config: dict[str, Any], where: str) -> float:
+def read_rope_theta(config: dict[str, Any], where: str) -> float:
     """The rotary base: in `rope_parameters` (transformers 5) or at the top level (older files)."""
     found = {
         float(table["rope_theta"])

@@ -156,7 +156,11 @@ def pack(sequences: list[Sequence], weights: Tensor) -> PackedBatch:
     """Lay sequences end to end. weights (S,): the token weight of each sequence.
 
     An empty list gives the pack of a rank that has nothing to do: one token, nothing supervised.
+    Raises ValueError for a sequence without a prompt: its first token would be predicted by the
+    document before it.
     """
+    if any(s.prompt_length < 1 for s in sequences):
+        raise ValueError("a sequence needs a prompt of at least one token")
     if not sequences:
         return _pack_of_nothing()
     lengths = [len(s.tokens) for s in sequences]

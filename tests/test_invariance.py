@@ -236,7 +236,9 @@ every_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied
     [(1, 1000), (1, 40), (1, 1), (2, 1000), (2, 30), (3, 25), (20, 1000)],
     ids=["one pack", "packs", "a pack a piece", "2 ranks", "2 ranks packs", "3 ranks", "20 ranks"],
 )
-def test_any_plan_gives_the_papers_loss_and_gradients(name, tied, dtype, world_size, pack_tokens, expected):
+def test_any_plan_gives_the_papers_loss_and_gradients(
+    name, tied, dtype, world_size, pack_tokens, expected
+):
     model = tiny(tied, dtype)
     loss = planned(name, model, reference_sums(name, tied, dtype), world_size, pack_tokens)
     assert_equal(model, loss, expected(name, tied), TO_ORACLE[dtype])

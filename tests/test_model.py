@@ -191,6 +191,8 @@ THETA = {"rope_theta": 10_000.0}
         ],
         ("rope_theta", {"rope_parameters": {"rope_type": "default"}}),
         ("rope_theta", {"rope_parameters": ...}),
+        ("hidden_size", {"hidden_size": "large"}),
+        ("key/value heads", {"num_attention_heads": 4, "num_key_value_heads": 3}),
     ],
 )
 def test_a_configuration_that_is_not_built_is_refused_by_name(folder, field, changes):

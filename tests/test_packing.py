@@ -328,6 +328,13 @@ def test_rows_and_targets_are_those_of_each_document_alone(shapes):
         assert set(batch.token_weights[mine].tolist()) == {float(weight)}
 
 
+def test_a_sequence_without_a_prompt_is_refused():
+    """Its first token would be predicted by the last one of the document before it."""
+    headless = Sequence(tokens=np.arange(3), prompt_length=0, row=0, sign=1)
+    with pytest.raises(ValueError, match="prompt"):
+        pack([headless], torch.ones(1))
+
+
 def test_a_pack_of_nothing_is_one_token_that_teaches_nothing():
     batch = pack([], torch.zeros(0, dtype=torch.float64))
     assert len(batch.tokens) == len(batch.positions) == 1
