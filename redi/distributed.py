@@ -4,16 +4,20 @@ fp32 weights are the truth the optimizer updates; bf16 is what CUDA computes in.
 that keeps the two apart is FSDP2's mixed precision, on a single process as well: it casts the
 parameters of a block when the block runs, and reduces gradients in fp32. No autocast.
 
-One process only: WORLD_SIZE above 1 is refused.
+Each technique is a function that is applied to a plain model from outside; `place_model` states
+the order. One process only: WORLD_SIZE above 1 is refused.
 """
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from redi.config import UserError
+from redi.model import Block, Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,14 +51,38 @@ def compute_dtype(name: str, place: Place) -> torch.dtype:
     return DTYPES[name]
 
 
-def place_model(model: nn.Module, place: Place, dtype: torch.dtype) -> None:
-    """Move `model` (fp32) to the device and, for another dtype, have its blocks compute in it."""
+# ---------------------------------------------------------------- applied to a plain model
+
+
+def place_model(
+    model: Transformer,
+    place: Place,
+    dtype: torch.dtype,
+    checkpointed: int = 0,
+    compiled: bool = False,
+) -> None:
+    """Move `model` (fp32) to the device, and apply in this order, in place: activation
+    checkpointing of the first `checkpointed` blocks, compilation of every block, and, for a
+    compute dtype other than fp32, sharding with mixed precision."""
     model.to(place.device)
+    for block in model.model.layers[:checkpointed]:
+        checkpoint_block(block)
+    if compiled:
+        for block in model.model.layers:
+            block.compile()
     if dtype != torch.float32:
         shard(model, place, dtype)
 
 
-def shard(model: nn.Module, place: Place, dtype: torch.dtype) -> None:
+def checkpoint_block(block: Block) -> None:
+    """Keep only the block's input, and run it again in backward. Names of parameters stay."""
+    # Nothing in a block is random, so there is no random state to put back.
+    block.forward = partial(
+        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+    )
+
+
+def shard(model: Transformer, place: Place, dtype: torch.dtype) -> None:
     """FSDP2, in place: every block a group, the rest (embedding, norm, head) in the root's.
 
     Gradients are summed, not averaged: losses already hold the whole step's counts. The divide

@@ -31,6 +31,7 @@ from redi.data import dataset as data_room
 from redi.data.dataset import Dataset, Limits, describe
 from redi.distributed import DTYPES, peak_memory_gib, whole
 from redi.hub import dataset_files
+from redi.memory import blocks_to_checkpoint
 from redi.model import Transformer
 from redi.objectives import Objective
 from redi.packing import Step
@@ -68,6 +69,8 @@ class TrainConfig:
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], "of the compute; auto: bf16 on CUDA, fp32 on a CPU"
     ] = "auto"
+    checkpoint_blocks: Annotated[str, "blocks run again in backward: auto, all, none, N"] = "auto"
+    compile: Annotated[bool, "compile the blocks with torch.compile"] = False
     save_dtype: Annotated[
         Literal["source", "float32", "bfloat16", "float16"], "of the saved weights"
     ] = "source"
@@ -119,14 +122,19 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
     if config.eval_data:
         eval_rows = load_data(config.eval_data, config, source, paired)
         eval_task = replace(task, dataset=eval_rows)
-    print(describe(dataset, source.chat), describe_plan(task, config), sep="\n", flush=True)
+    dtype = distributed.compute_dtype(config.dtype, place)
+    longest_pack = max(int(dataset.lengths.max()), config.pack_tokens)
+    checkpointed, why = blocks_to_checkpoint(
+        config.checkpoint_blocks, model, longest_pack, place.device, dtype
+    )
+    print(describe(dataset, source.chat), describe_plan(task, config), why, sep="\n", flush=True)
     if config.dry_run:
         return
 
     # ---- train and save
     facts = notes(source, dataset)
     log = RunLog(config.out, config, facts, config.tracker)
-    distributed.place_model(model, place, distributed.compute_dtype(config.dtype, place))
+    distributed.place_model(model, place, dtype, checkpointed, config.compile)
     train(model, task, config, log, eval_task)
     save_model(model, config.out, source, save_dtype(config, source), model_card(config, facts))
     log.finish()
