@@ -81,20 +81,37 @@ class SequenceLogps:
     rows: list[int]
     signs: list[int]
     means: Tensor  # (S,) on the device until somebody reads them
+    largest: Tensor  # () of all tokens; above 0 only if something is broken
 
     @classmethod
     def of(cls, batch: PackedBatch, logps: Tensor) -> "SequenceLogps":
         sums = sequence_sums(logps, batch.response_lengths)
-        return cls(batch.row_ids, batch.signs, sums / sums.new_tensor(batch.response_lengths))
+        means = sums / sums.new_tensor(batch.response_lengths)
+        largest = logps.max() if len(logps) else logps.new_zeros(())
+        return cls(batch.row_ids, batch.signs, means, largest)
 
 
-def summarise(parts: list[SequenceLogps]) -> dict[str, float]:
-    """Mean log-probs of chosen and rejected responses, in nats per token, over rows; for pairs
-    also the margin and the share of pairs ranked right. Waits for the device once."""
-    means = torch.cat([part.means for part in parts]).tolist()
+def read(scalars: list[Tensor], parts: list[SequenceLogps]) -> tuple[list[float], dict[str, float]]:
+    """Bring scalars and log-probs to the host, waiting for the device once.
+
+    -> the scalars; the mean log-probs of chosen and rejected responses, in nats per token, over
+    rows, and for pairs also the margin and the share of pairs ranked right. Raises RuntimeError
+    for a log-prob above 0: a probability above 1 means a broken kernel or broken memory.
+    """
+    pieces = [*scalars, *(part.largest for part in parts), *(part.means for part in parts)]
+    values = torch.cat([piece.reshape(-1).to(torch.float64) for piece in pieces]).tolist()
+    largest = max(values[len(scalars) : len(scalars) + len(parts)])
+    if largest > 0:
+        raise RuntimeError(f"a token has log-prob {largest}, above 0: the log-probs are wrong")
+    means = values[len(scalars) + len(parts) :]
     keys = [key for part in parts for key in zip(part.rows, part.signs)]
-    chosen = {row: mean for (row, sign), mean in zip(keys, means) if sign > 0}
-    rejected = {row: mean for (row, sign), mean in zip(keys, means) if sign < 0}
+    return values[: len(scalars)], _summary(dict(zip(keys, means)))
+
+
+def _summary(means: dict[tuple[int, int], float]) -> dict[str, float]:
+    """Of (row, sign) -> mean log-prob."""
+    chosen = {row: mean for (row, sign), mean in means.items() if sign > 0}
+    rejected = {row: mean for (row, sign), mean in means.items() if sign < 0}
     summary = {"chosen_logp": sum(chosen.values()) / len(chosen)}
     if rejected:
         margins = [chosen[row] - rejected[row] for row in chosen]
@@ -111,12 +128,13 @@ def summarise(parts: list[SequenceLogps]) -> dict[str, float]:
 def held_out(model: Transformer, task: Task) -> dict[str, float]:
     """The objective's loss over all rows of `task` as one step, and their mean log-probs."""
     [step] = task.plan(rows_per_step=len(task.dataset))
-    loss, parts = 0.0, []
+    shares, parts = [], []
     for batch, totals in task.batches(step):
         share, logps = task.loss(model, batch, totals)
-        loss += share.item()
+        shares.append(share)
         parts.append(SequenceLogps.of(batch, logps))
-    return {"loss": loss, **summarise(parts)}
+    losses, summary = read(shares, parts)
+    return {"loss": sum(losses), **summary}
 
 
 @torch.no_grad()

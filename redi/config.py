@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import os
 import sys
 import tomllib
@@ -174,7 +175,7 @@ def _from_text(text: str | list[str], kind: Any, label: str) -> Any:
     for number in (int, float):
         if number in _members(kind):
             try:
-                return number(text)
+                return _checked(number(text), kind, label)
             except ValueError:
                 continue
     return _checked(text, kind, label)
@@ -190,7 +191,7 @@ def _checked(value: Any, kind: Any, label: str) -> Any:
         elif typing.get_origin(member) in (list, tuple):
             if isinstance(value, list):
                 return [_checked(v, typing.get_args(member)[0], label) for v in value]
-        elif type(value) is member:
+        elif type(value) is member and (member is not float or math.isfinite(value)):
             return value
         elif member is float and type(value) is int:
             return float(value)
@@ -203,7 +204,7 @@ def _kind_name(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) in (list, tuple):
         return "a list"
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
     return names.get(kind, "none")
 
 

@@ -98,7 +98,7 @@ class _TokenLogps(torch.autograd.Function):
             target_grads = torch.expm1(logps[rows, None]) * total[rows]
             logits.scatter_(1, targets[rows, None], target_grads)
             grads.add(head, rows, logits, -grad_logps[rows, None] / total[rows])
-        return grads.hidden_as(hidden.dtype), grads.weight_as(weight.dtype), None
+        return *grads.as_dtypes(hidden.dtype, weight.dtype), None
 
 
 # ---------------------------------------------------------------- one pass
@@ -126,9 +126,10 @@ class _WeightedLogpSum(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("weighted_logp_sum gives its gradient once: call it again")
         grads, ctx.grads = ctx.grads, None  # handed over, not copied
-        grads.scale_(grad_sum)
-        hidden_dtype, weight_dtype = ctx.dtypes
-        return grads.hidden_as(hidden_dtype), grads.weight_as(weight_dtype), None, None, None
+        for grad in (grads.hidden, grads.weight):
+            if grad is not None:
+                grad.mul_(grad_sum)
+        return *grads.as_dtypes(*ctx.dtypes), None, None, None
 
 
 # ---------------------------------------------------------------- what both share
@@ -203,13 +204,7 @@ class _Gradients:
             else:
                 self.weight.add_(head.mm(operand.T, scaled))
 
-    def scale_(self, factor: Tensor) -> None:
-        for grad in (self.hidden, self.weight):
-            if grad is not None:
-                grad.mul_(factor)
-
-    def hidden_as(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.hidden is None else self.hidden.to(dtype)
-
-    def weight_as(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.weight is None else self.weight.to(dtype)
+    def as_dtypes(self, hidden: torch.dtype, weight: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Both, each in its parameter's dtype, or None where it was not wanted."""
+        wanted = ((self.hidden, hidden), (self.weight, weight))
+        return tuple(None if grad is None else grad.to(dtype) for grad, dtype in wanted)

@@ -43,7 +43,10 @@ def _compare(folder: Path, settings: dict[str, Any]) -> bool:
     recorded = folder / "config.toml"
     if not recorded.is_file():
         raise UserError(f"--out {folder}: holds files that no run made; choose another folder")
-    old = tomllib.loads(recorded.read_text(encoding="utf-8"))
+    try:
+        old = tomllib.loads(recorded.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{recorded}: not readable ({error}); choose another --out") from None
     changed = [
         f"{key} was {old.get(key)!r}, now {settings.get(key)!r}"
         for key in sorted({*old, *settings} - NOT_COMPARED)
@@ -64,9 +67,11 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     """The records of a run. A last line cut short by a kill is left out."""
     path = run / "metrics.jsonl"
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+            try:
                 yield json.loads(line)
+            except ValueError:
+                raise UserError(f"{path}:{number}: not a record of a run") from None
 
 
 class RunLog:

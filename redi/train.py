@@ -24,12 +24,13 @@ import torch
 from torch import nn
 
 from redi import __version__, distributed
-from redi.batches import SequenceLogps, Task, held_out, summarise, with_reference
+from redi.batches import SequenceLogps, Task, held_out, read, with_reference
 from redi.checkpoint import Source, load_model, save_model
 from redi.config import UserError, require, to_toml
 from redi.data import dataset as data_room
 from redi.data.dataset import Dataset, Limits, describe
 from redi.distributed import DTYPES, peak_memory_gib, whole
+from redi.flops import peak_flops, training_flops
 from redi.hub import dataset_files
 from redi.memory import blocks_to_checkpoint
 from redi.model import Transformer
@@ -252,6 +253,13 @@ def train(
             if eval_task and (number % config.eval_every == 0 or number == total):
                 log.record("eval", number, **held_out(model, eval_task))
             done = number
+    except _NotFinite as broken:
+        loss, grad_norm, rows = broken.args
+        numbers = ", ".join(str(task.dataset.row_number(row)) for row in sorted(set(rows)))
+        raise UserError(
+            f"{config.data}: step {done + 1} has loss {loss} and gradient norm {grad_norm}; it was "
+            f"not applied, and no model was saved; its rows are {numbers}"
+        ) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"after step {done} of {total}; {log.folder} holds config.toml and metrics.jsonl, "
@@ -276,29 +284,40 @@ def _train_step(
 ) -> dict[str, float]:
     """One optimizer step; its record for the log."""
     began = time.perf_counter()
-    device = task.place.device
-    loss, num_tokens, parts = torch.zeros((), device=device, dtype=torch.float64), 0, []
+    device, config = task.place.device, model.config
+    loss, parts = torch.zeros((), device=device, dtype=torch.float64), []
+    num_tokens, flops = 0, 0.0
 
     # ---- forward and backward, pack by pack: gradients add up in .grad
     for batch, totals in task.batches(step):
         share, logps = task.loss(model, batch, totals)
         share.backward()
         loss += share.detach()
-        num_tokens += len(batch.tokens)
         parts.append(SequenceLogps.of(batch, logps))
+        num_tokens += len(batch.tokens)
+        flops += training_flops(config, batch.lengths, len(batch.targets))
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip))
 
-    # ---- clip, learning rate, update
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    # ---- the one place in a step where the host waits for the device
+    [loss, grad_norm], summary = read([loss, grad_norm], parts)
+    if not math.isfinite(loss + grad_norm):
+        raise _NotFinite(loss, grad_norm, [row for part in parts for row in part.rows])
+
+    # ---- update
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
-    # ---- the one place in a step where the host waits for the device
-    record = {"loss": loss.item(), **summarise(parts)}
-    record |= {"lr": lr, "grad_norm": whole(grad_norm).item(), "tokens": num_tokens}
-    memory = peak_memory_gib(device)
-    return record | {"memory_gib": memory, "seconds": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    record = {"loss": loss, **summary, "lr": lr, "grad_norm": grad_norm, "tokens": num_tokens}
+    if peak := peak_flops(device):
+        record["mfu"] = flops / seconds / peak
+    return record | {"memory_gib": peak_memory_gib(device), "seconds": seconds}
+
+
+class _NotFinite(Exception):
+    """The loss or the gradient of a step is not a number: (loss, gradient norm, rows)."""
 
 
 def _shown(record: dict[str, float], tokens_per_second: float) -> dict[str, str]:
@@ -306,4 +325,5 @@ def _shown(record: dict[str, float], tokens_per_second: float) -> dict[str, str]
     names = {"loss": "loss", "chosen_logp": "chosen", "rejected_logp": "rejected"}
     shown = {name: f"{record[key]:.3f}" for key, name in names.items() if key in record}
     shown |= {"lr": f"{record['lr']:.1e}", "grad": f"{record['grad_norm']:.2f}"}
-    return shown | {"tok/s": f"{tokens_per_second:,.0f}", "mem": f"{record['memory_gib']:.1f}G"}
+    shown |= {"tok/s": f"{tokens_per_second:,.0f}", "mem": f"{record['memory_gib']:.1f}G"}
+    return shown | ({"MFU": f"{record['mfu']:.0%}"} if "mfu" in record else {})

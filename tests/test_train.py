@@ -551,12 +551,21 @@ def test_after_rows_were_dropped_ids_name_the_rows_that_are_left(here, store_of)
     assert dataset.response_lengths.tolist() == whole.response_lengths[[2, 3, 6, 7]].tolist()
 
 
-def test_limits_are_inclusive_and_the_stop_token_counts(here, store_of):
-    store = store_of(ROWS[:1], paired=True)
-    longest = (store.sequence_lengths - store.prompt_lengths).max()
-    assert len(select(store, Limits(1000, int(longest), 1000), "error", "rows.jsonl")) == 1
+@pytest.mark.parametrize("limit", ["prompt", "response", "total"])
+def test_limits_are_inclusive_and_the_stop_token_counts(here, store_of, limit):
+    chat = ChatTokenizer.from_folder("student")
+    # Row 0's chosen trace is the longer one.
+    [row] = chat.encode_rows([(ROWS[0]["prompt"], ROWS[0]["chosen"][0])])
+    assert row.response_ids[-1] == chat.stop_id
+    lengths = {
+        "prompt": len(row.prompt_ids), "response": len(row.response_ids), "total": len(row),
+    }  # fmt: skip
+    limits = {"prompt": 1000, "response": 1000, "total": 1000, limit: lengths[limit]}
+    store = store_of(ROWS[:1])
+    assert len(select(store, Limits(**limits), "error", "rows.jsonl")) == 1
+    limits[limit] -= 1
     with pytest.raises(UserError, match="no row is left"):
-        select(store, Limits(1000, int(longest) - 1, 1000), "drop", "rows.jsonl")
+        select(store, Limits(**limits), "drop", "rows.jsonl")
 
 
 def test_over_length_error_names_the_row(here, store_of):
@@ -575,7 +584,7 @@ def test_a_pair_of_equal_answers_is_counted_out(here, store_of):
     rows = [ROWS[0], {**ROWS[1], "rejected": ROWS[1]["chosen"]}, ROWS[2]]
     store = store_of(rows)
     assert store.skipped == {"chosen equals rejected": 1}
-    assert store.lines.tolist() == [1, 3]
+    assert store.row_numbers.tolist() == [1, 3]
     with pytest.raises(UserError, match=r"no row to train on.*chosen equals rejected"):
         store_of([rows[1]], name="equal.jsonl")
 
@@ -627,6 +636,21 @@ def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(here, sto
     (left / "store.json").unlink()
     assert len(select(store_of(ROWS), GENEROUS, "error", "rows.jsonl")) == 4
     assert made_stores(here) == {folder.name}
+
+
+def test_a_store_that_another_process_made_meanwhile_is_used(here, store_of, monkeypatch):
+    first = store_of(ROWS)
+    kept = here / "kept"
+    first.folder.rename(kept)
+    write = data_room._write
+
+    def slowly(*arguments) -> None:
+        write(*arguments)
+        kept.rename(first.folder)  # the other process is done first
+
+    monkeypatch.setattr(data_room, "_write", slowly)
+    assert np.array_equal(store_of(ROWS).tokens, first.tokens)
+    assert made_stores(here) == {first.folder.name}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -5,7 +5,7 @@ a line of pairs.jsonl, {"prompt", "chosen", "rejected"}, becomes two, the chosen
 `TokenStore` holds every rendered sequence end to end in one int32 file:
 
     tokens.bin       p p p r r r r | p p p r r | ...        p prompt, r response, ends with stop
-    index.npz        offsets (S+1,), prompt_lengths (S,), lines (N,)
+    index.npz        offsets (S+1,), prompt_lengths (S,), row_numbers (N,)
     store.json       what it was made from, and the rows left out by reason
 
 The store's folder is named by a hash of the data, the tokenizer and the template, so a change of
@@ -35,7 +35,7 @@ from redi.data.files import read_rows
 from redi.data.tokenizer import ChatTokenizer, Message
 from redi.packing import Sequence
 
-FORMAT = "1"  # part of every key: raise it when the rendering or the layout changes
+FORMAT = "2"  # part of every key: raise it when the rendering or the layout changes
 ANSWER_FIELDS = {False: ("completion",), True: ("chosen", "rejected")}
 BATCH_ROWS = 256  # rendered and encoded at a time
 
@@ -60,7 +60,7 @@ class TokenStore:
     tokens: np.ndarray  # (all tokens,) int32, memory-mapped
     offsets: np.ndarray  # (S+1,) int64
     prompt_lengths: np.ndarray  # (S,) int32
-    lines: np.ndarray  # (N,) int64, the row's number in the data, from 1
+    row_numbers: np.ndarray  # (N,) int64, where the row stands in the data, from 1
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
@@ -115,9 +115,9 @@ class Dataset:
             sign=-1 if rejected else 1,
         )
 
-    def line(self, row: int) -> int:
-        """The number of a row in the data, from 1."""
-        return int(self.store.lines[self.rows[row]])
+    def row_number(self, row: int) -> int:
+        """Where a row stands in the data, from 1."""
+        return int(self.store.row_numbers[self.rows[row]])
 
 
 def load(files: list[Path], chat: ChatTokenizer, paired: bool, cache: str | Path) -> TokenStore:
@@ -164,9 +164,9 @@ def select(store: TokenStore, limits: Limits, over_length: str, where: str) -> D
         if newly.any():
             dropped[reason] = int(newly.sum())
             if over_length == "error":
-                line = store.lines[np.flatnonzero(newly)[0]]
+                number = store.row_numbers[np.flatnonzero(newly)[0]]
                 raise UserError(
-                    f"{where}: row {line}: {reason} (--over-length drop leaves such rows out)"
+                    f"{where}: row {number}: {reason} (--over-length drop leaves such rows out)"
                 )
     if not kept.any():
         reasons = {**store.skipped, **dropped}
@@ -229,7 +229,7 @@ def _shortened(text: str, most: int = 240) -> str:
 
 
 def _write(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, data_hash: str):
-    lengths, prompt_lengths, lines = [], [], []
+    lengths, prompt_lengths, row_numbers = [], [], []
     skipped: Counter[str] = Counter()
     numbered = enumerate(read_rows(files), start=1)
     progress = tqdm(numbered, desc="tokenising", unit=" rows", disable=None, leave=False)
@@ -243,14 +243,14 @@ def _write(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, d
                 np.array(row.prompt_ids + row.response_ids, dtype=np.int32).tofile(tokens)
                 lengths.append(len(row))
                 prompt_lengths.append(len(row.prompt_ids))
-            lines.extend(line for line, _, _ in batch)
-    if not lines:
+            row_numbers.extend(number for number, _, _ in batch)
+    if not row_numbers:
         raise UserError(f"{files[0]}: no row to train on ({dict(skipped) or 'it has none'})")
     np.savez(
         folder / "index.npz",
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
         prompt_lengths=np.array(prompt_lengths, dtype=np.int32),
-        lines=np.array(lines, dtype=np.int64),
+        row_numbers=np.array(row_numbers, dtype=np.int64),
     )
     about = {"paired": paired, "data_hash": data_hash, "skipped": dict(skipped)}
     (folder / "store.json").write_text(json.dumps(about, indent=1))
