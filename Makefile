@@ -28,7 +28,7 @@ demo: .venv/core
 	@$(BIN)/python -m redi.eval.report out/demo/eval/base out/demo/eval/sft out/demo/eval/redi \
 		--out out/demo/report.json
 	@echo "curves:      out/demo/sft/curves.png, out/demo/redi/curves.png"
-	@echo "completions: out/demo/eval/{base,sft,redi}/benchmark.jsonl"
+	@echo "completions: out/demo/eval/{base,sft,redi}/completions/benchmark.jsonl"
 
 test: .venv/dev lint
 	$(BIN)/python -m pytest

@@ -15,20 +15,17 @@ Reads the stage-1 model and pairs {"prompt": [messages], "chosen": [message], "r
 with M the mean and S the sum of a response's log-probs. Writes a Hugging Face folder.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from redi.config import UserError, parse, program, require
-from redi.objectives import OBJECTIVES
+from redi.objectives import OBJECTIVES, Objective
 from redi.train import TrainConfig, run
 
-# What each objective takes, and the paper's best value (Section 4; DPO and SimPO: its baselines).
-PARAMETERS = {
-    "redi": {"alpha": 0.8},
-    "symmetric": {},
-    "dpo": {"beta": 0.001},
-    "simpo": {"beta": 2.0, "gamma": 1.0},
-}
+# The paper's values (Section 4). REDI's is the default; the others are quoted when missing.
+PUBLISHED = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.001}, "simpo": {"beta": 2.0, "gamma": 1.0}}
+PARAMETERS = ("alpha", "beta", "gamma")
 
 
 @dataclass(kw_only=True)
@@ -53,26 +50,28 @@ class REDIConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = PARAMETERS[self.objective]
-        for name in ("alpha", "beta", "gamma"):
-            given = getattr(self, name)
-            require(name in own or given is None, name, given, f"none with {self.objective}")
+        published = PUBLISHED.get(self.objective, {})
         if self.objective == "redi" and self.alpha is None:
-            self.alpha = own["alpha"]
-        for name, published in own.items():
-            if getattr(self, name) is None:
-                raise UserError(
-                    f"--{name} is missing: {self.objective} needs it (the paper's is {published:g})"
-                )
+            self.alpha = published["alpha"]
+        takes = inspect.signature(OBJECTIVES[self.objective]).parameters
+        for name in PARAMETERS:
+            given = getattr(self, name)
+            require(name in takes or given is None, name, given, f"none with {self.objective}")
+            if name in takes and given is None:
+                quoted = f" (the paper's is {published[name]:g})" if name in published else ""
+                raise UserError(f"--{name} is missing: {self.objective} needs it{quoted}")
         require(self.alpha is None or 0 <= self.alpha <= 1, "alpha", self.alpha, "within [0, 1]")
         require(self.beta is None or self.beta > 0, "beta", self.beta, "above 0")
+
+    def make_objective(self) -> Objective:
+        given = {name: getattr(self, name) for name in PARAMETERS}
+        return OBJECTIVES[self.objective](**{k: v for k, v in given.items() if v is not None})
 
 
 @program
 def main() -> None:
     config = parse(REDIConfig, "Stage 2 of REDI: learning from pairs of right and wrong traces.")
-    objective = OBJECTIVES[config.objective](config)
-    run(config, objective, paired=True, model_made_by="python train_sft.py")
+    run(config, config.make_objective(), paired=True, model_made_by="python train_sft.py")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,6 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longe
         else:  # torch 2.11: the argument is not there, so every query head gets its own copy
             group = query.shape[1] // key.shape[1]
             key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-    causal = {"window_size": (-1, 0)}
-    return varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, **causal, **grouped
-    )
+    lengths = (cu_seqlens, cu_seqlens, longest, longest)
+    causal = (-1, 0)  # every token before it, none after
+    return varlen_attn(query, key, value, *lengths, window_size=causal, **grouped)

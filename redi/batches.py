@@ -4,8 +4,9 @@ A `Task` is rows together with the objective that weighs them. It turns the sequ
 into batches whose token weights hold the counts of the *whole* step, so the losses of its packs
 add up to the loss of the step:
 
-    for batch in task.batches(step):
-        share, logps = task.loss(model, batch)        # sum of the shares = loss of the step
+    totals = task.totals(step)
+    for batch in task.batches(step, totals):
+        share, logps = task.loss(model, batch, totals)      # the shares add up to the step's loss
 
 Two passes without gradients live here too: the held-out loss, and the reference log-probs of DPO.
 Letters: N rows, R supervised tokens, S sequences of a pack.
@@ -37,16 +38,21 @@ class Task:
     pack_tokens: int
     reference: Tensor | None = None  # (N, 2), see objectives.Objective
 
-    def plan(self, rows_per_step: int, seed: int = 0, epoch: int = 0) -> list[Step]:
+    def plan(self, rows_per_step: int, seed: int, epoch: int) -> list[Step]:
         return plan(
             self.dataset.lengths,
             rows_per_step,
             self.pack_tokens,
             self.place.world_size,
-            seed,
-            epoch,
-            self.objective.keep_pairs,
+            seed=seed,
+            epoch=epoch,
+            keep_pairs=self.objective.keep_pairs,
         )
+
+    def everything(self) -> Step:
+        """All rows as one step, for passes that do not train."""
+        [step] = self.plan(rows_per_step=len(self.dataset), seed=0, epoch=0)
+        return step
 
     def totals(self, step: Step) -> Totals:
         """Counts over all packs and ranks of a step."""
@@ -54,11 +60,10 @@ class Task:
         rows = len(ids) // 2 if self.dataset.store.paired else len(ids)
         return Totals(rows, int(self.dataset.response_lengths[ids].sum()))
 
-    def batches(self, step: Step) -> Iterator[tuple[PackedBatch, Totals]]:
+    def batches(self, step: Step, totals: Totals) -> Iterator[PackedBatch]:
         """This rank's packs of a step, read from disk and moved to the device."""
-        totals = self.totals(step)
         for ids in step[self.place.rank]:
-            yield self._load(ids, totals).to(self.place.device), totals
+            yield self._load(ids, totals).to(self.place.device)
 
     def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> tuple[Tensor, Tensor]:
         """The pack's share of the step's loss, and its log-probs (R,) detached."""
@@ -76,19 +81,19 @@ class Task:
 
 @dataclass(frozen=True)
 class SequenceLogps:
-    """Mean log-prob per token of a pack's sequences, with what sorts them into pairs."""
+    """Log-probs of a pack's sequences, with what sorts them into pairs."""
 
-    rows: list[int]
+    row_ids: list[int]
     signs: list[int]
-    means: Tensor  # (S,) on the device until somebody reads them
+    lengths: list[int]
+    sums: Tensor  # (S,) on the device until somebody reads them
     largest: Tensor  # () of all tokens; above 0 only if something is broken
 
     @classmethod
     def of(cls, batch: PackedBatch, logps: Tensor) -> "SequenceLogps":
         sums = sequence_sums(logps, batch.response_lengths)
-        means = sums / sums.new_tensor(batch.response_lengths)
         largest = logps.max() if len(logps) else logps.new_zeros(())
-        return cls(batch.row_ids, batch.signs, means, largest)
+        return cls(batch.row_ids, batch.signs, batch.response_lengths, sums, largest)
 
 
 def read(scalars: list[Tensor], parts: list[SequenceLogps]) -> tuple[list[float], dict[str, float]]:
@@ -98,14 +103,18 @@ def read(scalars: list[Tensor], parts: list[SequenceLogps]) -> tuple[list[float]
     rows, and for pairs also the margin and the share of pairs ranked right. Raises RuntimeError
     for a log-prob above 0: a probability above 1 means a broken kernel or broken memory.
     """
-    pieces = [*scalars, *(part.largest for part in parts), *(part.means for part in parts)]
+    pieces = [*scalars, *(part.largest for part in parts), *(part.sums for part in parts)]
     values = torch.cat([piece.reshape(-1).to(torch.float64) for piece in pieces]).tolist()
     largest = max(values[len(scalars) : len(scalars) + len(parts)])
     if largest > 0:
         raise RuntimeError(f"a token has log-prob {largest}, above 0: the log-probs are wrong")
-    means = values[len(scalars) + len(parts) :]
-    keys = [key for part in parts for key in zip(part.rows, part.signs)]
-    return values[: len(scalars)], _summary(dict(zip(keys, means)))
+    sums = iter(values[len(scalars) + len(parts) :])
+    means = {
+        (row, sign): next(sums) / length
+        for part in parts
+        for row, sign, length in zip(part.row_ids, part.signs, part.lengths)
+    }
+    return values[: len(scalars)], _summary(means)
 
 
 def _summary(means: dict[tuple[int, int], float]) -> dict[str, float]:
@@ -127,9 +136,9 @@ def _summary(means: dict[tuple[int, int], float]) -> dict[str, float]:
 @torch.no_grad()
 def held_out(model: Transformer, task: Task) -> dict[str, float]:
     """The objective's loss over all rows of `task` as one step, and their mean log-probs."""
-    [step] = task.plan(rows_per_step=len(task.dataset))
-    shares, parts = [], []
-    for batch, totals in task.batches(step):
+    step, shares, parts = task.everything(), [], []
+    totals = task.totals(step)
+    for batch in task.batches(step, totals):
         share, logps = task.loss(model, batch, totals)
         shares.append(share)
         parts.append(SequenceLogps.of(batch, logps))
@@ -142,15 +151,16 @@ def with_reference(model: Transformer, task: Task) -> Task:
     """`task` with the log-probs of `model` as it is, if its objective wants them."""
     if not task.objective.needs_reference:
         return task
-    dataset, device = task.dataset, task.place.device
-    sums = torch.empty(len(dataset), 2, device=device, dtype=torch.float64)
-    [step] = task.plan(rows_per_step=len(dataset))
-    progress = Progress(len(step[task.place.rank]), "reference log-probs", unit="pack")
-    for batch, _ in task.batches(step):
-        targets = batch.targets
-        logps = model(batch, lambda h, w, targets=targets: token_logps(h, w, targets))
-        columns = [0 if sign > 0 else 1 for sign in batch.signs]
-        sums[batch.row_ids, columns] = sequence_sums(logps, batch.response_lengths).to(sums)
-        progress.update({})
-    progress.close()
+    step, parts = task.everything(), []
+    with Progress(len(step[task.place.rank]), "reference log-probs", unit="pack") as progress:
+        for batch in task.batches(step, task.totals(step)):
+            targets = batch.targets
+            logps = model(batch, lambda h, w, targets=targets: token_logps(h, w, targets))
+            parts.append(SequenceLogps.of(batch, logps))
+            progress.update({})
+    # On the host, where a pack's rows are looked up; float64, so that no model's sums are rounded.
+    sums = torch.empty(len(task.dataset), 2, dtype=torch.float64)
+    for part in parts:
+        columns = [0 if sign > 0 else 1 for sign in part.signs]
+        sums[part.row_ids, columns] = part.sums.to("cpu", torch.float64)
     return replace(task, reference=sums)

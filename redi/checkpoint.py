@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from redi.config import UserError
-from redi.data.tokenizer import TOKENIZER_FILES, ChatTokenizer
+from redi.data.tokenizer import ChatTokenizer
 from redi.distributed import whole
-from redi.hub import model_folder
+from redi.hub import TOKENIZER_FILES, model_folder
 from redi.model import ModelConfig, Transformer, read_rope_theta
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

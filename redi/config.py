@@ -41,7 +41,7 @@ class UserError(Exception):
 def require(holds: bool, name: str, value: Any, expected: str) -> None:
     """Raises UserError naming the flag."""
     if not holds:
-        raise UserError(f"--{name.replace('_', '-')} is {value}: expected {expected}")
+        raise UserError(f"{_flag(name)}: expected {expected}; got {value}")
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:

@@ -9,6 +9,7 @@ the order. One process only: WORLD_SIZE above 1 is refused.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,8 +37,8 @@ def start() -> Place:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         raise UserError(
-            f"WORLD_SIZE is {world_size}: training runs on one process; start it with python, "
-            "or with torchrun --nproc_per_node 1"
+            f"WORLD_SIZE is {world_size}: redi runs on one process; start it with python, or with "
+            "torchrun --nproc_per_node 1"
         )
     return Place(
         0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -114,4 +115,5 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -7,8 +7,8 @@
 
 What exists on this machine is local. Anything else is a hub id if it has a hub id's form,
 `organisation/name`, and does not end in the suffix of a data file; otherwise it is a missing file.
-`out/sft` has that form too: when the caller knows the command that makes a missing input
-(`made_by`), a path under out/ or data/, where the programs write by default, is local.
+`out/sft` has that form too, but a path under out/ or data/, where the programs write by default, is
+local. When the caller knows the command that makes a missing input, `made_by`, the error says so.
 
 The hub's own cache does the rest: a snapshot is fetched once, resumes when cut off, and is found
 again without a network. Left out: revisions and the dataset viewer's YAML configurations; a
@@ -21,10 +21,7 @@ from pathlib import Path
 from redi.config import UserError
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
-# Named one by one, so that weights in other formats and adapters stay where they are.
-MODEL_FILES = [
-    "config.json",
-    "generation_config.json",
+TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -32,10 +29,18 @@ MODEL_FILES = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+]
+# Named one by one, so that weights in other formats and adapters stay where they are.
+MODEL_FILES = [
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
 ]
+# Where the programs write by default: a path below them is never a hub id.
+OUR_FOLDERS = ("out", "data")
 
 
 def model_folder(folder_or_hub_id: str | Path, made_by: str | None = None) -> Path:
@@ -49,7 +54,7 @@ def model_folder(folder_or_hub_id: str | Path, made_by: str | None = None) -> Pa
         return path
     if path.exists():
         raise UserError(f"{path}: is a file; expected a Hugging Face model folder")
-    if not _is_hub_id(str(folder_or_hub_id), made_by):
+    if not is_hub_id(str(folder_or_hub_id)):
         raise _missing(path, made_by)
     return _snapshot(str(folder_or_hub_id), "model", MODEL_FILES)
 
@@ -79,7 +84,7 @@ def dataset_files(
             raise UserError(f"{path}: expected a {_any_of(DATA_SUFFIXES)} file or a folder of them")
         return [path]
     hub_id = str(path_or_hub_id)
-    if not _is_hub_id(hub_id, made_by):
+    if not is_hub_id(hub_id):
         raise _missing(path, made_by)
     snapshot = _snapshot(hub_id, "dataset", [f"*{split}*{suffix}" for suffix in DATA_SUFFIXES])
     files = _files_of_split(snapshot, split)
@@ -109,9 +114,9 @@ def _files_of_split(snapshot: Path, split: str) -> list[Path]:
 # ---------------------------------------------------------------- local or hub
 
 
-def _is_hub_id(text: str, made_by: str | None) -> bool:
-    """Whether a path that does not exist has the form of a hub id and is meant as one."""
-    if made_by and text.split("/")[0] in ("out", "data"):
+def is_hub_id(text: str) -> bool:
+    """Whether `text` names nothing on this machine, and has the form of a hub id."""
+    if Path(text).expanduser().exists() or text.split("/")[0] in OUR_FOLDERS:
         return False
     if text.count("/") != 1 or text.startswith((".", "~", "/")) or text.endswith(DATA_SUFFIXES):
         return False
@@ -138,7 +143,7 @@ def _snapshot(hub_id: str, kind: str, patterns: list[str]) -> Path:
             f"{hub_id}: no such local path, and the hub does not give this {kind} "
             f"({type(error).__name__}: {reason}); check the name, the network and, "
             "for a gated repository, HF_TOKEN"
-        ) from error
+        ) from None
 
 
 def _missing(path: Path, made_by: str | None) -> UserError:

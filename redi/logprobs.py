@@ -18,7 +18,7 @@ d log-prob / dz = [3/4, -3/4].
 
 Precision: logits, sums and the weight's gradient are at least fp32 whatever the inputs. The target
 is taken out of a row before its exponentials are summed, so 1 - p comes from the others' sum and
-stays exact when p is nearly 1; softmax - onehot then sums to zero exactly.
+stays exact when p is nearly 1, and softmax - onehot sums to zero but for one sum's rounding.
 
 Left out: gradient filtering (biased for the mass REDI pushes into the tail), ignore_index (callers
 pass supervised rows only), z-loss. Letters: R rows, D hidden, V vocabulary, C rows of a chunk.
@@ -92,8 +92,8 @@ class _TokenLogps(torch.autograd.Function):
         head = _Head(hidden, weight)
         grads = _Gradients(head, *ctx.needs_input_grad[:2])
         for rows in head.chunks:
-            # As in the forward pass, total * (softmax - onehot): dividing by total here, or
-            # subtracting a rounded log-sum-exp, would leave rows that do not sum to zero.
+            # As in the forward pass, total * (softmax - onehot): subtracting a rounded log-sum-exp
+            # instead would shift every exponential of a row whose logits are large.
             logits = head.logits(rows).sub_(row_max[rows]).clamp_(min=MIN_EXPONENT).exp_()
             target_grads = torch.expm1(logps[rows, None]) * total[rows]
             logits.scatter_(1, targets[rows, None], target_grads)

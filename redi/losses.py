@@ -8,7 +8,7 @@ and, for one worked pair with log-probs [-.1, -.2, -.3] (chosen) and [-1, -3] (r
 
     S_w = -0.6   M_w = -0.2   S_l = -4   M_l = -2
 
-    stage 1   SFT        Eq. 1   -S_w / N_tokens                                     0.2
+    stage 1   SFT        Eq. 1   -S_w / N_tokens, over a whole step                  0.2
     stage 2   REDI       Eq. 5   -M_w + alpha M_l              alpha 0.8            -1.4
               symmetric  Eq. 4   -M_w + M_l                                         -1.8
               DPO        Eq. 2   -log sigmoid(beta [(S_w - S_w_ref) - (S_l - S_l_ref)])
@@ -17,9 +17,10 @@ and, for one worked pair with log-probs [-.1, -.2, -.3] (chosen) and [-1, -3] (r
                                  beta 2, gamma 1                                     0.071645
 
 SFT and REDI are linear in the log-probs: each response token carries a signed weight that its
-sequence's length and sign alone decide. The second half of this file states those weights. They
-are what training runs on (one fused pass, a pair need not stay together); the losses above them
-are the definition, and tests hold the two to one value and one gradient.
+sequence's length and sign alone decide. The second half of this file states those weights, the
+derivatives of the losses above them. SFT, REDI and the symmetric objective train on the weights
+(one fused pass, a pair need not stay together), DPO and SimPO on the losses; whoever changes a
+linear loss changes its weights with it, and tests hold the two to one value and one gradient.
 
 No reference model, no beta and no sigmoid in REDI: it is unbounded below, so watch the curves.
 Related objectives outside the paper are not here. Letters: P pairs, S sequences.

@@ -114,28 +114,40 @@ def rope_tables(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def refuse_unbuilt(config: dict[str, Any], where: str) -> None:
     """Raise UserError for a setting that this file would silently compute differently."""
-    layers = set(config.get("layer_types") or ())
     tables = rope_tables(config)
-    rope_types = {table.get("rope_type") or table.get("type") or "default" for table in tables}
-    factors = {table.get("partial_rotary_factor") or 1.0 for table in (config, *tables)}
-    dtypes = {str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key)}
-    refused = {
-        "model_type": (config.get("model_type"), config.get("model_type") == "qwen2"),
-        "rope_type": (sorted(rope_types), rope_types == {"default"}),
-        "partial_rotary_factor": (sorted(factors), factors == {1.0}),
-        "use_sliding_window": (used := config.get("use_sliding_window", False), not used),
-        "layer_types": (sorted(layers), layers <= {"full_attention"}),
-        "hidden_act": (act := config.get("hidden_act", "silu"), act == "silu"),
-        "attention_dropout": (rate := config.get("attention_dropout", 0.0), not rate),
-        "quantization_config": (quant := config.get("quantization_config"), not quant),
-        "dtype and torch_dtype": (sorted(dtypes), len(dtypes) <= 1),
+    dtypes = [config[key] for key in ("dtype", "torch_dtype") if config.get(key)]
+    found = {
+        "model_type": {config.get("model_type")},
+        "rope_type": {table.get("rope_type") or table.get("type") for table in tables},
+        "partial_rotary_factor": {t.get("partial_rotary_factor") for t in (config, *tables)},
+        "use_sliding_window": {config.get("use_sliding_window")},
+        "layer_types": set(config.get("layer_types") or ()),
+        "hidden_act": {config.get("hidden_act")},
+        "attention_dropout": {config.get("attention_dropout")},
+        "quantization_config": {str(config.get("quantization_config") or "none")},
     }
-    for field, (value, is_built) in refused.items():
-        if not is_built:
+    for field, values in found.items():
+        if not values <= BUILT[field]:
             raise UserError(
-                f"{where}: {field} is {value!r}; redi builds Qwen2 with full attention, default "
-                "rotary positions, silu, and no dropout or quantization"
+                f"{where}: {field} is {', '.join(map(repr, values - BUILT[field]))}; redi builds "
+                "Qwen2 with full attention, default rotary positions, silu, no dropout and no "
+                "quantization"
             )
+    if len(set(dtypes)) > 1:
+        raise UserError(f"{where}: dtype is {dtypes[0]!r} and torch_dtype {dtypes[1]!r}")
+
+
+# The values of a field that change nothing; None is a field that is not there.
+BUILT: dict[str, set] = {
+    "model_type": {"qwen2"},
+    "rope_type": {"default", None},
+    "partial_rotary_factor": {1.0, None},
+    "use_sliding_window": {False, None},
+    "layer_types": {"full_attention"},
+    "hidden_act": {"silu", None},
+    "attention_dropout": {0.0, None},
+    "quantization_config": {"none"},
+}
 
 
 # ---------------------------------------------------------------- the network, leaves first

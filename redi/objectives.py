@@ -5,13 +5,12 @@ before the forward pass from lengths alone: it runs through the one-pass kernel,
 sequences may lie in different packs. A *pairwise* one (DPO, SimPO) puts a sigmoid around the pair:
 it needs the two-pass kernel, and both sequences in one pack.
 
-To try another objective, write it as a function and add it to OBJECTIVES.
+To try another objective, write it as a function of its parameters and add it to OBJECTIVES.
 Letters: P pairs, S sequences of a pack, R supervised tokens.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +48,8 @@ class Objective:
     token_weights(signs (S,), lengths (S,), totals) -> (S,) goes into every pack (zero for an
     objective that is not linear). loss(model, batch, totals, reference) -> the pack's share of the
     step's loss, and its log-probs (R,) detached; shares add up, nothing is averaged. reference
-    (N, 2): the starting model's summed log-probs of each row's chosen and rejected sequence.
+    (N, 2), on the host: the starting model's summed log-probs of each row's chosen and rejected
+    sequence.
     """
 
     token_weights: Callable[[Tensor, Tensor, Totals], Tensor]
@@ -61,7 +61,7 @@ class Objective:
 def linear(token_weights: Callable[[Tensor, Tensor, Totals], Tensor]) -> Objective:
     """loss = sum_t w_t logp_t, in one pass."""
 
-    def loss(model: Transformer, batch: PackedBatch, totals: Totals, reference: None):
+    def loss(model: Transformer, batch: PackedBatch, totals: Totals, reference: Tensor | None):
         def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             return weighted_logp_sum(hidden, weight, batch.targets, batch.token_weights)
 
@@ -79,7 +79,7 @@ def pairwise(pair_loss: Callable[[Pairs], Tensor], needs_reference: bool = False
     def loss(model: Transformer, batch: PackedBatch, totals: Totals, reference: Tensor | None):
         logps = model(batch, lambda hidden, weight: token_logps(hidden, weight, batch.targets))
         sums = sequence_sums(logps, batch.response_lengths)  # (S,) chosen, rejected, chosen, ...
-        means = sums / sums.new_tensor(batch.response_lengths)
+        means = sequence_means(logps, batch.response_lengths)
         of_rows = None if reference is None else reference[batch.row_ids[0::2]].to(sums)  # (P, 2)
         pairs = Pairs(
             chosen_sum=sums[0::2],
@@ -99,6 +99,13 @@ def sequence_sums(logps: Tensor, lengths: list[int]) -> Tensor:
     return torch.stack([part.sum() for part in logps.split(lengths)]) if lengths else logps
 
 
+def sequence_means(logps: Tensor, lengths: list[int]) -> Tensor:
+    """The same per token -> (S,)."""
+    return torch.stack([part.mean() for part in logps.split(lengths)]) if lengths else logps
+
+
+# ---------------------------------------------------------------- the paper's
+
 SFT = linear(lambda signs, lengths, totals: losses.sft_token_weights(lengths, totals.num_tokens))
 
 
@@ -110,17 +117,27 @@ def redi(alpha: float) -> Objective:
     )
 
 
-# The objectives of stage 2 by name, each from the run's settings.
-OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    "redi": lambda settings: redi(settings.alpha),
-    "symmetric": lambda settings: redi(alpha=1.0),
-    "dpo": lambda settings: pairwise(
+def symmetric() -> Objective:
+    return redi(alpha=1.0)
+
+
+def dpo(beta: float) -> Objective:
+    return pairwise(
         lambda p: losses.dpo_loss(
-            p.chosen_sum, p.rejected_sum, p.ref_chosen_sum, p.ref_rejected_sum, settings.beta
+            p.chosen_sum, p.rejected_sum, p.ref_chosen_sum, p.ref_rejected_sum, beta
         ),
         needs_reference=True,
-    ),
-    "simpo": lambda settings: pairwise(
-        lambda p: losses.simpo_loss(p.chosen_mean, p.rejected_mean, settings.beta, settings.gamma)
-    ),
+    )
+
+
+def simpo(beta: float, gamma: float) -> Objective:
+    return pairwise(lambda p: losses.simpo_loss(p.chosen_mean, p.rejected_mean, beta, gamma))
+
+
+# What --objective of stage 2 chooses from. A function's parameters are the flags it takes.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "redi": redi,
+    "symmetric": symmetric,
+    "dpo": dpo,
+    "simpo": simpo,
 }

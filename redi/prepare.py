@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from redi.config import UserError, parse, positional, program
 from redi.data import traces
-from redi.data.files import write_aside
+from redi.data.files import make_folder, write_aside
 from redi.hub import dataset_files
 
 
@@ -85,25 +85,27 @@ class JsonLines:
 
 
 def prepare(raw: str, out: Path) -> Counts:
-    """Write positives.jsonl, pairs.jsonl and counts.json into `out`: all three, or none of them."""
+    """Write positives.jsonl, pairs.jsonl and counts.json into `out`. counts.json takes its
+    name last: where it is missing, the other two may not belong together."""
     files = dataset_files(raw)
     outputs = [out / name for name in ("counts.json", "positives.jsonl", "pairs.jsonl")]
     clash = {file.resolve() for file in files} & {output.resolve() for output in outputs}
     if clash:
         raise UserError(f"{min(clash)}: both raw data and output; choose another --out")
-    _make_folder(out)
+    make_folder(out)
     rows = (row for file in files for row in traces.raw_rows(file))
     counts = Counts()
     # Renamed last to first: counts.json, the seal on the other two, takes its name last.
     with (
-        write_aside(outputs[0]) as summary,
+        write_aside(outputs[0]) as counts_file,
         write_aside(outputs[1]) as positives_file,
         write_aside(outputs[2]) as pairs_file,
         tqdm(traces.build(rows), desc="prepare", unit=" rows", disable=None) as bar,
     ):
         positives, pairs = JsonLines(positives_file), JsonLines(pairs_file)
-        for positive, pair, reason in bar:
-            counts.add((positive, pair, reason))
+        for built in bar:
+            counts.add(built)
+            positive, pair, _ = built
             if positive:
                 positives.write(positive)
             if pair:
@@ -111,8 +113,8 @@ def prepare(raw: str, out: Path) -> Counts:
         # Syncing gigabytes takes seconds. Done here, the three renames follow one another at once,
         # and Ctrl-C does not find new pairs beside old positives.
         sha256 = {"positives.jsonl": positives.finish(), "pairs.jsonl": pairs.finish()}
-        json.dump({"raw": raw, **vars(counts), "sha256": sha256}, summary, indent=2)
-        summary.write("\n")
+        json.dump({"raw": raw, **vars(counts), "sha256": sha256}, counts_file, indent=2)
+        counts_file.write("\n")
     return counts
 
 
@@ -128,15 +130,6 @@ def table(counts: Counts, out: Path) -> str:
     left = max(len(label) for label, _, _ in lines)
     right = len(str(counts.rows))
     return "\n".join(f"{label:<{left}}  {count:>{right}}{file}" for label, count, file in lines)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--out {folder}: this folder cannot be made ({error.strerror}); choose another"
-        ) from error
 
 
 @program

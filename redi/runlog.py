@@ -8,8 +8,6 @@ Left out: anything that needs a server. TensorBoard and W&B are fed the same rec
 """
 
 import json
-import os
-import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -20,9 +18,10 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from redi.config import UserError, parse, program, to_toml
-from redi.data.files import write_aside
+from redi.data.files import make_folder, write_aside
 
-NOT_COMPARED = {"dry_run", "tracker"}  # settings that do not change what a run computes
+# Settings that do not change what a run computes.
+NOT_COMPARED = {"dry_run", "tracker", "cache", "graders"}
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
@@ -31,15 +30,11 @@ def is_finished(out: str, config: Any) -> bool:
 
     Raises UserError if the folder holds another run or somebody's files.
     """
-    folder = Path(out)
+    folder, settings = Path(out), tomllib.loads(to_toml(config))
     if folder.is_file():
         raise UserError(f"--out {out}: is a file; expected a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
-    return _compare(folder, tomllib.loads(to_toml(config)))
-
-
-def _compare(folder: Path, settings: dict[str, Any]) -> bool:
     recorded = folder / "config.toml"
     if not recorded.is_file():
         raise UserError(f"--out {folder}: holds files that no run made; choose another folder")
@@ -75,15 +70,12 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
 
 
 class RunLog:
-    """Writes a run's records as they come, and shows the progress line."""
+    """Writes a run's config.toml, and its metrics.jsonl as records come."""
 
     def __init__(self, out: str, config: Any, notes: dict[str, str], tracker: str = "none"):
         """notes: facts that are not settings (versions, data hash), kept as TOML comments."""
         self.folder = Path(out)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made a folder ({error})") from None
+        make_folder(self.folder)
         self._track = TRACKERS[tracker](self.folder, to_toml(config))
         comments = "".join(f"# {key}: {value}\n" for key, value in notes.items())
         with write_aside(self.folder / "config.toml") as file:
@@ -103,7 +95,8 @@ class RunLog:
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a plain line on stdout every few seconds."""
+    """A tqdm bar on a terminal; elsewhere a plain line on stdout every few seconds. A context
+    manager: leaving it ends the bar."""
 
     def __init__(self, total: int, name: str, unit: str):
         self._bar = tqdm(total=total, desc=name, unit=unit, disable=None, dynamic_ncols=True)
@@ -122,7 +115,10 @@ class Progress:
             left = (now - self._began) / self._done * (self._total - self._done)
             print(f"{self._name} {self._done}/{self._total} [{left:.0f} s left] {text}", flush=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
 
@@ -194,7 +190,7 @@ def draw(runs: list[Path], path: Path) -> None:
     histories = {run: list(read_metrics(run)) for run in runs}
     seen = {key for records in histories.values() for r in records for key in r}
     panels = [key for key in PANELS if key in seen]
-    columns = min(3, len(panels))
+    columns = max(1, min(3, len(panels)))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(5 * columns, 3.2 * lines), squeeze=False, layout="constrained"
@@ -211,10 +207,9 @@ def draw(runs: list[Path], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     axes.flat[0].legend(fontsize="small")
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    figure.savefig(aside, dpi=110, format="png")
+    with write_aside(path, binary=True) as file:
+        figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
-    aside.replace(path)
 
 
 @program
@@ -230,4 +225,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.exit(0)

@@ -32,7 +32,7 @@ from torch import nn
 
 from redi.checkpoint import Source, save_model
 from redi.config import UserError, parse, program, require
-from redi.data.files import write_aside
+from redi.data.files import make_folder, write_aside
 from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.model import ModelConfig, Transformer
 
@@ -236,36 +236,30 @@ def main() -> None:
     rows = [raw_row(rng, problem, config) for problem in asked[: config.problems]]
 
     out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made a folder ({error})") from None
+    make_folder(out)
     write_parquet(rows, out / "raw.parquet")
     with write_aside(out / "benchmark.jsonl") as file:
         for number, problem in enumerate(asked[config.problems :]):
             row = {"id": number, "problem": problem.text, "answer": str(problem.answer)}
             file.write(json.dumps(row) + "\n")
+    # A thousand rows hold every merge that a vocabulary of this size has room for.
     texts = [text for row in rows[:1000] for text in (row["problem"], *row["generations"])]
     make_student(out / "student", texts, config.seed)
     right = sum(row["correctness"]["llama_verification"][0] for row in rows)
+    traces = sum(len(row["generations"]) for row in rows)
     print(
-        f"{out}: raw.parquet ({len(rows):,} problems, {sum(map(len_traces, rows)):,} traces; the "
+        f"{out}: raw.parquet ({len(rows):,} problems, {traces:,} traces; the "
         f"teacher's first try is right on {right / len(rows):.0%}), student/, benchmark.jsonl "
         f"({config.benchmark:,} problems)"
     )
-
-
-def len_traces(row: dict[str, Any]) -> int:
-    return len(row["generations"])
 
 
 def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    aside = path.with_name(path.name + ".making")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), aside)
-    aside.replace(path)
+    with write_aside(path, binary=True) as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
 
 
 if __name__ == "__main__":

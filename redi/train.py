@@ -27,11 +27,10 @@ from redi import __version__, distributed
 from redi.batches import SequenceLogps, Task, held_out, read, with_reference
 from redi.checkpoint import Source, load_model, save_model
 from redi.config import UserError, require, to_toml
-from redi.data import dataset as data_room
-from redi.data.dataset import Dataset, Limits, describe
+from redi.data.dataset import Dataset, Limits, describe, load_store, select
 from redi.distributed import DTYPES, peak_memory_gib, whole
 from redi.flops import peak_flops, training_flops
-from redi.hub import dataset_files
+from redi.hub import dataset_files, is_hub_id
 from redi.memory import blocks_to_checkpoint
 from redi.model import Transformer
 from redi.objectives import Objective
@@ -86,11 +85,16 @@ class TrainConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_response", "max_length"):
             require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2")
-        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, ">= 1")
+        require(
+            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1"
+        )
         require(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "above 0")
         require(self.clip > 0, "clip", self.clip, "above 0")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+        for name in ("rope_theta", "max_position_embeddings"):
+            value = getattr(self, name)
+            require(value == "keep" or value > 0, name, value, "keep, or a number above 0")
         require(
             Path(self.out).resolve() != Path(self.model).resolve(),
             "out",
@@ -105,19 +109,23 @@ class TrainConfig:
 def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: str | None) -> None:
     """Load, look, train, save: what train_sft.py and train_redi.py do.
 
-    paired: rows are pairs. model_made_by: the command that makes --model, for the error if it is
-    missing. Raises UserError for everything a user can mend, before anything is written to --out.
+    paired: rows are pairs. model_made_by: the command that makes the default --model, for the
+    error if it is missing. Raises UserError for everything a user can mend, before anything is
+    written to --out.
     """
     place = distributed.start()
-    if is_finished(config.out, config):
+    if not config.dry_run and is_finished(config.out, config):
         print(f"{config.out} is finished: nothing to do")
         return
 
     # ---- model and data
+    defaults = type(config)
+    made_by = model_made_by if config.model == defaults.model else None
     model, source = load_model(
-        config.model, config.rope_theta, config.max_position_embeddings, model_made_by
+        config.model, config.rope_theta, config.max_position_embeddings, made_by
     )
-    dataset = load_data(config.data, config, source, paired)
+    made_by = "python -m redi.prepare" if config.data == defaults.data else None
+    dataset = load_data(config.data, config, source, paired, made_by)
     task = Task(dataset, objective, place, config.pack_tokens)
     eval_task = None
     if config.eval_data:
@@ -133,7 +141,7 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
         return
 
     # ---- train and save
-    facts = notes(source, dataset)
+    facts = facts_of(source, dataset)
     log = RunLog(config.out, config, facts, config.tracker)
     distributed.place_model(model, place, dtype, checkpointed, config.compile)
     train(model, task, config, log, eval_task)
@@ -145,8 +153,14 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
 # ---------------------------------------------------------------- before the first step
 
 
-def load_data(path: str, config: TrainConfig, source: Source, paired: bool) -> Dataset:
-    """The rows of `path`, tokenised for this model, without those over the run's limits."""
+def load_data(
+    path: str, config: TrainConfig, source: Source, paired: bool, made_by: str | None = None
+) -> Dataset:
+    """The rows of `path`, tokenised for this model, without those over the run's limits.
+
+    Raises UserError for a model without a tokenizer, a limit above its context, a row that cannot
+    be trained on, and if no row is left.
+    """
     if source.chat is None:
         raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; training needs it")
     context = source.config["max_position_embeddings"]
@@ -156,11 +170,9 @@ def load_data(path: str, config: TrainConfig, source: Source, paired: bool) -> D
             f"--max-length: rows of {longest} tokens would be let in, but the model's context is "
             f"{context}; set --max-length {context}, or raise --max-position-embeddings"
         )
-    store = data_room.load(
-        dataset_files(path, made_by="python -m redi.prepare"), source.chat, paired, config.cache
-    )
+    store = load_store(dataset_files(path, made_by=made_by), source.chat, paired, config.cache)
     limits = Limits(config.max_prompt, config.max_response, config.max_length)
-    return data_room.select(store, limits, config.over_length, path)
+    return select(store, limits, config.over_length, path)
 
 
 def num_steps(task: Task, config: TrainConfig) -> int:
@@ -171,18 +183,19 @@ def num_steps(task: Task, config: TrainConfig) -> int:
 
 def describe_plan(task: Task, config: TrainConfig) -> str:
     """What training will do with the rows, in a line."""
-    epoch = task.plan(config.rows_per_step, config.seed)
+    epoch = task.plan(config.rows_per_step, config.seed, epoch=0)
     packs = sum(len(step[0]) for step in epoch)
     tokens = int(task.dataset.lengths.sum())
     return (
         f"{num_steps(task, config):,} optimizer steps of {config.rows_per_step} rows "
         f"({len(epoch):,} an epoch, {config.epochs} epoch{'s' * (config.epochs > 1)}); an epoch "
-        f"is {tokens:,} tokens in {packs:,} packs of at most {config.pack_tokens:,}, no padding"
+        f"is {tokens:,} tokens in {packs:,} packs of {config.pack_tokens:,} (a longer row has its "
+        "own), no padding"
     )
 
 
-def notes(source: Source, dataset: Dataset) -> dict[str, str]:
-    """Facts of a run that are not settings, for config.toml and the model card."""
+def facts_of(source: Source, dataset: Dataset) -> dict[str, str]:
+    """What a run was made with and from, for config.toml and the model card."""
     return {
         "redi": __version__,
         "torch": torch.__version__,
@@ -194,8 +207,7 @@ def notes(source: Source, dataset: Dataset) -> dict[str, str]:
 
 def model_card(config: TrainConfig, facts: dict[str, str]) -> str:
     """README.md of the saved model: the recipe, the data's hash and the parent."""
-    on_hub = not Path(config.model).exists()
-    parent = f"base_model: {config.model}\n" if on_hub else ""
+    parent = f"base_model: {config.model}\n" if is_hub_id(config.model) else ""
     lines = "".join(f"- {key}: {value}\n" for key, value in facts.items())
     return (
         f"---\nlibrary_name: transformers\ntags: [redi]\n{parent}---\n\n"
@@ -241,18 +253,20 @@ def train(
     task = with_reference(model, task)
     eval_task = with_reference(model, eval_task) if eval_task else None
     optimizer = make_optimizer(model, config)
-    total, done, tokens, seconds = num_steps(task, config), 0, 0, 0.0
-    progress = Progress(total, config.out, unit="step")
+    total, done = num_steps(task, config), 0
+    tokens, seconds = 0, 0.0
     try:
-        for number, step in enumerate(islice(_steps(task, config), total), start=1):
-            lr = config.lr * lr_factor(number, total)
-            record = _train_step(model, optimizer, task, step, lr, config.clip)
-            log.record("train", number, **record)
-            tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
-            progress.update(_shown(record, tokens / seconds))
-            if eval_task and (number % config.eval_every == 0 or number == total):
-                log.record("eval", number, **held_out(model, eval_task))
-            done = number
+        with Progress(total, config.out, unit="step") as progress:
+            for number, step in enumerate(islice(_steps(task, config), total), start=1):
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * lr_factor(number, total)
+                record = _train_step(model, optimizer, task, step, config.clip)
+                log.record("train", number, **record)
+                tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
+                progress.update(_shown(record, tokens / seconds))
+                if eval_task and (number % config.eval_every == 0 or number == total):
+                    log.record("eval", number, **held_out(model, eval_task))
+                done = number
     except _NotFinite as broken:
         loss, grad_norm, rows = broken.args
         numbers = ", ".join(str(task.dataset.row_number(row)) for row in sorted(set(rows)))
@@ -265,8 +279,6 @@ def train(
             f"after step {done} of {total}; {log.folder} holds config.toml and metrics.jsonl, "
             "no model was saved"
         ) from None
-    finally:
-        progress.close()
 
 
 def _steps(task: Task, config: TrainConfig) -> Iterator[Step]:
@@ -279,17 +291,16 @@ def _train_step(
     optimizer: torch.optim.Optimizer,
     task: Task,
     step: Step,
-    lr: float,
     clip: float,
 ) -> dict[str, float]:
     """One optimizer step; its record for the log."""
     began = time.perf_counter()
     device, config = task.place.device, model.config
     loss, parts = torch.zeros((), device=device, dtype=torch.float64), []
-    num_tokens, flops = 0, 0.0
+    totals, num_tokens, flops = task.totals(step), 0, 0.0
 
     # ---- forward and backward, pack by pack: gradients add up in .grad
-    for batch, totals in task.batches(step):
+    for batch in task.batches(step, totals):
         share, logps = task.loss(model, batch, totals)
         share.backward()
         loss += share.detach()
@@ -301,15 +312,13 @@ def _train_step(
     # ---- the one place in a step where the host waits for the device
     [loss, grad_norm], summary = read([loss, grad_norm], parts)
     if not math.isfinite(loss + grad_norm):
-        raise _NotFinite(loss, grad_norm, [row for part in parts for row in part.rows])
+        raise _NotFinite(loss, grad_norm, [row for part in parts for row in part.row_ids])
 
     # ---- update
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
-    seconds = time.perf_counter() - began
+    seconds, lr = time.perf_counter() - began, optimizer.param_groups[0]["lr"]
     record = {"loss": loss, **summary, "lr": lr, "grad_norm": grad_norm, "tokens": num_tokens}
     if peak := peak_flops(device):
         record["mfu"] = flops / seconds / peak

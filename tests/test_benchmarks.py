@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from redi import hub
 from redi.config import UserError
+from redi.eval import benchmarks
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem, load
 
 
@@ -26,7 +26,7 @@ def on_hub(write, monkeypatch):
     def on_hub(count):
         asked = []
         path = write(*({"problem": f"{k}?", "answer": k} for k in range(count)))
-        monkeypatch.setattr(hub, "dataset_files", lambda *a: asked.append(a) or [path])
+        monkeypatch.setattr(benchmarks, "dataset_files", lambda *a: asked.append(a) or [path])
         return asked
 
     return on_hub

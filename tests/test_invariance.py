@@ -25,7 +25,12 @@ from redi.objectives import OBJECTIVES, SFT, Totals
 from redi.packing import PackedBatch, Sequence, pack
 
 ALPHA, BETA, GAMMA = 0.8, 0.7, 0.3
-SETTINGS = SimpleNamespace(alpha=ALPHA, beta=BETA, gamma=GAMMA)
+PARAMETERS = {
+    "redi": {"alpha": ALPHA},
+    "symmetric": {},
+    "dpo": {"beta": BETA},
+    "simpo": {"beta": BETA, "gamma": GAMMA},
+}
 ROWS, VOCABULARY = 7, 48
 NAMES = ["sft", *OBJECTIVES]
 
@@ -83,7 +88,7 @@ class Rows:
 
 
 def objective_of(name: str):
-    return SFT if name == "sft" else OBJECTIVES[name](SETTINGS)
+    return SFT if name == "sft" else OBJECTIVES[name](**PARAMETERS[name])
 
 
 def task_of(name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000) -> Task:
@@ -175,8 +180,9 @@ def planned(name: str, model: Transformer, reference, world_size: int, pack_toke
     for rank in range(world_size):
         task = task_of(name, rank, world_size, pack_tokens)
         task = Task(task.dataset, task.objective, task.place, pack_tokens, reference)
-        [step] = task.plan(rows_per_step=ROWS)
-        for batch, totals in task.batches(step):
+        step = task.everything()
+        totals = task.totals(step)
+        for batch in task.batches(step, totals):
             share, logps = task.loss(model, batch, totals)
             share.backward()
             assert not logps.requires_grad
@@ -247,8 +253,7 @@ def test_any_plan_gives_the_papers_loss_and_gradients(
 
 def test_the_cuts_above_are_what_they_say():
     def cut(world_size: int, pack_tokens: int, name: str = "redi"):
-        [step] = task_of(name, 0, world_size, pack_tokens).plan(ROWS)
-        return step
+        return task_of(name, 0, world_size, pack_tokens).everything()
 
     assert len(cut(1, 1000)[0]) == 1
     assert len(cut(1, 40)[0]) > 1
@@ -323,8 +328,9 @@ def test_reference_log_probs_are_each_rows_own_whatever_the_packs():
 def test_a_packed_sequence_has_the_log_probs_it_has_alone():
     model = tiny(True, torch.float64)
     task = task_of("redi")
-    [step] = task.plan(ROWS)
-    [(batch, totals)] = task.batches(step)
+    step = task.everything()
+    totals = task.totals(step)
+    [batch] = task.batches(step, totals)
     _, logps = task.loss(model, batch, totals)
     ids = step[0][0]
     for part, i in zip(logps.split(batch.response_lengths), ids):
@@ -334,10 +340,11 @@ def test_a_packed_sequence_has_the_log_probs_it_has_alone():
 
 def test_alpha_0_has_no_gradient_from_rejected_traces_but_their_log_probs():
     model = tiny(True, torch.float64)
-    objective = OBJECTIVES["redi"](SimpleNamespace(alpha=0.0))
+    objective = OBJECTIVES["redi"](alpha=0.0)
     task = Task(Rows.draw(paired=True), objective, Place(0, 1, torch.device("cpu")), 1000)
-    [step] = task.plan(ROWS)
-    [(batch, totals)] = task.batches(step)
+    step = task.everything()
+    totals = task.totals(step)
+    [batch] = task.batches(step, totals)
     share, logps = task.loss(model, batch, totals)
     share.backward()
     rejected = [s for s in task.dataset.sequences if s.sign < 0]

@@ -223,7 +223,7 @@ def test_an_output_folder_under_a_file_is_one_line(tmp_path):
     for out in ("raw.jsonl", "raw.jsonl/made"):
         status, _, err = run("raw.jsonl", "--out", out, cwd=tmp_path)
         assert status == 2
-        assert err.startswith(f"error: --out {out}: this folder cannot be made (")
+        assert err.startswith(f"error: {out}: cannot be made a folder (")
         assert err.count("\n") == 1
 
 

@@ -160,11 +160,10 @@ def test_a_loss_that_is_not_finite_is_recorded(tmp_path):
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
-    progress = Progress(100, "out/run", unit="step")
-    for _ in range(100):
-        now[0] += 1.0
-        progress.update({"loss": "0.5"})
-    progress.close()
+    with Progress(100, "out/run", unit="step") as progress:
+        for _ in range(100):
+            now[0] += 1.0
+            progress.update({"loss": "0.5"})
     lines = capsys.readouterr().out.splitlines()
     # Every 11 s, as QUIET_SECONDS is 10 and must be exceeded: 11, 22, ... 99, and the last.
     assert [line.split()[1] for line in lines] == [

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,7 +113,7 @@ def redi_config(**changes) -> train_redi.REDIConfig:
 def run(config) -> list[dict]:
     """Run the program of this configuration; its records."""
     if isinstance(config, train_redi.REDIConfig):
-        objective = OBJECTIVES[config.objective](config)
+        objective = config.make_objective()
         train.run(config, objective, paired=True, model_made_by="python train_sft.py")
     else:
         train.run(config, SFT, paired=False, model_made_by=None)
@@ -272,7 +271,7 @@ def test_with_alpha_0_rejected_traces_teach_nothing_but_are_logged(here):
 def loaded(config) -> tuple:
     model, source = load_model(config.model)
     dataset = train.load_data(config.data, config, source, paired=True)
-    objective = OBJECTIVES["redi"](SimpleNamespace(alpha=0.8))
+    objective = OBJECTIVES["redi"](alpha=0.8)
     return model, batches.Task(dataset, objective, HERE, config.pack_tokens)
 
 
@@ -296,7 +295,8 @@ def test_training_equals_a_plain_loop_of_adamw_with_clipping(here, clip):
     norms = []
     for step, rate in zip(plans, rates):
         optimizer.zero_grad()
-        for batch, totals in task.batches(step):
+        totals = task.totals(step)
+        for batch in task.batches(step, totals):
             task.loss(plain, batch, totals)[0].backward()
         norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in plain.parameters()))
         norms.append(norm)
@@ -442,7 +442,7 @@ def store_of(here):
     def load(rows: list[dict], paired: bool = True, folder: str = "student", name="rows.jsonl"):
         path = write_jsonl(here / name, rows)
         chat = ChatTokenizer.from_folder(folder)
-        return data_room.load([path], chat, paired, here / "cache")
+        return data_room.load_store([path], chat, paired, here / "cache")
 
     return load
 
@@ -617,7 +617,7 @@ import numpy as np
 from redi.data import dataset
 from redi.data.tokenizer import ChatTokenizer
 {before} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-dataset.load([Path("rows.jsonl")], ChatTokenizer.from_folder("student"), True, "cache")
+dataset.load_store([Path("rows.jsonl")], ChatTokenizer.from_folder("student"), True, "cache")
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = subprocess.run([sys.executable, "-c", script], env=environment, check=False)

@@ -36,7 +36,7 @@ from redi.data.tokenizer import ChatTokenizer, Message
 from redi.packing import Sequence
 
 FORMAT = "2"  # part of every key: raise it when the rendering or the layout changes
-ANSWER_FIELDS = {False: ("completion",), True: ("chosen", "rejected")}
+RESPONSE_FIELDS = {False: ("completion",), True: ("chosen", "rejected")}
 BATCH_ROWS = 256  # rendered and encoded at a time
 
 
@@ -120,7 +120,9 @@ class Dataset:
         return int(self.store.row_numbers[self.rows[row]])
 
 
-def load(files: list[Path], chat: ChatTokenizer, paired: bool, cache: str | Path) -> TokenStore:
+def load_store(
+    files: list[Path], chat: ChatTokenizer, paired: bool, cache: str | Path
+) -> TokenStore:
     """The token store of these files, made under `cache` if it is not there yet.
 
     Raises UserError naming file and line for a row that cannot be trained on.
@@ -200,7 +202,8 @@ def describe(dataset: Dataset, chat: ChatTokenizer) -> str:
         quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
         cells = "".join(f"{int(q):>9,}" for q in quantiles)
         lines.append(f"{name:<10}{int(lengths.sum()):>14,}{cells}")
-    lines.append("row 1 as the model sees it (only the response is learned from):")
+    number = dataset.row_number(0)
+    lines.append(f"row {number} as the model sees it (only the response is learned from):")
     first = dataset.sequence(0)
     for name, ids in (
         ("prompt", first.tokens[: first.prompt_length]),
@@ -237,7 +240,7 @@ def _write(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, d
     with open(folder / "tokens.bin", "wb") as tokens:
         while batch := list(islice(conversations, BATCH_ROWS)):
             rendered = chat.encode_rows(
-                [(p, answer) for _, p, answers in batch for answer in answers]
+                [(p, response) for _, p, responses in batch for response in responses]
             )
             for row in rendered:
                 np.array(row.prompt_ids + row.response_ids, dtype=np.int32).tofile(tokens)
@@ -259,14 +262,14 @@ def _write(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, d
 def _conversations(
     numbered: Iterator[tuple[int, tuple[str, dict]]], paired: bool, skipped: Counter[str]
 ) -> Iterator[tuple[int, list[Message], list[Message]]]:
-    """(row number, prompt, answers) of every row; a pair of two equal answers is counted out."""
+    """(row number, prompt, responses) of every row; a pair of equal ones is counted out."""
     for number, (where, row) in numbered:
         prompt = _messages(row, "prompt", where)
-        answers = [_answer(row, field, where) for field in ANSWER_FIELDS[paired]]
-        if paired and answers[0]["content"] == answers[1]["content"]:
+        responses = [_response(row, field, where) for field in RESPONSE_FIELDS[paired]]
+        if paired and responses[0]["content"] == responses[1]["content"]:
             skipped["chosen equals rejected"] += 1
             continue
-        yield number, prompt, answers
+        yield number, prompt, responses
 
 
 def _messages(row: dict[str, Any], field: str, where: str) -> list[Message]:
@@ -285,7 +288,7 @@ def _messages(row: dict[str, Any], field: str, where: str) -> list[Message]:
     return messages
 
 
-def _answer(row: dict[str, Any], field: str, where: str) -> Message:
+def _response(row: dict[str, Any], field: str, where: str) -> Message:
     messages = _messages(row, field, where)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise UserError(f"{where}: {field!r} must be one message of the assistant's")

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from redi.config import UserError
 from redi.hub import dataset_files
@@ -48,7 +48,7 @@ def _rows(files: list[Path]) -> Iterator[tuple[str, Row]]:
                 empty = False
                 yield place, row
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         if empty:
             raise UserError(f"{path}: holds no rows")
 
@@ -92,7 +92,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
                     number += 1
                     yield f"{path}: row {number}", row
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a sound Parquet file after row {number} ({error})") from error
+        raise UserError(f"{path}: not a sound Parquet file after row {number} ({error})") from None
 
 
 def _opens_with_bracket(path: Path) -> bool:
@@ -106,9 +106,9 @@ def _parsed(data: bytes, place: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if b"\n" in data.strip() else ""
         detail = f"{error.msg} at {line}column {error.colno}"
-        raise UserError(f"{place}: not valid JSON ({detail})") from error
+        raise UserError(f"{place}: not valid JSON ({detail})") from None
     except (ValueError, RecursionError) as error:  # not UTF-8; a number or a nesting without end
-        raise UserError(f"{place}: not valid JSON in UTF-8 ({error})") from error
+        raise UserError(f"{place}: not valid JSON in UTF-8 ({error})") from None
 
 
 def _as_row(value: Any, place: str) -> Row:
@@ -121,18 +121,20 @@ def _as_row(value: Any, place: str) -> Row:
 
 
 @contextlib.contextmanager
-def write_aside(path: str | Path) -> Iterator[TextIO]:
-    """A text file that takes its final name only when the block ends without an exception.
+def write_aside(path: str | Path, binary: bool = False) -> Iterator[IO]:
+    """A file that takes its final name only when the block ends without an exception.
 
     Until then it lies beside `path` as NAME.PID.part, and any exception, Ctrl-C included, removes
     it; what was under the final name stays as it was. The data is on the disk before the rename,
-    so not even a power cut leaves half a file under the final name. UTF-8, lines end in \\n.
+    so not even a power cut leaves half a file under the final name. Text is UTF-8, lines end in
+    \\n.
     Raises UserError when the file cannot be written.
     """
     path = Path(path)
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+        text = {} if binary else {"encoding": "utf-8", "newline": "\n"}
+        with open(aside, "wb" if binary else "w", **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -142,7 +144,15 @@ def write_aside(path: str | Path) -> Iterator[TextIO]:
         elsewhere = error.filename is not None and str(error.filename) != str(aside)
         if elsewhere or isinstance(error, BrokenPipeError):
             raise
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder and those above it. Raises UserError where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a folder ({error.strerror})") from None

@@ -33,15 +33,6 @@ from tokenizers import Tokenizer
 from redi.config import UserError
 
 Message = dict[str, str]  # role, content
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 # The system prompt that Qwen2.5-Math's own template supplies, and the paper trains with.
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -60,7 +51,7 @@ def chatml(system: str | None = SYSTEM_PROMPT) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class Rendered:
     """A rendered training row."""
 
     prompt_ids: list[int]
@@ -71,7 +62,8 @@ class Row:
 
 
 class ChatTokenizer:
-    """A tokenizer with a chat template. Raises UserError, naming `where`, if one has no end."""
+    """A tokenizer with a chat template. Raises UserError, naming `where`, if the
+    template has no stop token. It switches the tokenizer's control tokens off."""
 
     def __init__(
         self,
@@ -127,14 +119,16 @@ class ChatTokenizer:
             stretches.append(prefix)
         return self._encode([stretches])[0]
 
-    def encode_rows(self, conversations: Sequence[tuple[Sequence[Message], Message]]) -> list[Row]:
+    def encode_rows(
+        self, conversations: Sequence[tuple[Sequence[Message], Message]]
+    ) -> list[Rendered]:
         """(prompt messages, the assistant's answer) -> rows; many at once are encoded in parallel.
 
         Raises UserError if the template shows an answer another header than it generates from.
         """
         prompts, responses = [], []
         for prompt, answer in conversations:
-            head, tail = self._around_answer(prompt, answer)
+            head, tail = self._around_response(prompt, answer)
             if head != self._render(prompt, add_generation_prompt=True):
                 raise UserError(
                     f"{self.where}: the chat template puts other text before a written answer "
@@ -143,7 +137,7 @@ class ChatTokenizer:
             prompts.append(head)
             responses.append([answer["content"], tail])
         prompt_ids, response_ids = self._encode(prompts), self._encode(responses)
-        rows = [Row(p, r) for p, r in zip(prompt_ids, response_ids)]
+        rows = [Rendered(p, r) for p, r in zip(prompt_ids, response_ids)]
         for row in rows:
             if row.response_ids[-1] != self.stop_id:
                 raise UserError(f"{self.where}: a row does not end with the stop token")
@@ -161,18 +155,18 @@ class ChatTokenizer:
         text = self.tokenizer.to_str() + self.template + json.dumps(self.special_tokens)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _around_answer(
+    def _around_response(
         self, prompt: Sequence[Message], answer: Message
     ) -> tuple[list, "int | str"]:
         """What the template writes before the answer, and the first thing it writes after it."""
         stretches = self._render([*prompt, answer], add_generation_prompt=False, cut_at_last=True)
-        split = stretches.index(_ANSWER)
+        split = stretches.index(_RESPONSE)
         after = stretches[split + 1 :]
         return stretches[:split], after[0] if after else ""
 
     def _find_stop_id(self) -> int:
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
-        _, stop = self._around_answer([question], answer)
+        _, stop = self._around_response([question], answer)
         if not isinstance(stop, int):
             raise UserError(
                 f"{self.where}: no stop token: the chat template ends an answer with {stop!r}, "
@@ -185,7 +179,7 @@ class ChatTokenizer:
     ) -> list:
         """The conversation as a list of text (str) and control tokens (int), texts joined.
 
-        With cut_at_last the last message's content is the item `_ANSWER`, joined to nothing.
+        With cut_at_last the last message's content is the item `_RESPONSE`, joined to nothing.
         """
         from jinja2 import TemplateError
 
@@ -206,7 +200,7 @@ class ChatTokenizer:
             if position % 2 == 0:
                 _extend(stretches, self._cut_at_controls(part))
             elif cut_at_last and int(part) == len(messages) - 1:
-                stretches.append(_ANSWER)
+                stretches.append(_RESPONSE)
             else:
                 _extend(stretches, [messages[int(part)]["content"]])
         return stretches
@@ -251,11 +245,11 @@ class ChatTokenizer:
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 
 
-class _Answer:
+class _Response:
     """Where the answer's content goes."""
 
 
-_ANSWER = _Answer()
+_RESPONSE = _Response()
 
 
 def _mark(index: int) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from redi.config import UserError
 from redi.data.files import read_rows
+from redi.hub import dataset_files
 
 # The first name that a row has is taken.
 PROBLEM_FIELDS = ("problem", "question", "Problem", "Question")
@@ -73,14 +74,21 @@ def load(name_or_path: str | Path) -> Benchmark:
             )
         return Benchmark(path.stem, _problems(read_rows(path)))
 
-    from redi.hub import dataset_files
-
     name = str(name_or_path)
     problems = _problems(read_rows(dataset_files(source.hub_id, source.split)))
     if len(problems) not in source.counts:
         expected = " or ".join(map(str, source.counts))
         print(f"{name}: {source.hub_id} holds {len(problems)} problems, expected {expected}")
     return Benchmark(name, problems)
+
+
+def load_all(names: list[str]) -> list[Benchmark]:
+    """Several, as `load` has them. Raises UserError if two would be called the same."""
+    loaded = [load(name) for name in names]
+    for benchmark in loaded:
+        if [b.name for b in loaded].count(benchmark.name) > 1:
+            raise UserError(f"--benchmark: two are called {benchmark.name!r}; rename a file")
+    return loaded
 
 
 def _problems(rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Problem]:

@@ -9,8 +9,9 @@ looks back over it.
                  2: <prompt B> x x x x x x        prefill: all admitted prompts in one pack,
                                                   one prefill for the samples of a problem
 
-Every request draws from random numbers of its own, keyed by (seed, request key): which other
-requests share the batch does not change what is sampled. Temperature 0 is greedy.
+Every request draws from random numbers of its own, keyed by (seed, request key), whichever other
+requests share the batch. Its logits still round a little differently with the batch's shape, so
+the same text is promised for the same seed and number of slots. Temperature 0 is greedy.
 
 Left out: paging of the cache (it grows with the longest live row), beam search, penalties.
 Letters: B slots, C cached positions, T packed tokens, H heads, K kv heads, d head size, V
@@ -143,14 +144,15 @@ def generate(
     engine = _Engine(model, sampling, min(slots, len(queue)))
     while queue or engine.live:
         # Prompts are admitted a few at a time: a pass over one prompt costs as much as a step.
-        if len(engine.free) >= min(len(queue), max(1, slots // 16)) > 0 or not engine.live:
+        enough_free = len(engine.free) >= min(len(queue), max(1, engine.num_slots // 16))
+        if queue and (enough_free or not engine.live):
             admitted = [queue.popleft() for _ in range(min(len(queue), len(engine.free)))]
-            logits, new_slots = engine.prefill(admitted), list(engine.live)[-len(admitted) :]
+            logits, filled = engine.prefill(admitted)
         else:
             if not queue:
                 engine.shrink()
-            logits, new_slots = engine.decode(), list(engine.live)
-        yield from engine.advance(logits, new_slots, set(stop_ids))
+            logits, filled = engine.decode()
+        yield from engine.advance(logits, filled, set(stop_ids))
 
 
 class _Engine:
@@ -165,15 +167,16 @@ class _Engine:
         self.free = list(range(slots))[::-1]
         self.live: dict[int, _Live] = {}  # slot -> request, in order of admission
 
-    def prefill(self, requests: list[Request]) -> Tensor:
-        """Admit requests; logits (n, V) of each one's first new token."""
+    def prefill(self, requests: list[Request]) -> tuple[Tensor, list[int]]:
+        """Admit requests: logits (n, V) of each one's first new token, and their slots."""
         model, prompts = self.model, list(dict.fromkeys(r.prompt_ids for r in requests))
         lengths = [len(prompt) for prompt in prompts]
         starts = np.cumsum([0, *lengths])
         first = dict(zip(prompts, starts))
         slots, positions, sources = [], [], []  # for every token of every request
-        for request in requests:
-            slot, length = self.free.pop(), len(request.prompt_ids)
+        admitted = [self.free.pop() for _ in requests]
+        for slot, request in zip(admitted, requests):
+            length = len(request.prompt_ids)
             rng = np.random.Generator(np.random.Philox(key=[self.sampling.seed, request.key]))
             self.live[slot] = _Live(request, rng.random(request.max_new_tokens))
             slots += [slot] * length
@@ -191,10 +194,10 @@ class _Engine:
         in_document = self._tensor([i for length in lengths for i in range(length)])
         hidden = model.model(tokens, in_document, self._for_layers(attend))  # (T, D)
         last = [first[r.prompt_ids] + len(r.prompt_ids) - 1 for r in requests]
-        return hidden[self._tensor(last)] @ model.output_weight.T
+        return hidden[self._tensor(last)] @ model.output_weight.T, admitted
 
-    def decode(self) -> Tensor:
-        """One step of every slot: logits (live, V) in the order of `live`."""
+    def decode(self) -> tuple[Tensor, list[int]]:
+        """One step of every slot: logits (n, V) of the live ones, and these slots."""
         tokens, positions = [0] * self.num_slots, [0] * self.num_slots
         for slot, live in self.live.items():
             tokens[slot] = live.token_ids[-1]
@@ -205,7 +208,8 @@ class _Engine:
         seen = torch.arange(longest, device=self.device) <= positions[:, None]  # (B, L)
         attend = partial(self.cache.attend, positions=positions, mask=seen[:, None, None])
         hidden = self.model.model(tokens, positions, self._for_layers(attend))  # (B, D)
-        return hidden[self._tensor(list(self.live))] @ self.model.output_weight.T
+        slots = list(self.live)
+        return hidden[self._tensor(slots)] @ self.model.output_weight.T, slots
 
     def advance(self, logits: Tensor, slots: list[int], stop_ids: set[int]) -> Iterator[Generated]:
         """Draw the next token of `slots` from logits (n, V); give up the slots that are done."""

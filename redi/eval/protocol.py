@@ -21,7 +21,7 @@ from redi.eval.report import Completion
 from redi.model import Transformer
 from redi.runlog import Progress
 
-# The evaluation prompt of the paper (Appendix), put before the problem.
+# The paper's evaluation prompt, put before the problem.
 PAPER_PROMPT = (
     "Solve the following math problem efficiently and clearly. The last line of your response "
     "should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope "
@@ -87,12 +87,11 @@ def complete(
     sampling = Sampling(config.temperature, config.top_p, config.seed)
     done: list[Generated] = []
     tokens, began = 0, time.monotonic()
-    progress = Progress(len(requests), name, unit="answer")
-    for result in generate(model, requests, source.stop_ids, sampling, config.slots):
-        done.append(result)
-        tokens += result.num_tokens
-        progress.update({"tok/s": f"{tokens / (time.monotonic() - began):,.0f}"})
-    progress.close()
+    with Progress(len(requests), name, unit="response") as progress:
+        for result in generate(model, requests, source.stop_ids, sampling, config.slots):
+            done.append(result)
+            tokens += result.num_tokens
+            progress.update({"tok/s": f"{tokens / (time.monotonic() - began):,.0f}"})
     return sorted(done, key=lambda result: result.key)
 
 

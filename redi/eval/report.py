@@ -226,6 +226,7 @@ def compare(runs: list[Path]) -> list[dict[str, Any]]:
                     "model": run.name,
                     "benchmark": score["benchmark"],
                     "problems": score["num_problems"],
+                    "samples": samples,
                     "pass@1": score["pass_at_1"],
                     "sem": score["sem"],
                     f"pass@{samples}": score["pass_at_k"][-1],
@@ -240,13 +241,13 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
     """The rows of `compare` as a Markdown table; fractions as they are."""
     cells = [["model", "benchmark", "pass@1 ± SEM", "pass@n", "mean tokens", "truncated"]]
     for row in rows:
-        best = next(key for key in row if key.startswith("pass@") and key != "pass@1")
+        n = row["samples"]
         cells.append(
             [
                 row["model"],
                 row["benchmark"],
                 f"{row['pass@1']:.3f} ± {row['sem']:.3f}",
-                f"{row[best]:.3f} (n = {best[5:]})",
+                f"{row[f'pass@{n}']:.3f} (n = {n})",
                 f"{row['mean_tokens']:.1f}",
                 f"{row['truncated']:.1%}",
             ]
