@@ -56,21 +56,14 @@ def compute_dtype(name: str, place: Place) -> torch.dtype:
 
 
 def place_model(
-    model: Transformer,
-    place: Place,
-    dtype: torch.dtype,
-    checkpointed: int = 0,
-    compiled: bool = False,
+    model: Transformer, place: Place, dtype: torch.dtype, checkpointed: int = 0
 ) -> None:
     """Move `model` (fp32) to the device, and apply in this order, in place: activation
-    checkpointing of the first `checkpointed` blocks, compilation of every block, and, for a
-    compute dtype other than fp32, sharding with mixed precision."""
+    checkpointing of the first `checkpointed` blocks and, for a compute dtype other than fp32,
+    sharding with mixed precision."""
     model.to(place.device)
     for block in model.model.layers[:checkpointed]:
         checkpoint_block(block)
-    if compiled:
-        for block in model.model.layers:
-            block.compile()
     if dtype != torch.float32:
         shard(model, place, dtype)
 

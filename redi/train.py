@@ -70,7 +70,6 @@ class TrainConfig:
         Literal["auto", "float32", "bfloat16"], "of the compute; auto: bf16 on CUDA, fp32 on a CPU"
     ] = "auto"
     checkpoint_blocks: Annotated[str, "blocks run again in backward: auto, all, none, N"] = "auto"
-    compile: Annotated[bool, "compile the blocks with torch.compile"] = False
     save_dtype: Annotated[
         Literal["source", "float32", "bfloat16", "float16"], "of the saved weights"
     ] = "source"
@@ -132,9 +131,8 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
         eval_rows = load_data(config.eval_data, config, source, paired)
         eval_task = replace(task, dataset=eval_rows)
     dtype = distributed.compute_dtype(config.dtype, place)
-    longest_pack = max(int(dataset.lengths.max()), config.pack_tokens)
     checkpointed, why = blocks_to_checkpoint(
-        config.checkpoint_blocks, model, longest_pack, place.device, dtype
+        config.checkpoint_blocks, model, longest_pack(dataset, config), place.device, dtype
     )
     print(describe(dataset, source.chat), describe_plan(task, config), why, sep="\n", flush=True)
     if config.dry_run:
@@ -143,7 +141,7 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
     # ---- train and save
     facts = facts_of(source, dataset)
     log = RunLog(config.out, config, facts, config.tracker)
-    distributed.place_model(model, place, dtype, checkpointed, config.compile)
+    distributed.place_model(model, place, dtype, checkpointed)
     train(model, task, config, log, eval_task)
     save_model(model, config.out, source, save_dtype(config, source), model_card(config, facts))
     log.finish()
@@ -192,6 +190,13 @@ def describe_plan(task: Task, config: TrainConfig) -> str:
         f"is {tokens:,} tokens in {packs:,} packs of {config.pack_tokens:,} (a longer row has its "
         "own), no padding"
     )
+
+
+def longest_pack(dataset: Dataset, config: TrainConfig) -> int:
+    """The most tokens that a pack of this run can hold."""
+    longest_row = int(dataset.lengths.max())
+    step = config.rows_per_step * longest_row * (2 if dataset.store.paired else 1)
+    return max(longest_row, min(config.pack_tokens, step))
 
 
 def facts_of(source: Source, dataset: Dataset) -> dict[str, str]:

@@ -1,0 +1,115 @@
+"""Activation checkpointing changes memory and nothing else, and is chosen by what memory allows.
+FLOPs are counted by document."""
+
+import pytest
+import torch
+
+from redi import memory
+from redi.config import UserError
+from redi.distributed import Place, place_model
+from redi.flops import peak_flops, training_flops
+from redi.memory import blocks_to_checkpoint, saved_bytes_per_token
+from redi.model import ModelConfig, Transformer
+from redi.objectives import SFT, Totals
+from redi.packing import Sequence, pack
+
+CPU = torch.device("cpu")
+PLACE = Place(0, 1, CPU)
+TINY = ModelConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2,
+    head_dim=8, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=64,
+)  # fmt: skip
+QWEN = ModelConfig(
+    vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
+    num_kv_heads=2, head_dim=128, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=32_768,
+)  # fmt: skip
+
+
+def loss_and_gradients(checkpointed: int) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = Transformer(TINY)
+    place_model(model, PLACE, torch.float32, checkpointed)
+    sequence = Sequence(torch.arange(20).numpy(), prompt_length=5, row=0, sign=1)
+    totals = Totals(num_rows=1, num_tokens=15)
+    weights = SFT.token_weights(torch.tensor([1]), torch.tensor([15]), totals)
+    loss, _ = SFT.loss(model, pack([sequence], weights), totals, None)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointed", [1, 3, 4])
+def test_checkpointed_blocks_give_the_same_bits(checkpointed):
+    loss, gradients = loss_and_gradients(0)
+    other_loss, other_gradients = loss_and_gradients(checkpointed)
+    assert other_loss == loss
+    assert other_gradients.keys() == gradients.keys()  # names are the checkpoint's still
+    for name, gradient in gradients.items():
+        assert torch.equal(other_gradients[name], gradient), name
+
+
+def test_a_checkpointed_block_saves_only_what_goes_in():
+    torch.manual_seed(0)
+    model = Transformer(TINY)
+    place_model(model, PLACE, torch.float32, checkpointed=1)
+    saved = []
+    x, cos = torch.ones(6, 32, requires_grad=True), torch.ones(6, 8)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model.model.layers[0](x, cos, cos, lambda q, k, v: q)
+    assert sum(t.numel() for t in saved) <= x.numel() + 2 * cos.numel()
+
+
+def test_what_a_block_saves_grows_with_its_width_and_dtype():
+    # At least its input, the two normed inputs, q, the attention's output and gate, up, silu and
+    # their product: 5 D + 4 I numbers a token, 4 bytes each; at most twice as much.
+    least = (5 * 32 + 4 * 48) * 4
+    assert least <= saved_bytes_per_token(TINY, torch.float32) <= 2 * least
+    assert saved_bytes_per_token(TINY, torch.bfloat16) < saved_bytes_per_token(TINY, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Transformer:
+    with torch.device("meta"):
+        return Transformer(QWEN)
+
+
+@pytest.mark.parametrize(
+    ("gib", "least", "most"), [(40, 28, 28), (80, 10, 27), (140, 1, 9), (400, 0, 0)]
+)
+def test_auto_checkpoints_as_few_blocks_as_memory_needs(qwen, monkeypatch, gib, least, most):
+    monkeypatch.setattr(memory, "total_memory", lambda device: gib << 30)
+    count, why = blocks_to_checkpoint("auto", qwen, 32_768, CPU, torch.bfloat16)
+    assert least <= count <= most
+    assert f"{count} of 28 blocks" in why
+
+
+@pytest.mark.parametrize(("setting", "count"), [("all", 28), ("none", 0), ("7", 7), ("28", 28)])
+def test_a_given_number_is_taken(qwen, setting, count):
+    assert blocks_to_checkpoint(setting, qwen, 100, CPU, torch.bfloat16)[0] == count
+
+
+@pytest.mark.parametrize("setting", ["29", "-1", "most", "1.5", ""])
+def test_another_setting_is_refused(qwen, setting):
+    with pytest.raises(UserError, match="--checkpoint-blocks"):
+        blocks_to_checkpoint(setting, qwen, 100, CPU, torch.bfloat16)
+
+
+def test_flops_of_the_published_model_by_hand():
+    # Weights of a block: q and o 1536^2 each, k and v 1536 * 256 each, MLP 3 * 1536 * 8960.
+    block = 2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960
+    head = 151_936 * 1536
+    # Scores and their use, forward: 2 matmuls of 2 * L^2 / 2 * (12 * 128); backward twice that.
+    attention = 28 * 3 * 2 * 8192**2 * 1536
+    expected = 6 * (28 * block + head) * 8192 + attention
+    assert training_flops(QWEN, [8192], 8192) == pytest.approx(expected)
+    assert expected / 8192 == pytest.approx(11.4e9, rel=0.01)
+
+
+def test_flops_count_attention_by_document():
+    whole = training_flops(QWEN, [4096], 4096)
+    cut = training_flops(QWEN, [1024] * 4, 4096)
+    # Four quarters do a quarter of the attention: 6 * 28 * 1536 * (4096^2 - 4 * 1024^2) less.
+    assert whole - cut == pytest.approx(6 * 28 * 1536 * (4096**2 - 4 * 1024**2))
+
+
+def test_a_cpu_has_no_peak_to_be_a_share_of():
+    assert peak_flops(CPU) is None
