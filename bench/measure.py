@@ -32,13 +32,21 @@ class CPUSeconds:
     def total(self) -> float:
         return self.user + self.system
 
+    def since(self, earlier: "CPUSeconds") -> "CPUSeconds":
+        return CPUSeconds(self.user - earlier.user, self.system - earlier.system)
+
+
+def cpu_now() -> CPUSeconds:
+    """What this process, all its threads together, has spent so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return CPUSeconds(usage.ru_utime, usage.ru_stime)
+
 
 def cpu_seconds(run: Callable[[], Any]) -> CPUSeconds:
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    before = cpu_now()
     run()
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    return CPUSeconds(after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime)
+    return cpu_now().since(before)
 
 
 def interleave(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[CPUSeconds]]:
@@ -71,8 +79,9 @@ def _status(field: str) -> int:
 # ---------------------------------------------------------------- results
 
 
-def result(values: list[float], goal: float, peer: str) -> dict[str, Any]:
-    """The entry of one measure. peer: what it is a ratio to, or an agreement with."""
+def result(values: list[float], goal: float | None, peer: str) -> dict[str, Any]:
+    """The entry of one measure. goal: None for one that is shown beside the others. peer: what it
+    is a ratio to, or an agreement with."""
     return {
         "median": statistics.median(values),
         "min": min(values),

@@ -1,0 +1,160 @@
+"""The step plan: micro-batches above the lower bound (C11), balance of the ranks (C12), seconds.
+
+    python -m bench.plan               about a quarter of a minute on one core
+
+An epoch of the paper's stage 1: 77,629 traces, 128 a step, 8 ranks, packs of 32,768 tokens; and
+of stage 2: 53,175 pairs, 32 a step, chosen and rejected dealt apart, or kept together as DPO and
+SimPO need it. Lengths are log-normal, cut at the recipe's longest by drawing again: traces with a
+median of 4.4k tokens and a mean of 5.7k, pairs a mean of 5.0k chosen and 6.1k rejected. The law is
+an assumption: the real lengths are not published.
+
+    C11           over all steps of stage 1, the most micro-batches of a rank above
+                  ceil(tokens of the step / (ranks * pack_tokens)), which no plan can go below
+    C11_seconds   CPU seconds for the plan of that epoch
+    C12_*         mean over ranks / maximum over ranks of the cost of a step, averaged over steps;
+                  the peer deals rows, or pairs, round-robin in the same shuffled order
+
+The cost of a sequence of L tokens is L + 3.25e-5 L^2, Qwen2.5-1.5B's ratio of attention to matmuls.
+Every plan is checked before it counts: each sequence once, no pack over the budget unless it is
+one sequence (or pair), as many packs on every rank.
+"""
+
+import math
+
+import numpy as np
+
+from bench.measure import cpu_seconds, result, write
+from redi.packing import Step, plan
+
+RANKS, PACK_TOKENS = 8, 32_768
+TRACES, ROWS_PER_STEP = 77_629, 128
+PAIRS, PAIRS_PER_STEP = 53_175, 32
+SIGMA = 0.75
+MEDIAN_TRACE, MEDIAN_CHOSEN, MEDIAN_REJECTED = 4430, 4040, 5260  # before the cut
+LONGEST_TRACE, LONGEST_OF_PAIR = 32_768, 19_800
+ATTENTION = 3.5 * 86e3 / 9.26e9
+ROUNDS = 5
+
+
+# ---------------------------------------------------------------- lengths and plans
+
+
+def draw(rng: np.random.Generator, count: int, median: float, longest: int) -> np.ndarray:
+    lengths = np.zeros(count)
+    while (open_ := (lengths < 1) | (lengths > longest)).any():
+        lengths[open_] = median * np.exp(SIGMA * rng.standard_normal(open_.sum()))
+    return lengths.astype(np.int64)
+
+
+def round_robin(ids: np.ndarray, group: int) -> list[np.ndarray]:
+    """Sequence ids of a step (shuffled) -> those of each rank, `group` of them at a time."""
+    rows = ids.reshape(-1, group)
+    return [rows[rank::RANKS].reshape(-1) for rank in range(RANKS)]
+
+
+def check(steps: list[Step], lengths: np.ndarray, piece: int) -> None:
+    """Raises AssertionError unless the plan keeps its promises. lengths: of every sequence id."""
+    packs = [ids for step in steps for rank in step for ids in rank]
+    used = np.sort(np.concatenate(packs))
+    assert np.array_equal(used, np.arange(len(lengths))), "a sequence is missing or used twice"
+    over = [ids for ids in packs if len(ids) > piece and lengths[ids].sum() > PACK_TOKENS]
+    assert not over, f"{len(over)} packs are over the budget"
+    assert all(len({len(rank) for rank in step}) == 1 for step in steps), "uneven ranks"
+
+
+def plan_sft(traces: np.ndarray) -> list[Step]:
+    return plan(traces, ROWS_PER_STEP, PACK_TOKENS, RANKS)
+
+
+# ---------------------------------------------------------------- measures
+
+
+def above_bound(steps: list[Step], lengths: np.ndarray) -> list[int]:
+    """Micro-batches of every step over what its tokens need at least."""
+    tokens = [sum(lengths[ids].sum() for rank in step for ids in rank) for step in steps]
+    bounds = [math.ceil(total / (RANKS * PACK_TOKENS)) for total in tokens]
+    return [len(step[0]) - bound for step, bound in zip(steps, bounds)]
+
+
+def balances(steps: list[list[np.ndarray]], lengths: np.ndarray) -> np.ndarray:
+    """Mean over maximum of the ranks' costs; steps[step][rank] = all its sequence ids."""
+    cost = lengths + ATTENTION * lengths**2.0
+    per_rank = np.array([[cost[ids].sum() for ids in step] for step in steps])
+    return per_rank.mean(axis=1) / per_rank.max(axis=1)
+
+
+def by_rank(steps: list[Step]) -> list[list[np.ndarray]]:
+    return [[np.concatenate(rank) for rank in step] for step in steps]
+
+
+def dealt_round_robin(count: int, per_step: int, group: int) -> list[list[np.ndarray]]:
+    """The same steps as `plan` makes, without its dealing; group: sequences of a row."""
+    rows = np.random.default_rng([42, 0]).permutation(count)
+    ids = (group * rows[:, None] + np.arange(group)).reshape(-1)
+    size = per_step * group
+    return [round_robin(ids[start : start + size], group) for start in range(0, len(ids), size)]
+
+
+def show(name: str, steps: list[Step], lengths: np.ndarray) -> None:
+    """Packs and the worst step, in two lines."""
+    above, found = above_bound(steps, lengths), balances(by_rank(steps), lengths)
+    counts = np.array([len(step[0]) for step in steps])
+    packs = [ids for step in steps for rank in step for ids in rank]
+    empty = sum(len(ids) == 0 for ids in packs)
+    steps_empty = sum(any(len(ids) == 0 for rank in step for ids in rank) for step in steps)
+    filled = lengths.sum() / (PACK_TOKENS * len(packs))
+    print(f"\n{name}: {len(steps):,} steps, {counts.mean():.2f} micro-batches a rank and step")
+    histogram = ", ".join(f"{above.count(k)} steps at +{k}" for k in sorted(set(above)))
+    print(f"  above the bound: {histogram}; packs are {filled:.1%} full")
+    print(f"  empty packs: {empty:,} of {len(packs):,}, in {steps_empty:,} steps")
+    worst = int(found.argmin())
+    rows = sum(len(ids) for rank in steps[worst] for ids in rank)
+    print(
+        f"  balance: mean {found.mean():.4f}, worst {found.min():.4f} (step {worst}, {rows} rows)"
+    )
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    traces = draw(rng, TRACES, MEDIAN_TRACE, LONGEST_TRACE)
+    medians = (MEDIAN_CHOSEN, MEDIAN_REJECTED)
+    pairs = np.stack([draw(rng, PAIRS, median, LONGEST_OF_PAIR) for median in medians], axis=1)
+    print(f"traces: mean {traces.mean():.0f}, median {np.median(traces):.0f}", end="; ")
+    print(f"pairs: mean {pairs[:, 0].mean():.0f} chosen, {pairs[:, 1].mean():.0f} rejected")
+
+    seconds = [cpu_seconds(lambda: plan_sft(traces)).total for _ in range(ROUNDS)]
+    steps = plan_sft(traces)
+    results = {
+        "C11": result(above_bound(steps, traces), 1, "ceil(tokens / (ranks * pack_tokens))"),
+        "C11_seconds": result(seconds, 1.0, "a second"),
+    }
+    # The goal is about the worst step, so that is what the entry leads with.
+    results["C11"]["median"] = results["C11"]["max"]
+    check(steps, traces, piece=1)
+    show("SFT", steps, traces)
+    peers = {"C12_sft": balances(dealt_round_robin(TRACES, ROWS_PER_STEP, 1), traces)}
+    ours = {"C12_sft": balances(by_rank(steps), traces)}
+
+    flat = pairs.reshape(-1)
+    for name, kept in (("C12_redi", False), ("C12_pairs_kept", True)):
+        steps = plan(pairs, PAIRS_PER_STEP, PACK_TOKENS, RANKS, keep_pairs=kept)
+        check(steps, flat, piece=2 if kept else 1)
+        show("pairs kept together" if kept else "REDI", steps, flat)
+        ours[name] = balances(by_rank(steps), flat)
+        peers[name] = balances(dealt_round_robin(PAIRS, PAIRS_PER_STEP, 2), flat)
+    print()
+    goals = {"C12_sft": 0.99, "C12_redi": 0.98, "C12_pairs_kept": None}
+    for name, found in ours.items():
+        peer = float(peers[name].mean())
+        results[name] = {
+            **result(found.tolist(), goals[name], f"round-robin: {peer:.3f}"),
+            "mean": float(found.mean()),
+        }
+    for name, entry in results.items():
+        value = entry.get("mean", entry["median"])
+        print(f"{name:<16}{value:>8.3f}   goal {entry['goal']}   {entry['peer']}")
+    write("plan", results)
+
+
+if __name__ == "__main__":
+    main()
