@@ -19,7 +19,7 @@ from redi.checkpoint import load_model
 from redi.config import parse, program
 from redi.data.files import make_folder, write_aside
 from redi.eval import benchmarks, report
-from redi.eval.protocol import EvalConfig, complete, graded, make_requests
+from redi.eval.protocol import EvalConfig, check_grader, complete, graded, make_requests
 from redi.eval.report import Completion
 from redi.hub import is_hub_id
 from redi.runlog import RunLog, is_finished
@@ -41,6 +41,7 @@ def main() -> None:
     model, source = load_model(config.model, made_by=made_by)
     model.to(place.device, distributed.compute_dtype(config.dtype, place)).requires_grad_(False)
     requests = [make_requests(test, source, config) for test in tests]
+    check_grader(config)  # now, not after hours of sampling
 
     # ---- sample and grade, a benchmark at a time
     log = RunLog(config.out, config, {"torch": torch.__version__, "model": source.name})

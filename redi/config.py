@@ -51,6 +51,9 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def framed() -> None:
+        for stream in (sys.stdout, sys.stderr):  # a terminal without a character shows its number
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             main()
         except UserError as error:
@@ -62,6 +65,10 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         except BrokenPipeError:  # the reader of our output went away, as in `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as error:  # a full disk, a name too long, a folder in place of a file
+            named = f"{error.filename}: " if error.filename else ""
+            print(f"error: {one_line(f'{named}{error.strerror or error}')}", file=sys.stderr)
+            sys.exit(2)
 
     return framed
 
@@ -83,7 +90,7 @@ def parse(config_class: type[C], description: str, argv: Sequence[str] | None = 
         kind, name = hints[field.name], field.name
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
         if typing.get_origin(kind) in (list, tuple):
-            options["nargs"] = "+"
+            options |= {"nargs": "+", "action": "extend"}
         elif kind is bool:
             options |= {"nargs": "?", "const": "true"}
         elif name in by_place and not _is_required(field):
@@ -111,7 +118,7 @@ def read_toml(path: str | Path, hints: dict[str, Any]) -> dict[str, Any]:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError, OverflowError) as error:
         raise UserError(f"--config {path}: not a readable TOML file ({error})") from None
     for key, value in table.items():
         if key not in hints:

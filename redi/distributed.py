@@ -34,8 +34,8 @@ class Place:
 
 def start() -> Place:
     """Raises UserError under torchrun with more than one process."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
         raise UserError(
             f"WORLD_SIZE is {world_size}: redi runs on one process; start it with python, or with "
             "torchrun --nproc_per_node 1"

@@ -68,8 +68,8 @@ class ModelConfig:
         `where` names the file in errors. Raises UserError for a missing field, for two forms that
         disagree, and for every field whose value would change the numbers computed here.
         """
-        refuse_unbuilt(config, where)
         try:
+            refuse_unbuilt(config, where)
             for name in SIZES:
                 if type(config[name]) is not int or config[name] < 1:
                     raise UserError(f"{where}: {name} is {config[name]!r}; expected a whole number")
@@ -92,6 +92,8 @@ class ModelConfig:
             )
         except KeyError as missing:
             raise UserError(f"{where}: the field {missing} is missing") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{where}: a field has a value of another type ({error})") from None
 
 
 def read_rope_theta(config: dict[str, Any], where: str) -> float:

@@ -7,17 +7,18 @@ there as RUN/curves.png; several runs are laid over each other.
 Left out: anything that needs a server. TensorBoard and W&B are fed the same records when asked.
 """
 
+import fcntl
 import json
 import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from tqdm import tqdm
 
-from redi.config import UserError, parse, program, to_toml
+from redi.config import UserError, one_line, parse, program, to_toml
 from redi.data.files import make_folder, write_aside
 
 # Settings that do not change what a run computes.
@@ -64,9 +65,13 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     if path.is_file():
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                raise UserError(f"{path}:{number}: not a record of a run") from None
+                record = json.loads(line)
+                kind = record["kind"]
+            except (ValueError, KeyError, TypeError):
+                kind = None
+            if not isinstance(kind, str):
+                raise UserError(f"{path}:{number}: not a record of a run")
+            yield record
 
 
 class RunLog:
@@ -75,12 +80,12 @@ class RunLog:
     def __init__(self, out: str, config: Any, notes: dict[str, str], tracker: str = "none"):
         """notes: facts that are not settings (versions, data hash), kept as TOML comments."""
         self.folder = Path(out)
-        make_folder(self.folder)
         self._track = TRACKERS[tracker](self.folder, to_toml(config))
-        comments = "".join(f"# {key}: {value}\n" for key, value in notes.items())
+        make_folder(self.folder)
+        self._metrics = _open_alone(self.folder / "metrics.jsonl")
+        comments = "".join(f"# {key}: {one_line(value)}\n" for key, value in notes.items())
         with write_aside(self.folder / "config.toml") as file:
             file.write(comments + to_toml(config))
-        self._metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         line = {"kind": kind, "step": step, **values}
@@ -92,6 +97,19 @@ class RunLog:
         """The last record: the run is complete and its model saved."""
         self._metrics.write(json.dumps({"kind": "finished"}) + "\n")
         self._metrics.close()
+
+
+def _open_alone(path: Path) -> TextIO:
+    """Open `path` for writing from its beginning. Raises UserError while another process has it
+    open: two runs in one folder would write over each other."""
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (it is the run's, to its end)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"--out {path.parent}: another process is running there") from None
+    file.truncate(0)
+    return file
 
 
 class Progress:
@@ -190,6 +208,8 @@ def draw(runs: list[Path], path: Path) -> None:
     histories = {run: list(read_metrics(run)) for run in runs}
     seen = {key for records in histories.values() for r in records for key in r}
     panels = [key for key in PANELS if key in seen]
+    if not panels:
+        raise UserError(f"{runs[0] / 'metrics.jsonl'}: holds nothing to draw")
     columns = max(1, min(3, len(panels)))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(

@@ -76,6 +76,7 @@ class ToyConfig:
     def __post_init__(self) -> None:
         for name in ("problems", "benchmark", "operations"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.operations <= 40, "operations", self.operations, "at most 40")
         for name in ("impatience", "luck", "slip"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "within [0, 1]")
 

@@ -90,7 +90,7 @@ class TrainConfig:
         require(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "above 0")
         require(self.clip > 0, "clip", self.clip, "above 0")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
         for name in ("rope_theta", "max_position_embeddings"):
             value = getattr(self, name)
             require(value == "keep" or value > 0, name, value, "keep, or a number above 0")
@@ -130,6 +130,7 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
     if config.eval_data:
         eval_rows = load_data(config.eval_data, config, source, paired)
         eval_task = replace(task, dataset=eval_rows)
+        print(f"held out, {config.eval_data}: {describe(eval_rows, source.chat)}\n")
     dtype = distributed.compute_dtype(config.dtype, place)
     checkpointed, why = blocks_to_checkpoint(
         config.checkpoint_blocks, model, longest_pack(dataset, config), place.device, dtype
@@ -143,7 +144,10 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
     log = RunLog(config.out, config, facts, config.tracker)
     distributed.place_model(model, place, dtype, checkpointed)
     train(model, task, config, log, eval_task)
-    save_model(model, config.out, source, save_dtype(config, source), model_card(config, facts))
+    try:
+        save_model(model, config.out, source, save_dtype(config, source), model_card(config, facts))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"while saving; {config.out} holds no whole model") from None
     log.finish()
     print(f"saved {config.out}: a Hugging Face folder, config.toml, metrics.jsonl")
 
@@ -261,7 +265,7 @@ def train(
     total, done = num_steps(task, config), 0
     tokens, seconds = 0, 0.0
     try:
-        with Progress(total, config.out, unit="step") as progress:
+        with Progress(total, Path(config.out).name, unit="step") as progress:
             for number, step in enumerate(islice(_steps(task, config), total), start=1):
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * lr_factor(number, total)

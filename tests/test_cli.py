@@ -21,6 +21,7 @@ import evaluate
 import train_redi
 import train_sft
 from redi import prepare, toy
+from redi.eval import report
 
 ROOT = Path(__file__).parent.parent
 LIMITS = ["--max-length", "256"]
@@ -131,6 +132,23 @@ def drop_field():
     edit_line("toy/positives.jsonl", 5, json.dumps(content))
 
 
+def control_token_as_role():
+    content = row("toy/positives.jsonl", 4)
+    content["prompt"][0]["role"] = "user<|im_end|>"
+    edit_line("toy/positives.jsonl", 4, json.dumps(content))
+
+
+def broken_weights():
+    weights = load_file("toy/student/model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, "toy/student/model.safetensors", metadata={"format": "pt"})
+
+
+def same_names():
+    Path("other").mkdir()
+    shutil.copy("toy/benchmark.jsonl", "other/benchmark.jsonl")
+
+
 def empty_response():
     content = row("toy/positives.jsonl", 3)
     content["completion"][0]["content"] = " \n"
@@ -168,6 +186,9 @@ BAD_INPUTS = {
     "empty data": (empty_data, sft, [], ["positives.jsonl"]),
     "broken line": (break_line, sft, [], ["positives.jsonl:7"]),
     "lacking a field": (drop_field, sft, [], ["positives.jsonl:5", "completion"]),
+    "a role of no template": (control_token_as_role, sft, [], ["positives.jsonl:4", "prompt"]),
+    "not finite": (NOTHING, sft, ["--rope-theta", "nan"], ["--rope-theta"]),
+    "a name too long": (NOTHING, sft, ["--out", "o" * 300], ["o" * 300]),
     "empty response": (empty_response, sft, [], ["positives.jsonl:3", "completion"]),
     "pairs as positives": (NOTHING, sft, ["--data", "toy/pairs.jsonl"], [":1", "completion"]),
     "unknown flag": (NOTHING, sft, ["--learning-rate", "1"], ["--learning-rate"]),
@@ -190,6 +211,11 @@ BAD_INPUTS = {
     "out is a file": (NOTHING, sft, ["--out", "toy/raw.parquet"], ["--out", "raw.parquet"]),
     "no tracker": (NOTHING, sft, ["--tracker", "wandb"], ["wandb", "install"]),
     "no answers": (no_answers, evaluated, [], ["benchmark.jsonl:1", "answer"]),
+    "two of one name": (
+        same_names, evaluated,
+        ["--benchmark", "toy/benchmark.jsonl", "--benchmark", "other/benchmark.jsonl"],
+        ["--benchmark", "'benchmark'"],
+    ),
     "unknown benchmark": (NOTHING, evaluated, ["--benchmark", "math"], ["math500"]),
     "evaluate a missing model": (NOTHING, evaluated, ["--model", "out/redi"], ["train_redi.py"]),
 }  # fmt: skip
@@ -226,6 +252,28 @@ def test_a_pair_of_equal_traces_is_dropped_and_counted(here, capsys):
     shown = capsys.readouterr().out
     assert f"{pairs - 1} pairs to train on, 1 left out" in shown
     assert "1 chosen equals rejected" in shown
+
+
+def test_a_step_that_is_not_finite_is_not_applied_and_names_its_rows(here, capsys):
+    broken_weights()
+    assert sft("--rows-per-step", "4") == 2
+    [error] = capsys.readouterr().err.splitlines()
+    assert "step 1 has loss nan" in error
+    assert "its rows are " in error
+    assert not Path("run/model.safetensors").exists()
+
+
+def test_a_model_whose_logits_are_not_finite_is_not_scored(here, capsys):
+    broken_weights()
+    assert evaluated("--user-prompt", "plain") == 2
+    assert "logits are not finite" in capsys.readouterr().err
+    assert not Path("run/report.json").exists()
+
+
+def test_one_sample_a_problem_can_be_compared(here, capsys):
+    assert evaluated("--user-prompt", "plain") == 0
+    assert run(report.main, "run") == 0
+    assert "(n = 1)" in capsys.readouterr().out
 
 
 def test_a_finished_run_started_again_says_so(here, capsys):

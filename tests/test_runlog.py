@@ -56,8 +56,17 @@ def test_the_same_run_unfinished_starts_afresh_and_says_so(tmp_path, capsys):
     log.record("train", 1, loss=1.0)
     assert not is_finished(str(tmp_path / "run"), Settings())
     assert "unfinished" in capsys.readouterr().out
+    del log  # the process that was stopped is gone
     started(tmp_path / "run")
     assert list(read_metrics(tmp_path / "run")) == []
+
+
+def test_a_folder_is_one_process_at_a_time(tmp_path):
+    log = started(tmp_path / "run")
+    log.record("train", 1, loss=1.0)
+    with pytest.raises(UserError, match="another process is running there"):
+        started(tmp_path / "run")
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1]
 
 
 def test_a_run_without_any_record_is_unfinished(tmp_path):

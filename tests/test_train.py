@@ -638,6 +638,33 @@ def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(here, sto
     assert made_stores(here) == {folder.name}
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "tokens.bin").write_bytes(b""),
+        lambda folder: (folder / "tokens.bin").write_bytes(
+            (folder / "tokens.bin").read_bytes()[:-4]
+        ),
+        lambda folder: (folder / "tokens.bin").write_bytes(
+            bytes(len((folder / "tokens.bin").read_bytes()))
+        ),
+        lambda folder: (folder / "index.npz").write_bytes(
+            (folder / "index.npz").read_bytes()[:-30]
+        ),
+        lambda folder: (folder / "store.json").write_text("{}"),
+        lambda folder: (folder / "store.json").unlink(),
+    ],
+    ids=["empty", "cut", "zeroed", "index cut", "other json", "no json"],
+)
+def test_a_damaged_store_is_noticed_and_made_again(damage, here, store_of):
+    store = store_of(ROWS)
+    tokens = store.tokens.tolist()
+    damage(store.folder)
+    again = store_of(ROWS)
+    assert again.folder == store.folder
+    assert again.tokens.tolist() == tokens
+
+
 def test_a_store_that_another_process_made_meanwhile_is_used(here, store_of, monkeypatch):
     first = store_of(ROWS)
     kept = here / "kept"

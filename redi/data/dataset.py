@@ -26,17 +26,19 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
 
 from redi.config import UserError
-from redi.data.files import read_rows
+from redi.data.files import is_encodable, read_rows
 from redi.data.tokenizer import ChatTokenizer, Message
 from redi.packing import Sequence
 
 FORMAT = "2"  # part of every key: raise it when the rendering or the layout changes
 RESPONSE_FIELDS = {False: ("completion",), True: ("chosen", "rejected")}
+ROLES = ("system", "user", "assistant", "tool")
 BATCH_ROWS = 256  # rendered and encoded at a time
 
 
@@ -63,11 +65,18 @@ class TokenStore:
     row_numbers: np.ndarray  # (N,) int64, where the row stands in the data, from 1
 
     @classmethod
-    def open(cls, folder: Path) -> "TokenStore":
-        about = json.loads((folder / "store.json").read_text())
-        index = np.load(folder / "index.npz")
-        tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
-        return cls(folder, about["paired"], about["data_hash"], about["skipped"], tokens, **index)
+    def open(cls, folder: Path) -> "TokenStore | None":
+        """The store in `folder`, or None if there is none or it is not whole."""
+        try:
+            about = json.loads((folder / "store.json").read_text())
+            index = dict(np.load(folder / "index.npz"))
+            tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
+            if hash_files([folder / "tokens.bin"]) != about["tokens_hash"]:
+                return None
+            known = (about["paired"], about["data_hash"], about["skipped"])
+            return cls(folder, *known, tokens, **index)
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile):
+            return None
 
     @cached_property
     def sequence_lengths(self) -> np.ndarray:  # (S,)
@@ -130,19 +139,24 @@ def load_store(
     data_hash = hash_files(files)
     made_from = json.dumps([FORMAT, data_hash, chat.fingerprint, paired])
     folder = Path(cache) / hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    if not (folder / "store.json").is_file():
+    store = TokenStore.open(folder)
+    if store is None:
         aside = folder.with_name(f"{folder.name}.making-{os.getpid()}")
         shutil.rmtree(aside, ignore_errors=True)  # of a killed process with the same number
         try:
             aside.mkdir(parents=True)
             _write(aside, files, chat, paired, data_hash)
-            if not folder.exists():  # another process may have made the same store meanwhile
+            if TokenStore.open(folder) is None:  # no other process has made it meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
                 aside.rename(folder)
         except OSError as error:
             raise UserError(f"--cache {cache}: cannot write there ({error})") from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    return TokenStore.open(folder)
+        store = TokenStore.open(folder)
+    if store is None:
+        raise UserError(f"--cache {cache}: what was written there does not read back the same")
+    return store
 
 
 def select(store: TokenStore, limits: Limits, over_length: str, where: str) -> Dataset:
@@ -234,6 +248,7 @@ def _shortened(text: str, most: int = 240) -> str:
 def _write(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, data_hash: str):
     lengths, prompt_lengths, row_numbers = [], [], []
     skipped: Counter[str] = Counter()
+    digest = hashlib.sha256()
     numbered = enumerate(read_rows(files), start=1)
     progress = tqdm(numbered, desc="tokenising", unit=" rows", disable=None, leave=False)
     conversations = _conversations(progress, paired, skipped)
@@ -243,7 +258,9 @@ def _write(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, d
                 [(p, response) for _, p, responses in batch for response in responses]
             )
             for row in rendered:
-                np.array(row.prompt_ids + row.response_ids, dtype=np.int32).tofile(tokens)
+                ids = np.array(row.prompt_ids + row.response_ids, dtype=np.int32).tobytes()
+                tokens.write(ids)
+                digest.update(ids)
                 lengths.append(len(row))
                 prompt_lengths.append(len(row.prompt_ids))
             row_numbers.extend(number for number, _, _ in batch)
@@ -255,7 +272,12 @@ def _write(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, d
         prompt_lengths=np.array(prompt_lengths, dtype=np.int32),
         row_numbers=np.array(row_numbers, dtype=np.int64),
     )
-    about = {"paired": paired, "data_hash": data_hash, "skipped": dict(skipped)}
+    about = {
+        "paired": paired,
+        "data_hash": data_hash,
+        "skipped": dict(skipped),
+        "tokens_hash": digest.hexdigest(),
+    }
     (folder / "store.json").write_text(json.dumps(about, indent=1))
 
 
@@ -277,15 +299,22 @@ def _messages(row: dict[str, Any], field: str, where: str) -> list[Message]:
     if field not in row:
         raise UserError(f"{where}: the field {field!r} is missing; fields seen: {sorted(row)}")
     messages = row[field]
-    well_formed = isinstance(messages, list) and messages
-    if not well_formed or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    ):
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise UserError(
-            f'{where}: {field!r} must be a list of {{"role": text, "content": text}} messages'
+            f'{where}: {field!r} must be a list of {{"role": ..., "content": text}} messages with '
+            f"roles among {', '.join(ROLES)}"
         )
     return messages
+
+
+def _is_message(value: Any) -> bool:
+    """A role goes through the template as it is, so only known ones may."""
+    return (
+        isinstance(value, dict)
+        and value.get("role") in ROLES
+        and isinstance(value.get("content"), str)
+        and is_encodable(value["content"])
+    )
 
 
 def _response(row: dict[str, Any], field: str, where: str) -> Message:

@@ -117,6 +117,15 @@ def _as_row(value: Any, place: str) -> Row:
     return value
 
 
+def is_encodable(text: str) -> bool:
+    """Whether UTF-8 can hold `text`: JSON may spell half of a surrogate pair, "\\ud800"."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 # ---------------------------------------------------------------- files written whole
 
 

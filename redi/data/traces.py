@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from redi.config import UserError
-from redi.data.files import Row, read_rows
+from redi.data.files import Row, is_encodable, read_rows
 
 FIELDS = ("problem", "problem_is_valid", "generations", "correctness")
 TEXTS = ("problem", "problem_is_valid", "source")
@@ -203,13 +203,7 @@ def _is_malformed(row: Row) -> bool:
 def _is_text(value: Any) -> bool:
     if value is None:
         return True
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, "\ud800"
-        return False
-    return True
+    return isinstance(value, str) and is_encodable(value)
 
 
 def _is_label(value: Any) -> bool:

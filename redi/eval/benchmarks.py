@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from redi.config import UserError
-from redi.data.files import read_rows
+from redi.data.files import is_encodable, read_rows
 from redi.hub import dataset_files
 
 # The first name that a row has is taken.
@@ -125,6 +125,8 @@ def _question(row: dict[str, Any], place: str) -> str:
     problem, context = row[field], row.get("context")
     if not isinstance(problem, str) or not problem.strip():
         raise UserError(f"{place}: field {field!r}: expected the problem's text, got {problem!r}")
+    if not is_encodable(problem):
+        raise UserError(f"{place}: field {field!r}: holds half of a surrogate pair, not text")
     # OlympiadBench keeps what several questions share ("Let $T$ be the answer ...") apart.
     return f"{context}\n{problem}" if isinstance(context, str) and context.strip() else problem
 
@@ -151,6 +153,8 @@ def _text(answer: Any) -> str:
         return answer.strip()
     if isinstance(answer, bool) or not isinstance(answer, (int, float)):
         return ""
+    if isinstance(answer, int):
+        return str(answer)
     if not math.isfinite(answer):
         return ""
     return str(int(answer)) if answer == int(answer) else repr(answer)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redi.attention import packed_attention
+from redi.config import UserError
 from redi.model import ModelConfig, Transformer
 
 GROWTH = 256  # positions that the cache grows by
@@ -215,7 +216,10 @@ class _Engine:
         """Draw the next token of `slots` from logits (n, V); give up the slots that are done."""
         live = [self.live[slot] for slot in slots]
         uniforms = [entry.uniforms[len(entry.token_ids)] for entry in live]
-        drawn = sample(logits, self._tensor(uniforms), self.sampling).tolist()
+        drawn = sample(logits, self._tensor(uniforms), self.sampling)
+        *drawn, sound = torch.cat([drawn, torch.isfinite(logits).all()[None]]).tolist()
+        if not sound:
+            raise UserError("the model's logits are not finite numbers: its weights are broken")
         for slot, entry, token in zip(slots, live, drawn):
             entry.token_ids.append(token)
             stopped = token in stop_ids
@@ -253,7 +257,8 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     probs = torch.softmax(logits.float() / sampling.temperature, dim=-1)
     probs, order = probs.sort(dim=-1, descending=True, stable=True)  # (B, V)
     cumulative = probs.cumsum(dim=-1)
-    kept = (cumulative - probs < sampling.top_p).sum(dim=-1, keepdim=True)  # (B, 1), >= 1
+    kept = (cumulative - probs < sampling.top_p).sum(dim=-1, keepdim=True)  # (B, 1)
+    kept = kept.clamp(min=1)  # the first, however small top_p is in floating point
     mass = cumulative.gather(1, kept - 1)
     drawn = torch.searchsorted(cumulative, uniforms[:, None].float() * mass, right=True)
     return order.gather(1, drawn.minimum(kept - 1))[:, 0]

@@ -55,7 +55,8 @@ class EvalConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "within (0, 1]")
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(len(self.benchmark) >= 1, "benchmark", self.benchmark, "at least one")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
         require(self.grade_seconds > 0, "grade_seconds", self.grade_seconds, "above 0")
 
 
@@ -93,6 +94,12 @@ def complete(
             tokens += result.num_tokens
             progress.update({"tok/s": f"{tokens / (time.monotonic() - began):,.0f}"})
     return sorted(done, key=lambda result: result.key)
+
+
+def check_grader(config: EvalConfig) -> None:
+    """Raises UserError if answers could not be compared here."""
+    with Grader(1, config.grade_seconds) as grader:
+        grader.grade(r"</think>\boxed{y+x+1}", "x+1+y")
 
 
 def graded(

@@ -215,26 +215,26 @@ def compare(runs: list[Path]) -> list[dict[str, Any]]:
         path = run / "report.json"
         try:
             scores = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+            rows += [_comparison_row(run.name, Score(**score)) for score in scores]
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; `python evaluate.py` makes it") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a report of evaluate.py ({error})") from None
-        for score in scores:
-            samples = score["num_samples"]
-            rows.append(
-                {
-                    "model": run.name,
-                    "benchmark": score["benchmark"],
-                    "problems": score["num_problems"],
-                    "samples": samples,
-                    "pass@1": score["pass_at_1"],
-                    "sem": score["sem"],
-                    f"pass@{samples}": score["pass_at_k"][-1],
-                    "mean_tokens": score["mean_tokens"],
-                    "truncated": score["truncated"],
-                }
-            )
     return rows
+
+
+def _comparison_row(model: str, score: Score) -> dict[str, Any]:
+    return {
+        "model": model,
+        "benchmark": score.benchmark,
+        "problems": score.num_problems,
+        "samples": score.num_samples,
+        "pass@1": score.pass_at_1,
+        "sem": score.sem,
+        f"pass@{score.num_samples}": score.pass_at_k[-1],
+        "mean_tokens": score.mean_tokens,
+        "truncated": score.truncated,
+    }
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
