@@ -59,7 +59,7 @@ def weighted_logp_sum(
 
     hidden (R, D), weight (V, D), targets (R,) int64, token_weights (R,) of either sign
     -> scalar, (R,); both at least fp32. The gradient is computed here, not in backward, so
-    token_weights are constants. Raises RuntimeError if backward runs twice.
+    token_weights are constants.
     """
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _WeightedLogpSum.apply(hidden, weight, targets, token_weights, with_grad)
@@ -116,20 +116,20 @@ class _WeightedLogpSum(torch.autograd.Function):
             _, total, logps[rows] = _softmax_minus_onehot_(logits, targets[rows])
             # The buffer holds total * (softmax - onehot); the division rides on the row scale.
             grads.add(head, rows, logits, -token_weights[rows, None] / total)
-        ctx.grads, ctx.dtypes = grads, (hidden.dtype, weight.dtype)
+        ctx.save_for_backward(grads.hidden, grads.weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(logps)
         return logps @ token_weights, logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_sum: Tensor, _):
-        if ctx.grads is None:
-            raise RuntimeError("weighted_logp_sum gives its gradient once: call it again")
-        grads, ctx.grads = ctx.grads, None  # handed over, not copied
-        for grad in (grads.hidden, grads.weight):
-            if grad is not None:
-                grad.mul_(grad_sum)
-        return *grads.as_dtypes(*ctx.dtypes), None, None, None
+        # Scaled into new tensors of the inputs' dtype: the saved ones serve another backward.
+        scaled = (
+            None if grad is None else torch.mul(grad, grad_sum, out=grad.new_empty(0, dtype=dtype))
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        )
+        return *scaled, None, None, None
 
 
 # ---------------------------------------------------------------- what both share
@@ -183,10 +183,7 @@ class _Head:
 
 
 class _Gradients:
-    """d sum / d hidden and d sum / d weight, gathered chunk by chunk in at least fp32.
-
-    It outlives the head, whose buffer is free again before the model's backward pass begins.
-    """
+    """d sum / d hidden and d sum / d weight, gathered chunk by chunk in at least fp32."""
 
     def __init__(self, head: _Head, for_hidden: bool, for_weight: bool):
         self.hidden = torch.empty_like(head.hidden, dtype=head.dtype) if for_hidden else None
