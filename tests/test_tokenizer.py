@@ -56,7 +56,8 @@ R1_TEMPLATE = (
     "{% endif %}{% set ns = namespace(system='') %}{%- for message in messages %}"
     "{%- if message['role'] == 'system' %}{% set ns.system = message['content'] %}{%- endif %}"
     "{%- endfor %}{{bos_token}}{{ns.system}}{%- for message in messages %}"
-    "{%- if message['role'] == 'user' %}{{'<｜User｜>' + message['content']}}{%- endif %}"  # noqa: RUF001
+    "{%- if message['role'] == 'user' %}"
+    "{{'<｜User｜>' + message['content']}}{%- endif %}"  # noqa: RUF001
     "{%- if message['role'] == 'assistant' and message['content'] is not none %}"
     "{% set content = message['content'] %}{% if '</think>' in content %}"
     "{% set content = content.split('</think>')[-1] %}{% endif %}"
