@@ -16,9 +16,15 @@ Over R rows the logits would be (R, V): 18 GiB in fp32 for one 32k trace of Qwen
 Worked example, V = 2, z = [0, ln 3], target 0: softmax = [1/4, 3/4], log-prob = ln 1/4, and
 d log-prob / dz = [3/4, -3/4].
 
+Both make a chunk's gradient with the same few lines, `_gradients`: the two-pass kernel runs them in
+backward, when the weights are known, the one-pass kernel at once.
+
 Precision: logits, sums and the weight's gradient are at least fp32 whatever the inputs. The target
 is taken out of a row before its exponentials are summed, so 1 - p comes from the others' sum and
 stays exact when p is nearly 1, and softmax - onehot sums to zero but for one sum's rounding.
+
+On CUDA the passes over a chunk are one Triton kernel (kernels.py), and bf16 operands are multiplied
+into fp32 logits; elsewhere it is torch, with operands in fp32.
 
 Left out: gradient filtering (biased for the mass REDI pushes into the tail), ignore_index (callers
 pass supervised rows only), z-loss. Letters: R rows, D hidden, V vocabulary, C rows of a chunk.
@@ -32,9 +38,13 @@ from torch.autograd.function import once_differentiable
 # what training needs anyway.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": int(1.2 * (1 << 30))}
 
-# exp(-80) is 2e-35: invisible in a sum that holds a 1, but still a normal fp32 number. Below -87
-# exponentials are denormal, and a CPU multiplies those thirty times slower.
-MIN_EXPONENT = -80.0
+# exp(-50) is 2e-22: invisible in a sum that holds a 1, and still a normal fp32 number after the
+# weight of one token in a million and the mean over a vocabulary are multiplied in. Below 1e-38
+# numbers are denormal, and many a CPU multiplies those thirty times slower.
+MIN_EXPONENT = -50.0
+
+# The overloads of mm and addmm with an out_dtype.
+MULTIPLIES_INTO_FP32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def reference_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -77,28 +87,19 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         head = _Head(hidden, weight)
         logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
-        row_max, total = logps.new_empty(2, len(logps), 1)  # (R, 1) each
         for rows in head.chunks:
-            row_max[rows], total[rows], logps[rows] = _softmax_minus_onehot_(
-                head.logits(rows), targets[rows]
-            )
-        ctx.save_for_backward(hidden, weight, targets, logps, row_max, total)
+            logps[rows] = target_logps_(head.logits(rows), targets[rows])
+        ctx.save_for_backward(hidden, weight, targets)
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps: Tensor):
-        hidden, weight, targets, logps, row_max, total = ctx.saved_tensors
-        head = _Head(hidden, weight)
-        grads = _Gradients(head, *ctx.needs_input_grad[:2])
-        for rows in head.chunks:
-            # As in the forward pass, total * (softmax - onehot): subtracting a rounded log-sum-exp
-            # instead would shift every exponential of a row whose logits are large.
-            logits = head.logits(rows).sub_(row_max[rows]).clamp_(min=MIN_EXPONENT).exp_()
-            target_grads = torch.expm1(logps[rows, None]) * total[rows]
-            logits.scatter_(1, targets[rows, None], target_grads)
-            grads.add(head, rows, logits, -grad_logps[rows, None] / total[rows])
-        return *grads.as_dtypes(hidden.dtype, weight.dtype), None
+        hidden, weight, targets = ctx.saved_tensors
+        d_hidden, d_weight, _ = _gradients(
+            hidden, weight, targets, grad_logps, *ctx.needs_input_grad[:2]
+        )
+        return _as(hidden.dtype, d_hidden), _as(weight.dtype, d_weight), None
 
 
 # ---------------------------------------------------------------- one pass
@@ -107,19 +108,12 @@ class _TokenLogps(torch.autograd.Function):
 class _WeightedLogpSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, token_weights, with_grad: bool):
-        head = _Head(hidden, weight)
-        token_weights = token_weights.to(head.dtype)
-        logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
-        grads = _Gradients(head, *(with_grad and needed for needed in ctx.needs_input_grad[:2]))
-        for rows in head.chunks:
-            logits = head.logits(rows)
-            _, total, logps[rows] = _softmax_minus_onehot_(logits, targets[rows])
-            # The buffer holds total * (softmax - onehot); the division rides on the row scale.
-            grads.add(head, rows, logits, -token_weights[rows, None] / total)
-        ctx.save_for_backward(grads.hidden, grads.weight)
+        wanted = (with_grad and needed for needed in ctx.needs_input_grad[:2])
+        d_hidden, d_weight, logps = _gradients(hidden, weight, targets, token_weights, *wanted)
+        ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(logps)
-        return logps @ token_weights, logps
+        return logps @ token_weights.to(logps.dtype), logps
 
     @staticmethod
     @once_differentiable
@@ -135,10 +129,60 @@ class _WeightedLogpSum(torch.autograd.Function):
 # ---------------------------------------------------------------- what both share
 
 
-def _softmax_minus_onehot_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits (C, V) in place into total * (softmax - onehot); targets (C,).
+def _gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """d sum_t token_weights[t] * logp[t] by hidden (R, D) and weight (V, D), and logp (R,)."""
+    head = _Head(hidden, weight)
+    token_weights = token_weights.to(head.dtype)
+    logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
+    d_hidden = torch.empty_like(head.hidden) if for_hidden else None
+    d_weight = torch.zeros_like(head.weight, dtype=head.dtype) if for_weight else None
+    for rows in head.chunks:
+        chunk, logps[rows] = softmax_gradient_(
+            head.logits(rows), targets[rows], token_weights[rows], head.hidden.dtype
+        )
+        if for_hidden:
+            torch.mm(chunk, head.weight, out=d_hidden[rows])
+        if for_weight:
+            torch.addmm(d_weight, chunk.T, head.hidden[rows], out=d_weight, **head.into_wide)
+    return d_hidden, d_weight, logps
 
-    -> row maximum (C, 1), total = sum_v exp(z_v - max) (C, 1), log-probs of the targets (C,).
+
+def softmax_gradient_(
+    logits: Tensor, targets: Tensor, token_weights: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """token_weights * (onehot - softmax) (C, V) in the memory of the logits; log-probs (C,).
+
+    logits (C, V), targets (C,), token_weights (C,). dtype: of the gradient.
+    """
+    if logits.is_cuda and logits.dtype == torch.float32:
+        from redi import kernels  # where triton is installed
+
+        return kernels.softmax_gradient_(logits, targets, token_weights, dtype)
+    logps, others, total = _exponentials_(logits, targets)
+    logits.scatter_(1, targets[:, None], -others).mul_(-token_weights[:, None] / total)
+    return logits.to(dtype), logps
+
+
+def target_logps_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs (C,) of the targets (C,) under logits (C, V), whose memory is used up."""
+    if logits.is_cuda and logits.dtype == torch.float32:
+        from redi import kernels
+
+        return kernels.target_logps(logits, targets)
+    return _exponentials_(logits, targets)[0]
+
+
+def _exponentials_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits (C, V) in place into exp(z - max), with 0 at the target.
+
+    -> log-probs of the targets (C,); the sum of what stands there, and with the target's (C, 1).
     """
     targets = targets[:, None]  # (C, 1)
     row_max = logits.amax(dim=1, keepdim=True)  # (C, 1)
@@ -149,59 +193,35 @@ def _softmax_minus_onehot_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     # log(others + target_exp), but exact when the target holds nearly all the mass: then
     # target_exp is 1 and others is tiny.
     logps = shifted - torch.log1p(others + (target_exp - 1.0))
-    logits.scatter_(1, targets, -others)
-    return row_max, others + target_exp, logps[:, 0]
+    return logps[:, 0], others, others + target_exp
 
 
 class _Head:
-    """The vocabulary projection over chunks of rows, and the precision of its operands."""
+    """The vocabulary projection, a chunk of rows at a time, into logits of at least fp32."""
 
     def __init__(self, hidden: Tensor, weight: Tensor):
         self.dtype = accumulation_dtype(hidden)
-        # CUDA multiplies bf16 operands into an fp32 result; a CPU needs fp32 operands for that.
-        native = hidden.is_cuda and hidden.dtype == weight.dtype
-        self.hidden = hidden if native else hidden.to(self.dtype)  # (R, D)
-        self.weight = weight if native else weight.to(self.dtype)  # (V, D)
+        # cuBLAS multiplies bf16 operands into an fp32 result; elsewhere the operands are widened.
+        native = hidden.is_cuda and hidden.dtype == weight.dtype and MULTIPLIES_INTO_FP32
+        operands = hidden.dtype if native else self.dtype
+        self.hidden, self.weight = hidden.to(operands), weight.to(operands)  # (R, D), (V, D)
+        self.into_wide = {} if operands == self.dtype else {"out_dtype": self.dtype}
         row_bytes = len(weight) * self.dtype.itemsize
-        size = max(1, CHUNK_BYTES["cuda" if hidden.is_cuda else "cpu"] // row_bytes)
+        size = max(1, CHUNK_BYTES[hidden.device.type] // row_bytes)
+        size -= size % 256 if size > 256 else 0  # whole tiles
         starts = range(0, len(hidden), size)
         self.chunks = [slice(start, min(start + size, len(hidden))) for start in starts]
-        self.buffer: Tensor | None = None
+        longest = self.chunks[0].stop if self.chunks else 0
+        if hidden.is_cuda:  # a row in one piece, as the kernels want it
+            self.buffer = hidden.new_empty(longest, len(weight), dtype=self.dtype)
+        else:  # a column in one piece: all three products are 5 % faster
+            self.buffer = hidden.new_empty(len(weight), longest, dtype=self.dtype).T
 
     def logits(self, rows: slice) -> Tensor:
-        """(C, V) in a buffer that every chunk uses again: the first, largest one makes it."""
-        hidden = self.hidden[rows]
-        if hidden.dtype != self.dtype:
-            return self.mm(hidden, self.weight.T)
-        if self.buffer is None:
-            self.buffer = hidden.new_empty(len(hidden), len(self.weight))
-        return torch.mm(hidden, self.weight.T, out=self.buffer[: len(hidden)])
-
-    def mm(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product of two operands in at least fp32."""
-        return torch.mm(a, b) if a.dtype == self.dtype else torch.mm(a, b, out_dtype=self.dtype)
+        """(C, V), in memory that every chunk uses again."""
+        out = self.buffer[: rows.stop - rows.start]
+        return torch.mm(self.hidden[rows], self.weight.T, out=out, **self.into_wide)
 
 
-class _Gradients:
-    """d sum / d hidden and d sum / d weight, gathered chunk by chunk in at least fp32."""
-
-    def __init__(self, head: _Head, for_hidden: bool, for_weight: bool):
-        self.hidden = torch.empty_like(head.hidden, dtype=head.dtype) if for_hidden else None
-        self.weight = torch.zeros_like(head.weight, dtype=head.dtype) if for_weight else None
-
-    def add(self, head: _Head, rows: slice, logit_grads: Tensor, scale: Tensor) -> None:
-        """Add the part of a chunk: logit_grads (C, V), each row times scale (C, 1)."""
-        operand = logit_grads.to(head.hidden.dtype)
-        if self.hidden is not None:
-            torch.mul(head.mm(operand, head.weight), scale, out=self.hidden[rows])
-        if self.weight is not None:
-            scaled = (head.hidden[rows] * scale).to(head.hidden.dtype)  # (C, D)
-            if operand.dtype == head.dtype:
-                self.weight.addmm_(operand.T, scaled)
-            else:
-                self.weight.add_(head.mm(operand.T, scaled))
-
-    def as_dtypes(self, hidden: torch.dtype, weight: torch.dtype) -> tuple[Tensor | None, ...]:
-        """Both, each in its parameter's dtype, or None where it was not wanted."""
-        wanted = ((self.hidden, hidden), (self.weight, weight))
-        return tuple(None if grad is None else grad.to(dtype) for grad, dtype in wanted)
+def _as(dtype: torch.dtype, grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else grad.to(dtype)

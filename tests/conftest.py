@@ -1,6 +1,7 @@
 """Tiny Qwen2 models and tokenizers, written to folders by the libraries that are the oracles."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import torch
 
 from redi.data.tokenizer import chatml
 from redi.toy import train_tokenizer
+
+# Without a GPU, Triton kernels run in its interpreter; triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Runs of spaces and newlines become tokens, so that a cut in the wrong place shows.
 WORDS = ["Compute 6-1-9*7=? <think>\n6-1=5\n</think>\n\\boxed{2}", *["a\n\nb  c \n\n\nd"] * 20]

@@ -1,0 +1,141 @@
+"""What torch needs several passes over a chunk's logits for, in one or two: Triton, for CUDA.
+
+    target_logps        logits (C, V)  ->  log-probs of the targets (C,)             one read
+    softmax_gradient_   the same, and d sum_c weights[c] * logp[c] / d logits        two reads,
+                        written over the logits, in the dtype of the next matmuls    half a write
+
+A program owns a row. It reads the row once for its log-sum-exp, with a running maximum and sum in
+every lane, and for the gradient once more. A 16-bit gradient lies in the first half of the row's
+own memory: a block is read whole before anything is written over it.
+
+Beside each kernel stands the torch function it must equal; tests hold the two together under
+Triton's interpreter, which runs on a CPU. All that is left of the head is matmuls, and those stay
+with cuBLAS. Left out: matmuls in Triton (slower than cuBLAS at D = 1536), autotuning.
+
+Worked example, V = 2: logits [0, ln 3], target 0, weight 2: log-prob ln 1/4, gradient [1.5, -1.5].
+Letters: C rows of a chunk, V vocabulary, D hidden.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # logits of a row that a program holds at a time
+
+
+def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (C, V) fp32 with contiguous rows, targets (C,) int64 -> log-probs (C,) fp32.
+
+    Raises ValueError for other logits.
+    """
+    _check(logits)
+    return _launch(logits, targets, None, None)
+
+
+def target_logps_reference(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+
+
+def softmax_gradient_(
+    logits: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(gradient (C, V) in dtype, log-probs of the targets (C,) fp32).
+
+    gradient = weights * (onehot(targets) - softmax(logits)); it takes the memory of the logits,
+    and at 16 bits the first half of each row. logits (C, V) fp32 with contiguous rows, targets
+    (C,) int64, weights (C,) fp32 of either sign. Raises ValueError for other
+    logits.
+    """
+    _check(logits)
+    gradient = logits.view(dtype)[:, : logits.shape[1]]
+    return gradient, _launch(logits, targets, gradient, weights)
+
+
+def softmax_gradient_reference(
+    logits: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    gradient = -logits.softmax(dim=1)
+    gradient[torch.arange(len(logits)), targets] += 1.0
+    return (weights[:, None] * gradient).to(dtype), target_logps_reference(logits, targets)
+
+
+def _check(logits: Tensor) -> None:
+    if logits.dtype != torch.float32 or logits.stride(1) != 1:
+        raise ValueError("logits must be fp32 with contiguous rows")
+
+
+def _launch(
+    logits: Tensor, targets: Tensor, gradient: Tensor | None, weights: Tensor | None
+) -> Tensor:
+    rows, vocabulary = logits.shape
+    logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    with_gradient = gradient is not None
+    if rows:
+        _row[(rows,)](
+            logits,
+            logits.stride(0),
+            targets,
+            vocabulary,
+            logps,
+            gradient if with_gradient else logits,  # a pointer to nothing used
+            gradient.stride(0) if with_gradient else 0,
+            weights if with_gradient else logps,
+            WITH_GRADIENT=with_gradient,
+            BLOCK=BLOCK,
+            num_warps=16,
+        )
+    return logps
+
+
+@triton.jit
+def _row(
+    logits,
+    logits_stride,
+    targets,
+    vocabulary,
+    logps,
+    gradient,
+    gradient_stride,
+    weights,
+    WITH_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
+    logits += row * logits_stride
+    target = tl.load(targets + row)
+    target_logit = tl.load(logits + target)
+
+    # ---- the maximum, and the sum of the exponentials of all but the target
+    lanes = tl.arange(0, BLOCK)
+    maxima = tl.full((BLOCK,), -float("inf"), tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        index = start + lanes
+        other = (index < vocabulary) & (index != target)
+        z = tl.load(logits + index, mask=other, other=-float("inf"))
+        larger = tl.maximum(maxima, z)
+        # A lane that has seen nothing yet: exp(-inf - -inf) would be nan, exp(-inf - 0) is 0.
+        shift = tl.where(larger == -float("inf"), 0.0, larger)
+        sums = sums * tl.exp(maxima - shift) + tl.exp(z - shift)
+        maxima = larger
+    row_max = tl.maximum(tl.max(maxima, 0), target_logit)
+    others = tl.sum(sums * tl.exp(maxima - row_max), 0)
+    target_exp = tl.exp(target_logit - row_max)
+
+    # ---- log(others + target_exp), exact as well when the target holds nearly all the mass
+    small = others + (target_exp - 1.0)
+    log_sum = tl.where(small < 1e-4, small - 0.5 * small * small, tl.log(others + target_exp))
+    tl.store(logps + row, target_logit - row_max - log_sum)
+
+    # ---- weight * (onehot - softmax)
+    if WITH_GRADIENT:
+        gradient += row * gradient_stride
+        scale = -tl.load(weights + row) / (others + target_exp)
+        for start in range(0, vocabulary, BLOCK):
+            index = start + lanes
+            inside = index < vocabulary
+            z = tl.load(logits + index, mask=inside, other=-float("inf"))
+            share = tl.where(index == target, -others, tl.exp(z - row_max))
+            tl.debug_barrier()  # every lane has read before one writes over the block
+            tl.store(gradient + index, (scale * share).to(gradient.dtype.element_ty), mask=inside)

@@ -1,0 +1,150 @@
+"""The Triton kernels against their torch twins in float64.
+
+    python -m pytest tests/test_kernels.py
+
+On a machine without CUDA they run under Triton's interpreter (see conftest.py), in fp32 and fp16:
+it has no bf16 arithmetic. Letters: C rows of a chunk, V vocabulary, D hidden, R rows.
+"""
+
+import math
+
+import pytest
+import torch
+
+from redi import logprobs
+from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
+
+kernels = pytest.importorskip("redi.kernels", reason="triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1, 1), (1, 2), (3, 1000), (7, 4096), (2, 4097), (5, 10007)]
+shapes = pytest.mark.parametrize(("rows", "vocabulary"), SHAPES)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+scales = pytest.mark.parametrize("scale", [1.0, 20.0, 1e4])
+
+
+def problem(rows: int, vocabulary: int, scale: float = 1.0):
+    """Logits, targets at both ends of the vocabulary, weights of both signs and zero."""
+    draw = torch.Generator().manual_seed(rows * vocabulary)
+    logits = scale * torch.randn(rows, vocabulary, generator=draw)
+    targets = torch.randint(vocabulary, (rows,), generator=draw)
+    targets[0], targets[-1] = 0, vocabulary - 1
+    weights = torch.randn(rows, generator=draw)
+    weights[1:2] = 0.0
+    return logits.to(DEVICE), targets.to(DEVICE), weights.to(DEVICE)
+
+
+@shapes
+@dtypes
+@scales
+def test_softmax_gradient_equals_its_twin_in_float64(rows, vocabulary, dtype, scale):
+    logits, targets, weights = problem(rows, vocabulary, scale)
+    right, right_logps = kernels.softmax_gradient_reference(
+        logits.double(), targets, weights.double(), torch.float64
+    )
+    gradient, logps = kernels.softmax_gradient_(logits, targets, weights, dtype)
+    assert gradient.dtype == dtype
+    assert gradient.data_ptr() == logits.data_ptr()
+    # weight * share, each share rounded to 2^-11 at 16 bits, and 6e-8 is fp16's smallest number
+    within = (
+        {"rtol": 2e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-3, "atol": 1e-6}
+    )
+    torch.testing.assert_close(gradient.double(), right, **within)
+    torch.testing.assert_close(logps.double(), right_logps, rtol=1e-6, atol=1e-6)
+    assert (logps <= 0).all()
+
+
+@shapes
+@scales
+def test_target_logps_equals_its_twin_and_leaves_the_logits(rows, vocabulary, scale):
+    logits, targets, _ = problem(rows, vocabulary, scale)
+    before = logits.clone()
+    logps = kernels.target_logps(logits, targets)
+    right = kernels.target_logps_reference(logits.double(), targets)
+    torch.testing.assert_close(logps.double(), right, rtol=1e-6, atol=1e-6)
+    assert torch.equal(logits, before)
+
+
+def test_the_worked_example_of_the_module():
+    logits = torch.tensor([[0.0, math.log(3)]], device=DEVICE)
+    gradient, logps = kernels.softmax_gradient_(
+        logits, torch.tensor([0], device=DEVICE), torch.tensor([2.0], device=DEVICE), torch.float32
+    )
+    assert gradient[0].tolist() == [pytest.approx(1.5), pytest.approx(-1.5)]
+    assert logps.item() == pytest.approx(math.log(1 / 4))
+
+
+def test_a_sure_token_keeps_its_log_prob_and_gradient():
+    # 999 others at exp(-20): 1 - p is 2.06e-6, which 1 - exp(log p) in fp32 gets right to 3 %.
+    logits = torch.full((1, 1000), -20.0, device=DEVICE)
+    logits[0, 5] = 0.0
+    targets, weights = torch.tensor([5], device=DEVICE), torch.ones(1, device=DEVICE)
+    right, right_logps = kernels.softmax_gradient_reference(
+        logits.double(), targets, weights.double(), torch.float64
+    )
+    gradient, logps = kernels.softmax_gradient_(logits, targets, weights, torch.float32)
+    torch.testing.assert_close(gradient.double(), right, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logps.double(), right_logps, rtol=1e-5, atol=0)
+
+
+def test_no_rows_launch_nothing():
+    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    logits = torch.zeros(0, 10, device=DEVICE)
+    weights = torch.zeros(0, device=DEVICE)
+    gradient, logps = kernels.softmax_gradient_(logits, none, weights, torch.float32)
+    assert gradient.shape == (0, 10)
+    assert logps.shape == (0,)
+
+
+def test_columns_in_one_piece_are_refused():
+    logits, targets, weights = problem(3, 50)
+    columns = logits.T.contiguous().T
+    for run in (
+        lambda: kernels.target_logps(columns, targets),
+        lambda: kernels.softmax_gradient_(columns, targets, weights, torch.float32),
+    ):
+        with pytest.raises(ValueError, match="contiguous rows"):
+            run()
+
+
+@dtypes
+def test_rows_further_apart_than_the_vocabulary_keep_what_lies_between(dtype):
+    logits, targets, weights = problem(3, 50)
+    wide = torch.full((3, 64), 7.0, device=DEVICE)
+    wide[:, :50] = logits
+    right, _ = kernels.softmax_gradient_reference(logits, targets, weights, dtype)
+    gradient, _ = kernels.softmax_gradient_(wide[:, :50], targets, weights, dtype)
+    torch.testing.assert_close(gradient, right, rtol=1e-3, atol=1e-6)
+    assert (wide[:, 50:] == 7.0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_logprobs_is_as_right_with_the_kernels_as_with_torch(rows, monkeypatch):
+    """What logprobs.py does on CUDA; on a CPU its chunk is copied into contiguous rows first."""
+    used = []
+
+    def gradient_(logits, *rest):
+        used.append("gradient")
+        return kernels.softmax_gradient_(logits.contiguous(), *rest)
+
+    def logps_(logits, targets):
+        used.append("logps")
+        return kernels.target_logps(logits.contiguous(), targets)
+
+    monkeypatch.setattr(logprobs, "softmax_gradient_", gradient_)
+    monkeypatch.setattr(logprobs, "target_logps_", logps_)
+    monkeypatch.setitem(logprobs.CHUNK_BYTES, DEVICE, 3 * 33 * 4)  # three rows
+    draw = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(rows, 5, generator=draw), torch.randn(33, 5, generator=draw)
+    hidden, weight = (t.to(DEVICE).requires_grad_() for t in (hidden, weight))
+    targets = torch.randint(33, (rows,), generator=draw).to(DEVICE)
+    upstream = torch.randn(rows, generator=draw).to(DEVICE)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = torch.autograd.grad(reference_token_logps(*wide, targets) @ upstream.double(), wide)
+    for total in (
+        weighted_logp_sum(hidden, weight, targets, upstream)[0],
+        token_logps(hidden, weight, targets) @ upstream,
+    ):
+        for actual, right in zip(torch.autograd.grad(total, (hidden, weight)), expected):
+            torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=1e-6)
+    assert set(used) == {"gradient", "logps"}
