@@ -54,6 +54,11 @@ class Task:
         [step] = self.plan(rows_per_step=len(self.dataset), seed=0, epoch=0)
         return step
 
+    def read_ahead(self, step: Step) -> None:
+        """Start to bring in from disk what this rank will need for a step."""
+        for ids in step[self.place.rank]:
+            self.dataset.read_ahead(ids)
+
     def totals(self, step: Step) -> Totals:
         """Counts over all packs and ranks of a step."""
         ids = np.concatenate([ids for packs in step for ids in packs])

@@ -56,14 +56,21 @@ def compute_dtype(name: str, place: Place) -> torch.dtype:
 
 
 def place_model(
-    model: Transformer, place: Place, dtype: torch.dtype, checkpointed: int = 0
+    model: Transformer,
+    place: Place,
+    dtype: torch.dtype,
+    checkpointed: int = 0,
+    compiled: bool = False,
 ) -> None:
     """Move `model` (fp32) to the device, and apply in this order, in place: activation
-    checkpointing of the first `checkpointed` blocks and, for a compute dtype other than fp32,
-    sharding with mixed precision."""
+    checkpointing of the first `checkpointed` blocks; compilation, if asked for; and for a compute
+    dtype other than fp32, sharding with mixed precision."""
     model.to(place.device)
     for block in model.model.layers[:checkpointed]:
         checkpoint_block(block)
+    if compiled:
+        for block in model.model.layers:
+            compile_block(block)
     if dtype != torch.float32:
         shard(model, place, dtype)
 
@@ -74,6 +81,13 @@ def checkpoint_block(block: Block) -> None:
     block.forward = partial(
         checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
     )
+
+
+def compile_block(block: Block) -> None:
+    """torch.compile what a block does before and after attention: norms, rotation, SwiGLU and
+    residuals become few kernels. Packs have any length, so shapes are dynamic from the start."""
+    block.before_attention = torch.compile(block.before_attention, dynamic=True)
+    block.after_attention = torch.compile(block.after_attention, dynamic=True)
 
 
 def shard(model: Transformer, place: Place, dtype: torch.dtype) -> None:

@@ -57,8 +57,8 @@ def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
     tokens, sizes, kept = 16, {}, []
     block = Block(config).to(dtype)
     x = torch.zeros(tokens, config.hidden_size, dtype=dtype, requires_grad=True)
-    angles = rotary_tables(torch.arange(tokens), config.head_dim, config.rope_theta)
-    cos, sin = (table.to(dtype) for table in angles)
+    angles = tokens, config.head_dim, config.rope_theta
+    cos, sin = rotary_tables(*angles, dtype, torch.device("cpu"))
     shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), cos, sin)}
 
     def count(tensor: Tensor) -> Tensor:

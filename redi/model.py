@@ -20,7 +20,7 @@ Letters: T packed tokens, D hidden, H heads, K kv heads, d head size, R rows, V 
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -167,12 +167,20 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, d) of the angles position * theta^(-2i/d), in fp32; both halves alike."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[:, None].float() * (1.0 / theta**exponents)  # (T, d/2)
-    angles = torch.cat([angles, angles], dim=-1)  # (T, d)
-    return angles.cos(), angles.sin()
+@lru_cache(maxsize=4)
+def rotary_tables(
+    length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (length, d) of the angles position * theta^(-2i/d), both halves alike.
+
+    Computed in fp32 and built once: every pack and every model of the same sizes shares them.
+    """
+    with torch.inference_mode(False):  # whoever asks first, training can use them
+        exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+        positions = torch.arange(length, device=device).float()
+        angles = positions[:, None] * (1.0 / theta**exponents)  # (length, d/2)
+        angles = torch.cat([angles, angles], dim=-1)  # (length, d)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -182,6 +190,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """The weights around attention; which tokens attend to which is up to the caller."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
@@ -191,12 +201,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         split_heads = (len(x), -1, self.head_dim)
         query = rotate(self.q_proj(x).view(split_heads), cos, sin)  # (T, H, d)
         key = rotate(self.k_proj(x).view(split_heads), cos, sin)  # (T, K, d)
-        value = self.v_proj(x).view(split_heads)  # (T, K, d)
-        return self.o_proj(attend(query, key, value).reshape(len(x), -1))  # (T, D)
+        return query, key, self.v_proj(x).view(split_heads)  # value (T, K, d)
 
 
 class MLP(nn.Module):
@@ -219,8 +228,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))  # (T, D)
+        return self.after_attention(x, attend(*self.before_attention(x, cos, sin)))
+
+    # Apart, so that each can be compiled: what happens in `attend` cannot.
+
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor):
+        """x (T, D) -> query (T, H, d), key and value (T, K, d)."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x (T, D), attended (T, H, d) -> (T, D)."""
+        x = x + self.self_attn.o_proj(attended.reshape(len(x), -1))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -235,8 +254,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attends: Iterable[Attend]) -> Tensor:
         x = self.embed_tokens(tokens)  # (T, D)
-        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        sizes = self.config.max_positions, self.config.head_dim, self.config.rope_theta
+        cos, sin = (table[positions] for table in rotary_tables(*sizes, x.dtype, x.device))
         for block, attend in zip(self.layers, attends):
             x = block(x, cos, sin, attend)
         return self.norm(x)

@@ -70,6 +70,7 @@ class TrainConfig:
         Literal["auto", "float32", "bfloat16"], "of the compute; auto: bf16 on CUDA, fp32 on a CPU"
     ] = "auto"
     checkpoint_blocks: Annotated[str, "blocks run again in backward: auto, all, none, N"] = "auto"
+    compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
     save_dtype: Annotated[
         Literal["source", "float32", "bfloat16", "float16"], "of the saved weights"
     ] = "source"
@@ -142,7 +143,7 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
     # ---- train and save
     facts = facts_of(source, dataset)
     log = RunLog(config.out, config, facts, config.tracker)
-    distributed.place_model(model, place, dtype, checkpointed)
+    distributed.place_model(model, place, dtype, checkpointed, config.compile)
     train(model, task, config, log, eval_task)
     try:
         save_model(model, config.out, source, save_dtype(config, source), model_card(config, facts))
@@ -291,8 +292,13 @@ def train(
 
 
 def _steps(task: Task, config: TrainConfig) -> Iterator[Step]:
+    """All steps of the run, in order; the one after the one at hand is read ahead."""
     for epoch in range(config.epochs):
-        yield from task.plan(config.rows_per_step, config.seed, epoch)
+        steps = task.plan(config.rows_per_step, config.seed, epoch)
+        for step, following in zip(steps, [*steps[1:], None]):
+            if following:
+                task.read_ahead(following)
+            yield step
 
 
 def _train_step(

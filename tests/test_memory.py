@@ -1,6 +1,8 @@
 """Activation checkpointing changes memory and nothing else, and is chosen by what memory allows.
 FLOPs are counted by document."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -25,16 +27,22 @@ QWEN = ModelConfig(
 )  # fmt: skip
 
 
-def loss_and_gradients(checkpointed: int) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    checkpointed: int, compiled: bool = False, packs: tuple[list[int], ...] = ([20],)
+) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = Transformer(TINY)
-    place_model(model, PLACE, torch.float32, checkpointed)
-    sequence = Sequence(torch.arange(20).numpy(), prompt_length=5, row=0, sign=1)
-    totals = Totals(num_rows=1, num_tokens=15)
-    weights = SFT.token_weights(torch.tensor([1]), torch.tensor([15]), totals)
-    loss, _ = SFT.loss(model, pack([sequence], weights), totals, None)
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+    place_model(model, PLACE, torch.float32, checkpointed, compiled)
+    totals, sum_of_losses = Totals(num_rows=1, num_tokens=15), 0.0
+    for lengths in packs:
+        tokens = [torch.arange(length).numpy() for length in lengths]
+        sequences = [Sequence(t, prompt_length=5, row=row, sign=1) for row, t in enumerate(tokens)]
+        responses = torch.tensor([s.response_length for s in sequences])
+        weights = SFT.token_weights(torch.ones_like(responses), responses, totals)
+        loss, _ = SFT.loss(model, pack(sequences, weights), totals, None)
+        loss.backward()
+        sum_of_losses += loss.item()
+    return sum_of_losses, {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("checkpointed", [1, 3, 4])
@@ -45,6 +53,31 @@ def test_checkpointed_blocks_give_the_same_bits(checkpointed):
     assert other_gradients.keys() == gradients.keys()  # names are the checkpoint's still
     for name, gradient in gradients.items():
         assert torch.equal(other_gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("checkpointed", [0, 2])
+def test_compiled_blocks_compute_the_same_without_a_new_graph_for_every_pack(
+    checkpointed, monkeypatch
+):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    packs = [20], [10, 12, 8], [30, 31], [6]
+    loss, gradients = loss_and_gradients(checkpointed, packs=packs)
+    assert not graphs
+    loss_and_gradients(checkpointed, compiled=True, packs=packs[:1])
+    assert len(graphs) == 2  # before and after attention; all blocks share them
+    other_loss, other_gradients = loss_and_gradients(checkpointed, compiled=True, packs=packs)
+    assert len(graphs) == 2
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    assert other_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_a_checkpointed_block_saves_only_what_goes_in():

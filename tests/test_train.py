@@ -8,13 +8,16 @@ against transformers, which runs every row alone; the optimizer against a loop w
 
 import json
 import math
+import mmap
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -549,6 +552,40 @@ def test_after_rows_were_dropped_ids_name_the_rows_that_are_left(here, store_of)
             assert one.row == mine
     assert dataset.lengths.tolist() == whole.lengths[[1, 3]].tolist()
     assert dataset.response_lengths.tolist() == whole.response_lengths[[2, 3, 6, 7]].tolist()
+
+
+def test_reading_ahead_asks_for_the_bytes_of_the_sequences_named(here, store_of):
+    rows = [longer(row, "rejected", 3000) for row in ROWS]  # over a page (4096 bytes) each
+    dataset = select(store_of(rows), Limits(10**6, 10**6, 10**6), "drop", "rows.jsonl")
+    asked = []
+
+    class Recorder:
+        def madvise(self, option, start, length):
+            assert option == mmap.MADV_WILLNEED
+            assert start % mmap.PAGESIZE == 0
+            asked.append(range(start, start + length))
+
+    dataset.read_ahead([0, 5])  # on the real file
+    store = replace(dataset.store, tokens=SimpleNamespace(base=Recorder()))
+    replace(dataset, store=store).read_ahead([0, 5])
+    for stored, found in zip((0, 5), asked):
+        start, end = (4 * int(offset) for offset in dataset.store.offsets[stored : stored + 2])
+        assert found.start <= start < found.start + mmap.PAGESIZE
+        assert found.stop == end
+
+
+def test_every_step_but_the_first_of_an_epoch_is_read_ahead(here, monkeypatch):
+    planned, ahead, plan = [], [], batches.plan
+
+    def noted(*arguments, **settings):
+        planned.append(plan(*arguments, **settings))
+        return planned[-1]
+
+    monkeypatch.setattr(batches, "plan", noted)
+    monkeypatch.setattr(batches.Task, "read_ahead", lambda self, step: ahead.append(step))
+    run(sft_config(epochs=2))
+    epochs = planned[-2:]  # the first plan was for the report
+    assert [id(step) for step in ahead] == [id(step) for epoch in epochs for step in epoch[1:]]
 
 
 @pytest.mark.parametrize("limit", ["prompt", "response", "total"])

@@ -17,10 +17,11 @@ Letters: N rows, S sequences (N or 2 N), L tokens of a sequence.
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -110,12 +111,7 @@ class Dataset:
 
     def sequence(self, sequence_id: int) -> Sequence:
         """The sequence that packing.plan names: row for SFT, 2 * row or 2 * row + 1 for pairs."""
-        if self.store.paired:
-            row, rejected = divmod(int(sequence_id), 2)
-            stored = 2 * int(self.rows[row]) + rejected
-        else:
-            row, rejected = int(sequence_id), 0
-            stored = int(self.rows[row])
+        row, rejected, stored = self._locate(sequence_id)
         start, end = self.store.offsets[stored : stored + 2]
         return Sequence(
             tokens=self.store.tokens[start:end],
@@ -123,6 +119,20 @@ class Dataset:
             row=row,
             sign=-1 if rejected else 1,
         )
+
+    def read_ahead(self, sequence_ids: Iterable[int]) -> None:
+        """Have the kernel bring these sequences in from disk; returns at once."""
+        for sequence_id in sequence_ids:
+            stored = self._locate(sequence_id)[2]
+            start, end = (int(offset) * 4 for offset in self.store.offsets[stored : stored + 2])
+            start -= start % mmap.PAGESIZE
+            self.store.tokens.base.madvise(mmap.MADV_WILLNEED, start, end - start)
+
+    def _locate(self, sequence_id: int) -> tuple[int, int, int]:
+        """-> its row, 1 if it is the rejected one, its number in the store."""
+        sides = 2 if self.store.paired else 1
+        row, rejected = divmod(int(sequence_id), sides)
+        return row, rejected, sides * int(self.rows[row]) + rejected
 
     def row_number(self, row: int) -> int:
         """Where a row stands in the data, from 1."""
