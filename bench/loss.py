@@ -1,35 +1,61 @@
-"""The head's loss and its gradients, ours over plain logits: memory (C1) and CPU time (C2).
+"""The head's loss and its gradients, ours over the other ways to compute it (C1 to C6).
 
-    python -m bench.loss            about three minutes on one core
+    python -m bench.loss            about nine minutes on one core
 
-R 4096 rows, D 512, V 32768, fp32, signed token weights, forward and backward, one thread. Plain is
-what a trainer without a fused head does: logits, log_softmax, gather, autograd. The outputs and
-gradients of all variants are compared in the same run; a difference ends it.
+R 4096 rows, D 512, V 32768, fp32, signed token weights, forward and backward, one thread. Ours with
+its default chunk, 256 rows here. The peers:
 
-Memory: the peak over the inputs, each variant in a process of its own. Time: user and system CPU
-seconds of this process, variants interleaved. Much of plain's time is system: it takes three fresh
-mappings of 512 MB from the kernel every step. So that C2 is not mistaken for arithmetic, the table
-has both columns, and a line with an allocator that keeps its memory ("warm").
+    plain            what a trainer without a fused head does: logits, log_softmax, gather, autograd
+    checkpoint       TRL's way: chunks of 256 rows (its default, and ours here), each under
+                     torch.utils.checkpoint
+    torch none, sum  F.linear_cross_entropy of torch 2.13, at our chunk and at its own default.
+                     "sum" has one weight for all tokens, so it is no way to train REDI; ours is
+                     compared with it at weights of -1
+
+    C1  memory over plain      C2  time over plain        C3   over checkpoint
+    C4  over torch none        C4b over torch sum         C5   token_logps over torch none
+    C6  bf16 inputs: the error of both gradients over torch none's, and of the log-probs in nats
+    wide_logits  time with logits of a standard deviation of 20 over one of 3: exponentials that
+                 underflow must cost nothing
+
+Outputs and gradients of all variants are compared in the same run; a difference ends it. Memory is
+the peak over the inputs, each variant in a process of its own. Time is user and system CPU seconds
+of this process, variants interleaved. Much of plain's time is system: it takes three fresh mappings
+of 512 MB from the kernel every step. So that this is not mistaken for arithmetic, the table has
+both columns, and C2 and C3 are measured again with an allocator that keeps its memory ("warm").
 """
 
+import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bench.measure import CPUSeconds, interleave, peak_bytes, result, write
-from redi.logprobs import token_logps, weighted_logp_sum
+from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
 
 R, D, V = 4096, 512, 32_768
+CHUNK = 256  # rows: 32 MiB of fp32 logits, ours by default, and TRL's default
 ROUNDS = 5
-PEER = "plain logits"
 # Pages that were freed are kept and used again, instead of given back to the kernel.
 WARM = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+IN_TORCH = hasattr(F, "linear_cross_entropy")  # from 2.13 on
 
-Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, log-probs (R,), d hidden, d weight
+PLAIN, CHECKPOINT, ONE_PASS, TWO_PASSES = "plain", "checkpoint", "weighted_logp_sum", "token_logps"
+NONE, SUM = f"torch none, chunk {CHUNK}", f"torch sum, chunk {CHUNK}"
+NONE_DEFAULT, SUM_DEFAULT = "torch none, default", "torch sum, default"
+
+Given = tuple[Tensor, Tensor, Tensor, Tensor]  # hidden (R, D), weight (V, D), targets, weights (R,)
+Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # loss, log-probs
+Outcome = tuple[Tensor, Tensor | None, Tensor, Tensor]  # loss, log-probs, d hidden, d weight
+Seconds = dict[str, list[CPUSeconds]]
 
 
 # ---------------------------------------------------------------- variants
@@ -37,108 +63,229 @@ Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, log-probs (R,), d hidde
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
     logps = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return logps @ token_weights, logps
+    return logps @ token_weights.to(logps.dtype), logps
+
+
+def checkpointed(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
+    def chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+
+    parts = zip(hidden.split(CHUNK), targets.split(CHUNK))
+    logps = torch.cat([checkpoint(chunk, h, weight, t, use_reentrant=False) for h, t in parts])
+    return logps @ token_weights.to(logps.dtype), logps
+
+
+def in_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    reduction: str,
+    chunk: int | None,
+):
+    sizes = {} if chunk is None else {"batch_chunk_size": chunk, "chunking_method": None}
+    options = torch.nn.LinearCrossEntropyOptions(**sizes)
+    loss = F.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
+    return (-loss @ token_weights.to(loss.dtype), -loss) if reduction == "none" else (loss, None)
 
 
 def two_passes(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
     logps = token_logps(hidden, weight, targets)
-    return logps @ token_weights, logps
+    return logps @ token_weights.to(logps.dtype), logps
 
 
-VARIANTS = {PEER: plain, "weighted_logp_sum": weighted_logp_sum, "token_logps": two_passes}
+VARIANTS: dict[str, Run] = {
+    PLAIN: plain,
+    CHECKPOINT: checkpointed,
+    ONE_PASS: weighted_logp_sum,
+    TWO_PASSES: two_passes,
+}
+if IN_TORCH:
+    VARIANTS |= {
+        NONE: partial(in_torch, reduction="none", chunk=CHUNK),
+        NONE_DEFAULT: partial(in_torch, reduction="none", chunk=None),
+        SUM: partial(in_torch, reduction="sum", chunk=CHUNK),
+        SUM_DEFAULT: partial(in_torch, reduction="sum", chunk=None),
+    }
+COMPARED = {  # name -> ours, the peer, the goal; shown beside: the peer at its own default
+    "C2": (ONE_PASS, PLAIN, 0.60),
+    "C3": (ONE_PASS, CHECKPOINT, 0.55),
+    "C4": (ONE_PASS, NONE, 0.78),
+    "C4_default": (ONE_PASS, NONE_DEFAULT, None),
+    "C4b": (ONE_PASS, SUM, 1.03),
+    "C4b_default": (ONE_PASS, SUM_DEFAULT, None),
+    "C5": (TWO_PASSES, NONE, 1.05),
+    "C5_default": (TWO_PASSES, NONE_DEFAULT, None),
+}
+COMPARED_WARM = {"C2_warm": (ONE_PASS, PLAIN, 0.70), "C3_warm": (ONE_PASS, CHECKPOINT, 0.70)}
 
 
-def inputs(rows: int = R) -> tuple[Tensor, ...]:
+def inputs(rows: int = R, std: float = 1.1) -> Given:
+    """std: of the logits."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, D, generator=draw)
-    weight = 0.05 * torch.randn(V, D, generator=draw)  # logits with a standard deviation of 1.1
+    weight = std / D**0.5 * torch.randn(V, D, generator=draw)
     targets = torch.randint(V, (rows,), generator=draw)
     token_weights = torch.randn(rows, generator=draw) / rows
     return hidden.requires_grad_(), weight.requires_grad_(), targets, token_weights
 
 
-def step(variant: str, given: tuple[Tensor, ...]) -> Outcome:
+def step(run: Run, given: Given) -> Outcome:
     """Forward and backward; the gradients are taken away, so that no step adds to another's."""
-    loss, logps = VARIANTS[variant](*given)
+    loss, logps = run(*given)
     d_hidden, d_weight = torch.autograd.grad(loss, given[:2])
-    return loss.detach(), logps.detach(), d_hidden, d_weight
+    return loss.detach(), None if logps is None else logps.detach(), d_hidden, d_weight
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 # ---------------------------------------------------------------- measures
 
 
-def compare(given: tuple[Tensor, ...]) -> None:
-    """Raises AssertionError unless all variants agree, each tensor by its relative norm."""
-    expected = step(PEER, given)
-    for variant in VARIANTS:
-        for name, ours, theirs in zip(
-            ("loss", "log-probs", "d hidden", "d weight"), step(variant, given), expected
-        ):
-            error = ((ours - theirs).norm() / theirs.norm()).item()
-            assert error < 1e-5, f"{variant}: {name} differs from {PEER} by {error:.1e}"
+def compare(given: Given, names: list[str]) -> None:
+    """Raises AssertionError unless all variants agree with plain, each tensor by its norm."""
+    uniform = (*given[:3], -torch.ones_like(given[3]))
+    for weights in (given, uniform):
+        expected = step(plain, weights)
+        for name in names:
+            if (name in (SUM, SUM_DEFAULT)) != (weights is uniform):
+                continue
+            for part, ours, right in zip(
+                ("loss", "log-probs", "d hidden", "d weight"),
+                step(VARIANTS[name], weights),
+                expected,
+            ):
+                error = 0.0 if ours is None else relative_error(ours, right)
+                assert error < 1e-5, f"{name}: {part} differs from {PLAIN} by {error:.1e}"
 
 
-def memory(variant: str) -> int:
+def memory(name: str) -> int:
     """The peak of one step, in bytes, measured in a process of its own."""
-    command = [sys.executable, "-m", "bench.loss", "memory", variant]
+    command = [sys.executable, "-m", "bench.loss", "memory", name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def table(title: str, seconds: dict[str, list[CPUSeconds]], peaks: dict[str, int]) -> None:
-    print(f"\n{title:<20}{'user s':>8}{'system s':>10}{'/ plain':>9}{'MiB':>8}{'/ plain':>9}")
-    for variant, rounds in seconds.items():
-        user = median(rounds, lambda s: s.user)
-        system = median(rounds, lambda s: s.system)
-        ratio = result(ratios(seconds, variant), 0, PEER)["median"]
-        line = f"{variant:<20}{user:>8.2f}{system:>10.2f}{ratio:>9.3f}"
-        if variant in peaks:
-            line += f"{peaks[variant] / 2**20:>8.0f}{peaks[variant] / peaks[PEER]:>9.3f}"
-        print(line)
+def timed(given: Given, names: list[str]) -> Seconds:
+    return interleave({name: partial(step, VARIANTS[name], given) for name in names}, ROUNDS)
 
 
-def median(rounds: list[CPUSeconds], part: Callable[[CPUSeconds], float]) -> float:
-    return result([part(seconds) for seconds in rounds], 0, PEER)["median"]
+def ratios(seconds: Seconds, ours: str, peer: str) -> list[float]:
+    return [own.total / theirs.total for own, theirs in zip(seconds[ours], seconds[peer])]
 
 
-def ratios(seconds: dict[str, list[CPUSeconds]], variant: str) -> list[float]:
-    return [a.total / b.total for a, b in zip(seconds[variant], seconds[PEER])]
+def wide_logits() -> list[float]:
+    """Seconds of both kernels at a standard deviation of 20 over those at 3."""
+    given = {std: inputs(R // 4, std) for std in (3.0, 20.0)}
+    runs = {
+        f"{name} {std}": partial(step, VARIANTS[name], given[std])
+        for name in (ONE_PASS, TWO_PASSES)
+        for std in given
+    }
+    seconds = interleave(runs, ROUNDS)
+    return [
+        r for name in (ONE_PASS, TWO_PASSES) for r in ratios(seconds, f"{name} 20.0", f"{name} 3.0")
+    ]
 
 
-def timed(title: str, rounds: int, peaks: dict[str, int]) -> dict[str, list[CPUSeconds]]:
+def low_precision() -> dict[str, dict]:
+    """C6: errors against float64 of bf16 inputs like a trained model's, most tokens likely."""
+    rows, size, vocabulary = 4096, 256, 8192
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(vocabulary, size, generator=draw)
+    targets = torch.randint(vocabulary, (rows,), generator=draw)
+    sharpness = 21 * (0.35 + 0.65 * torch.rand(rows, 1, generator=draw)) / size
+    hidden = sharpness * weight[targets] + 0.1 * torch.randn(rows, size, generator=draw)
+    token_weights = torch.randn(rows, generator=draw) / rows
+    rounded = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    exact = tuple(t.detach().double().requires_grad_() for t in rounded)
+
+    def reference(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
+        logps = reference_token_logps(hidden, weight, targets)
+        return logps @ token_weights.double(), logps
+
+    right = step(reference, (*exact, targets, token_weights))
+    sure = (right[1].exp() > 0.9).double().mean().item()
+    print(f"\nbf16: mean NLL {-right[1].mean().item():.2f}, {sure:.0%} of tokens above 0.9")
+    print(f"{'error against float64':<24}{'log-prob, nats':>16}{'d hidden':>12}{'d weight':>12}")
+    errors = {}
+    for name in [PLAIN, ONE_PASS, TWO_PASSES] + [NONE] * IN_TORCH:
+        _, logps, d_hidden, d_weight = step(VARIANTS[name], (*rounded, targets, token_weights))
+        worst = (logps.double() - right[1]).abs().max().item()
+        errors[name] = worst, relative_error(d_hidden, right[2]), relative_error(d_weight, right[3])
+        print(f"{name:<24}{worst:>16.1e}" + "".join(f"{e:>12.1e}" for e in errors[name][1:]))
+    found = {"C6_logp": result([errors[ONE_PASS][0]], 1e-4, "float64, nats")}
+    if IN_TORCH:
+        for part, number, goal in (("dH", 1, 1.3), ("dW", 2, 0.5)):
+            ratio = errors[ONE_PASS][number] / errors[NONE][number]
+            found[f"C6_{part}"] = result([ratio], goal, NONE)
+    return found
+
+
+# ---------------------------------------------------------------- report
+
+
+def table(title: str, seconds: Seconds, peaks: dict[str, int]) -> None:
+    print(f"\n{title:<24}{'user s':>8}{'system s':>10}{'/ plain':>9}{'MiB':>8}{'/ plain':>9}")
+    for name, rounds in seconds.items():
+        user = statistics.median(s.user for s in rounds)
+        system = statistics.median(s.system for s in rounds)
+        ratio = statistics.median(ratios(seconds, name, PLAIN))
+        line = f"{name:<24}{user:>8.2f}{system:>10.2f}{ratio:>9.3f}"
+        if name in peaks:
+            line += f"{peaks[name] / 2**20:>8.0f}{peaks[name] / peaks[PLAIN]:>9.3f}"
+        print(line, flush=True)
+
+
+def measured(title: str, compared: dict, names: list[str], peaks: dict[str, int]) -> dict:
     given = inputs()
-    compare(given)
-    seconds = interleave({v: lambda v=v: step(v, given) for v in VARIANTS}, rounds)
+    compare(given, names)
+    seconds = timed(given, names)
     table(title, seconds, peaks)
-    return seconds
+    return {
+        name: result(ratios(seconds, ours, peer), goal, peer)
+        for name, (ours, peer, goal) in compared.items()
+        if peer in seconds
+    }
+
+
+def warm() -> dict[str, dict]:
+    """C2 and C3 again, in a process with the other allocator; its table goes to our terminal."""
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.loss", "warm"],
+        env={**os.environ, "GLIBC_TUNABLES": WARM},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    shown, _, found = run.stdout.rpartition("\n{")
+    print(shown, flush=True)
+    return json.loads("{" + found)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["memory"]:
-        variant = sys.argv[2]
-        step(variant, inputs(rows=8))  # libraries make their own buffers once
+        run = VARIANTS[sys.argv[2]]
+        step(run, inputs(rows=8))  # libraries make their own buffers once
         given = inputs()
-        print(peak_bytes(lambda: step(variant, given)))
+        print(peak_bytes(partial(step, run, given)))
         return
     if sys.argv[1:] == ["warm"]:
-        timed("warm allocator", 3, {})
+        names = [PLAIN, CHECKPOINT, ONE_PASS]
+        print(json.dumps(measured("warm allocator", COMPARED_WARM, names, {})))
         return
-    peaks = {variant: memory(variant) for variant in VARIANTS}
-    seconds = timed("fresh memory", ROUNDS, peaks)
-    sys.stdout.flush()
-    subprocess.run(
-        [sys.executable, "-m", "bench.loss", "warm"],
-        env={**os.environ, "GLIBC_TUNABLES": WARM},
-        check=True,
-    )
-    ours = "weighted_logp_sum"
-    results = {
-        "C1": result([peaks[ours] / peaks[PEER]], 0.15, PEER),
-        "C2": result(ratios(seconds, ours), 0.75, PEER),
-    }
-    print()
+    peaks = {name: memory(name) for name in VARIANTS}
+    results = {"C1": result([peaks[ONE_PASS] / peaks[PLAIN]], 0.12, PLAIN)}
+    results |= measured("fresh memory", COMPARED, list(VARIANTS), peaks)
+    results |= warm() | low_precision()
+    results["wide_logits"] = result(wide_logits(), 1.5, "logits of a standard deviation of 3")
+    print(f"\n{'':<14}{'median':>9}{'min':>9}{'max':>9}{'goal':>8}   over")
     for name, entry in results.items():
-        print(f"{name}  {entry['median']:.3f}  goal {entry['goal']}")
+        goal = "-" if entry["goal"] is None else f"{entry['goal']:g}"
+        numbers = "".join(f"{entry[key]:>9.3g}" for key in ("median", "min", "max"))
+        print(f"{name:<14}{numbers}{goal:>8}   {entry['peer']}")
     write("loss", results)
 
 
