@@ -139,8 +139,8 @@ def compile_block(block: Block) -> None:
 def shard(model: Transformer, place: Place, how: Placing) -> None:
     """FSDP2, in place: every block a group, the rest (embedding, norm, head) in the root's.
 
-    Gradients are summed, not averaged: losses already hold the whole step's counts. The divide
-    factor does not recurse, so it is set on every module.
+    Gradients are summed, not averaged: losses already hold the whole step's counts. What says so
+    does not recurse, so it is set on every module.
     """
     import torch.distributed as dist
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -166,6 +166,7 @@ def shard(model: Transformer, place: Place, how: Placing) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # and not by a product with 1
 
 
 def sync_gradients(model: nn.Module, now: bool) -> None:
