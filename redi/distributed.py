@@ -51,16 +51,20 @@ def start(timeout_minutes: float) -> Place:
     timeout_minutes: how long a rank waits for the others before it gives up. What ranks other than
     the first print goes nowhere. Raises UserError if the ranks of the nodes are uneven.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, node_size = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world_size, node_size = (
+        int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if world_size == 1:
         return Place(0, 1, device)
-    import torch.distributed as dist
-
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {world_size}, but torchrun did not start this process")
     if world_size % node_size:
         raise UserError(f"{world_size} processes, {node_size} on this node: start as many on each")
+    import torch.distributed as dist
+
     if cuda:
         torch.cuda.set_device(device)
     # gloo beside nccl: what lies on the host (objects, checkpoints) is exchanged there.

@@ -18,6 +18,9 @@ import json
 import os
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +99,8 @@ class Checkpoints:
         import torch.distributed.checkpoint as dcp
 
         writer = dcp.FileSystemWriter(aside, thread_count=1, sync_files=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=self.place.world_size == 1)
+        with _quiet():
+            dcp.save(tensors, storage_writer=writer, no_dist=self.place.world_size == 1)
         mine = sorted(aside.glob(f"__{self.place.rank}_*"))
         if self.place.rank == 0:
             mine.append(aside / ".metadata")
@@ -142,7 +146,8 @@ class Checkpoints:
 
         tensors = tensors_of(model, optimizer)
         reader = dcp.FileSystemReader(self.at(step))
-        dcp.load(tensors, storage_reader=reader, no_dist=self.place.world_size == 1)
+        with _quiet():
+            dcp.load(tensors, storage_reader=reader, no_dist=self.place.world_size == 1)
         for state in optimizer.state.values():
             state["step"].fill_(float(step))
 
@@ -188,6 +193,14 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         tensors[f"model.{name}"] = parameter.detach()
         tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
     return tensors
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _cause(error: BaseException) -> str:

@@ -72,7 +72,7 @@ class TrainConfig:
         Literal["auto", "float32", "bfloat16"], "of the compute; auto: bf16 on CUDA, fp32 on a CPU"
     ] = "auto"
     reshard_after_forward: Annotated[
-        bool, "several GPUs: free a block's weights between forward and backward; slower, smaller"
+        bool, "free a block's weights after its forward pass (ZeRO-3)"
     ] = False
     checkpoint_blocks: Annotated[str, "blocks run again in backward: auto, all, none, N"] = "auto"
     compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
@@ -86,10 +86,10 @@ class TrainConfig:
     ] = "auto"
     timeout: Annotated[float, "minutes a process waits for the others before it gives up"] = 30.0
     collapse_threshold: Annotated[
-        float, "warn when chosen log-probs are so far below where they began, nats per token"
+        float, "warn when chosen log-probs fell by so much, nats per token"
     ] = 0.5
-    collapse_steps: Annotated[int, "... for so many steps in a row"] = 20
-    collapse_stop: Annotated[bool, "and stop"] = False
+    collapse_steps: Annotated[int, "... and stayed there for so many steps"] = 20
+    collapse_stop: Annotated[bool, "... and stop"] = False
     cache: Annotated[str, "folder for tokenised data, kept between runs"] = "out/tokens"
     tracker: Annotated[
         Literal["none", "tensorboard", "wandb"], "where metrics go besides metrics.jsonl"
