@@ -30,7 +30,7 @@ def main() -> None:
     config = parse(EvalConfig, "Sample a model on benchmarks, and grade its answers.")
     if config.out is None:
         config.out = ("out/eval/{}" if is_hub_id(config.model) else "{}/eval").format(config.model)
-    place, out = distributed.start(), Path(config.out)
+    place, out = distributed.alone(), Path(config.out)
     if is_finished(config.out, config):
         print((out / "report.md").read_text(), f"{out} is finished: nothing to do", sep="\n")
         return

@@ -21,7 +21,8 @@ from typing import Annotated, Literal
 
 from redi.config import UserError, parse, program, require
 from redi.objectives import OBJECTIVES, Objective
-from redi.train import TrainConfig, run
+from redi.run import run
+from redi.train import TrainConfig
 
 # The paper's values (Section 4). REDI's is the default; the others are quoted when missing.
 PUBLISHED = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.001}, "simpo": {"beta": 2.0, "gamma": 1.0}}

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from redi.config import parse, program
 from redi.objectives import SFT
-from redi.train import TrainConfig, run
+from redi.run import run
+from redi.train import TrainConfig
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,8 @@ add up to the loss of the step:
     for batch in task.batches(step, totals):
         share, logps = task.loss(model, batch, totals)      # the shares add up to the step's loss
 
-Two passes without gradients live here too: the held-out loss, and the reference log-probs of DPO.
+`read` adds up what the ranks have of a step. Two passes without gradients live here too: the
+held-out loss, and the reference log-probs of DPO.
 Letters: N rows, R supervised tokens, S sequences of a pack.
 """
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from redi.data.dataset import Dataset
-from redi.distributed import Place
+from redi.distributed import Place, add_over_ranks
 from redi.logprobs import token_logps
 from redi.model import Transformer
 from redi.objectives import Objective, Totals, sequence_sums
@@ -59,9 +60,13 @@ class Task:
         for ids in step[self.place.rank]:
             self.dataset.read_ahead(ids)
 
+    def ids(self, step: Step) -> np.ndarray:
+        """Of all the step's sequences, ascending."""
+        return np.sort(np.concatenate([ids for packs in step for ids in packs]))
+
     def totals(self, step: Step) -> Totals:
         """Counts over all packs and ranks of a step."""
-        ids = np.concatenate([ids for packs in step for ids in packs])
+        ids = self.ids(step)
         rows = len(ids) // 2 if self.dataset.store.paired else len(ids)
         return Totals(rows, int(self.dataset.response_lengths[ids].sum()))
 
@@ -86,53 +91,82 @@ class Task:
 
 @dataclass(frozen=True)
 class SequenceLogps:
-    """Log-probs of a pack's sequences, with what sorts them into pairs."""
+    """Log-probs of a pack's sequences."""
 
-    row_ids: list[int]
-    signs: list[int]
-    lengths: list[int]
+    ids: list[int]  # S, as packing.plan numbers sequences
     sums: Tensor  # (S,) on the device until somebody reads them
     largest: Tensor  # () of all tokens; above 0 only if something is broken
 
     @classmethod
-    def of(cls, batch: PackedBatch, logps: Tensor) -> "SequenceLogps":
-        sums = sequence_sums(logps, batch.response_lengths)
+    def of(cls, batch: PackedBatch, logps: Tensor, paired: bool) -> "SequenceLogps":
+        ids = batch.row_ids
+        if paired:
+            ids = [2 * row + (sign < 0) for row, sign in zip(batch.row_ids, batch.signs)]
         largest = logps.max() if len(logps) else logps.new_zeros(())
-        return cls(batch.row_ids, batch.signs, batch.response_lengths, sums, largest)
+        return cls(ids, sequence_sums(logps, batch.response_lengths), largest)
 
 
-def read(scalars: list[Tensor], parts: list[SequenceLogps]) -> tuple[list[float], dict[str, float]]:
-    """Bring scalars and log-probs to the host, waiting for the device once.
+@dataclass(frozen=True)
+class Reading:
+    """What all ranks together have of a step, on the host of each."""
 
-    -> the scalars; the mean log-probs of chosen and rejected responses, in nats per token, over
-    rows, and for pairs also the margin and the share of pairs ranked right. Raises RuntimeError
-    for a log-prob above 0: a probability above 1 means a broken kernel or broken memory.
+    added: list[float]
+    alike: list[float]
+    means: dict[int, float]  # sequence id -> mean log-prob of its tokens, in nats
+    paired: bool
+
+    def summary(self) -> dict[str, float]:
+        """The mean log-probs of chosen and rejected responses, in nats per token, over rows, and
+        for pairs also the margin and the share of pairs ranked right."""
+        if not self.paired:
+            return {"chosen_logp": sum(self.means.values()) / len(self.means)}
+        chosen = [mean for i, mean in self.means.items() if i % 2 == 0]  # ids ascend: in row order
+        rejected = [mean for i, mean in self.means.items() if i % 2]
+        margins = [c - r for c, r in zip(chosen, rejected)]
+        return {
+            "chosen_logp": sum(chosen) / len(chosen),
+            "rejected_logp": sum(rejected) / len(rejected),
+            "margin": sum(margins) / len(margins),
+            "ranked_right": sum(margin > 0 for margin in margins) / len(margins),
+        }
+
+
+def read(
+    task: Task,
+    step: Step,
+    parts: list[SequenceLogps],
+    add: list[Tensor | float],
+    alike: list[Tensor] = (),
+) -> Reading:
+    """Bring a step's scalars and log-probs together and to the host: one exchange between ranks,
+    and one wait for the device.
+
+    parts: of this rank's packs. add: scalars that are summed over ranks. alike: scalars that every
+    rank has alike. Raises RuntimeError for a log-prob above 0: a probability above 1 means a broken
+    kernel or broken memory.
     """
-    pieces = [*scalars, *(part.largest for part in parts), *(part.sums for part in parts)]
-    values = torch.cat([piece.reshape(-1).to(torch.float64) for piece in pieces]).tolist()
-    largest = max(values[len(scalars) : len(scalars) + len(parts)])
+    place, ids = task.place, task.ids(step)
+    mine = np.array([i for part in parts for i in part.ids], dtype=np.int64)
+    added, ranks = len(add), place.world_size
+    # [the sums | a place for every rank's largest log-prob | one for every sequence of the step]
+    vector = torch.zeros(added + ranks + len(ids), dtype=torch.float64, device=place.device)
+    for number, scalar in enumerate(add):
+        vector[number] = scalar
+    if parts:
+        vector[added + place.rank] = torch.stack([part.largest for part in parts]).max()
+        where = torch.from_numpy(added + ranks + np.searchsorted(ids, mine))
+        sums = torch.cat([part.sums for part in parts]).to(torch.float64)
+        vector[where.to(place.device, non_blocking=True)] = sums
+    add_over_ranks(vector, place)
+    values = torch.cat([vector, *(scalar.reshape(1).to(vector) for scalar in alike)]).tolist()
+    largest = max(values[added : added + ranks])
     if largest > 0:
         raise RuntimeError(f"a token has log-prob {largest}, above 0: the log-probs are wrong")
-    sums = iter(values[len(scalars) + len(parts) :])
-    means = {
-        (row, sign): next(sums) / length
-        for part in parts
-        for row, sign, length in zip(part.row_ids, part.signs, part.lengths)
-    }
-    return values[: len(scalars)], _summary(means)
-
-
-def _summary(means: dict[tuple[int, int], float]) -> dict[str, float]:
-    """Of (row, sign) -> mean log-prob."""
-    chosen = {row: mean for (row, sign), mean in means.items() if sign > 0}
-    rejected = {row: mean for (row, sign), mean in means.items() if sign < 0}
-    summary = {"chosen_logp": sum(chosen.values()) / len(chosen)}
-    if rejected:
-        margins = [chosen[row] - rejected[row] for row in chosen]
-        summary["rejected_logp"] = sum(rejected.values()) / len(rejected)
-        summary["margin"] = sum(margins) / len(margins)
-        summary["ranked_right"] = sum(margin > 0 for margin in margins) / len(margins)
-    return summary
+    lengths = task.dataset.response_lengths[ids]
+    sums = values[added + ranks : added + ranks + len(ids)]
+    means = {int(i): value / int(length) for i, value, length in zip(ids, sums, lengths)}
+    paired = task.dataset.store.paired
+    return Reading(values[:added], values[added + ranks + len(ids) :], means, paired)
 
 
 # ---------------------------------------------------------------- passes without gradients
@@ -145,10 +179,10 @@ def held_out(model: Transformer, task: Task) -> dict[str, float]:
     totals = task.totals(step)
     for batch in task.batches(step, totals):
         share, logps = task.loss(model, batch, totals)
-        shares.append(share)
-        parts.append(SequenceLogps.of(batch, logps))
-    losses, summary = read(shares, parts)
-    return {"loss": sum(losses), **summary}
+        shares.append(share.to(torch.float64))
+        parts.append(SequenceLogps.of(batch, logps, task.dataset.store.paired))
+    reading = read(task, step, parts, [torch.stack(shares).sum()])
+    return {"loss": reading.added[0], **reading.summary()}
 
 
 @torch.no_grad()
@@ -157,15 +191,16 @@ def with_reference(model: Transformer, task: Task) -> Task:
     if not task.objective.needs_reference:
         return task
     step, parts = task.everything(), []
-    with Progress(len(step[task.place.rank]), "reference log-probs", unit="pack") as progress:
+    packs = step[task.place.rank]
+    with Progress(len(packs), "reference log-probs", "pack", task.place.rank == 0) as progress:
         for batch in task.batches(step, task.totals(step)):
             targets = batch.targets
             logps = model(batch, lambda h, w, targets=targets: token_logps(h, w, targets))
-            parts.append(SequenceLogps.of(batch, logps))
+            parts.append(SequenceLogps.of(batch, logps, paired=True))
             progress.update({})
     # On the host, where a pack's rows are looked up; float64, so that no model's sums are rounded.
-    sums = torch.empty(len(task.dataset), 2, dtype=torch.float64)
+    sums = torch.zeros(2 * len(task.dataset), dtype=torch.float64)
     for part in parts:
-        columns = [0 if sign > 0 else 1 for sign in part.signs]
-        sums[part.row_ids, columns] = part.sums.to("cpu", torch.float64)
-    return replace(task, reference=sums)
+        sums[part.ids] = part.sums.to("cpu", torch.float64)
+    add_over_ranks(sums, task.place)
+    return replace(task, reference=sums.reshape(-1, 2))

@@ -13,9 +13,12 @@ that was not finished does not load.
 Left out: .bin and .pt files (pickles run code), quantised weights, remote code.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,12 @@ from torch import Tensor
 
 from redi.config import UserError
 from redi.data.tokenizer import ChatTokenizer
-from redi.distributed import whole
+from redi.distributed import first_row, local, whole
 from redi.hub import TOKENIZER_FILES, model_folder
 from redi.model import ModelConfig, Transformer, read_rope_theta
 
+HEAD = "lm_head.weight"
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 KEEP = "keep"  # for the overrides: as the checkpoint has it
@@ -55,11 +60,25 @@ def load_model(
     max_position_embeddings: int | str = KEEP,
     made_by: str | None = None,
 ) -> tuple[Transformer, Source]:
-    """Read a model: (the transformer in fp32 on the CPU, its source).
+    """Read a model: (the transformer in fp32 on the CPU, its source). See `open_model`, `fill`."""
+    model, source = open_model(folder_or_hub_id, rope_theta, max_position_embeddings, made_by)
+    model.to_empty(device="cpu")
+    fill(model, source)
+    return model, source
+
+
+def open_model(
+    folder_or_hub_id: str | Path,
+    rope_theta: float | str = KEEP,
+    max_position_embeddings: int | str = KEEP,
+    made_by: str | None = None,
+) -> tuple[Transformer, Source]:
+    """(the transformer on the meta device: sizes without numbers, its source).
 
     rope_theta and max_position_embeddings override the checkpoint's; the change is printed as
     old -> new. made_by: the command that makes the folder, for the error when it is missing.
-    Raises UserError for anything missing, broken, of the wrong shape, or not built here.
+    Raises UserError for anything missing, broken, of the wrong shape, or not built here; of the
+    weights only the files' headers are read.
     """
     folder = model_folder(str(folder_or_hub_id), made_by=made_by)
     path = folder / "config.json"
@@ -68,7 +87,7 @@ def load_model(
     config = ModelConfig.from_json(config_json, str(path))
     with torch.device("meta"):
         model = Transformer(config)
-    dtype = _fill(model, folder)
+    dtype = _check_weights(model, folder)
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.is_file() else {}
     chat = ChatTokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
@@ -84,6 +103,46 @@ def load_model(
     return model, Source(name, folder, config_json, generation, dtype, chat, stop_ids)
 
 
+@torch.no_grad()
+def fill(model: Transformer, source: Source) -> None:
+    """Give `model`, which has memory, its numbers: of a sharded one every rank reads its own rows.
+
+    Raises UserError if a file is broken, or if a tied model's folder has another output weight.
+    """
+    parameters = dict(model.named_parameters())
+    for path in _weight_files(source.folder):
+        with _opened(path) as tensors:
+            for name in parameters.keys() & tensors.keys():
+                mine, start = local(parameters[name]), first_row(parameters[name])
+                mine.copy_(tensors.get_slice(name)[start : start + len(mine)])
+    for path in _weight_files(source.folder):  # now that the embedding is there to compare with
+        with _opened(path) as tensors:
+            if model.config.tied and HEAD in tensors.keys():  # noqa: SIM118 (not a dict)
+                mine, start = local(model.output_weight), first_row(model.output_weight)
+                stored = tensors.get_slice(HEAD)
+                same_shape = stored.get_shape() == list(model.output_weight.shape)
+                if not same_shape or not torch.equal(
+                    stored[start : start + len(mine)].to(mine), mine
+                ):
+                    raise UserError(
+                        f"{source.folder}: config.json ties the output weight to the embedding, "
+                        f"but {HEAD} is stored and differs; set tie_word_embeddings to false if it "
+                        "is meant"
+                    )
+
+
+def fingerprint(source: Source) -> str:
+    """A hash of a folder's weights by their first and last MiB: other weights have another one."""
+    digest = hashlib.sha256()
+    for path in _weight_files(source.folder):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {size}".encode() + file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
 def save_model(
     model: Transformer,
     folder: str | Path,
@@ -93,15 +152,19 @@ def save_model(
 ) -> None:
     """Write `model` as a Hugging Face folder; dtype defaults to the source's.
 
-    card: the text of README.md. Other files of `folder` are left alone. Raises UserError if the
-    folder cannot be written.
+    card: the text of README.md. Other files of `folder` are left alone. A sharded model is put
+    together by all ranks, which must all call this, and written by the first. Raises UserError if
+    the folder cannot be written.
     """
     folder, dtype = Path(folder), dtype or source.dtype
+    tensors = _gathered(model, dtype)
+    if not tensors:
+        return
     aside = folder / f".saving-{os.getpid()}"  # inside: a rename cannot leave the file system
     try:
         shutil.rmtree(aside, ignore_errors=True)  # left by a killed process of the same number
         aside.mkdir(parents=True)
-        _write_weights(model, aside, dtype)
+        _write_weights(tensors, aside)
         for name in TOKENIZER_FILES:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, aside / name)
@@ -149,34 +212,33 @@ def _set_rope_theta(config: dict[str, Any], theta: float) -> None:
     config["rope_parameters"] = {**rope, "rope_theta": theta, "rope_type": "default"}
 
 
-def _fill(model: Transformer, folder: Path) -> torch.dtype:
-    """Give the meta-device `model` the folder's tensors as fp32; returns their stored dtype."""
-    missing = dict(model.state_dict())
-    unexpected, dtypes, extra_head = [], set(), None
+def _check_weights(model: Transformer, folder: Path) -> torch.dtype:
+    """Whether the files' headers fit the meta-device `model`; returns their dtype."""
+    missing = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    unexpected, dtypes = [], set()
     for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    tensor = tensors.get_tensor(name)
-                    if name == "lm_head.weight" and model.config.tied:
-                        extra_head = tensor
-                    elif name not in missing:
-                        unexpected.append(name)
-                    else:
-                        dtypes.add(tensor.dtype)
-                        _assign(model, name, tensor, missing.pop(name).shape, path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        with _opened(path) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                header = tensors.get_slice(name)
+                shape, dtype = header.get_shape(), header.get_dtype()
+                if name == HEAD and model.config.tied:
+                    continue  # `fill` compares it with the embedding
+                if name not in missing:
+                    unexpected.append(name)
+                    continue
+                wanted = missing.pop(name)
+                if shape != wanted:
+                    raise UserError(
+                        f"{path}: {name} has shape {shape}; config.json asks for {wanted}"
+                    )
+                if dtype not in STORED:
+                    raise UserError(f"{path}: {name} is {dtype}; expected floating point")
+                dtypes.add(STORED[dtype])
     if missing or unexpected:
         raise UserError(
             f"{folder}: weights do not fit config.json; "
             f"missing: {', '.join(missing) or 'none'}; "
             f"unexpected: {', '.join(unexpected) or 'none'}"
-        )
-    if extra_head is not None and not torch.equal(extra_head.float(), model.output_weight.detach()):
-        raise UserError(
-            f"{folder}: config.json ties the output weight to the embedding, but lm_head.weight "
-            "is stored and differs; set tie_word_embeddings to false if it is meant"
         )
     dtype = dtypes.pop()
     for other in dtypes:
@@ -184,16 +246,14 @@ def _fill(model: Transformer, folder: Path) -> torch.dtype:
     return dtype
 
 
-def _assign(model: Transformer, name: str, tensor: Tensor, shape: torch.Size, path: Path) -> None:
-    if tensor.shape != shape:
-        raise UserError(
-            f"{path}: {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
-        )
-    if not tensor.is_floating_point():
-        raise UserError(f"{path}: {name} is {tensor.dtype}; expected floating point")
-    module, _, leaf = name.rpartition(".")
-    parameter = torch.nn.Parameter(tensor.to(torch.float32))
-    setattr(model.get_submodule(module), leaf, parameter)
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; what is wrong with it becomes a UserError."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -225,12 +285,23 @@ def _stop_ids(
 # ---------------------------------------------------------------- out
 
 
-def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype) -> None:
+def _gathered(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights, whole, on the host of the first rank; nothing on the others."""
+    sharded = hasattr(model.output_weight, "device_mesh")
+    first = not sharded or torch.distributed.get_rank() == 0
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensor = whole(tensor)  # an exchange between ranks: all take part
+        if first:
+            tensors[name] = tensor.to("cpu", dtype).contiguous()
+    return tensors
+
+
+def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
     """safetensors in shards of at most 5 GB, with an index if there are several."""
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
-    for name, tensor in model.state_dict().items():
-        tensor = whole(tensor).to("cpu", dtype).contiguous()
+    for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
             shards.append({})
             size = 0

@@ -31,11 +31,16 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 C = TypeVar("C")
+STOPPED = 75  # exit status: "try again later" among the system's own
 positional = object()  # Annotated[str, "help", positional]: given by place, though it has a default
 
 
 class UserError(Exception):
     """Something the user can mend: which file, row or flag; what was expected; what to do."""
+
+
+class Stopped(Exception):
+    """The program was asked to stop and did so in good order; the same command goes on."""
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:
@@ -45,20 +50,27 @@ def require(holds: bool, name: str, value: Any, expected: str) -> None:
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a program's `main`: errors of the user's end in one line and exit status 2,
-    Ctrl-C in one line and 130. A `main` that knows what is on disk says so in the
-    KeyboardInterrupt it raises."""
+    """Decorate a program's `main`: errors of the user's end in one line and exit status 2, Ctrl-C
+    in one line and 130, a stop in good order in one line and 75. Of the processes that torchrun
+    started on a node, which all find the same, the first one says it. A `main` that knows what is
+    on disk says so in the KeyboardInterrupt it raises."""
 
     @functools.wraps(main)
     def framed() -> None:
         for stream in (sys.stdout, sys.stderr):  # a terminal without a character shows its number
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
         try:
             main()
         except UserError as error:
-            print(f"error: {one_line(str(error))}", file=sys.stderr)
+            if first:
+                print(f"error: {one_line(str(error))}", file=sys.stderr)
             sys.exit(2)
+        except Stopped as stopped:
+            if first:
+                print(f"stopped: {one_line(str(stopped))}", file=sys.stderr)
+            sys.exit(STOPPED)
         except KeyboardInterrupt as interrupt:
             print(f"\nstopped: {interrupt}" if str(interrupt) else "\nstopped", file=sys.stderr)
             sys.exit(130)

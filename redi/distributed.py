@@ -1,20 +1,28 @@
-"""Where a run computes, and in which precision.
+"""Where a run computes, in which precision, and together with whom.
 
 fp32 weights are the truth the optimizer updates; bf16 is what CUDA computes in. The one mechanism
 that keeps the two apart is FSDP2's mixed precision, on a single process as well: it casts the
 parameters of a block when the block runs, and reduces gradients in fp32. No autocast.
 
+Under torchrun every process is a rank with one device. Weights, gradients and optimizer state are
+sharded over the ranks of a node and, where there are several nodes, replicated over them (a 2-D
+mesh: all-gathers stay inside a node). Ranks add up what they computed, they never average: losses
+hold the whole step's counts already.
+
 Each technique is a function that is applied to a plain model from outside; `place_model` states
-the order. One process only: WORLD_SIZE above 1 is refused.
+the order. torch.distributed and fsdp cost 0.7 s to import: they are imported where they are used.
 """
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from redi.config import UserError
@@ -30,19 +38,51 @@ class Place:
     rank: int
     world_size: int
     device: torch.device
+    node_size: int = 1  # ranks on a node
+
+    @property
+    def leads_node(self) -> bool:
+        return self.rank % self.node_size == 0
 
 
-def start() -> Place:
-    """Raises UserError under torchrun with more than one process."""
+def start(timeout_minutes: float) -> Place:
+    """Join the other processes that torchrun started; alone without it.
+
+    timeout_minutes: how long a rank waits for the others before it gives up. What ranks other than
+    the first print goes nowhere. Raises UserError if the ranks of the nodes are uneven.
+    """
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world_size, node_size = (
+        int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if world_size == 1:
+        return Place(0, 1, device)
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {world_size}, but torchrun did not start this process")
+    if world_size % node_size:
+        raise UserError(f"{world_size} processes, {node_size} on this node: start as many on each")
+    import torch.distributed as dist
+
+    if cuda:
+        torch.cuda.set_device(device)
+    # gloo beside nccl: what lies on the host (objects, checkpoints) is exchanged there.
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it lives as long as the process)
+    return Place(rank, world_size, device, node_size)
+
+
+def alone() -> Place:
+    """For a program of one process. Raises UserError under torchrun with more."""
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size != "1":
         raise UserError(
-            f"WORLD_SIZE is {world_size}: redi runs on one process; start it with python, or with "
-            "torchrun --nproc_per_node 1"
+            f"WORLD_SIZE is {world_size}: this program runs on one process; start it with python"
         )
-    return Place(
-        0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    return start(timeout_minutes=1.0)
 
 
 def compute_dtype(name: str, place: Place) -> torch.dtype:
@@ -55,24 +95,34 @@ def compute_dtype(name: str, place: Place) -> torch.dtype:
 # ---------------------------------------------------------------- applied to a plain model
 
 
-def place_model(
-    model: Transformer,
-    place: Place,
-    dtype: torch.dtype,
-    checkpointed: int = 0,
-    compiled: bool = False,
-) -> None:
-    """Move `model` (fp32) to the device, and apply in this order, in place: activation
-    checkpointing of the first `checkpointed` blocks; compilation, if asked for; and for a compute
-    dtype other than fp32, sharding with mixed precision."""
-    model.to(place.device)
-    for block in model.model.layers[:checkpointed]:
+@dataclass(frozen=True)
+class Placing:
+    """What is applied to a model beside moving it."""
+
+    dtype: torch.dtype = torch.float32  # of the compute
+    checkpointed: int = 0  # blocks that are run again in backward
+    compiled: bool = False
+    reshard_after_forward: bool = False  # ZeRO-3 instead of ZeRO-2
+
+
+def place_model(model: Transformer, place: Place, how: Placing) -> None:
+    """Apply in this order, in place: activation checkpointing of the first blocks; compilation;
+    sharding, where there are several ranks or another compute dtype than the weights'; the device.
+
+    A model on the meta device is given memory, not numbers: checkpoint.fill reads those, each rank
+    its own."""
+    for block in model.model.layers[: how.checkpointed]:
         checkpoint_block(block)
-    if compiled:
+    if how.compiled:
         for block in model.model.layers:
             compile_block(block)
-    if dtype != torch.float32:
-        shard(model, place, dtype)
+    on_meta = model.output_weight.is_meta
+    if not on_meta:
+        model.to(place.device)
+    if how.dtype != model.output_weight.dtype or place.world_size > 1:
+        shard(model, place, how)
+    if on_meta:
+        model.to_empty(device=place.device)
 
 
 def checkpoint_block(block: Block) -> None:
@@ -90,29 +140,99 @@ def compile_block(block: Block) -> None:
     block.after_attention = torch.compile(block.after_attention, dynamic=True)
 
 
-def shard(model: Transformer, place: Place, dtype: torch.dtype) -> None:
+def shard(model: Transformer, place: Place, how: Placing) -> None:
     """FSDP2, in place: every block a group, the rest (embedding, norm, head) in the root's.
 
-    Gradients are summed, not averaged: losses already hold the whole step's counts. The divide
-    factor does not recurse, so it is set on every module.
+    Gradients are summed, not averaged: losses already hold the whole step's counts. What says so
+    does not recurse, so it is set on every module.
     """
-    import torch.distributed as dist  # 0.7 s with fsdp: imported where it is used
+    import torch.distributed as dist
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if not dist.is_initialized():
         backend = "nccl" if place.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = dist.init_device_mesh(place.device.type, (place.world_size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    nodes = place.world_size // place.node_size
+    sizes, names = (place.world_size,), ("shard",)
+    if nodes > 1:
+        sizes, names = (nodes, place.node_size), ("replicate", "shard")
+    mesh = dist.init_device_mesh(place.device.type, sizes, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy()
+    if how.dtype != model.output_weight.dtype:
+        policy = MixedPrecisionPolicy(param_dtype=how.dtype, reduce_dtype=torch.float32)
     for module in [*model.model.layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=how.reshard_after_forward and module is not model,
+        )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # and not by a product with 1
+
+
+def sync_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward adds up gradients over ranks, or leaves that to a later one: once
+    a step is enough."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(now)
+
+
+# ---------------------------------------------------------------- between ranks
+
+
+def add_over_ranks(tensor: Tensor, place: Place) -> None:
+    """Sum over all ranks, in place."""
+    if place.world_size > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor)
+
+
+@contextmanager
+def node_leader_first(place: Place) -> Iterator[None]:
+    """The body runs on the first rank of every node, then on the others: what one of them makes on
+    disk, the others find. Where it fails, the others end with it."""
+    if place.world_size == 1:
+        yield
+        return
+    if not place.leads_node:
+        _all_well(place, True)
+    try:
+        yield
+    except BaseException:
+        if place.leads_node:
+            _all_well(place, False)
+        raise
+    if place.leads_node:
+        _all_well(place, True)
+
+
+def _all_well(place: Place, well: bool) -> None:
+    failed = torch.tensor(0.0 if well else 1.0)
+    add_over_ranks(failed, place)
+    if well and failed:
+        sys.exit(2)  # the rank that failed says why
+
+
+def first_row(parameter: Tensor) -> int:
+    """Where this rank's rows of a parameter begin in the whole one: 0 if it is not sharded."""
+    if not hasattr(parameter, "device_mesh"):
+        return 0
+    mesh = parameter.device_mesh
+    shards, index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    return min(index * -(-len(parameter) // shards), len(parameter))
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's rows of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, a plain one as it is."""
+    """A sharded tensor put together, a plain one as it is. All ranks must ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from redi.attention import packed_attention
 from redi.config import UserError
+from redi.distributed import Place
 from redi.logprobs import CHUNK_BYTES
 from redi.model import Block, ModelConfig, Transformer, rotary_tables
 
@@ -24,7 +25,7 @@ SHARE = 0.85  # of the memory is planned with; the rest is the allocator's and o
 
 
 def blocks_to_checkpoint(
-    setting: str, model: Transformer, tokens: int, device: torch.device, dtype: torch.dtype
+    setting: str, model: Transformer, tokens: int, place: Place, dtype: torch.dtype
 ) -> tuple[int, str]:
     """(how many blocks to checkpoint, a line that says so and why) for packs of T `tokens`.
 
@@ -40,7 +41,7 @@ def blocks_to_checkpoint(
         count = named.get(setting) if setting in named else int(setting)
         return count, f"activation checkpointing: {count} of {blocks} blocks, as asked"
     per_block = tokens * saved_bytes_per_token(model.config, dtype)
-    free = SHARE * total_memory(device) - fixed_bytes(model, tokens, dtype, device)
+    free = SHARE * total_memory(place) - fixed_bytes(model, tokens, dtype, place)
     count = 0
     if free < blocks * per_block:
         # While a block is run again, its activations and their gradients are there as well.
@@ -74,18 +75,21 @@ def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
     return sum(sizes.values()) / tokens
 
 
-def fixed_bytes(model: Transformer, tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+def fixed_bytes(model: Transformer, tokens: int, dtype: torch.dtype, place: Place) -> int:
     """What a step needs besides the activations inside blocks."""
     config = model.config
-    copy = 0 if dtype == torch.float32 else dtype.itemsize
-    weights = sum(p.numel() for p in model.parameters()) * (16 + copy)
-    head = 2 * CHUNK_BYTES[device.type] + 4 * config.vocab_size * config.hidden_size
+    sharded = place.world_size > 1 or dtype != torch.float32
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = 16 * parameters // place.node_size
+    if sharded:  # whole weights to compute with, and their gradients until the ranks add them up
+        weights += (dtype.itemsize + 4) * parameters
+    head = 2 * CHUNK_BYTES[place.device.type] + 4 * config.vocab_size * config.hidden_size
     inputs = (config.num_layers + 4) * tokens * config.hidden_size * dtype.itemsize
     return weights + head + inputs
 
 
-def total_memory(device: torch.device) -> int:
-    """Bytes of the GPU, or of this machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def total_memory(place: Place) -> int:
+    """Bytes of the GPU, or this process's share of the machine."""
+    if place.device.type == "cuda":
+        return torch.cuda.get_device_properties(place.device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // place.node_size

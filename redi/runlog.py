@@ -22,12 +22,16 @@ from redi.config import UserError, one_line, parse, program, to_toml
 from redi.data.files import make_folder, write_aside
 
 # Settings that do not change what a run computes.
-NOT_COMPARED = {"dry_run", "tracker", "cache", "graders"}
+NOT_COMPARED = {
+    "dry_run", "tracker", "cache", "graders", "save_every", "keep", "resume", "timeout",
+    "checkpoint_blocks", "reshard_after_forward", "collapse_threshold", "collapse_steps",
+    "collapse_stop",
+}  # fmt: skip
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
 def is_finished(out: str, config: Any) -> bool:
-    """Whether this run is complete in `out` already. An unfinished one is started afresh.
+    """Whether this run is complete in `out` already.
 
     Raises UserError if the folder holds another run or somebody's files.
     """
@@ -53,10 +57,7 @@ def is_finished(out: str, config: Any) -> bool:
             f"--out {folder}: holds another run ({'; '.join(changed)}); choose another folder"
         )
     records = list(read_metrics(folder))
-    if records and records[-1]["kind"] == "finished":
-        return True
-    print(f"{folder} holds an unfinished run with these settings: starting it afresh")
-    return False
+    return bool(records) and records[-1]["kind"] == "finished"
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
@@ -77,12 +78,20 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
 class RunLog:
     """Writes a run's config.toml, and its metrics.jsonl as records come."""
 
-    def __init__(self, out: str, config: Any, notes: dict[str, str], tracker: str = "none"):
-        """notes: facts that are not settings (versions, data hash), kept as TOML comments."""
+    def __init__(
+        self,
+        out: str,
+        config: Any,
+        notes: dict[str, str],
+        tracker: str = "none",
+        begin: int = 0,
+    ):
+        """notes: facts that are not settings (versions, data hash), kept as TOML comments. begin:
+        the step that the run goes on from; records of later ones go."""
         self.folder = Path(out)
         self._track = TRACKERS[tracker](self.folder, to_toml(config))
         make_folder(self.folder)
-        self._metrics = _open_alone(self.folder / "metrics.jsonl")
+        self._metrics = _open_alone(self.folder / "metrics.jsonl", begin)
         comments = "".join(f"# {key}: {one_line(value)}\n" for key, value in notes.items())
         with write_aside(self.folder / "config.toml") as file:
             file.write(comments + to_toml(config))
@@ -99,26 +108,47 @@ class RunLog:
         self._metrics.close()
 
 
-def _open_alone(path: Path) -> TextIO:
-    """Open `path` for writing from its beginning. Raises UserError while another process has it
-    open: two runs in one folder would write over each other."""
+class NoLog:
+    """What ranks other than the first write."""
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def _open_alone(path: Path, begin: int) -> TextIO:
+    """Open `path` for writing after its records of step `begin`. Raises UserError while another
+    process has it open: two runs in one folder would write over each other."""
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (it is the run's, to its end)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
         raise UserError(f"--out {path.parent}: another process is running there") from None
-    file.truncate(0)
+    kept = 0
+    with open(path, "rb") as lines:
+        for line in lines:
+            # A line cut short by a kill is of a later step: a checkpoint follows its records.
+            if not line.endswith(b"\n") or json.loads(line).get("step", begin + 1) > begin:
+                break
+            kept += len(line)
+    file.truncate(kept)
     return file
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a plain line on stdout every few seconds. A context
-    manager: leaving it ends the bar."""
+    """A tqdm bar on a terminal; elsewhere a plain line on stdout every few seconds; nothing where
+    it is not `shown`. A context manager: leaving it ends the bar."""
 
-    def __init__(self, total: int, name: str, unit: str):
-        self._bar = tqdm(total=total, desc=name, unit=unit, disable=None, dynamic_ncols=True)
-        self._name, self._total, self._done = name, total, 0
+    def __init__(self, total: int, name: str, unit: str, shown: bool = True, done: int = 0):
+        quiet = None if shown else True  # None: on a terminal only
+        self._bar = tqdm(
+            total=total, desc=name, unit=unit, disable=quiet, dynamic_ncols=True, initial=done
+        )
+        self._name, self._total, self._done, self._shown = name, total, done, shown
+        self._first = done
         self._began = self._said = time.monotonic()
 
     def update(self, values: dict[str, str]) -> None:
@@ -128,9 +158,10 @@ class Progress:
         self._bar.update()
         now = time.monotonic()
         last = self._done == self._total
-        if self._bar.disable and (now - self._said > QUIET_SECONDS or last):
+        if self._shown and self._bar.disable and (now - self._said > QUIET_SECONDS or last):
             self._said = now
-            left = (now - self._began) / self._done * (self._total - self._done)
+            pace = (now - self._began) / (self._done - self._first)
+            left = pace * (self._total - self._done)
             print(f"{self._name} {self._done}/{self._total} [{left:.0f} s left] {text}", flush=True)
 
     def __enter__(self) -> "Progress":

@@ -1,44 +1,46 @@
-"""The one train loop, and what the two training programs share around it.
+"""The one train loop.
 
     for step in plan:                      an optimizer step
         for batch in its packs:            forward, loss, backward
-        clip, learning rate, AdamW, log
+        clip, learning rate, AdamW, log, maybe a checkpoint
 
 SFT and REDI differ in the objective they hand in and in the shape of their rows, not here. Losses
 come out of the objective as shares of the whole step's loss: they are added up, never averaged,
-so nothing depends on how the step was cut into packs.
+so nothing depends on how the step was cut into packs, or dealt to ranks.
 
 Left out: a Trainer class, callbacks, gradient accumulation as a setting (packs of a step simply
 follow each other). Letters: R supervised tokens, S sequences of a pack.
 """
 
 import math
+import signal
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
-from redi import __version__, distributed
+from redi import distributed
 from redi.batches import SequenceLogps, Task, held_out, read, with_reference
-from redi.checkpoint import Source, load_model, save_model
-from redi.config import UserError, require, to_toml
-from redi.data.dataset import Dataset, Limits, describe, load_store, select
-from redi.distributed import DTYPES, peak_memory_gib, whole
+from redi.config import Stopped, UserError, require
+from redi.distributed import peak_memory_gib, whole
 from redi.flops import peak_flops, training_flops
-from redi.hub import dataset_files, is_hub_id
-from redi.memory import blocks_to_checkpoint
 from redi.model import Transformer
-from redi.objectives import Objective
 from redi.packing import Step
-from redi.runlog import Progress, RunLog, is_finished
+from redi.resume import Checkpoints
+from redi.runlog import NoLog, Progress, RunLog
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, and the paper's
 WARMUP = 0.1  # share of the steps over which the learning rate rises
+AT_LEAST_1 = (
+    "rows_per_step", "epochs", "pack_tokens", "eval_every", "max_prompt", "save_every", "keep",
+    "collapse_steps",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -69,11 +71,25 @@ class TrainConfig:
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], "of the compute; auto: bf16 on CUDA, fp32 on a CPU"
     ] = "auto"
+    reshard_after_forward: Annotated[
+        bool, "free a block's weights after its forward pass (ZeRO-3)"
+    ] = False
     checkpoint_blocks: Annotated[str, "blocks run again in backward: auto, all, none, N"] = "auto"
     compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
     save_dtype: Annotated[
         Literal["source", "float32", "bfloat16", "float16"], "of the saved weights"
     ] = "source"
+    save_every: Annotated[int, "optimizer steps between checkpoints"] = 200
+    keep: Annotated[int, "checkpoints kept; the newest"] = 2
+    resume: Annotated[
+        Literal["auto", "never"], "continue from the newest checkpoint, or begin again"
+    ] = "auto"
+    timeout: Annotated[float, "minutes a process waits for the others before it gives up"] = 30.0
+    collapse_threshold: Annotated[
+        float, "warn when chosen log-probs fell by so much, nats per token"
+    ] = 0.5
+    collapse_steps: Annotated[int, "... and stayed there for so many steps"] = 20
+    collapse_stop: Annotated[bool, "... and stop"] = False
     cache: Annotated[str, "folder for tokenised data, kept between runs"] = "out/tokens"
     tracker: Annotated[
         Literal["none", "tensorboard", "wandb"], "where metrics go besides metrics.jsonl"
@@ -81,7 +97,7 @@ class TrainConfig:
     dry_run: Annotated[bool, "load, check, plan and report, then stop"] = False
 
     def __post_init__(self) -> None:
-        for name in ("rows_per_step", "epochs", "pack_tokens", "eval_every", "max_prompt"):
+        for name in AT_LEAST_1:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_response", "max_length"):
             require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2")
@@ -90,6 +106,8 @@ class TrainConfig:
         )
         require(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "above 0")
         require(self.clip > 0, "clip", self.clip, "above 0")
+        for name in ("timeout", "collapse_threshold"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
         for name in ("rope_theta", "max_position_embeddings"):
@@ -101,133 +119,6 @@ class TrainConfig:
             self.out,
             "another folder than --model",
         )
-
-
-# ---------------------------------------------------------------- a whole run
-
-
-def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: str | None) -> None:
-    """Load, look, train, save: what train_sft.py and train_redi.py do.
-
-    paired: rows are pairs. model_made_by: the command that makes the default --model, for the
-    error if it is missing. Raises UserError for everything a user can mend, before anything is
-    written to --out.
-    """
-    place = distributed.start()
-    if not config.dry_run and is_finished(config.out, config):
-        print(f"{config.out} is finished: nothing to do")
-        return
-
-    # ---- model and data
-    defaults = type(config)
-    made_by = model_made_by if config.model == defaults.model else None
-    model, source = load_model(
-        config.model, config.rope_theta, config.max_position_embeddings, made_by
-    )
-    made_by = "python -m redi.prepare" if config.data == defaults.data else None
-    dataset = load_data(config.data, config, source, paired, made_by)
-    task = Task(dataset, objective, place, config.pack_tokens)
-    eval_task = None
-    if config.eval_data:
-        eval_rows = load_data(config.eval_data, config, source, paired)
-        eval_task = replace(task, dataset=eval_rows)
-        print(f"held out, {config.eval_data}: {describe(eval_rows, source.chat)}\n")
-    dtype = distributed.compute_dtype(config.dtype, place)
-    checkpointed, why = blocks_to_checkpoint(
-        config.checkpoint_blocks, model, longest_pack(dataset, config), place.device, dtype
-    )
-    print(describe(dataset, source.chat), describe_plan(task, config), why, sep="\n", flush=True)
-    if config.dry_run:
-        return
-
-    # ---- train and save
-    facts = facts_of(source, dataset)
-    log = RunLog(config.out, config, facts, config.tracker)
-    distributed.place_model(model, place, dtype, checkpointed, config.compile)
-    train(model, task, config, log, eval_task)
-    try:
-        save_model(model, config.out, source, save_dtype(config, source), model_card(config, facts))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"while saving; {config.out} holds no whole model") from None
-    log.finish()
-    print(f"saved {config.out}: a Hugging Face folder, config.toml, metrics.jsonl")
-
-
-# ---------------------------------------------------------------- before the first step
-
-
-def load_data(
-    path: str, config: TrainConfig, source: Source, paired: bool, made_by: str | None = None
-) -> Dataset:
-    """The rows of `path`, tokenised for this model, without those over the run's limits.
-
-    Raises UserError for a model without a tokenizer, a limit above its context, a row that cannot
-    be trained on, and if no row is left.
-    """
-    if source.chat is None:
-        raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; training needs it")
-    context = source.config["max_position_embeddings"]
-    longest = min(config.max_length, config.max_prompt + config.max_response)
-    if longest > context:
-        raise UserError(
-            f"--max-length: rows of {longest} tokens would be let in, but the model's context is "
-            f"{context}; set --max-length {context}, or raise --max-position-embeddings"
-        )
-    store = load_store(dataset_files(path, made_by=made_by), source.chat, paired, config.cache)
-    limits = Limits(config.max_prompt, config.max_response, config.max_length)
-    return select(store, limits, config.over_length, path)
-
-
-def num_steps(task: Task, config: TrainConfig) -> int:
-    """Optimizer steps of the run. The last of an epoch may be smaller; it is run all the same."""
-    steps = config.epochs * math.ceil(len(task.dataset) / config.rows_per_step)
-    return min(steps, config.max_steps or steps)
-
-
-def describe_plan(task: Task, config: TrainConfig) -> str:
-    """What training will do with the rows, in a line."""
-    epoch = task.plan(config.rows_per_step, config.seed, epoch=0)
-    packs = sum(len(step[0]) for step in epoch)
-    tokens = int(task.dataset.lengths.sum())
-    return (
-        f"{num_steps(task, config):,} optimizer steps of {config.rows_per_step} rows "
-        f"({len(epoch):,} an epoch, {config.epochs} epoch{'s' * (config.epochs > 1)}); an epoch "
-        f"is {tokens:,} tokens in {packs:,} packs of {config.pack_tokens:,} (a longer row has its "
-        "own), no padding"
-    )
-
-
-def longest_pack(dataset: Dataset, config: TrainConfig) -> int:
-    """The most tokens that a pack of this run can hold."""
-    longest_row = int(dataset.lengths.max())
-    step = config.rows_per_step * longest_row * (2 if dataset.store.paired else 1)
-    return max(longest_row, min(config.pack_tokens, step))
-
-
-def facts_of(source: Source, dataset: Dataset) -> dict[str, str]:
-    """What a run was made with and from, for config.toml and the model card."""
-    return {
-        "redi": __version__,
-        "torch": torch.__version__,
-        "parent": source.name,
-        "data sha256": dataset.store.data_hash,
-        "rows": str(len(dataset)),
-    }
-
-
-def model_card(config: TrainConfig, facts: dict[str, str]) -> str:
-    """README.md of the saved model: the recipe, the data's hash and the parent."""
-    parent = f"base_model: {config.model}\n" if is_hub_id(config.model) else ""
-    lines = "".join(f"- {key}: {value}\n" for key, value in facts.items())
-    return (
-        f"---\nlibrary_name: transformers\ntags: [redi]\n{parent}---\n\n"
-        f"# {Path(config.out).name}\n\nTrained with redi (Reinforcement Distillation, arXiv "
-        f"2505.24850).\n\n{lines}\n```toml\n{to_toml(config)}```\n"
-    )
-
-
-def save_dtype(config: TrainConfig, source: Source) -> torch.dtype:
-    return source.dtype if config.save_dtype == "source" else DTYPES[config.save_dtype]
 
 
 # ---------------------------------------------------------------- the loop
@@ -253,42 +144,69 @@ def lr_factor(step: int, total: int) -> float:
     return step / warmup if step <= warmup else (total - step) / (total - warmup)
 
 
-def train(
-    model: Transformer, task: Task, config: TrainConfig, log: RunLog, eval_task: Task | None = None
-) -> None:
-    """Train `model`, placed already (distributed.place_model), in place.
+def num_steps(task: Task, config: TrainConfig) -> int:
+    """Optimizer steps of the run. The last of an epoch may be smaller; it is run all the same."""
+    steps = config.epochs * math.ceil(len(task.dataset) / config.rows_per_step)
+    return min(steps, config.max_steps or steps)
 
-    Ctrl-C ends it with a KeyboardInterrupt that says what is on disk.
+
+def train(
+    model: Transformer,
+    task: Task,
+    config: TrainConfig,
+    log: RunLog | NoLog,
+    checkpoints: Checkpoints,
+    eval_task: Task | None = None,
+    history: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Train `model`, placed and filled already, in place. history: the records of the steps that
+    were done before, of a run that goes on from the checkpoint of the last of them.
+
+    Raises Stopped after a step in which SIGTERM or Ctrl-C came, with a checkpoint saved, and
+    UserError for a step whose loss or gradient is not finite.
     """
-    task = with_reference(model, task)
+    task = with_reference(model, task)  # before a checkpoint: the reference is the model at step 0
     eval_task = with_reference(model, eval_task) if eval_task else None
     optimizer = make_optimizer(model, config)
-    total, done = num_steps(task, config), 0
-    tokens, seconds = 0, 0.0
-    try:
-        with Progress(total, Path(config.out).name, unit="step") as progress:
-            for number, step in enumerate(islice(_steps(task, config), total), start=1):
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * lr_factor(number, total)
-                record = _train_step(model, optimizer, task, step, config.clip)
-                log.record("train", number, **record)
-                tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
-                progress.update(_shown(record, tokens / seconds))
-                if eval_task and (number % config.eval_every == 0 or number == total):
-                    log.record("eval", number, **held_out(model, eval_task))
-                done = number
-    except _NotFinite as broken:
-        loss, grad_norm, rows = broken.args
-        numbers = ", ".join(str(task.dataset.row_number(row)) for row in sorted(set(rows)))
-        raise UserError(
-            f"{config.data}: step {done + 1} has loss {loss} and gradient norm {grad_norm}; it was "
-            f"not applied, and no model was saved; its rows are {numbers}"
-        ) from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"after step {done} of {total}; {log.folder} holds config.toml and metrics.jsonl, "
-            "no model was saved"
-        ) from None
+    total, tokens, seconds = num_steps(task, config), 0, 0.0
+    guard, begin = CollapseGuard(config), len(history)
+    if begin:
+        checkpoints.load(begin, model, optimizer)
+    for record in history:
+        guard.look(record)
+    steps = enumerate(islice(_steps(task, config), begin, total), start=begin + 1)
+    shown = task.place.rank == 0
+    with (
+        Progress(total, Path(config.out).name, "step", shown, begin) as progress,
+        StopSignals() as signals,
+    ):
+        for number, step in steps:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * lr_factor(number, total)
+            try:
+                record, stop = _train_step(model, optimizer, task, step, config.clip, signals)
+            except _NotFinite as broken:
+                raise _refused(broken, number, task, step, config, checkpoints) from None
+            log.record("train", number, **record)
+            tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
+            progress.update(_shown(record, tokens / seconds))
+            if eval_task and (number % config.eval_every == 0 or number == total):
+                log.record("eval", number, **held_out(model, eval_task))
+            if warning := guard.look(record):
+                checkpoints.pinned = max(
+                    (s for s in checkpoints.steps() if s <= number - config.collapse_steps),
+                    default=0,
+                )
+                print(f"warning: step {number}: {warning}", file=sys.stderr)
+                stop = stop or config.collapse_stop
+            if number == total:
+                return
+            if stop or number % config.save_every == 0:
+                saved = checkpoints.save(number, model, optimizer)
+            if stop:
+                log.record("stopped", number)
+                left = checkpoints.at(number) if saved else "no checkpoint (it could not be saved)"
+                raise Stopped(f"after step {number} of {total}; {left}; the same command goes on")
 
 
 def _steps(task: Task, config: TrainConfig) -> Iterator[Step]:
@@ -307,41 +225,118 @@ def _train_step(
     task: Task,
     step: Step,
     clip: float,
-) -> dict[str, float]:
-    """One optimizer step; its record for the log."""
+    signals: "StopSignals",
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step: its record for the log, and whether any rank was asked to stop."""
     began = time.perf_counter()
-    device, config = task.place.device, model.config
+    device, config, paired = task.place.device, model.config, task.dataset.store.paired
     loss, parts = torch.zeros((), device=device, dtype=torch.float64), []
     totals, num_tokens, flops = task.totals(step), 0, 0.0
 
     # ---- forward and backward, pack by pack: gradients add up in .grad
-    for batch in task.batches(step, totals):
+    packs = len(step[task.place.rank])
+    for number, batch in enumerate(task.batches(step, totals), start=1):
+        distributed.sync_gradients(model, now=number == packs)
         share, logps = task.loss(model, batch, totals)
         share.backward()
         loss += share.detach()
-        parts.append(SequenceLogps.of(batch, logps))
+        parts.append(SequenceLogps.of(batch, logps, paired))
         num_tokens += len(batch.tokens)
         flops += training_flops(config, batch.lengths, len(batch.targets))
     grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip))
 
-    # ---- the one place in a step where the host waits for the device
-    [loss, grad_norm], summary = read([loss, grad_norm], parts)
+    # ---- the one place in a step where the host waits for the device, and for the other ranks
+    add = [loss, float(num_tokens), flops, float(signals.wanted)]
+    reading = read(task, step, parts, add, alike=[grad_norm])
+    [loss, num_tokens, flops, stop], [grad_norm] = reading.added, reading.alike
     if not math.isfinite(loss + grad_norm):
-        raise _NotFinite(loss, grad_norm, [row for part in parts for row in part.row_ids])
+        raise _NotFinite(loss, grad_norm, reading.means)
 
     # ---- update
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
     seconds, lr = time.perf_counter() - began, optimizer.param_groups[0]["lr"]
-    record = {"loss": loss, **summary, "lr": lr, "grad_norm": grad_norm, "tokens": num_tokens}
+    record = {"loss": loss, **reading.summary(), "lr": lr, "grad_norm": grad_norm}
+    record["tokens"] = int(num_tokens)
     if peak := peak_flops(device):
-        record["mfu"] = flops / seconds / peak
-    return record | {"memory_gib": peak_memory_gib(device), "seconds": seconds}
+        record["mfu"] = flops / seconds / peak / task.place.world_size
+    return record | {"memory_gib": peak_memory_gib(device), "seconds": seconds}, stop > 0
+
+
+# ---------------------------------------------------------------- when to stop
+
+
+class StopSignals:
+    """SIGTERM (a machine is taken away) and Ctrl-C, noted while the body runs: the loop stops
+    after the step at hand. A second Ctrl-C stops at once."""
+
+    def __enter__(self) -> "StopSignals":
+        self.wanted = False
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.wanted:
+            raise KeyboardInterrupt("at once; the newest checkpoint stays")
+        self.wanted = True
+
+
+@dataclass
+class CollapseGuard:
+    """Watches the chosen traces' mean log-prob: minimising that of rejected ones can drag it down
+    with it, and the model with that (docs/curves.md). Once it is too far below where it began for
+    some steps in a row, says so, once."""
+
+    config: TrainConfig
+    began: float | None = None
+    low: int = 0  # steps in a row
+
+    def look(self, record: dict[str, Any]) -> str:
+        """The warning at the step where one is due."""
+        now = record["chosen_logp"]
+        self.began = now if self.began is None else self.began
+        fell = self.began - now
+        self.low = self.low + 1 if fell > self.config.collapse_threshold else 0
+        if self.low != self.config.collapse_steps:
+            return ""
+        return (
+            f"collapse: chosen traces have been {self.config.collapse_threshold:g} nats a token "
+            f"less likely than at the start for {self.low} steps (now {fell:.2f}: {self.began:.2f} "
+            f"-> {now:.2f}); a smaller --lr or --alpha helps"
+        )
 
 
 class _NotFinite(Exception):
-    """The loss or the gradient of a step is not a number: (loss, gradient norm, rows)."""
+    """The loss or the gradient of a step is not a number: (loss, gradient norm, means by id)."""
+
+
+def _refused(
+    broken: _NotFinite,
+    number: int,
+    task: Task,
+    step: Step,
+    config: TrainConfig,
+    checkpoints: Checkpoints,
+) -> UserError:
+    """The error for a step that was not applied: which rows, and on which ranks they were."""
+    loss, grad_norm, means = broken.args
+    guilty = [i for i, mean in means.items() if not math.isfinite(mean)] or list(means)
+    sides = 2 if task.dataset.store.paired else 1
+    ranks = sorted(
+        {r for r, packs in enumerate(step) for ids in packs for i in ids if int(i) in set(guilty)}
+    )
+    rows = sorted({task.dataset.row_number(i // sides) for i in guilty})
+    kept = checkpoints.at(checkpoints.steps()[0]) if checkpoints.steps() else "none yet"
+    return UserError(
+        f"{config.data}: step {number} has loss {loss} and gradient norm {grad_norm}; it was not "
+        f"applied; rank {', '.join(map(str, ranks))}, rows {', '.join(map(str, rows))}; last good "
+        f"checkpoint: {kept}"
+    )
 
 
 def _shown(record: dict[str, float], tokens_per_second: float) -> dict[str, str]:

@@ -15,7 +15,7 @@ from redi import checkpoint
 from redi.checkpoint import load_model, save_model
 from redi.config import UserError
 from redi.data.tokenizer import chatml
-from redi.distributed import Place, place_model
+from redi.distributed import Place, Placing, place_model
 from redi.objectives import SFT, Totals
 from redi.packing import Sequence, pack
 
@@ -433,7 +433,7 @@ BREAKS = {
         lambda folder: rewrite(
             folder, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})
         ),
-        ["model.norm.weight is torch.int8"],
+        ["model.norm.weight is I8"],
     ),
     "another name": (
         lambda folder: rewrite(folder, rename_a_tensor),
@@ -490,8 +490,8 @@ def sharded(save_qwen2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     save_qwen2(folder, tie_word_embeddings=True)
     plain, mixed = load_model(folder)[0], load_model(folder)[0]
-    place_model(plain, PLACE, torch.float32)
-    place_model(mixed, PLACE, torch.bfloat16)
+    place_model(plain, PLACE, Placing())
+    place_model(mixed, PLACE, Placing(torch.bfloat16))
     yield folder, plain, mixed
     torch.distributed.destroy_process_group()
 

@@ -8,7 +8,7 @@ import torch
 
 from redi import memory
 from redi.config import UserError
-from redi.distributed import Place, place_model
+from redi.distributed import Place, Placing, place_model
 from redi.flops import peak_flops, training_flops
 from redi.memory import blocks_to_checkpoint, saved_bytes_per_token
 from redi.model import ModelConfig, Transformer
@@ -32,7 +32,8 @@ def loss_and_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = Transformer(TINY)
-    place_model(model, PLACE, torch.float32, checkpointed, compiled)
+    how = Placing(checkpointed=checkpointed, compiled=compiled)
+    place_model(model, PLACE, how)
     totals, sum_of_losses = Totals(num_rows=1, num_tokens=15), 0.0
     for lengths in packs:
         tokens = [torch.arange(length).numpy() for length in lengths]
@@ -83,7 +84,7 @@ def test_compiled_blocks_compute_the_same_without_a_new_graph_for_every_pack(
 def test_a_checkpointed_block_saves_only_what_goes_in():
     torch.manual_seed(0)
     model = Transformer(TINY)
-    place_model(model, PLACE, torch.float32, checkpointed=1)
+    place_model(model, PLACE, Placing(checkpointed=1))
     saved = []
     x, cos = torch.ones(6, 32, requires_grad=True), torch.ones(6, 8)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -109,21 +110,21 @@ def qwen() -> Transformer:
     ("gib", "least", "most"), [(40, 28, 28), (80, 10, 27), (140, 1, 9), (400, 0, 0)]
 )
 def test_auto_checkpoints_as_few_blocks_as_memory_needs(qwen, monkeypatch, gib, least, most):
-    monkeypatch.setattr(memory, "total_memory", lambda device: gib << 30)
-    count, why = blocks_to_checkpoint("auto", qwen, 32_768, CPU, torch.bfloat16)
+    monkeypatch.setattr(memory, "total_memory", lambda place: gib << 30)
+    count, why = blocks_to_checkpoint("auto", qwen, 32_768, PLACE, torch.bfloat16)
     assert least <= count <= most
     assert f"{count} of 28 blocks" in why
 
 
 @pytest.mark.parametrize(("setting", "count"), [("all", 28), ("none", 0), ("7", 7), ("28", 28)])
 def test_a_given_number_is_taken(qwen, setting, count):
-    assert blocks_to_checkpoint(setting, qwen, 100, CPU, torch.bfloat16)[0] == count
+    assert blocks_to_checkpoint(setting, qwen, 100, PLACE, torch.bfloat16)[0] == count
 
 
 @pytest.mark.parametrize("setting", ["29", "-1", "most", "1.5", ""])
 def test_another_setting_is_refused(qwen, setting):
     with pytest.raises(UserError, match="--checkpoint-blocks"):
-        blocks_to_checkpoint(setting, qwen, 100, CPU, torch.bfloat16)
+        blocks_to_checkpoint(setting, qwen, 100, PLACE, torch.bfloat16)
 
 
 def test_flops_of_the_published_model_by_hand():

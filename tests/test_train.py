@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 import train_redi
 import train_sft
 from redi import batches, toy, train
+from redi import run as run_room
 from redi.checkpoint import load_model
 from redi.config import UserError
 from redi.data import dataset as data_room
@@ -35,6 +36,7 @@ from redi.data.dataset import Limits, describe, select
 from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.distributed import Place
 from redi.objectives import OBJECTIVES, SFT
+from redi.resume import Checkpoints
 from redi.runlog import RunLog, read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -117,9 +119,9 @@ def run(config) -> list[dict]:
     """Run the program of this configuration; its records."""
     if isinstance(config, train_redi.REDIConfig):
         objective = config.make_objective()
-        train.run(config, objective, paired=True, model_made_by="python train_sft.py")
+        run_room.run(config, objective, paired=True, model_made_by="python train_sft.py")
     else:
-        train.run(config, SFT, paired=False, model_made_by=None)
+        run_room.run(config, SFT, paired=False, model_made_by=None)
     return list(read_metrics(Path(config.out)))
 
 
@@ -273,7 +275,7 @@ def test_with_alpha_0_rejected_traces_teach_nothing_but_are_logged(here):
 
 def loaded(config) -> tuple:
     model, source = load_model(config.model)
-    dataset = train.load_data(config.data, config, source, paired=True)
+    dataset = run_room.load_data(config.data, config, source, paired=True)
     objective = OBJECTIVES["redi"](alpha=0.8)
     return model, batches.Task(dataset, objective, HERE, config.pack_tokens)
 
@@ -282,7 +284,8 @@ def loaded(config) -> tuple:
 def test_training_equals_a_plain_loop_of_adamw_with_clipping(here, clip):
     config = redi_config(epochs=2, clip=clip, weight_decay=0.1, pack_tokens=60)
     model, task = loaded(config)
-    train.train(model, task, config, RunLog(config.out, config, {}))
+    checkpoints = Checkpoints(Path(config.out), HERE, {}, keep=1)
+    train.train(model, task, config, RunLog(config.out, config, {}), checkpoints)
 
     plain, task = loaded(config)
     matrices = [p for p in plain.parameters() if p.ndim == 2]
@@ -356,7 +359,7 @@ def test_the_last_smaller_step_of_an_epoch_is_run_with_its_own_counts(here):
     sums = {i: oracle.logps(row, "completion").sum().item() for i, row in enumerate(rows)}
     config = sft_config()
     source = load_model(config.model)[1]
-    dataset = train.load_data(config.data, config, source, paired=False)
+    dataset = run_room.load_data(config.data, config, source, paired=False)
     task = batches.Task(dataset, SFT, HERE, config.pack_tokens)
     for record, step in zip(records, task.plan(4, config.seed, 0)):
         ids = [int(i) for packs in step for pack in packs for i in pack]

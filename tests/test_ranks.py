@@ -1,0 +1,120 @@
+"""Invariant 1 over real ranks: gloo processes with FSDP2 give the loss and gradients of one alone.
+
+    python -m pytest tests/test_ranks.py
+
+This file is also the program that the ranks run, `torchrun`'s environment set by hand. Rows are
+ragged, so ranks have unequal packs; of a single row, or pair kept together, one rank has nothing.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_invariance import (
+    BETWEEN_CUTS,
+    NAMES,
+    Rows,
+    assert_close,
+    objective_of,
+    tiny,
+)
+
+from redi import distributed
+from redi.batches import SequenceLogps, Task, read, with_reference
+from redi.distributed import Place, Placing, place_model, whole
+
+CASES = [
+    (name, tied, dtype, rows)
+    for name in NAMES
+    for tied in (True, False)
+    for dtype in BETWEEN_CUTS
+    for rows in (7, 1)
+]
+
+
+def torchrun(program: list[str], ranks: int, node_size: int, **environment: str) -> list:
+    """Start a program once a rank, as torchrun does: the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        settings = {
+            "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % node_size,
+            "LOCAL_WORLD_SIZE": node_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "OMP_NUM_THREADS": 1, "PYTHONPATH": os.pathsep.join(sys.path), **environment,
+        }  # fmt: skip
+        env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, *program], env=env, **pipes))
+    return processes
+
+
+# ---------------------------------------------------------------- what a rank does
+
+
+def one_step(name: str, tied: bool, dtype: torch.dtype, rows: int, place: Place, pack_tokens: int):
+    """Loss, summary and whole gradients of a step over all rows, dealt to the ranks."""
+    reference = tiny(tied, dtype, seed=9)
+    model = tiny(tied, dtype)
+    for each in (reference, model):
+        place_model(each, place, Placing(dtype, checkpointed=1))
+    task = Task(Rows.draw(name != "sft", rows), objective_of(name), place, pack_tokens)
+    task = with_reference(reference, task)
+    step = task.everything()
+    totals, parts, loss = task.totals(step), [], torch.zeros((), dtype=torch.float64)
+    packs = len(step[place.rank])
+    for number, batch in enumerate(task.batches(step, totals), start=1):
+        distributed.sync_gradients(model, now=number == packs)
+        share, logps = task.loss(model, batch, totals)
+        share.backward()
+        loss += share.detach()
+        parts.append(SequenceLogps.of(batch, logps, paired=name != "sft"))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    reading = read(task, step, parts, [loss], alike=[whole(norm)])
+    grads = {name: whole(p.grad) for name, p in model.named_parameters()}
+    return reading.added[0], reading.alike[0], reading.summary(), grads, packs
+
+
+def main(out: str) -> None:
+    place = distributed.start(timeout_minutes=2)
+    results = {}
+    for case in CASES:
+        for pack_tokens in (1000, 30):
+            results[case, pack_tokens] = one_step(*case, place, pack_tokens)
+    if place.rank == 0:
+        torch.save(results, out)
+    torch.distributed.barrier()
+
+
+# ---------------------------------------------------------------- what is asked of them
+
+
+@pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["2 ranks", "2 nodes of 2"])
+def results(request, tmp_path_factory):
+    ranks, node_size = request.param
+    out = tmp_path_factory.mktemp("ranks") / "results.pt"
+    processes = torchrun([__file__, str(out)], ranks, node_size)
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return torch.load(out, weights_only=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ranks_together_give_the_loss_and_gradients_of_one_alone(results, case):
+    loss, norm, summary, gradients, _ = one_step(*case, Place(0, 1, torch.device("cpu")), 1000)
+    within = BETWEEN_CUTS[case[2]]
+    for pack_tokens in (1000, 30):
+        together = results[case, pack_tokens]
+        assert_close(together[3], together[0], (loss, gradients), within)
+        assert together[1] == pytest.approx(norm, rel=within)
+        # The margin is a small difference of two log-probs: as exact as those.
+        assert together[2] == pytest.approx(summary, rel=within, abs=5 * within)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
