@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,11 @@ def write(name: str, results: dict[str, dict[str, Any]]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
+    found = {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
+    torch = sys.modules.get("torch")  # a bench that uses a GPU has imported it
+    if torch is not None and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def _cpu_model() -> str:
