@@ -1,8 +1,7 @@
 """The Hugging Face model folder, in and out.
 
-In: config.json (both forms in use), safetensors in one file or in shards, tokenizer, generation
-config. Every tensor must be there with the right shape and none may be left over. Weights become
-fp32: they are what the optimizer updates, and an update at lr 1e-6 is lost in bf16.
+In: config.json (both forms in use), weights (weights.py), tokenizer, generation config. Weights
+become fp32: they are what the optimizer updates, and an update at lr 1e-6 is lost in bf16.
 
 Out: the same folder again, in the source's dtype, with what training changed: the weights, the
 rotary base and the context if asked, and the stop tokens. A model trained on chat turns must stop
@@ -10,33 +9,32 @@ at the template's end token; that one decision goes into generation_config.json,
 tokenizer_config.json together. Files are written aside and renamed, config.json last, so a folder
 that was not finished does not load.
 
-Left out: .bin and .pt files (pickles run code), quantised weights, remote code.
+    python -m redi.checkpoint export OUT/checkpoints/step-000200 --out DIR
+
+makes such a folder of a checkpoint that training saved on its way (resume.py).
+Left out: remote code.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redi.config import UserError
+from redi.config import UserError, parse, program
 from redi.data.tokenizer import ChatTokenizer
-from redi.distributed import first_row, local, whole
+from redi.distributed import DTYPES, whole
 from redi.hub import TOKENIZER_FILES, model_folder
 from redi.model import ModelConfig, Transformer, read_rope_theta
+from redi.weights import INDEX, WEIGHTS, check_weights, fill, read_json
 
-HEAD = "lm_head.weight"
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 KEEP = "keep"  # for the overrides: as the checkpoint has it
 
@@ -63,7 +61,7 @@ def load_model(
     """Read a model: (the transformer in fp32 on the CPU, its source). See `open_model`, `fill`."""
     model, source = open_model(folder_or_hub_id, rope_theta, max_position_embeddings, made_by)
     model.to_empty(device="cpu")
-    fill(model, source)
+    fill(model, source.folder)
     return model, source
 
 
@@ -82,14 +80,14 @@ def open_model(
     """
     folder = model_folder(str(folder_or_hub_id), made_by=made_by)
     path = folder / "config.json"
-    config_json = _read_json(path)
+    config_json = read_json(path)
     _override(config_json, rope_theta, max_position_embeddings, str(path))
     config = ModelConfig.from_json(config_json, str(path))
     with torch.device("meta"):
         model = Transformer(config)
-    dtype = _check_weights(model, folder)
+    dtype = check_weights(model, folder)
     generation_path = folder / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    generation = read_json(generation_path) if generation_path.is_file() else {}
     chat = ChatTokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
     if chat is not None:
         largest = max(chat.tokenizer.get_vocab(with_added_tokens=True).values())
@@ -101,46 +99,6 @@ def open_model(
     stop_ids = _stop_ids(config_json, generation, chat)
     name = str(folder_or_hub_id)
     return model, Source(name, folder, config_json, generation, dtype, chat, stop_ids)
-
-
-@torch.no_grad()
-def fill(model: Transformer, source: Source) -> None:
-    """Give `model`, which has memory, its numbers: of a sharded one every rank reads its own rows.
-
-    Raises UserError if a file is broken, or if a tied model's folder has another output weight.
-    """
-    parameters = dict(model.named_parameters())
-    for path in _weight_files(source.folder):
-        with _opened(path) as tensors:
-            for name in parameters.keys() & tensors.keys():
-                mine, start = local(parameters[name]), first_row(parameters[name])
-                mine.copy_(tensors.get_slice(name)[start : start + len(mine)])
-    for path in _weight_files(source.folder):  # now that the embedding is there to compare with
-        with _opened(path) as tensors:
-            if model.config.tied and HEAD in tensors.keys():  # noqa: SIM118 (not a dict)
-                mine, start = local(model.output_weight), first_row(model.output_weight)
-                stored = tensors.get_slice(HEAD)
-                same_shape = stored.get_shape() == list(model.output_weight.shape)
-                if not same_shape or not torch.equal(
-                    stored[start : start + len(mine)].to(mine), mine
-                ):
-                    raise UserError(
-                        f"{source.folder}: config.json ties the output weight to the embedding, "
-                        f"but {HEAD} is stored and differs; set tie_word_embeddings to false if it "
-                        "is meant"
-                    )
-
-
-def fingerprint(source: Source) -> str:
-    """A hash of a folder's weights by their first and last MiB: other weights have another one."""
-    digest = hashlib.sha256()
-    for path in _weight_files(source.folder):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {size}".encode() + file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
 
 
 def save_model(
@@ -181,18 +139,6 @@ def save_model(
 # ---------------------------------------------------------------- in
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
-
-
 def _override(
     config: dict[str, Any], theta: float | str, max_positions: int | str, where: str
 ) -> None:
@@ -210,65 +156,6 @@ def _set_rope_theta(config: dict[str, Any], theta: float) -> None:
     config["rope_theta"] = theta
     rope = config.get("rope_parameters") or {}
     config["rope_parameters"] = {**rope, "rope_theta": theta, "rope_type": "default"}
-
-
-def _check_weights(model: Transformer, folder: Path) -> torch.dtype:
-    """Whether the files' headers fit the meta-device `model`; returns their dtype."""
-    missing = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    unexpected, dtypes = [], set()
-    for path in _weight_files(folder):
-        with _opened(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                header = tensors.get_slice(name)
-                shape, dtype = header.get_shape(), header.get_dtype()
-                if name == HEAD and model.config.tied:
-                    continue  # `fill` compares it with the embedding
-                if name not in missing:
-                    unexpected.append(name)
-                    continue
-                wanted = missing.pop(name)
-                if shape != wanted:
-                    raise UserError(
-                        f"{path}: {name} has shape {shape}; config.json asks for {wanted}"
-                    )
-                if dtype not in STORED:
-                    raise UserError(f"{path}: {name} is {dtype}; expected floating point")
-                dtypes.add(STORED[dtype])
-    if missing or unexpected:
-        raise UserError(
-            f"{folder}: weights do not fit config.json; "
-            f"missing: {', '.join(missing) or 'none'}; "
-            f"unexpected: {', '.join(unexpected) or 'none'}"
-        )
-    dtype = dtypes.pop()
-    for other in dtypes:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; what is wrong with it becomes a UserError."""
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{folder / INDEX}: the field 'weight_map' is missing")
-        shards = sorted(set(weight_map.values()))
-        for shard in shards:
-            if not (folder / shard).is_file():
-                raise UserError(f"{folder / shard}: no such file, though {INDEX} lists it")
-        return [folder / shard for shard in shards]
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder / WEIGHTS}: no such file (nor {INDEX})")
-    return [folder / WEIGHTS]
 
 
 def _stop_ids(
@@ -331,7 +218,7 @@ def _write_settings(config: ModelConfig, folder: Path, source: Source, dtype: to
     # Where the older special_tokens_map.json is there, transformers may prefer what it says.
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if source.chat is not None and (folder / file).is_file():
-            tokens = _read_json(folder / file)
+            tokens = read_json(folder / file)
             tokens["eos_token"] = source.chat.token(source.chat.stop_id)
             _write_json(folder / file, tokens)
     _write_json(folder / "generation_config.json", generation)
@@ -353,3 +240,41 @@ def _publish(aside: Path, folder: Path) -> None:
         old.unlink(missing_ok=True)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
+
+
+# ---------------------------------------------------------------- a checkpoint as a folder
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    action: Annotated[Literal["export"], "make a model folder of a checkpoint"]
+    checkpoint: Annotated[str, "RUN/checkpoints/step-NNNNNN"]
+    out: Annotated[str, "folder for the model"] = "out/exported"
+
+
+@program
+def main() -> None:
+    from redi.resume import load_weights  # above this file: only the command needs it
+
+    asked = parse(ExportConfig, "Make a Hugging Face folder of a checkpoint of a run.")
+    folder, out = Path(asked.checkpoint), Path(asked.out)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected RUN/checkpoints/step-NNNNNN")
+    recorded = folder.parent.parent / "config.toml"
+    try:
+        run = tomllib.loads(recorded.read_text(encoding="utf-8"))
+        settings = [run[name] for name in ("model", "rope_theta", "max_position_embeddings")]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{recorded}: not the settings of a run ({error})") from None
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out}: is not empty; choose another folder")
+    model, source = open_model(*settings)
+    model.to_empty(device="cpu")
+    load_weights(folder, model)
+    save_dtype = run.get("save_dtype", "source")
+    save_model(model, out, source, None if save_dtype == "source" else DTYPES[save_dtype])
+    print(f"saved {out}: a Hugging Face folder, {folder.name} of {recorded.parent}")
+
+
+if __name__ == "__main__":
+    main()

@@ -132,7 +132,7 @@ class Checkpoints:
         Raises UserError if its run was given other data or another tokenizer.
         """
         for step in self.steps():
-            problem = self._damage(self.at(step))
+            problem = damage(self.at(step), self.place.rank, self.place.world_size)
             if self._all_well(not problem):
                 self._refuse_changes(self.at(step))
                 return step
@@ -142,28 +142,9 @@ class Checkpoints:
 
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the checkpoint of `step` into model and optimizer."""
-        import torch.distributed.checkpoint as dcp
-
-        tensors = tensors_of(model, optimizer)
-        reader = dcp.FileSystemReader(self.at(step))
-        with _quiet():
-            dcp.load(tensors, storage_reader=reader, no_dist=self.place.world_size == 1)
+        _read(self.at(step), tensors_of(model, optimizer), self.place.world_size)
         for state in optimizer.state.values():
             state["step"].fill_(float(step))
-
-    def _damage(self, folder: Path) -> str:
-        """What is wrong with this rank's share of a checkpoint's files, or nothing."""
-        try:
-            state = json.loads((folder / STATE).read_text())
-            hashes: dict[str, str] = {}
-            for rank in range(state["ranks"]):
-                hashes |= json.loads((folder / f"hashes-{rank}.json").read_text())
-            for name in sorted(hashes)[self.place.rank :: self.place.world_size]:
-                if hash_files([folder / name]) != hashes[name]:
-                    return f"{name} is not what was written"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return one_line(str(error))
-        return ""
 
     def _refuse_changes(self, folder: Path) -> None:
         facts = json.loads((folder / STATE).read_text())["facts"]
@@ -193,6 +174,35 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         tensors[f"model.{name}"] = parameter.detach()
         tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
     return tensors
+
+
+def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
+    """What is wrong with this rank's share of a checkpoint's files, or nothing."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        hashes: dict[str, str] = {}
+        for writer in range(state["ranks"]):
+            hashes |= json.loads((folder / f"hashes-{writer}.json").read_text())
+        for name in sorted(hashes)[rank::world_size]:
+            if hash_files([folder / name]) != hashes[name]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return one_line(str(error))
+    return ""
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into an unsharded model. Raises UserError if it is damaged."""
+    if problem := damage(folder):
+        raise UserError(f"{folder}: not a whole checkpoint ({problem})")
+    _read(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()}, 1)
+
+
+def _read(folder: Path, tensors: dict[str, Tensor], world_size: int) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    with _quiet():
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=world_size == 1)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 
 from redi import __version__, distributed
 from redi.batches import Task
-from redi.checkpoint import Source, fill, fingerprint, open_model, save_model
+from redi.checkpoint import Source, open_model, save_model
 from redi.config import UserError, to_toml
 from redi.data.dataset import Dataset, Limits, describe, load_store, select
 from redi.distributed import DTYPES, Placing, node_leader_first
@@ -22,6 +22,7 @@ from redi.objectives import Objective
 from redi.resume import Checkpoints
 from redi.runlog import NoLog, RunLog, is_finished, read_metrics
 from redi.train import TrainConfig, num_steps, train
+from redi.weights import fill, fingerprint
 
 
 def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: str | None) -> None:
@@ -77,7 +78,7 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
             checkpoints.clear()
     how = Placing(dtype, checkpointed, config.compile, config.reshard_after_forward)
     distributed.place_model(model, place, how)
-    fill(model, source)
+    fill(model, source.folder)
     if begin:
         print(f"{config.out}: goes on after step {begin}")
     train(model, task, config, log, checkpoints, eval_task, history)
@@ -141,7 +142,7 @@ def facts_of(source: Source, dataset: Dataset) -> dict[str, str]:
         "redi": __version__,
         "torch": torch.__version__,
         "parent": source.name,
-        "parent's weights": fingerprint(source),
+        "parent's weights": fingerprint(source.folder),
         "tokenizer": source.chat.fingerprint,
         "data sha256": dataset.store.data_hash,
         "rows": str(len(dataset)),

@@ -16,8 +16,10 @@ from redi.checkpoint import load_model, save_model
 from redi.config import UserError
 from redi.data.tokenizer import chatml
 from redi.distributed import Place, Placing, place_model
+from redi.model import read_rope_theta
 from redi.objectives import SFT, Totals
 from redi.packing import Sequence, pack
+from redi.resume import Checkpoints
 
 PLACE = Place(0, 1, torch.device("cpu"))
 
@@ -552,3 +554,66 @@ def test_a_step_of_1e_6_moves_the_master_weights_and_they_are_what_is_saved(shar
         moved = after[name] - before[name]
         assert moved.abs().max() > 0, name
         assert moved.abs().max() < 1.5e-6, name  # AdamW's first step is the learning rate
+
+
+# ---------------------------------------------------------------- a checkpoint made a folder
+
+
+def saved_run(folder: Path, save_dtype: str = "source") -> Path:
+    """A run's folder with one checkpoint, whose weights are the model's times two."""
+    model, _ = load_model(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 2
+    run = folder.parent / "run"
+    run.mkdir()
+    settings = {"model": str(folder), "rope_theta": 5e5, "max_position_embeddings": "keep"}
+    lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+    (run / "config.toml").write_text("".join(lines) + f'save_dtype = "{save_dtype}"\n')
+    checkpoints = Checkpoints(run, PLACE, {}, keep=1)
+    assert checkpoints.save(7, model, torch.optim.AdamW(model.parameters()))
+    return run
+
+
+def export(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["redi.checkpoint", "export", *map(str, arguments)])
+    try:
+        checkpoint.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_a_checkpoint_exported_is_a_model_folder_with_its_weights(folder, tmp_path, monkeypatch):
+    run = saved_run(folder)
+    assert export(monkeypatch, run / "checkpoints/step-000007", "--out", tmp_path / "out") == 0
+    before = stored(folder)
+    for name, tensor in stored(tmp_path / "out").items():
+        assert torch.equal(tensor, 2 * before[name])
+    assert read_rope_theta(json.loads((tmp_path / "out" / "config.json").read_text()), "") == 5e5
+    assert logits(tmp_path / "out").isfinite().all()
+
+
+def test_an_export_has_the_dtype_the_run_would_have_saved(folder, tmp_path, monkeypatch):
+    run = saved_run(folder, "bfloat16")
+    assert export(monkeypatch, run / "checkpoints/step-000007", "--out", tmp_path / "out") == 0
+    assert load_model(tmp_path / "out")[1].dtype == torch.bfloat16
+
+
+def test_what_cannot_be_exported_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    run = saved_run(folder)
+    step = run / "checkpoints/step-000007"
+    assert export(monkeypatch, tmp_path / "nowhere", "--out", tmp_path / "out") == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert export(monkeypatch, step, "--out", folder) == 2
+    assert "is not empty" in capsys.readouterr().err
+    file = step / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert export(monkeypatch, step, "--out", tmp_path / "out") == 2
+    assert "__0_0.distcp is not what was written" in capsys.readouterr().err
+    (run / "config.toml").unlink()
+    assert export(monkeypatch, step, "--out", tmp_path / "out") == 2
+    assert "config.toml" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
