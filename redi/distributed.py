@@ -192,6 +192,26 @@ def add_over_ranks(tensor: Tensor, place: Place) -> None:
 
 
 @contextmanager
+def others_may_be_gone(place: Place, timeout_minutes: float) -> Iterator[None]:
+    """What a rank sees when another one died or stalls, in a sentence: UserError."""
+    if place.world_size == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        why = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        raise UserError(
+            f"rank {place.rank} lost another process, which died or did not answer within "
+            f"--timeout {timeout_minutes:g} minutes: {why}"
+        ) from None
+
+
+@contextmanager
 def node_leader_first(place: Place) -> Iterator[None]:
     """The body runs on the first rank of every node, then on the others: what one of them makes on
     disk, the others find. Where it fails, the others end with it."""

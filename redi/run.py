@@ -15,7 +15,7 @@ from redi.batches import Task
 from redi.checkpoint import Source, open_model, save_model
 from redi.config import UserError, to_toml
 from redi.data.dataset import Dataset, Limits, describe, load_store, select
-from redi.distributed import DTYPES, Placing, node_leader_first
+from redi.distributed import DTYPES, Place, Placing, node_leader_first, others_may_be_gone
 from redi.hub import dataset_files, is_hub_id
 from redi.memory import blocks_to_checkpoint
 from redi.objectives import Objective
@@ -33,6 +33,17 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
     written to --out; config.Stopped if it was asked to stop.
     """
     place = distributed.start(config.timeout)
+    with others_may_be_gone(place, config.timeout):
+        _run(config, objective, paired, model_made_by, place)
+
+
+def _run(
+    config: TrainConfig,
+    objective: Objective,
+    paired: bool,
+    model_made_by: str | None,
+    place: Place,
+) -> None:
     finished = not config.dry_run and is_finished(config.out, config)
 
     # ---- model and data; of the model only the sizes
