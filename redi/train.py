@@ -197,7 +197,8 @@ def train(
                     (s for s in checkpoints.steps() if s <= number - config.collapse_steps),
                     default=0,
                 )
-                print(f"warning: step {number}: {warning}", file=sys.stderr)
+                if shown:
+                    print(f"warning: step {number}: {warning}", file=sys.stderr)
                 stop = stop or config.collapse_stop
             if number == total:
                 return
@@ -229,9 +230,9 @@ def _train_step(
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step: its record for the log, and whether any rank was asked to stop."""
     began = time.perf_counter()
-    device, config, paired = task.place.device, model.config, task.dataset.store.paired
+    device, paired = task.place.device, task.dataset.store.paired
     loss, parts = torch.zeros((), device=device, dtype=torch.float64), []
-    totals, num_tokens, flops = task.totals(step), 0, 0.0
+    totals, lengths = task.totals(step), task.dataset.lengths.reshape(-1)[task.ids(step)]
 
     # ---- forward and backward, pack by pack: gradients add up in .grad
     packs = len(step[task.place.rank])
@@ -241,14 +242,11 @@ def _train_step(
         share.backward()
         loss += share.detach()
         parts.append(SequenceLogps.of(batch, logps, paired))
-        num_tokens += len(batch.tokens)
-        flops += training_flops(config, batch.lengths, len(batch.targets))
     grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip))
 
     # ---- the one place in a step where the host waits for the device, and for the other ranks
-    add = [loss, float(num_tokens), flops, float(signals.wanted)]
-    reading = read(task, step, parts, add, alike=[grad_norm])
-    [loss, num_tokens, flops, stop], [grad_norm] = reading.added, reading.alike
+    reading = read(task, step, parts, [loss, float(signals.wanted)], alike=[grad_norm])
+    [loss, stop], [grad_norm] = reading.added, reading.alike
     if not math.isfinite(loss + grad_norm):
         raise _NotFinite(loss, grad_norm, reading.means)
 
@@ -258,8 +256,9 @@ def _train_step(
 
     seconds, lr = time.perf_counter() - began, optimizer.param_groups[0]["lr"]
     record = {"loss": loss, **reading.summary(), "lr": lr, "grad_norm": grad_norm}
-    record["tokens"] = int(num_tokens)
+    record["tokens"] = int(lengths.sum())
     if peak := peak_flops(device):
+        flops = training_flops(model.config, lengths.tolist(), totals.num_tokens)
         record["mfu"] = flops / seconds / peak / task.place.world_size
     return record | {"memory_gib": peak_memory_gib(device), "seconds": seconds}, stop > 0
 
