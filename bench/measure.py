@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-LIBRARIES = ("torch", "transformers", "trl", "liger-kernel", "math-verify")
+LIBRARIES = ("torch", "triton", "transformers", "trl", "liger-kernel", "math-verify")
 
 
 @dataclass(frozen=True)
