@@ -1,0 +1,326 @@
+r"""Whole training steps, ours over TRL's, in real tokens per second of CPU time (C8, C9, C10).
+
+    python -m bench.trainer            about ten minutes on one core
+
+A tiny Qwen2 (4 layers, 4 query and 2 kv heads, 8192 words, tied, fp32; hidden 256, then 512, with
+an FFN of four times that) and rows of 138 tokens in the median and 1024 at most (bench/inputs.py):
+both sides load the same folder, and render and tokenise the same file.
+
+    C8    our SFT over TRL SFT with packing=True: packs of 1024 tokens on either side, one a
+          micro-batch
+    C9    our SFT over TRL SFT without packing: batches of 8 rows, padded
+    C10   our REDI over TRL DPO: batches of 8 pairs, padded; its reference log-probs are
+          precomputed, outside the clock
+    C8_no_checkpointing    C8, but TRL keeps its activations
+    C9_batch1, C10_batch1  over TRL with one row, or one pair, a batch, and without checkpointing:
+          no padding, or the least, which on a CPU is TRL's fastest. Hidden 256 only
+
+Both sides come with their defaults. TRL's (1.16), of SFT and DPO alike: gradient_checkpointing=True
+(transformers' own is False), batches of 8, a head that never makes all logits, all its metrics;
+packing by best fit. Ours: as much checkpointing as the memory asks for, which here is none. Changed
+on TRL's side: fp32, as ours on a CPU, in place of bf16; with packing a pack at a time instead of 8;
+the reference ahead of the steps; a log line every step; no checkpoint files. Changed on ours: packs
+of 1024 tokens, TRL's longest row. Set on both sides: the learning rate, which falls to 0, AdamW's
+decay, clipping, and DPO's beta. An epoch of the data is one optimizer step, however it is cut, so
+every trainer takes the same steps from the same weights.
+
+What makes a ratio count, in the same run: all trainers of the same rows count the same tokens; our
+SFT and TRL's have the same losses at every step, and so have our DPO and TRL's; REDI's first
+log-probs are our DPO's.
+
+Every trainer is a process of its own with one thread. They take turns, an optimizer step each. The
+clock runs from the end of one step's logging to the end of the next one's: data, forward,
+backward, clipping, update, logging. Loading, set-up and the first step are outside. Real tokens:
+those of the rows, no padding.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from bench.inputs import LONGEST, write_inputs
+from bench.measure import CPUSeconds, cpu_now, result, write
+
+ROUNDS = {256: 5, 512: 5}  # hidden -> steps after the first, which is not timed
+STEPS = 1 + max(ROUNDS.values())  # of the learning rate's fall
+LR = {"sft": 1e-3, "redi": 1e-5, "dpo": 1e-5}  # DPO's loss should not be 0 after a step
+WEIGHT_DECAY, CLIP, BETA = 1e-4, 1.0, 0.1
+
+
+# ---------------------------------------------------------------- turns
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a trainer reports of an optimizer step."""
+
+    loss: float
+    tokens: int  # real ones, as the trainer itself counts them
+    chosen_logp: float  # mean log-prob per token of the chosen responses; ours only
+    seconds: CPUSeconds
+
+
+class Turns:
+    """A trainer's end of the pipe: report a step, then wait to be let go on, or end."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe, self.began = pipe, cpu_now()
+
+    def take(self, loss: float, tokens: int, chosen_logp: float = 0.0) -> None:
+        self.pipe.send(Step(loss, tokens, chosen_logp, cpu_now().since(self.began)))
+        if not self.pipe.recv():
+            sys.exit()
+        self.began = cpu_now()
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A trainer to measure: `run` calls `turns.take` after every optimizer step."""
+
+    run: Callable[["Trainer", Path, Turns], None]
+    objective: str
+    longest: int = LONGEST  # tokens of a row, and of a pack
+    batch: int = 8  # TRL's, as the next two
+    packing: bool = False
+    checkpointing: bool = True
+
+    @property
+    def data(self) -> str:
+        return "rows.jsonl" if self.objective == "sft" else "pairs.jsonl"
+
+
+class Process:
+    """A trainer in a process of its own."""
+
+    def __init__(self, trainer: Trainer, folder: Path, name: str):
+        context = multiprocessing.get_context("spawn")
+        self.name, self.log = name, folder / f"{name}.log"
+        self.log.touch()
+        self.pipe, other_end = context.Pipe()
+        arguments = (trainer, folder, other_end, self.log)
+        self.process = context.Process(target=in_process, args=arguments, daemon=True)
+        self.process.start()
+        other_end.close()
+
+    def step(self, first: bool) -> Step:
+        if not first:
+            self.pipe.send(True)
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{self.name}:\n{self.log.read_text()[-4000:]}") from None
+
+    def end(self) -> None:
+        self.pipe.send(False)
+        self.process.join()
+
+
+def in_process(trainer: Trainer, folder: Path, pipe: Connection, log: Path) -> None:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    trainer.run(trainer, folder, Turns(pipe))
+
+
+@contextmanager
+def running(folder: Path, trainers: dict[str, Trainer]) -> Iterator[dict[str, Process]]:
+    processes = {name: Process(trainer, folder, name) for name, trainer in trainers.items()}
+    try:
+        yield processes
+        for process in processes.values():
+            process.end()
+    finally:
+        for process in processes.values():
+            process.process.kill()
+
+
+def take_turns(folder: Path, trainers: dict[str, Trainer], steps: int) -> dict[str, list[Step]]:
+    """The steps of every trainer, on the inputs in `folder`; the order turns round each time."""
+    taken: dict[str, list[Step]] = {name: [] for name in trainers}
+    order = list(trainers)
+    with running(folder, trainers) as processes:
+        for number in range(steps):
+            for name in order:
+                taken[name].append(processes[name].step(first=number == 0))
+            order.reverse()
+    return taken
+
+
+# ---------------------------------------------------------------- ours and TRL's
+
+
+def ours(trainer: Trainer, folder: Path, turns: Turns) -> None:
+    import train_redi
+    import train_sft
+    from redi import runlog
+
+    def track(kind: str, step: int, values: dict) -> None:
+        turns.take(values["loss"], values["tokens"], values["chosen_logp"])
+
+    runlog.TRACKERS["none"] = lambda run, settings: track  # where nobody listens, we do
+    program = train_sft if trainer.objective == "sft" else train_redi
+    settings = {
+        "model": folder / "model",
+        "data": folder / trainer.data,
+        "out": folder / f"out-{trainer.objective}",
+        "cache": folder / "cache",
+        "lr": LR[trainer.objective],
+        "rows-per-step": len(read_rows(folder / trainer.data)),
+        "epochs": STEPS + 1,  # step 1 at the peak; the one at 0 is not reached
+        "pack-tokens": trainer.longest,
+        "max-length": trainer.longest,
+        "weight-decay": WEIGHT_DECAY,
+        "clip": CLIP,
+        "rope-theta": "keep",
+        "max-position-embeddings": "keep",
+    }
+    if program is train_redi:
+        settings |= {"objective": trainer.objective}
+    if trainer.objective == "dpo":
+        settings |= {"beta": BETA}
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    sys.argv = [program.__name__, *flags]
+    program.main()
+
+
+def trl(trainer: Trainer, folder: Path, turns: Turns) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    class TakeTurns(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **others):
+            if "loss" in logs:  # the last log is a summary
+                turns.take(logs["loss"], int(logs["num_tokens"]) // state.global_step)
+
+    rows = read_rows(folder / trainer.data)
+    settings = {
+        "output_dir": str(folder / "out-trl"),
+        "per_device_train_batch_size": trainer.batch,
+        # Whatever is left at the end of an epoch makes a step: packs are fewer than rows.
+        "gradient_accumulation_steps": -(-len(rows) // trainer.batch),
+        "max_steps": STEPS,
+        "learning_rate": LR[trainer.objective],
+        "weight_decay": WEIGHT_DECAY,
+        "max_grad_norm": CLIP,
+        "max_length": trainer.longest,
+        "gradient_checkpointing": trainer.checkpointing,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+    if trainer.objective == "sft":
+        make, config = SFTTrainer, SFTConfig(**settings, packing=trainer.packing)
+    else:
+        make, config = DPOTrainer, DPOConfig(**settings, beta=BETA, precompute_ref_log_probs=True)
+    make(
+        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "model"),
+        callbacks=[TakeTurns()],
+    ).train()
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
+TRL_PACKING = Trainer(trl, "sft", batch=1, packing=True)
+TRL_SFT = Trainer(trl, "sft")
+TRL_DPO = Trainer(trl, "dpo")
+TRAINERS = {
+    "our SFT": Trainer(ours, "sft"),
+    "TRL SFT, packing": TRL_PACKING,
+    "TRL SFT, packing, no checkpointing": replace(TRL_PACKING, checkpointing=False),
+    "TRL SFT": TRL_SFT,
+    "TRL SFT, batch 1": replace(TRL_SFT, batch=1, checkpointing=False),
+    "our REDI": Trainer(ours, "redi"),
+    "our DPO": Trainer(ours, "dpo"),
+    "TRL DPO": TRL_DPO,
+    "TRL DPO, batch 1": replace(TRL_DPO, batch=1, checkpointing=False),
+}
+MEASURES = {  # ours, the peer, the goal
+    "C8": ("our SFT", "TRL SFT, packing", 2.0),
+    "C8_no_checkpointing": ("our SFT", "TRL SFT, packing, no checkpointing", None),
+    "C9": ("our SFT", "TRL SFT", 8.0),
+    "C9_batch1": ("our SFT", "TRL SFT, batch 1", None),
+    "C10": ("our REDI", "TRL DPO", 6.0),
+    "C10_batch1": ("our REDI", "TRL DPO, batch 1", None),
+}
+
+
+# ---------------------------------------------------------------- measures
+
+
+def compare(trainers: dict[str, Trainer], taken: dict[str, list[Step]]) -> None:
+    """Raises AssertionError unless trainers of the same rows count the same tokens, those of the
+    same objective have the same losses, and REDI and our DPO begin with the same log-probs."""
+    first_of: dict[str, str] = {}  # what should be alike -> the first trainer it was seen with
+    for name, trainer in trainers.items():
+        rows, same = (first_of.setdefault(key, name) for key in (trainer.data, trainer.objective))
+        for number, (a, b) in enumerate(zip(taken[name], taken[rows], strict=True), start=1):
+            assert a.tokens == b.tokens, f"step {number}: {name} {a.tokens}, {rows} {b.tokens}"
+        for number, (a, b) in enumerate(zip(taken[name], taken[same], strict=True), start=1):
+            error = abs(a.loss - b.loss) / abs(b.loss)
+            assert error < 1e-4, f"step {number}: {name} {a.loss}, {same} {b.loss}"
+    if {"our REDI", "our DPO"} <= taken.keys():
+        a, b = (taken[name][0].chosen_logp for name in ("our REDI", "our DPO"))
+        assert abs(a - b) < 1e-5 * abs(b), f"first log-probs: our REDI {a}, our DPO {b}"
+
+
+def table(hidden: int, taken: dict[str, list[Step]]) -> None:
+    print(
+        f"\nhidden {hidden:<28}{'tokens':>8}{'tok/s':>8}{'user s':>9}{'system s':>10}"
+        f"{'losses of steps 1, 2, last':>36}"
+    )
+    for name, steps in taken.items():
+        tokens, seconds = steps[0].tokens, [step.seconds for step in steps[1:]]
+        speed = statistics.median(tokens / s.total for s in seconds)
+        user = statistics.median(s.user for s in seconds)
+        system = statistics.median(s.system for s in seconds)
+        shown = "".join(f"{steps[number].loss:>12.6f}" for number in (0, 1, -1))
+        print(f"{name:<35}{tokens:>8,}{speed:>8.0f}{user:>9.2f}{system:>10.2f}{shown}")
+
+
+def main() -> None:
+    results = {}
+    for hidden, rounds in ROUNDS.items():
+        base = hidden == min(ROUNDS)
+        trainers = {n: t for n, t in TRAINERS.items() if base or "batch 1" not in n}
+        with tempfile.TemporaryDirectory() as folder:
+            write_inputs(Path(folder), hidden)
+            taken = take_turns(Path(folder), trainers, 1 + rounds)
+        table(hidden, taken)
+        compare(trainers, taken)
+        for name, (mine, peer, goal) in MEASURES.items():
+            if peer in taken:
+                both = zip(taken[mine][1:], taken[peer][1:])
+                ratios = [theirs.seconds.total / own.seconds.total for own, theirs in both]
+                key = name if base else f"{name}_{hidden}"
+                results[key] = result(ratios, goal if base else None, peer)
+    print(f"\n{'':<26}{'median':>8}{'min':>8}{'max':>8}{'goal':>7}   over")
+    for name, entry in results.items():
+        goal = f"{entry['goal']:.0f}" if entry["goal"] else "-"
+        numbers = "".join(f"{entry[key]:>8.2f}" for key in ("median", "min", "max"))
+        print(f"{name:<26}{numbers}{goal:>7}   {entry['peer']}")
+    write("trainer", results)
+
+
+if __name__ == "__main__":
+    main()
