@@ -92,7 +92,7 @@ def _run(
     fill(model, source.folder)
     if begin:
         print(f"{config.out}: goes on after step {begin}")
-    train(model, task, config, log, checkpoints, eval_task, history)
+    train(model, task, config, log, checkpoints, eval_task, begin, history)
     try:
         save_model(model, config.out, source, save_dtype(config, source), model_card(config, facts))
     except KeyboardInterrupt:

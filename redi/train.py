@@ -157,10 +157,11 @@ def train(
     log: RunLog | NoLog,
     checkpoints: Checkpoints,
     eval_task: Task | None = None,
+    begin: int = 0,
     history: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Train `model`, placed and filled already, in place. history: the records of the steps that
-    were done before, of a run that goes on from the checkpoint of the last of them.
+    """Train `model`, placed and filled already, in place. begin: the step whose checkpoint the run
+    goes on from; history: the records of the steps up to it.
 
     Raises Stopped after a step in which SIGTERM or Ctrl-C came, with a checkpoint saved, and
     UserError for a step whose loss or gradient is not finite.
@@ -169,7 +170,7 @@ def train(
     eval_task = with_reference(model, eval_task) if eval_task else None
     optimizer = make_optimizer(model, config)
     total, tokens, seconds = num_steps(task, config), 0, 0.0
-    guard, begin = CollapseGuard(config), len(history)
+    guard = CollapseGuard(config)
     if begin:
         checkpoints.load(begin, model, optimizer)
     for record in history:
