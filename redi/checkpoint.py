@@ -120,7 +120,8 @@ def save_model(
         return
     aside = folder / f".saving-{os.getpid()}"  # inside: a rename cannot leave the file system
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process of the same number
+        for left in folder.glob(".saving-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         _write_weights(tensors, aside)
         for name in TOKENIZER_FILES:

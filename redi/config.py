@@ -39,6 +39,10 @@ class UserError(Exception):
     """Something the user can mend: which file, row or flag; what was expected; what to do."""
 
 
+class RankError(UserError):
+    """One that a single process met, of those that torchrun started: it says so itself."""
+
+
 class Stopped(Exception):
     """The program was asked to stop and did so in good order; the same command goes on."""
 
@@ -64,7 +68,7 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as error:
-            if first:
+            if first or isinstance(error, RankError):
                 print(f"error: {one_line(str(error))}", file=sys.stderr)
             sys.exit(2)
         except Stopped as stopped:

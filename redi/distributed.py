@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from redi.config import UserError
+from redi.config import RankError, UserError
 from redi.model import Block, Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -193,7 +193,7 @@ def add_over_ranks(tensor: Tensor, place: Place) -> None:
 
 @contextmanager
 def others_may_be_gone(place: Place, timeout_minutes: float) -> Iterator[None]:
-    """What a rank sees when another one died or stalls, in a sentence: UserError."""
+    """What a rank sees when another one died or stalls, in a sentence: RankError."""
     if place.world_size == 1:
         yield
         return
@@ -205,7 +205,7 @@ def others_may_be_gone(place: Place, timeout_minutes: float) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         why = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-        raise UserError(
+        raise RankError(
             f"rank {place.rank} lost another process, which died or did not answer within "
             f"--timeout {timeout_minutes:g} minutes: {why}"
         ) from None

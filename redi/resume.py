@@ -16,6 +16,7 @@ the time (measured on the toy; at 2 GB/s the same holds for 1.5 B parameters on 
 
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -52,23 +53,32 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Of the checkpoints that are there, newest first."""
-        names = [path.name for path in self.folder.glob("step-*")]
-        return sorted((int(name.removeprefix("step-")) for name in names), reverse=True)
+        found = [re.fullmatch(r"step-(\d{6,})", path.name) for path in self.folder.glob("step-*")]
+        return sorted((int(name[1]) for name in found if name), reverse=True)
 
     def at(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
 
-    def clear(self) -> None:
-        """Remove what an earlier run left: this one begins at step 0."""
+    def forget_after(self, begin: int) -> None:
+        """Remove what lies beyond the step that the run goes on from: damaged checkpoints, those of
+        an earlier run, and halves of killed saves."""
         if self.place.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            beyond = [self.at(step) for step in self.steps() if step > begin]
+            for path in [*beyond, *self.folder.glob(".writing-*")]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def pin_before(self, step: int) -> None:
+        """Keep the newest checkpoint up to `step`, whatever its age."""
+        self.pinned = max((s for s in self.steps() if s <= step), default=0)
 
     # ------------------------------------------------------------ out
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Write the checkpoint of `step`; whether it succeeded. A failure is a warning."""
+        from torch.distributed.checkpoint import CheckpointException  # not an Exception
+
         aside = self.folder / f".writing-{step:06d}"
-        problem = ""
+        problem, told = "", True  # told: by this rank
         try:
             if self.place.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)  # a killed run's
@@ -78,22 +88,23 @@ class Checkpoints:
         if self._all_well(not problem):
             try:
                 self._write(aside, tensors_of(model, optimizer))
-            except Exception as error:  # torch wraps what went wrong on any rank
-                problem = problem or _cause(error)
-        if not self._all_well(not problem):
-            if problem:
-                kept = f"step {self.steps()[0]}" if self.steps() else "none"
-                print(
-                    f"warning: the checkpoint of step {step} could not be saved "
-                    f"({one_line(problem)}); the run goes on; newest checkpoint: {kept}",
-                    file=sys.stderr,
-                )
-            if self.place.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-            return False
-        if self.place.rank == 0:
+            except CheckpointException as error:  # the same on every rank
+                problem, told = _cause(error), self.place.rank == 0
+            except Exception as error:
+                problem = _cause(error)
+        if self._all_well(not problem) and self.place.rank == 0:
             problem = self._publish(aside, step)
-        return self._all_well(not problem)
+        if problem and told:
+            kept = f"step {self.steps()[0]}" if self.steps() else "none"
+            print(
+                f"warning: the checkpoint of step {step} could not be saved ({one_line(problem)}); "
+                f"the run goes on; newest checkpoint: {kept}",
+                file=sys.stderr,
+            )
+        saved = self._all_well(not problem)
+        if self.place.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # what failed; otherwise it is not there
+        return saved
 
     def _write(self, aside: Path, tensors: dict[str, Tensor]) -> None:
         import torch.distributed.checkpoint as dcp
@@ -117,7 +128,6 @@ class Checkpoints:
             os.replace(aside, self.at(step))
             _sync(self.folder)
         except OSError as error:
-            print(f"warning: the checkpoint of step {step}: {error}", file=sys.stderr)
             return str(error)
         for old in self.steps()[self.keep :]:
             if old != self.pinned:
@@ -126,12 +136,14 @@ class Checkpoints:
 
     # ------------------------------------------------------------ in
 
-    def newest_whole(self) -> int:
+    def newest_whole(self, recorded: int) -> int:
         """The step of the newest checkpoint that is not damaged, 0 if there is none.
 
+        recorded: steps whose records are there; a checkpoint of a later one is no use (the machine
+        lost power, and the disk had flushed one but not the other).
         Raises UserError if its run was given other data or another tokenizer.
         """
-        for step in self.steps():
+        for step in (step for step in self.steps() if step <= recorded):
             problem = damage(self.at(step), self.place.rank, self.place.world_size)
             if self._all_well(not problem):
                 self._refuse_changes(self.at(step))
@@ -181,6 +193,7 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
     try:
         state = json.loads((folder / STATE).read_text())
         hashes: dict[str, str] = {}
+        dict(state["facts"])
         for writer in range(state["ranks"]):
             hashes |= json.loads((folder / f"hashes-{writer}.json").read_text())
         for name in sorted(hashes)[rank::world_size]:
@@ -215,11 +228,10 @@ def _quiet() -> Iterator[None]:
 
 def _cause(error: BaseException) -> str:
     """The first thing that went wrong, out of torch's wrapping."""
-    failures = getattr(error, "failures", None)
-    if failures:
+    if failures := getattr(error, "failures", None):
         error = next(iter(failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while earlier := error.__cause__ or error.__context__:
+        error = earlier
     return one_line(str(error))[:300]
 
 

@@ -21,7 +21,7 @@ from redi.memory import blocks_to_checkpoint
 from redi.objectives import Objective
 from redi.resume import Checkpoints
 from redi.runlog import NoLog, RunLog, is_finished, read_metrics
-from redi.train import TrainConfig, num_steps, train
+from redi.train import StopSignals, TrainConfig, num_steps, train
 from redi.weights import fill, fingerprint
 
 
@@ -76,25 +76,22 @@ def _run(
 
     # ---- train and save
     checkpoints = Checkpoints(Path(config.out), place, compared(facts), config.keep)
-    begin = checkpoints.newest_whole() if config.resume == "auto" else 0
-    history = [
-        record
-        for record in read_metrics(Path(config.out))
-        if record["kind"] == "train" and record["step"] <= begin
-    ]
+    history = [r for r in read_metrics(Path(config.out)) if r["kind"] == "train"]
+    begin = checkpoints.newest_whole(len(history)) if config.resume == "auto" else 0
     log = NoLog()
     if place.rank == 0:
         log = RunLog(config.out, config, facts, config.tracker, begin)
-        if not begin:
-            checkpoints.clear()
+        checkpoints.forget_after(begin)
     how = Placing(dtype, checkpointed, config.compile, config.reshard_after_forward)
     distributed.place_model(model, place, how)
     fill(model, source.folder)
     if begin:
         print(f"{config.out}: goes on after step {begin}")
-    train(model, task, config, log, checkpoints, eval_task, begin, history)
+    train(model, task, config, log, checkpoints, eval_task, history[:begin])
     try:
-        save_model(model, config.out, source, save_dtype(config, source), model_card(config, facts))
+        with StopSignals():  # too late to stop in good order
+            card = model_card(config, facts)
+            save_model(model, config.out, source, save_dtype(config, source), card)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"while saving; {config.out} holds no whole model") from None
     log.finish()

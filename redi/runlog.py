@@ -23,7 +23,7 @@ from redi.data.files import make_folder, write_aside
 
 # Settings that do not change what a run computes.
 NOT_COMPARED = {
-    "dry_run", "tracker", "cache", "graders", "save_every", "keep", "resume", "timeout",
+    "out", "dry_run", "tracker", "cache", "graders", "save_every", "keep", "resume", "timeout",
     "checkpoint_blocks", "reshard_after_forward", "collapse_threshold", "collapse_steps",
     "collapse_stop",
 }  # fmt: skip
@@ -38,7 +38,9 @@ def is_finished(out: str, config: Any) -> bool:
     folder, settings = Path(out), tomllib.loads(to_toml(config))
     if folder.is_file():
         raise UserError(f"--out {out}: is a file; expected a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    # What a run writes first; one killed that early has left nothing else.
+    begun = ("metrics.jsonl", ".part")
+    if not folder.is_dir() or all(path.name.endswith(begun) for path in folder.iterdir()):
         return False
     recorded = folder / "config.toml"
     if not recorded.is_file():
@@ -92,6 +94,8 @@ class RunLog:
         self._track = TRACKERS[tracker](self.folder, to_toml(config))
         make_folder(self.folder)
         self._metrics = _open_alone(self.folder / "metrics.jsonl", begin)
+        for left in self.folder.glob("config.toml.*.part"):  # by a process that was killed
+            left.unlink()
         comments = "".join(f"# {key}: {one_line(value)}\n" for key, value in notes.items())
         with write_aside(self.folder / "config.toml") as file:
             file.write(comments + to_toml(config))

@@ -157,11 +157,10 @@ def train(
     log: RunLog | NoLog,
     checkpoints: Checkpoints,
     eval_task: Task | None = None,
-    begin: int = 0,
     history: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Train `model`, placed and filled already, in place. begin: the step whose checkpoint the run
-    goes on from; history: the records of the steps up to it.
+    """Train `model`, placed and filled already, in place. history: the records of the steps that
+    were done before, of a run that goes on from the checkpoint of the last of them.
 
     Raises Stopped after a step in which SIGTERM or Ctrl-C came, with a checkpoint saved, and
     UserError for a step whose loss or gradient is not finite.
@@ -170,11 +169,12 @@ def train(
     eval_task = with_reference(model, eval_task) if eval_task else None
     optimizer = make_optimizer(model, config)
     total, tokens, seconds = num_steps(task, config), 0, 0.0
-    guard = CollapseGuard(config)
+    guard, begin = CollapseGuard(config), len(history)
     if begin:
         checkpoints.load(begin, model, optimizer)
     for record in history:
-        guard.look(record)
+        if guard.look(record):
+            checkpoints.pin_before(record["step"] - config.collapse_steps)
     steps = enumerate(islice(_steps(task, config), begin, total), start=begin + 1)
     shown = task.place.rank == 0
     with (
@@ -194,10 +194,7 @@ def train(
             if eval_task and (number % config.eval_every == 0 or number == total):
                 log.record("eval", number, **held_out(model, eval_task))
             if warning := guard.look(record):
-                checkpoints.pinned = max(
-                    (s for s in checkpoints.steps() if s <= number - config.collapse_steps),
-                    default=0,
-                )
+                checkpoints.pin_before(number - config.collapse_steps)
                 if shown:
                     print(f"warning: step {number}: {warning}", file=sys.stderr)
                 stop = stop or config.collapse_stop
@@ -269,10 +266,11 @@ def _train_step(
 
 class StopSignals:
     """SIGTERM (a machine is taken away) and Ctrl-C, noted while the body runs: the loop stops
-    after the step at hand. A second Ctrl-C stops at once."""
+    after the step at hand. A second Ctrl-C stops at once; a terminal and torchrun may both send
+    the first one, so two within a second are one."""
 
     def __enter__(self) -> "StopSignals":
-        self.wanted = False
+        self.wanted, self._noted = False, 0.0
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -281,9 +279,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        if number == signal.SIGINT and self.wanted:
+        if number == signal.SIGINT and self.wanted and time.monotonic() - self._noted > 1.0:
             raise KeyboardInterrupt("at once; the newest checkpoint stays")
-        self.wanted = True
+        self.wanted, self._noted = True, time.monotonic()
 
 
 @dataclass

@@ -1,0 +1,694 @@
+"""Invariant 7: killed at any moment, a run resumes to the same bits as one never killed.
+
+    python -m pytest tests/test_resume.py
+
+Runs that are only stopped go through `redi.run` in this process. Those that are killed are the
+programs' own `main` in children, forked from a server that has imported torch already: a start
+costs nothing then. Kills are placed, not timed: at every file operation of a run, and after every
+step. `python -m bench.faults` places them by the clock, with real commands.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_train
+import torch
+import torch._dynamo  # AdamW imports it: better once, in the server of the children
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+from safetensors.torch import load_file
+from test_train import (
+    HERE,
+    as_positive,
+    conversation,
+    loaded,
+    redi_config,
+    run,
+    sft_config,
+    steps,
+    write_jsonl,
+)  # fmt: skip
+
+import train_sft
+from redi.config import Stopped, UserError
+from redi.resume import Checkpoints, damage, tensors_of
+from redi.runlog import NoLog, RunLog, read_metrics
+from redi.train import make_optimizer
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The bits of a child, and on a busy machine the time, are those of one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+RUN_FILES = {"checkpoints", "config.toml", "metrics.jsonl"}
+CHECKPOINTS = {"step-000002", "step-000004"}
+TIMING = {"seconds", "memory_gib"}  # of a record: all that a resumed run has otherwise
+made, here = test_train.made, test_train.here  # fixtures: the student and its rows
+
+# 10 rows, 4 a step, 2 epochs: 6 steps, of which 3 end an epoch. Saves after 2 and 4.
+SFT = [
+    "--model", "student", "--data", "positives.jsonl", "--out", "run", "--cache", "tokens",
+    "--lr", "1e-3", "--epochs", "2", "--rows-per-step", "4", "--save-every", "2", "--keep", "1",
+    "--rope-theta", "keep", "--max-position-embeddings", "keep",
+    "--max-prompt", "100", "--max-response", "100", "--max-length", "200",
+]  # fmt: skip
+MODEL_FILES = {
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json",
+    "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+def records(out: str | Path = "run") -> list[dict[str, Any]]:
+    """Metrics without the fields that time, and without notes of a stop."""
+    return [
+        {key: value for key, value in record.items() if key not in TIMING}
+        for record in read_metrics(Path(out))
+        if record["kind"] != "stopped"
+    ]
+
+
+def assert_same_bits(out: str | Path, as_out: str | Path) -> None:
+    assert records(out) == records(as_out)
+    one, other = (Path(folder) / "model.safetensors" for folder in (out, as_out))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def saved(out: str | Path = "run") -> list[int]:
+    """Steps whose checkpoints are there, oldest first."""
+    return sorted(int(p.name.removeprefix("step-")) for p in Path(out).glob("checkpoints/step-*"))
+
+
+# ---------------------------------------------------------------- runs that are stopped
+
+
+@pytest.fixture
+def stop_at(monkeypatch) -> Callable:
+    """stop_at(config, step): run it, and have it stopped by SIGTERM after that step."""
+
+    def stop(config, step: int) -> None:
+        record = RunLog.record
+
+        def recorded(log: RunLog, kind: str, number: int, **values: Any) -> None:
+            record(log, kind, number, **values)
+            if number == step - 1:  # the next step sees it
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunLog, "record", recorded)
+            with pytest.raises(Stopped, match=f"after step {step} of"):
+                run(config)
+
+    return stop
+
+
+OBJECTIVES = {
+    "sft": sft_config,
+    "redi": redi_config,
+    # A beta at which DPO's loss lies far from ln 2: another reference would show in every digit.
+    "dpo": partial(redi_config, objective="dpo", beta=0.5, lr=3e-3),
+    "simpo": partial(redi_config, objective="simpo", beta=2.0, gamma=1.0),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_stopped_run_goes_on_to_the_same_bits(name, here, stop_at, capsys):
+    data = "positives.jsonl" if name == "sft" else "pairs.jsonl"
+    make = partial(OBJECTIVES[name], epochs=3, eval_data=data, eval_every=2, pack_tokens=100)
+    run(make(out="whole"))
+    config = make(out="run")
+    for step in (3, 5, 8):  # 3 ends an epoch; of 9 steps, 8 is the last at which one can stop
+        stop_at(config, step)
+        assert list(read_metrics(Path("run")))[-1] == {"kind": "stopped", "step": step}
+    run(config)
+    assert "run: goes on after step 8" in capsys.readouterr().out
+    assert_same_bits("run", "whole")
+
+
+def test_the_reference_of_dpo_is_the_model_at_step_0_in_a_resumed_run_too(here, stop_at):
+    # Learning nothing more, a run whose reference is its own start has a loss of ln 2 again.
+    config = redi_config(objective="dpo", beta=0.5, lr=3e-3, epochs=3)
+    stop_at(config, 5)
+    run(config)
+    sixth = steps(records())[5]
+    run(redi_config(objective="dpo", beta=0.5, lr=3e-3, epochs=3, out="whole"))
+    assert sixth == steps(records("whole"))[5]
+    assert abs(sixth["loss"] - 0.6931) > 0.05
+
+
+def test_settings_that_compute_nothing_may_change_under_a_run(here, stop_at):
+    run(sft_config(epochs=3, out="whole"))
+    stop_at(sft_config(epochs=3, save_every=3, keep=1), 5)
+    run(sft_config(epochs=3, save_every=2, keep=3, timeout=7.0, checkpoint_blocks="all"))
+    assert records() == records("whole")
+    # Of 9 steps; with keep 1 it stopped at 5, and goes on saving at 6 and 8.
+    assert saved() == [5, 6, 8]
+
+
+# ---------------------------------------------------------------- what a checkpoint holds
+
+
+def trained(config, number: int):
+    """A model and its optimizer after some steps on the first rows."""
+    model, task = loaded(config)
+    optimizer = make_optimizer(model, config)
+    for step in task.plan(config.rows_per_step, config.seed, 0)[:number]:
+        totals = task.totals(step)
+        for batch in task.batches(step, totals):
+            task.loss(model, batch, totals)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_weights_and_moments_come_back_bit_by_bit(here):
+    config = redi_config()
+    model, optimizer = trained(config, 2)
+    checkpoints = Checkpoints(Path("run"), HERE, {}, keep=1)
+    assert checkpoints.save(2, model, optimizer)
+    wanted = {name: tensor.clone() for name, tensor in tensors_of(model, optimizer).items()}
+    parameters = dict(model.named_parameters())
+    kinds = ("model", "exp_avg", "exp_avg_sq")
+    assert set(wanted) == {f"{kind}.{name}" for kind in kinds for name in parameters}
+
+    fresh, fresh_optimizer = trained(config, 0)
+    checkpoints.load(2, fresh, fresh_optimizer)
+    found = tensors_of(fresh, fresh_optimizer)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert {float(state["step"]) for state in fresh_optimizer.state.values()} == {2.0}
+    assert all(wanted[f"{kind}.model.norm.weight"].count_nonzero() for kind in kinds)
+
+
+def test_the_newest_are_kept_and_a_pinned_one(here):
+    model, optimizer = trained(redi_config(), 0)
+    checkpoints = Checkpoints(Path("run"), HERE, {}, keep=2)
+    for step in (10, 20, 30):
+        assert checkpoints.save(step, model, optimizer)
+    assert saved() == [20, 30]
+    checkpoints.pinned = 20
+    for step in (40, 50, 60):
+        assert checkpoints.save(step, model, optimizer)
+    assert saved() == [20, 50, 60]
+
+
+def test_the_checkpoint_before_a_collapse_stays_in_a_resumed_run_too(here, stop_at, capsys):
+    # At such a rate the rejected traces drag the chosen ones down with them, after a few steps.
+    config = redi_config(
+        objective="symmetric", lr=0.2, epochs=4, collapse_steps=2, save_every=1, keep=3
+    )
+    run(replace(config, out="whole"))
+    [warning] = [line for line in capsys.readouterr().err.splitlines() if "collapse" in line]
+    warned = int(warning.removeprefix("warning: step ").partition(":")[0])
+    before = warned - config.collapse_steps
+    assert saved("whole") == [before, 9, 10, 11]
+    stop_at(config, warned + 3)
+    run(config)
+    assert saved() == [before, 9, 10, 11]
+    assert_same_bits("run", "whole")
+
+
+# ---------------------------------------------------------------- damage
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def sft(monkeypatch, *flags: str) -> None:
+    """train_sft.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *SFT, *flags])
+    train_sft.main()
+
+
+DAMAGE = {
+    "a flipped bit": lambda folder: flip(folder / "__0_0.distcp"),
+    "a flipped bit in what says where": lambda folder: flip(folder / ".metadata"),
+    "cut short": lambda folder: os.truncate(folder / "__0_0.distcp", 1000),
+    "empty": lambda folder: os.truncate(folder / "__0_0.distcp", 0),
+    "no tensors": lambda folder: (folder / "__0_0.distcp").unlink(),
+    "no metadata": lambda folder: (folder / ".metadata").unlink(),
+    "no hashes": lambda folder: (folder / "hashes-0.json").unlink(),
+    "half the hashes": lambda folder: os.truncate(folder / "hashes-0.json", 50),
+    "no state": lambda folder: (folder / "state.json").unlink(),
+    "half the state": lambda folder: os.truncate(folder / "state.json", 20),
+    "a state of another kind": lambda folder: (folder / "state.json").write_text("[]"),
+    "a state without facts": lambda folder: (folder / "state.json").write_text('{"ranks": 1}'),
+    "nothing in it": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(made, tmp_path_factory) -> Path:
+    """run/ with whole checkpoints of steps 2 and 4, and whole/, which was never stopped."""
+    folder = tmp_path_factory.mktemp("damage")
+    for name in ("student", "positives.jsonl"):
+        (folder / name).symlink_to(made / name)
+    child(folder, [*SFT, "--keep", "2", "--out", "whole"]).ends(0)
+    child(folder, [*SFT, "--keep", "2"], die_after(5)).ends(-signal.SIGKILL)
+    assert saved(folder / "run") == [2, 4]
+    return folder
+
+
+@pytest.fixture
+def stopped_run(two_checkpoints, tmp_path, monkeypatch) -> Path:
+    """A copy of it, to be broken."""
+    shutil.copytree(two_checkpoints, tmp_path / "copy", symlinks=True)
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    kind, stopped_run, capsys, monkeypatch
+):
+    newest = stopped_run / "run/checkpoints/step-000004"
+    DAMAGE[kind](newest)
+    assert damage(newest)
+    sft(monkeypatch, "--keep", "2")
+    said = capsys.readouterr()
+    [line] = said.err.splitlines()
+    assert line.startswith("warning: run/checkpoints/step-000004 is passed over: ")
+    assert "run: goes on after step 2" in said.out
+    assert not damage(newest)  # it was replaced
+    assert_same_bits("run", "whole")
+
+
+def test_with_all_checkpoints_damaged_a_run_begins_again(stopped_run, capsys, monkeypatch):
+    for step in (2, 4):
+        DAMAGE["a flipped bit"](stopped_run / f"run/checkpoints/step-{step:06d}")
+    sft(monkeypatch, "--keep", "2")
+    said = capsys.readouterr()
+    assert "goes on" not in said.out
+    assert len(said.err.splitlines()) == 2
+    assert_same_bits("run", "whole")
+
+
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_whole_one(stopped_run, monkeypatch):
+    # The damaged one of step 4 is newer than what a run with --save-every 1 saves first.
+    DAMAGE["a flipped bit"](stopped_run / "run/checkpoints/step-000004")
+    child(stopped_run, [*SFT, "--save-every", "1"], die_after(4)).ends(-signal.SIGKILL)
+    assert saved() == [3]
+    sft(monkeypatch)
+    assert_same_bits("run", "whole")
+
+
+def test_a_copy_of_a_checkpoint_is_left_alone(stopped_run, monkeypatch):
+    shutil.copytree("run/checkpoints/step-000002", "run/checkpoints/step-000002-good")
+    sft(monkeypatch)
+    assert Path("run/checkpoints/step-000002-good").is_dir()
+
+
+def test_half_a_checkpoint_of_a_killed_save_is_replaced(stopped_run, monkeypatch):
+    shutil.rmtree("run/checkpoints/step-000004")
+    Path("run/checkpoints/.writing-000004").mkdir()
+    for name in ("__0_0.distcp", "__1_0.distcp", "state.json"):  # as of a run on two ranks
+        Path("run/checkpoints/.writing-000004", name).write_text("half")
+    Path("run/checkpoints/.writing-000003").mkdir()  # of a save that a signal asked for
+    sft(monkeypatch, "--keep", "2")
+    assert sorted(os.listdir("run/checkpoints")) == ["step-000002", "step-000004"]
+    assert "__1_0.distcp" not in os.listdir("run/checkpoints/step-000004")
+    assert_same_bits("run", "whole")
+
+
+def test_records_after_the_checkpoint_are_written_again_once(stopped_run, monkeypatch):
+    path = Path("run/metrics.jsonl")
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 5
+    path.write_text("\n".join(lines) + '\n{"kind": "train", "st')  # cut by the kill
+    sft(monkeypatch, "--keep", "2")
+    assert [record["step"] for record in steps(records())] == [1, 2, 3, 4, 5, 6]
+    assert path.read_text().splitlines()[:4] == lines[:4]
+    assert_same_bits("run", "whole")
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_a_checkpoint_without_the_records_before_it_is_not_gone_on_from(
+    left, stopped_run, capsys, monkeypatch
+):
+    # The machine lost power: the checkpoint was flushed to the disk, the records were not.
+    path = Path("run/metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:left]))
+    sft(monkeypatch, "--keep", "2")
+    shown = capsys.readouterr().out
+    assert ("goes on after step 2" in shown) == (left == 3)
+    assert "goes on after step 4" not in shown
+    assert_same_bits("run", "whole")
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def other_data() -> None:
+    rows = [as_positive(conversation(number)) for number in range(1, 11)]
+    Path("positives.jsonl").unlink()
+    write_jsonl(Path("positives.jsonl"), rows)
+
+
+def own_student() -> Path:
+    target = Path("student").resolve()
+    Path("student").unlink()
+    shutil.copytree(target, "student")
+    return Path("student")
+
+
+def other_tokenizer() -> None:
+    path = own_student() / "chat_template.jinja"
+    path.write_text(path.read_text() + "{# other #}")
+
+
+def other_weights() -> None:
+    path = own_student() / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # the exponent's low bit of the last number
+    path.write_bytes(content)
+
+
+NOTHING: Callable = lambda: None  # noqa: E731
+REFUSALS = {
+    "data": (other_data, {}, "data sha256 was"),
+    "tokenizer": (other_tokenizer, {}, "tokenizer was"),
+    "weights": (other_weights, {}, "parent's weights was"),
+    "batch size": (NOTHING, {"rows_per_step": 5}, "rows_per_step was 4, now 5"),
+    "learning rate": (NOTHING, {"lr": 0.5}, "lr was 0.001, now 0.5"),
+    "epochs": (NOTHING, {"epochs": 4}, "epochs was 3, now 4"),
+    "another stage's run": (NOTHING, None, "data was 'positives.jsonl', now 'pairs.jsonl'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_going_on_with_something_else_is_refused_by_name(case, here, stop_at):
+    change, settings, named = REFUSALS[case]
+    stop_at(sft_config(epochs=3), 5)
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    change()
+    config = redi_config() if settings is None else sft_config(**{"epochs": 3, **settings})
+    with pytest.raises(UserError, match=f"--out run: holds .*{named}"):
+        run(config)
+    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_another_objective_is_refused_by_name(here, stop_at):
+    stop_at(redi_config(epochs=3), 5)
+    with pytest.raises(UserError, match="objective was 'redi', now 'symmetric'"):
+        run(redi_config(epochs=3, objective="symmetric"))
+
+
+def test_the_same_folder_by_another_name_is_the_same_run(here, stop_at):
+    stop_at(sft_config(epochs=3), 5)
+    run(sft_config(epochs=3, out=str(here / "run")))
+    run(sft_config(epochs=3, out="whole"))
+    assert_same_bits("run", "whole")
+
+
+def test_a_finished_run_of_other_data_is_refused_by_name(here):
+    run(sft_config())
+    other_data()
+    with pytest.raises(UserError, match=r"finished run whose data sha256 was \w+; it is \w+ now"):
+        run(sft_config())
+
+
+def test_resume_never_begins_again(here, stop_at, capsys):
+    run(sft_config(epochs=3, out="whole"))
+    stop_at(sft_config(epochs=3, save_every=2), 5)
+    capsys.readouterr()
+    stop_at(sft_config(epochs=3, resume="never"), 3)
+    assert "goes on" not in capsys.readouterr().out
+    assert [record["step"] for record in steps(records())] == [1, 2, 3]
+    assert saved() == [3]  # none of the earlier run's
+    run(sft_config(epochs=3))
+    assert_same_bits("run", "whole")
+
+
+def test_resume_never_takes_other_data(here, stop_at):
+    stop_at(sft_config(epochs=3), 5)
+    other_data()
+    assert len(steps(run(sft_config(epochs=3, resume="never")))) == 9
+
+
+# ---------------------------------------------------------------- children, to be killed
+
+
+@dataclass
+class Child:
+    """A program's `main` in a process of its own."""
+
+    process: multiprocessing.Process
+    output: Path
+
+    def ends(self, status: int, seconds: float = 60) -> None:
+        """Wait for it, and insist on its exit status; of a signal, that is minus its number."""
+        self.process.join(seconds)
+        alive = self.process.is_alive()
+        if alive:
+            self.process.kill()
+        assert not alive, f"still there after {seconds} s: {self.shown} {self.errors}"
+        assert self.process.exitcode == status, self.errors
+
+    @property
+    def shown(self) -> str:
+        return self.output.with_suffix(".out").read_text()
+
+    @property
+    def errors(self) -> str:
+        return self.output.with_suffix(".err").read_text()
+
+
+@cache
+def server() -> multiprocessing.context.ForkServerContext:
+    """What children are forked from: it has imported this module, and with it torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    with pytest.MonkeyPatch.context() as patch:  # older Pythons do not tell it where modules are
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        forkserver.ensure_running()
+    return context
+
+
+Fault = Callable[[], None]  # called in the child before its program
+
+
+def child(
+    folder: Path,
+    arguments: list[str],
+    fault: Fault | None = None,
+    main: Callable[[], None] = train_sft.main,
+    **environment: str,
+) -> Child:
+    """Start a program in `folder`, with something broken in it."""
+    output = folder / f"child-{len(list(folder.glob('child-*.err')))}"
+    output.with_suffix(".err").touch()
+    settings = (str(folder), arguments, fault, main, output, environment)
+    process = server().Process(target=in_child, args=settings, daemon=True)
+    process.start()
+    return Child(process, output)
+
+
+def in_child(
+    folder: str,
+    arguments: list[str],
+    fault: Fault | None,
+    main: Callable[[], None],
+    output: Path,
+    environment: dict[str, str],
+) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
+        file = os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, stream.fileno())
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # or tqdm's lock is left behind by a kill
+    sys.argv = ["program", *arguments]
+    if fault:
+        fault()
+    main()
+
+
+def ranks(folder: Path, arguments: list[str], *faults: Fault | None) -> list[Child]:
+    """Start a child a rank, with torchrun's environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {
+        "WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": len(faults),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    started = []
+    for rank, fault in enumerate(faults):
+        environment = {**together, "RANK": rank, "LOCAL_RANK": rank}
+        as_text = {name: str(value) for name, value in environment.items()}
+        started.append(child(folder, arguments, fault, **as_text))
+    return started
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after_step(step: int, do: Callable[[], None]) -> Fault:
+    """In the child, do something once a step is done and recorded."""
+    return partial(_after_step, step, do)
+
+
+def _after_step(step: int, do: Callable[[], None]) -> None:
+    for log in (RunLog, NoLog):  # the first rank's, the others'
+        log.record = _then(log.record, step, do)
+
+
+def _then(record: Callable, step: int, do: Callable[[], None]) -> Callable:
+    def recorded(log: RunLog | NoLog, kind: str, number: int, **values: Any) -> None:
+        record(log, kind, number, **values)
+        if kind == "train" and number == step:
+            do()
+
+    return recorded
+
+
+def die_after(step: int) -> Fault:
+    return after_step(step, die)
+
+
+def die_at_operation(number: int) -> Fault:
+    """SIGKILL right before the run's so-manieth change of the file system."""
+    return partial(_die_at_operation, number)
+
+
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+def _die_at_operation(number: int) -> None:
+    seen = 0
+
+    def look(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        path = str(arguments[0]) if arguments else ""
+        if event == "open":
+            changes = path.startswith("run/") and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        else:
+            there = os.path.exists(path) or "/" not in path  # rmtree names files by folder
+            changes = event in CHANGES and there != (event == "os.mkdir")
+        if changes:
+            seen += 1
+            if seen == number:
+                die()
+
+    sys.addaudithook(look)
+
+
+# ---------------------------------------------------------------- killed
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory) -> Path:
+    """A folder with whole/, a run that nothing happened to, and the tokens for others."""
+    folder = tmp_path_factory.mktemp("killed")
+    for name in ("student", "positives.jsonl"):
+        (folder / name).symlink_to(made / name)
+    child(folder, [*SFT, "--out", "whole"]).ends(0)
+    return folder
+
+
+def test_killed_before_any_change_of_the_file_system_it_goes_on_to_the_same_bits(
+    whole, monkeypatch
+):
+    monkeypatch.chdir(whole)
+    number, inside_a_save, over = 0, 0, False
+    while not over:
+        number += 1
+        shutil.rmtree("run", ignore_errors=True)
+        killed = child(whole, SFT, die_at_operation(number))
+        killed.process.join(60)
+        over = killed.process.exitcode == 0  # it has no more operations
+        assert over or killed.process.exitcode == -signal.SIGKILL, killed.errors
+        inside_a_save += bool(list(Path("run").glob("checkpoints/.writing-*")))
+        # A model that loads is a whole one.
+        assert not Path("run/config.json").exists() or set(os.listdir("run")) >= MODEL_FILES
+        child(whole, SFT).ends(0)
+        assert_same_bits("run", "whole")
+        assert set(os.listdir("run")) == MODEL_FILES | RUN_FILES
+        # Killed before it removed the older one, it has that still.
+        assert set(os.listdir("run/checkpoints")) | {"step-000002"} == CHECKPOINTS
+    assert number > 40
+    assert inside_a_save > 10
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(made, tmp_path_factory) -> Path:
+    """A folder with whole/, a run on two ranks that nothing happened to."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name in ("student", "positives.jsonl"):
+        (folder / name).symlink_to(made / name)
+    for rank in ranks(folder, [*SFT, "--out", "whole"], None, None):
+        rank.ends(0)
+    return folder
+
+
+def killed_on_two_ranks(folder: Path, fault: Fault, rank: int = 0) -> None:
+    """Start run/ anew and have one rank die; the other says that it is alone."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    faults: list[Fault | None] = [None, None]
+    faults[rank] = fault
+    both = ranks(folder, SFT, *faults)
+    both[rank].ends(-signal.SIGKILL)
+    both[1 - rank].ends(2)
+    assert f"error: rank {1 - rank} lost another process" in both[1 - rank].errors
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_two_ranks_killed_go_on_to_the_same_bits(step, on_two_ranks, monkeypatch):
+    monkeypatch.chdir(on_two_ranks)
+    killed_on_two_ranks(on_two_ranks, die_after(step))
+    for rank in ranks(on_two_ranks, SFT, None, None):
+        rank.ends(0)
+    assert_same_bits("run", "whole")
+
+
+@pytest.mark.parametrize(("rank", "operation"), [(0, 8), (0, 12), (1, 1), (1, 2)])
+def test_two_ranks_of_which_one_is_killed_inside_a_save_go_on(
+    rank, operation, on_two_ranks, monkeypatch
+):
+    monkeypatch.chdir(on_two_ranks)
+    killed_on_two_ranks(on_two_ranks, die_at_operation(operation), rank)
+    assert os.listdir("run/checkpoints") == [".writing-000002"]
+    for one in ranks(on_two_ranks, SFT, None, None):
+        one.ends(0)
+    assert_same_bits("run", "whole")
+
+
+def test_two_ranks_go_on_as_one_and_one_as_two(on_two_ranks, monkeypatch):
+    monkeypatch.chdir(on_two_ranks)
+    killed_on_two_ranks(on_two_ranks, die_after(5))
+    child(on_two_ranks, SFT).ends(0)
+    assert largest_difference("run", "whole") < 1e-6
+    shutil.rmtree("run")
+    child(on_two_ranks, SFT, die_after(5)).ends(-signal.SIGKILL)
+    for rank in ranks(on_two_ranks, SFT, None, None):
+        rank.ends(0)
+    assert largest_difference("run", "whole") < 1e-6
+
+
+def largest_difference(out: str, from_out: str) -> float:
+    """Of two models' weights, over the largest weight."""
+    one, other = (load_file(f"{folder}/model.safetensors") for folder in (out, from_out))
+    differences = [(one[name] - tensor).abs().max() for name, tensor in other.items()]
+    return (max(differences) / max(tensor.abs().max() for tensor in other.values())).item()
