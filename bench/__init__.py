@@ -5,15 +5,13 @@ loss.py         the head's loss and gradients: memory and time over four peers (
 attention.py    packed attention over other ways to write it on a CPU (C7)
 trainer.py      whole training steps over TRL's (C8 to C10), on a model and rows of inputs.py
 plan.py         balance, micro-batches and seconds of the step plan (C11, C12)
-ranks.py        two ranks over two independent processes, memory over the formula (C14)
 import_time.py  seconds to import the trainer beyond torch (C18)
-faults.py       kills at random moments, resumed
 gpu.py          everything above that wants a GPU (G1 to G6, G9); its parts are gpu_*.py
 projection.py   hours of the published run: a projection, not a result
 grader.py       the grader on benchmarks' own answers
 
 Results lie in bench/results/NAME.json: {"machine", "versions", "results": {id: {"median", "min",
 "max", "n", "goal", "peer"}}}. On a CPU: one thread and process CPU time, because on a shared
-machine wall-clock time of two threads can invert a ranking; ranks.py says why it does otherwise.
+machine wall-clock time of two threads can invert a ranking.
 README.md has profiles, and what was tried and did not help.
 """
