@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from redi.data.dataset import Dataset
-from redi.distributed import Place, add_over_ranks
+from redi.distributed import Place, add_over_ranks, without_gradients
 from redi.logprobs import token_logps
 from redi.model import Transformer
 from redi.objectives import Objective, Totals, sequence_sums
@@ -172,27 +172,30 @@ def read(
 # ---------------------------------------------------------------- passes without gradients
 
 
-@torch.no_grad()
 def held_out(model: Transformer, task: Task) -> dict[str, float]:
     """The objective's loss over all rows of `task` as one step, and their mean log-probs."""
     step, shares, parts = task.everything(), [], []
     totals = task.totals(step)
-    for batch in task.batches(step, totals):
-        share, logps = task.loss(model, batch, totals)
-        shares.append(share.to(torch.float64))
-        parts.append(SequenceLogps.of(batch, logps, task.dataset.store.paired))
+    with without_gradients(model):
+        for batch in task.batches(step, totals):
+            share, logps = task.loss(model, batch, totals)
+            shares.append(share.to(torch.float64))
+            parts.append(SequenceLogps.of(batch, logps, task.dataset.store.paired))
     reading = read(task, step, parts, [torch.stack(shares).sum()])
     return {"loss": reading.added[0], **reading.summary()}
 
 
-@torch.no_grad()
 def with_reference(model: Transformer, task: Task) -> Task:
     """`task` with the log-probs of `model` as it is, if its objective wants them."""
     if not task.objective.needs_reference:
         return task
     step, parts = task.everything(), []
     packs = step[task.place.rank]
-    with Progress(len(packs), "reference log-probs", "pack", task.place.rank == 0) as progress:
+    shown = task.place.rank == 0
+    with (
+        Progress(len(packs), "reference log-probs", "pack", shown) as progress,
+        without_gradients(model),
+    ):
         for batch in task.batches(step, task.totals(step)):
             targets = batch.targets
             logps = model(batch, lambda h, w, targets=targets: token_logps(h, w, targets))

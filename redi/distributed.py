@@ -180,6 +180,18 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
         model.set_requires_gradient_sync(now)
 
 
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """For forward passes that no backward follows: torch.no_grad, and sharded weights are shards
+    again at the end. FSDP2 leaves that to backward; until then a module's parameters are whole
+    copies that no optimizer and no checkpoint may see."""
+    with torch.no_grad():
+        yield
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 # ---------------------------------------------------------------- between ranks
 
 

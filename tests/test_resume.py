@@ -41,6 +41,7 @@ from test_train import (
     write_jsonl,
 )  # fmt: skip
 
+import train_redi
 import train_sft
 from redi.config import Stopped, UserError
 from redi.resume import Checkpoints, damage, tensors_of
@@ -524,7 +525,12 @@ def in_child(
     main()
 
 
-def ranks(folder: Path, arguments: list[str], *faults: Fault | None) -> list[Child]:
+def ranks(
+    folder: Path,
+    arguments: list[str],
+    *faults: Fault | None,
+    main: Callable[[], None] = train_sft.main,
+) -> list[Child]:
     """Start a child a rank, with torchrun's environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -537,7 +543,7 @@ def ranks(folder: Path, arguments: list[str], *faults: Fault | None) -> list[Chi
     for rank, fault in enumerate(faults):
         environment = {**together, "RANK": rank, "LOCAL_RANK": rank}
         as_text = {name: str(value) for name, value in environment.items()}
-        started.append(child(folder, arguments, fault, **as_text))
+        started.append(child(folder, arguments, fault, main, **as_text))
     return started
 
 
@@ -685,6 +691,45 @@ def test_two_ranks_go_on_as_one_and_one_as_two(on_two_ranks, monkeypatch):
     for rank in ranks(on_two_ranks, SFT, None, None):
         rank.ends(0)
     assert largest_difference("run", "whole") < 1e-6
+
+
+def test_two_ranks_go_on_from_a_save_right_after_a_held_out_loss(on_two_ranks, monkeypatch):
+    # A pass without gradients leaves the weights whole on every rank: the save must find shards.
+    monkeypatch.chdir(on_two_ranks)
+    arguments = [*SFT, "--eval-data", "positives.jsonl", "--eval-every", "2"]
+    for rank in ranks(on_two_ranks, [*arguments, "--out", "evaluated"], None, None):
+        rank.ends(0)
+    shutil.rmtree("run", ignore_errors=True)
+    killed, lost = ranks(on_two_ranks, arguments, die_after(5), None)
+    killed.ends(-signal.SIGKILL)
+    lost.ends(2)
+    for rank in ranks(on_two_ranks, arguments, None, None):
+        rank.ends(0)
+    assert_same_bits("run", "evaluated")
+    assert largest_difference("evaluated", "whole") == 0
+
+
+DPO = [
+    "--model", "student", "--data", "pairs.jsonl", "--cache", "tokens", "--eval-data",
+    "pairs.jsonl", "--objective", "dpo", "--beta", "0.5", "--lr", "1e-3", "--epochs", "2",
+    "--rows-per-step", "4", "--max-prompt", "100", "--max-response", "100", "--max-length", "200",
+]  # fmt: skip
+
+
+def test_dpo_learns_the_same_on_one_rank_and_on_two_and_in_bfloat16(here):
+    # Its reference is a pass without gradients before the optimizer is made.
+    child(here, [*DPO, "--out", "one"], main=train_redi.main).ends(0)
+    for rank in ranks(here, [*DPO, "--out", "two"], None, None, main=train_redi.main):
+        rank.ends(0)
+    rounded = [*DPO, "--out", "rounded", "--dtype", "bfloat16"]
+    child(here, rounded, main=train_redi.main).ends(0)
+    one, two, rounded = (
+        [record["loss"] for record in steps(records(out))] for out in ("one", "two", "rounded")
+    )
+    assert one[-1] < 0.5 < one[0]  # ln 2 at first
+    assert two == pytest.approx(one, rel=1e-5)
+    assert rounded == pytest.approx(one, rel=0.1)
+    assert largest_difference("two", "one") < 1e-5
 
 
 def largest_difference(out: str, from_out: str) -> float:
