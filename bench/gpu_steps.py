@@ -230,16 +230,6 @@ def redi(device: torch.device) -> Entries:
 # ---------------------------------------------------------------- memory against the formula
 
 
-def expected_bytes(
-    model: Transformer, tokens: int, place: Place, dtype: torch.dtype, checkpointed: int
-) -> float:
-    """What redi.memory plans with: its fixed bytes, the blocks that are kept, and where some are
-    run again the activations of one and their gradients."""
-    per_block = tokens * memory.saved_bytes_per_token(model.config, dtype)
-    kept = len(model.model.layers) - checkpointed + (2 if checkpointed else 0)
-    return memory.fixed_bytes(model, tokens, dtype, place) + kept * per_block
-
-
 def peaks(
     device: torch.device, config: ModelConfig = SHAPE, lengths: list[int] | None = None
 ) -> Entries:
@@ -254,7 +244,7 @@ def peaks(
     for setting in ("all", "auto", "none"):
         free(device)
         count, _ = memory.blocks_to_checkpoint(setting, sizes, tokens, place, dtype)
-        expected = expected_bytes(sizes, tokens, place, dtype, count)
+        expected = memory.step_bytes(sizes, tokens, place, dtype, count)
         if expected > 0.97 * memory.total_memory(place):
             print(f"{setting:<22} skipped: {expected / 2**30:.1f} GiB by the formula do not fit")
             continue

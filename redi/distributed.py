@@ -173,11 +173,12 @@ def shard(model: Transformer, place: Place, how: Placing) -> None:
             module.set_force_sum_reduction_for_comms(True)  # and not by a product with 1
 
 
-def sync_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward adds up gradients over ranks, or leaves that to a later one: once
-    a step is enough."""
+def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None:
+    """Tell a sharded model whether the pack at hand is the step's last one. Only its backward adds
+    up gradients over ranks and frees the whole weights, which ZeRO-3 frees after every pack."""
     if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last or reshard_after_forward)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def _run(
     distributed.place_model(model, place, how)
     fill(model, source.folder)
     if begin:
-        print(f"{config.out}: goes on after step {begin}")
+        print(f"{config.out}: goes on after step {begin}", flush=True)
     train(model, task, config, log, checkpoints, eval_task, history[:begin])
     try:
         with StopSignals():  # too late to stop in good order

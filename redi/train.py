@@ -30,6 +30,7 @@ from redi.batches import SequenceLogps, Task, held_out, read, with_reference
 from redi.config import Stopped, UserError, require
 from redi.distributed import peak_memory_gib, whole
 from redi.flops import peak_flops, training_flops
+from redi.guard import CollapseGuard, watch
 from redi.model import Transformer
 from redi.packing import Step
 from redi.resume import Checkpoints
@@ -163,18 +164,19 @@ def train(
     were done before, of a run that goes on from the checkpoint of the last of them.
 
     Raises Stopped after a step in which SIGTERM or Ctrl-C came, with a checkpoint saved, and
-    UserError for a step whose loss or gradient is not finite.
+    UserError for a step whose loss or gradient is not finite, and for a collapse if asked to.
     """
     task = with_reference(model, task)  # before a checkpoint: the reference is the model at step 0
     eval_task = with_reference(model, eval_task) if eval_task else None
     optimizer = make_optimizer(model, config)
     total, tokens, seconds = num_steps(task, config), 0, 0.0
-    guard, begin = CollapseGuard(config), len(history)
+    guard, begin = CollapseGuard(config.collapse_threshold, config.collapse_steps), len(history)
     if begin:
         checkpoints.load(begin, model, optimizer)
     for record in history:
-        if guard.look(record):
-            checkpoints.pin_before(record["step"] - config.collapse_steps)
+        warning = watch(guard, record["step"], record, checkpoints)
+        if warning and config.collapse_stop:
+            raise UserError(f"--collapse-stop: {warning}; without the flag the run goes on")
     steps = enumerate(islice(_steps(task, config), begin, total), start=begin + 1)
     shown = task.place.rank == 0
     with (
@@ -185,7 +187,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * lr_factor(number, total)
             try:
-                record, stop = _train_step(model, optimizer, task, step, config.clip, signals)
+                record, stop = _train_step(model, optimizer, task, step, config, signals)
             except _NotFinite as broken:
                 raise _refused(broken, number, task, step, config, checkpoints) from None
             log.record("train", number, **record)
@@ -193,17 +195,19 @@ def train(
             progress.update(_shown(record, tokens / seconds))
             if eval_task and (number % config.eval_every == 0 or number == total):
                 log.record("eval", number, **held_out(model, eval_task))
-            if warning := guard.look(record):
-                checkpoints.pin_before(number - config.collapse_steps)
-                if shown:
-                    print(f"warning: step {number}: {warning}", file=sys.stderr)
-                stop = stop or config.collapse_stop
+            warning = watch(guard, number, record, checkpoints)
+            if warning and shown:
+                print(f"warning: {warning}", file=sys.stderr)
             if number == total:
                 return
-            if stop or number % config.save_every == 0:
+            collapsed = warning and config.collapse_stop
+            if stop or collapsed or number % config.save_every == 0:
                 saved = checkpoints.save(number, model, optimizer)
-            if stop:
+            if stop or collapsed:
                 log.record("stopped", number)
+            if collapsed:
+                raise UserError(f"--collapse-stop: stopped after step {number} of {total}")
+            if stop:
                 left = checkpoints.at(number) if saved else "no checkpoint (it could not be saved)"
                 raise Stopped(f"after step {number} of {total}; {left}; the same command goes on")
 
@@ -223,7 +227,7 @@ def _train_step(
     optimizer: torch.optim.Optimizer,
     task: Task,
     step: Step,
-    clip: float,
+    config: TrainConfig,
     signals: "StopSignals",
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step: its record for the log, and whether any rank was asked to stop."""
@@ -235,12 +239,12 @@ def _train_step(
     # ---- forward and backward, pack by pack: gradients add up in .grad
     packs = len(step[task.place.rank])
     for number, batch in enumerate(task.batches(step, totals), start=1):
-        distributed.sync_gradients(model, now=number == packs)
+        distributed.last_pack(model, number == packs, config.reshard_after_forward)
         share, logps = task.loss(model, batch, totals)
         share.backward()
         loss += share.detach()
         parts.append(SequenceLogps.of(batch, logps, paired))
-    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip))
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
 
     # ---- the one place in a step where the host waits for the device, and for the other ranks
     reading = read(task, step, parts, [loss, float(signals.wanted)], alike=[grad_norm])
@@ -282,31 +286,6 @@ class StopSignals:
         if number == signal.SIGINT and self.wanted and time.monotonic() - self._noted > 1.0:
             raise KeyboardInterrupt("at once; the newest checkpoint stays")
         self.wanted, self._noted = True, time.monotonic()
-
-
-@dataclass
-class CollapseGuard:
-    """Watches the chosen traces' mean log-prob: minimising that of rejected ones can drag it down
-    with it, and the model with that (docs/curves.md). Once it is too far below where it began for
-    some steps in a row, says so, once."""
-
-    config: TrainConfig
-    began: float | None = None
-    low: int = 0  # steps in a row
-
-    def look(self, record: dict[str, Any]) -> str:
-        """The warning at the step where one is due."""
-        now = record["chosen_logp"]
-        self.began = now if self.began is None else self.began
-        fell = self.began - now
-        self.low = self.low + 1 if fell > self.config.collapse_threshold else 0
-        if self.low != self.config.collapse_steps:
-            return ""
-        return (
-            f"collapse: chosen traces have been {self.config.collapse_threshold:g} nats a token "
-            f"less likely than at the start for {self.low} steps (now {fell:.2f}: {self.began:.2f} "
-            f"-> {now:.2f}); a smaller --lr or --alpha helps"
-        )
 
 
 class _NotFinite(Exception):

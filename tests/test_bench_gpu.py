@@ -20,7 +20,7 @@ import torch
 
 from bench import gpu, gpu_attention, gpu_checks, gpu_loss, gpu_meter, gpu_steps
 from bench.gpu import Part, Session, in_process, missed, ratios, table, told
-from bench.gpu_steps import Run, expected_bytes, pair_lengths, trace_lengths, train_steps
+from bench.gpu_steps import Run, pair_lengths, trace_lengths, train_steps
 from bench.measure import result
 from redi import memory
 from redi.distributed import Place
@@ -270,17 +270,6 @@ def test_the_published_shape_reaches_the_end_of_a_pack():
     with torch.device("meta"):
         model = Transformer(gpu_steps.SHAPE)
     assert sum(p.numel() for p in model.parameters()) == 1_543_714_304  # Qwen2.5-Math-1.5B's
-
-
-def test_expected_bytes_by_hand():
-    model, tokens = Transformer(TINY), 100
-    fixed = memory.fixed_bytes(model, tokens, torch.float32, PLACE)
-    block = tokens * memory.saved_bytes_per_token(TINY, torch.float32)
-    given = (model, tokens, PLACE, torch.float32)
-    assert expected_bytes(*given, checkpointed=0) == pytest.approx(fixed + 3 * block)
-    # One kept, and one that is run again: its activations and their gradients.
-    assert expected_bytes(*given, checkpointed=2) == pytest.approx(fixed + 3 * block)
-    assert expected_bytes(*given, checkpointed=3) == pytest.approx(fixed + 2 * block)
 
 
 def test_memory_is_measured_for_each_setting_that_fits(monkeypatch, capsys):

@@ -10,7 +10,8 @@ from redi import memory
 from redi.config import UserError
 from redi.distributed import Place, Placing, place_model
 from redi.flops import peak_flops, training_flops
-from redi.memory import blocks_to_checkpoint, saved_bytes_per_token
+from redi.logprobs import CHUNK_BYTES
+from redi.memory import blocks_to_checkpoint, fixed_parts, saved_bytes_per_token, step_bytes
 from redi.model import ModelConfig, Transformer
 from redi.objectives import SFT, Totals
 from redi.packing import Sequence, pack
@@ -107,13 +108,48 @@ def qwen() -> Transformer:
 
 
 @pytest.mark.parametrize(
-    ("gib", "least", "most"), [(40, 28, 28), (80, 10, 27), (140, 1, 9), (400, 0, 0)]
+    ("gib", "least", "most"), [(36, 28, 28), (40, 27, 27), (80, 10, 26), (140, 1, 9), (400, 0, 0)]
 )
 def test_auto_checkpoints_as_few_blocks_as_memory_needs(qwen, monkeypatch, gib, least, most):
     monkeypatch.setattr(memory, "total_memory", lambda place: gib << 30)
     count, why = blocks_to_checkpoint("auto", qwen, 32_768, PLACE, torch.bfloat16)
     assert least <= count <= most
     assert f"{count} of 28 blocks" in why
+
+
+def test_bytes_of_a_step_of_the_published_model_by_hand(qwen):
+    n, t, d, saved = 1_543_714_304, 32_768, 1536, saved_bytes_per_token(QWEN, torch.bfloat16)
+    inputs = 28 * t * d * 2
+    # Head: a chunk (32 MiB on a CPU), dW in fp32, five (T, D). Backward: two (T, I + D) in
+    # bf16, and the tied weight's gradient.
+    head = CHUNK_BYTES["cpu"] + 4 * 151_936 * d + 5 * 4 * t * d
+    backward = 2 * (2 * t * (8960 + d) + 151_936 * d)
+    alone = 12 * n + 4 * n + 2 * n + inputs + max(head, backward)
+    given = (qwen, t, PLACE, torch.bfloat16)
+    assert step_bytes(*given, checkpointed=28) == pytest.approx(alone + t * saved)
+    assert step_bytes(*given, checkpointed=27) == step_bytes(*given, checkpointed=28)
+    assert step_bytes(*given, checkpointed=20) == pytest.approx(alone + 8 * t * saved)
+    eight = (qwen, t, Place(3, 16, CPU, 8), torch.bfloat16)  # two nodes of 8: sharded inside one
+    assert step_bytes(*eight, 28) == pytest.approx(alone - 12 * n * 7 / 8 + t * saved)
+
+
+def test_one_process_in_fp32_has_no_second_copy_of_the_weights():
+    model = Transformer(TINY)
+    n = sum(p.numel() for p in model.parameters())
+    parts = fixed_parts(model, 100, PLACE, torch.float32)
+    assert [*parts.values()][:3] == [12 * n, 4 * n, 4 * 100 * 32 * 4]
+    assert "whole weights to compute with" in fixed_parts(model, 100, PLACE, torch.bfloat16)
+
+
+def test_the_table_adds_up_and_says_whether_it_fits(qwen, monkeypatch):
+    for gib, fits in ((80, "within 85% of what there is, 68.000"), (30, "more than 85%")):
+        monkeypatch.setattr(memory, "total_memory", lambda place, gib=gib: gib << 30)
+        count, why = blocks_to_checkpoint("auto", qwen, 32_768, PLACE, torch.bfloat16)
+        *parts, total = [float(line.split()[0]) for line in why.splitlines()[2:]]
+        assert total == pytest.approx(sum(parts), abs=0.01)
+        expected = step_bytes(qwen, 32_768, PLACE, torch.bfloat16, count) / 2**30
+        assert total == pytest.approx(expected, abs=0.001)
+        assert fits in why.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("setting", "count"), [("all", 28), ("none", 0), ("7", 7), ("28", 28)])

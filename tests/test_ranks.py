@@ -53,22 +53,32 @@ def torchrun(program: list[str], ranks: int, node_size: int, **environment: str)
     return processes
 
 
+CUTS = [(1000, False), (30, False), (30, True)]  # pack_tokens, reshard_after_forward
+
 # ---------------------------------------------------------------- what a rank does
 
 
-def one_step(name: str, tied: bool, dtype: torch.dtype, rows: int, place: Place, pack_tokens: int):
+def one_step(
+    name: str,
+    tied: bool,
+    dtype: torch.dtype,
+    rows: int,
+    place: Place,
+    pack_tokens: int = 1000,
+    reshard: bool = False,
+):
     """Loss, summary and whole gradients of a step over all rows, dealt to the ranks."""
     reference = tiny(tied, dtype, seed=9)
     model = tiny(tied, dtype)
     for each in (reference, model):
-        place_model(each, place, Placing(dtype, checkpointed=1))
+        place_model(each, place, Placing(dtype, 1, reshard_after_forward=reshard))
     task = Task(Rows.draw(name != "sft", rows), objective_of(name), place, pack_tokens)
     task = with_reference(reference, task)
     step = task.everything()
     totals, parts, loss = task.totals(step), [], torch.zeros((), dtype=torch.float64)
     packs = len(step[place.rank])
     for number, batch in enumerate(task.batches(step, totals), start=1):
-        distributed.sync_gradients(model, now=number == packs)
+        distributed.last_pack(model, number == packs, reshard)
         share, logps = task.loss(model, batch, totals)
         share.backward()
         loss += share.detach()
@@ -83,8 +93,8 @@ def main(out: str) -> None:
     place = distributed.start(timeout_minutes=2)
     results = {}
     for case in CASES:
-        for pack_tokens in (1000, 30):
-            results[case, pack_tokens] = one_step(*case, place, pack_tokens)
+        for cut in CUTS:
+            results[case, cut] = one_step(*case, place, *cut)
     if place.rank == 0:
         torch.save(results, out)
     torch.distributed.barrier()
@@ -106,10 +116,10 @@ def results(request, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ranks_together_give_the_loss_and_gradients_of_one_alone(results, case):
-    loss, norm, summary, gradients, _ = one_step(*case, Place(0, 1, torch.device("cpu")), 1000)
+    loss, norm, summary, gradients, _ = one_step(*case, Place(0, 1, torch.device("cpu")))
     within = BETWEEN_CUTS[case[2]]
-    for pack_tokens in (1000, 30):
-        together = results[case, pack_tokens]
+    for cut in CUTS:
+        together = results[case, cut]
         assert_close(together[3], together[0], (loss, gradients), within)
         assert together[1] == pytest.approx(norm, rel=within)
         # The margin is a small difference of two log-probs: as exact as those.

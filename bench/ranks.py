@@ -1,0 +1,344 @@
+r"""Two ranks over two processes that know nothing of each other (C14), and a rank's memory over the
+formula of redi/memory.py.
+
+    python -m bench.ranks              about six minutes on two cores
+
+C14, C14_4: a Qwen2 of 12.6 M parameters (4 layers, hidden 384, 8192 words, tied, fp32), packs of
+four rows of 512 tokens, an optimizer step over one pack or four for each process, one thread each:
+redi's own step, data to update. Two processes are ranks of one run (FSDP2 over gloo, both cut and
+sharded as in training), two others train alone, each on what one of the ranks trains on. What
+remains between them is what being ranks costs: gathering weights, adding up gradients, waiting for
+each other; a rank also updates half of the weights only.
+
+The groups take turns, always two processes at a time, and a turn is eight packs a process however
+they are cut into steps. It is timed by the wall: waiting is the very thing to be seen, and CPU time
+has none of it. Both groups share the cores and the caches of the same machine in the same minute,
+so the ratio of their speeds stands where either speed alone would not. The CPU time is beside it.
+The speed of a group is the sum of its processes' tokens per second.
+
+What makes a ratio count, in the same run: with a learning rate of 0 both ranks report the same
+loss, and it is the mean of the two that train alone.
+
+memory: the peak of each of two ranks (VmHWM over what the process holds after a step of a tiny
+model) in two steps of two packs, so that optimizer and whole gradients are there; a model of 46 M
+parameters, packs of 1024 tokens; no block checkpointed, then all. These two processes run with
+MALLOC_MMAP_THRESHOLD_=65536: glibc gives every tensor back when it is freed, where it would
+otherwise keep a third more than is alive, in holes. It costs page faults, so the timed processes
+run without it.
+"""
+
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.measure import CPUSeconds, cpu_now, peak_bytes, result, write
+from redi import distributed, memory, toy, train
+from redi.batches import Task
+from redi.distributed import Place
+from redi.model import ModelConfig, Transformer
+from redi.objectives import SFT
+from redi.packing import Sequence, Step
+
+RANKS = 2
+ROWS = 4  # of a pack
+PACKS = 4  # of a turn
+ROUNDS = 7
+GOALS = {1: 0.90, 4: 0.95}  # packs of a step -> ranks over processes alone
+ALONE = "two independent processes"
+TIMED = ModelConfig(
+    vocab_size=8192, hidden_size=384, intermediate_size=1536, num_layers=4, num_heads=6,
+    num_kv_heads=6, head_dim=64, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=512,
+)  # fmt: skip
+WEIGHED = ModelConfig(
+    vocab_size=16_384, hidden_size=512, intermediate_size=2048, num_layers=10, num_heads=8,
+    num_kv_heads=2, head_dim=64, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=256,
+)  # fmt: skip
+TINY = replace(WEIGHED, hidden_size=64, intermediate_size=64, num_heads=1, num_kv_heads=1)
+SETTINGS = SimpleNamespace(lr=0.0, weight_decay=1e-4, clip=1.0, reshard_after_forward=False)
+Work = Callable[[Place, list[int]], Callable[[Any], Any]]  # the rows of which processes to take
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+# ---------------------------------------------------------------- what a process does
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a process is asked to do: optimizer steps of so many packs."""
+
+    packs: int
+    steps: int
+    lr: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What it reports of them. loss: the last step's."""
+
+    loss: float
+    tokens: int  # its own
+    seconds: float  # by the wall
+    cpu: CPUSeconds
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Bytes."""
+
+    peak: int
+    formula: float
+
+
+class Rows:
+    """Rows of random tokens, all of one length, with the fields of Dataset that a Task reads."""
+
+    store = SimpleNamespace(paired=False)
+
+    def __init__(self, count: int, config: ModelConfig):
+        draw, length = np.random.default_rng(0), config.max_positions
+        rows = draw.integers(0, config.vocab_size, (count, length))
+        self.sequences = [Sequence(row, 1, number, +1) for number, row in enumerate(rows)]
+        self.lengths, self.response_lengths = np.full(count, length), np.full(count, length - 1)
+
+    def sequence(self, number: int) -> Sequence:
+        return self.sequences[number]
+
+
+def step_of(numbers: list[int], packs: int) -> Step:
+    """Packs of ROWS rows for each of the processes `numbers`, whatever the others get."""
+    rows = np.arange(RANKS * packs * ROWS).reshape(RANKS, packs, ROWS)
+    return [list(rows[number]) for number in numbers]
+
+
+class Training:
+    """redi's training of a random model, as run.py puts it together: ask it for a Turn."""
+
+    def __init__(
+        self, config: ModelConfig, place: Place, numbers: list[int], checkpointed: int = 0
+    ):
+        self.config, self.place, self.numbers = config, place, numbers
+        self.model = Transformer(config)
+        toy.initialise(self.model, seed=0)
+        how = distributed.Placing(checkpointed=checkpointed)
+        distributed.place_model(self.model, place, how)
+        self.optimizer = train.make_optimizer(self.model, SETTINGS)
+
+    def __call__(self, turn: Turn) -> Taken:
+        pack_tokens = ROWS * self.config.max_positions
+        rows = Rows(RANKS * turn.packs * ROWS, self.config)
+        task = Task(rows, SFT, self.place, pack_tokens)
+        step, signals = step_of(self.numbers, turn.packs), SimpleNamespace(wanted=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = turn.lr
+        cpu, began = cpu_now(), time.perf_counter()
+        for _ in range(turn.steps):
+            record, _ = train._train_step(self.model, self.optimizer, task, step, SETTINGS, signals)
+        seconds = time.perf_counter() - began
+        tokens = turn.steps * turn.packs * pack_tokens
+        return Taken(record["loss"], tokens, seconds, cpu_now().since(cpu))
+
+
+class Weighing:
+    """The peak of a training: ask it for how many blocks are checkpointed, get the ratio."""
+
+    def __init__(self, config: ModelConfig, place: Place, numbers: list[int]):
+        self.config, self.place, self.numbers = config, place, numbers
+        self.train(TINY, TINY.num_layers)  # imports, and what libraries make once
+
+    def __call__(self, checkpointed: int) -> Weighed:
+        peak = peak_bytes(partial(self.train, self.config, checkpointed))
+        with torch.device("meta"):
+            model = Transformer(self.config)
+        tokens, fp32 = ROWS * self.config.max_positions, torch.float32
+        formula = memory.step_bytes(model, tokens, self.place, fp32, checkpointed)
+        return Weighed(peak, formula)
+
+    def train(self, config: ModelConfig, checkpointed: int) -> None:
+        Training(config, self.place, self.numbers, checkpointed)(Turn(packs=2, steps=2))
+
+
+# ---------------------------------------------------------------- groups of processes
+
+
+class Group:
+    """RANKS processes, asked together: the ranks of one run, or each alone."""
+
+    def __init__(self, work: Work, together: bool, folder: Path, **environment: str):
+        context = multiprocessing.get_context("spawn")
+        self.log, self.members = folder / f"{len(list(folder.iterdir()))}.log", []
+        self.log.touch()
+        port = free_port()
+        for number in range(RANKS):
+            numbers = list(range(RANKS)) if together else [number]
+            settings = environment | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"}
+            if together:
+                settings |= torchrun(number, port)
+            pipe, other_end = context.Pipe()
+            arguments = (work, numbers, other_end, self.log)
+            process = context.Process(target=serve, args=arguments, daemon=True)
+            with environment_of(settings):  # what glibc and OpenMP read when a process starts
+                process.start()
+            other_end.close()
+            self.members.append((process, pipe))
+
+    def ask(self, what: Any) -> list[Any]:
+        """The answer of each process; all work at the same time."""
+        for _, pipe in self.members:
+            pipe.send(what)
+        try:
+            return [pipe.recv() for _, pipe in self.members]
+        except EOFError:
+            raise RuntimeError(self.log.read_text()[-4000:]) from None
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        for process, pipe in self.members:
+            if kind is None:
+                pipe.send(None)
+                process.join(timeout=30)
+            process.kill()
+
+
+def serve(work: Work, numbers: list[int], pipe: Connection, log: Path) -> None:
+    """In a process of a group: answer until None is asked."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    torch.set_num_threads(1)
+    place = distributed.start(timeout_minutes=2.0)
+    answer = work(place, numbers)
+    while (what := pipe.recv()) is not None:
+        pipe.send(answer(what))
+    if place.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def torchrun(rank: int, port: int) -> dict[str, str]:
+    """The environment that torchrun would give a rank."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in (ranks | where).items()}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def environment_of(settings: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# ---------------------------------------------------------------- measures
+
+
+def speed(taken: list[Taken]) -> float:
+    """Tokens per second of processes that work side by side."""
+    return sum(each.tokens / each.seconds for each in taken)
+
+
+def cpu_speed(taken: list[Taken]) -> float:
+    """Tokens per second of CPU time."""
+    return sum(each.tokens for each in taken) / sum(each.cpu.total for each in taken)
+
+
+def compare(together: list[Taken], alone: list[Taken]) -> None:
+    """Raises AssertionError unless the ranks have one loss, the mean of those alone."""
+    mean = statistics.mean(each.loss for each in alone)
+    for each in together:
+        assert each.loss == together[0].loss, f"ranks report {together[0].loss} and {each.loss}"
+    error = abs(together[0].loss - mean) / abs(mean)
+    assert error < 1e-5, f"ranks' loss {together[0].loss}, mean of those alone {mean}"
+
+
+def take_turns(ranks: Group, alone: Group, rounds: int) -> dict[int, dict[str, list[list[Taken]]]]:
+    """packs of a step -> {"ranks": a turn's reports in every round, "alone": ...}."""
+    for packs in GOALS:
+        once = Turn(packs, steps=1, lr=0.0)
+        compare(ranks.ask(once), alone.ask(once))
+    groups = {"ranks": ranks, "alone": alone}
+    taken = {packs: {name: [] for name in groups} for packs in GOALS}
+    order = [(packs, name) for packs in GOALS for name in groups]
+    for _ in range(rounds):
+        for packs, name in order:
+            taken[packs][name].append(groups[name].ask(Turn(packs, PACKS // packs)))
+        order.reverse()
+    return taken
+
+
+def timed(config: ModelConfig, rounds: int) -> dict[str, dict[str, Any]]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        work = partial(Training, config)
+        ranks = stack.enter_context(Group(work, True, folder))
+        alone = stack.enter_context(Group(work, False, folder))
+        taken = take_turns(ranks, alone, rounds)
+    found = {}
+    print(f"{'tokens/s, of the wall and of CPU time':<40}{'ranks':>8}{'alone':>8}{'ratio':>8}")
+    for packs, of in taken.items():
+        name = "C14" if packs == 1 else f"C14_{packs}"
+        for key, measure, goal in ((name, speed, GOALS[packs]), (f"{name}_cpu", cpu_speed, None)):
+            speeds = {who: [measure(turn) for turn in turns] for who, turns in of.items()}
+            ratios = [a / b for a, b in zip(speeds["ranks"], speeds["alone"])]
+            found[key] = result(ratios, goal, ALONE)
+            medians = "".join(f"{statistics.median(each):>8.0f}" for each in speeds.values())
+            print(f"{key:<10}{packs} packs a step{'':<16}{medians}{found[key]['median']:>8.3f}")
+    return found
+
+
+def weighed(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        group = stack.enter_context(Group(partial(Weighing, config), True, folder, **GIVE_BACK))
+        settings = {"memory": 0, "memory_checkpointed": config.num_layers}
+        answers = {name: group.ask(count) for name, count in settings.items()}
+    found = {}
+    print(f"\n{'MiB of a rank':<28}{'peak':>8}{'formula':>9}{'ratio':>8}")
+    for name, ranks in answers.items():
+        ratios = [each.peak / each.formula for each in ranks]
+        found[f"{name}_ratio"] = result(ratios, None, "the formula of redi/memory.py")
+        off = [abs(ratio - 1) for ratio in ratios]
+        found[f"{name}_off"] = result(off, 0.15, "|peak / redi.memory's formula - 1|")
+        for each, ratio in zip(ranks, ratios):
+            sizes = f"{each.peak / 2**20:>8.0f}{each.formula / 2**20:>9.0f}"
+            print(f"{name:<28}{sizes}{ratio:>8.3f}")
+    return found
+
+
+def main() -> None:
+    results = weighed(WEIGHED) | timed(TIMED, ROUNDS)
+    print(f"\n{'':<28}{'median':>8}{'min':>8}{'max':>8}{'goal':>7}   over")
+    for name, entry in results.items():
+        goal = "-" if entry["goal"] is None else f"{entry['goal']:g}"
+        numbers = "".join(f"{entry[key]:>8.3f}" for key in ("median", "min", "max"))
+        print(f"{name:<28}{numbers}{goal:>7}   {entry['peer']}")
+    write("ranks", results)
+
+
+if __name__ == "__main__":
+    main()

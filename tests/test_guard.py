@@ -1,0 +1,233 @@
+"""The collapse guard: when it warns, what it keeps, how it stops.
+
+    python -m pytest tests/test_guard.py
+
+First as a function of chosen log-probs worked out by hand (all exact in binary), then in real runs
+that learn far too fast. That the checkpoint it keeps outlives the warning in a resumed run is in
+test_resume.py.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import test_resume
+import test_train
+import torch
+from test_resume import assert_same_bits, saved
+from test_train import redi_config, run, steps
+
+import train_redi
+from redi.config import UserError
+from redi.distributed import Place
+from redi.guard import CollapseGuard, watch
+from redi.resume import Checkpoints
+from redi.runlog import read_metrics
+
+made, here, one_thread = test_train.made, test_train.here, test_resume.one_thread
+stop_at = test_resume.stop_at
+
+
+# ---------------------------------------------------------------- as a function
+
+
+def warnings_of(chosen: list[float], threshold: float = 0.5, in_a_row: int = 3) -> dict[int, str]:
+    """Step -> warning, for a run with these chosen log-probs."""
+    guard = CollapseGuard(threshold, in_a_row)
+    said = {step: guard.look({"chosen_logp": c}) for step, c in enumerate(chosen, start=1)}
+    return {step: warning for step, warning in said.items() if warning}
+
+
+SEQUENCES = {  # threshold 0.5, three steps in a row: log-probs, steps that warn
+    "fell below": ([-1, -2, -2, -2], [4]),
+    "exactly at the threshold": ([-1, -1.5, -1.5, -1.5, -1.5], []),
+    "a little beyond it": ([-1, -1.5625, -1.5625, -1.5625], [4]),
+    "stayed a step too short": ([-1, -2, -2, -1], []),
+    "begins to count again after a step above": ([-1, -2, -2, -1.5, -2, -2, -2], [7]),
+    "once, however long it stays": ([-1] + [-2] * 20, [4]),
+    "again after it came back": ([-1, -2, -2, -2, -1, -2, -2, -2], [4, 8]),
+    "measured from the first record": ([-3, -1, -1, -3.25, -3.25, -3.25], []),
+    "a bad beginning is no fall": ([-9, -9, -9, -9], []),
+    "rose": ([-3, -2, -1, -0.5], []),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_it_warns_at_these_steps(name):
+    chosen, due = SEQUENCES[name]
+    assert list(warnings_of(chosen)) == due
+
+
+@pytest.mark.parametrize(
+    ("threshold", "in_a_row", "due"),
+    # Chosen falls by 0.25 a step: by 0.5 at step 3, by 1 at step 5, by 3 at the last, step 13.
+    [(0.5, 1, [4]), (0.5, 4, [7]), (1.0, 1, [6]), (0.125, 2, [3]), (2.5, 2, [13]), (3.0, 1, [])],
+)
+def test_threshold_and_steps_are_the_users(threshold, in_a_row, due):
+    falling = [-1 - 0.25 * number for number in range(13)]
+    assert list(warnings_of(falling, threshold, in_a_row)) == due
+
+
+def test_the_warning_says_how_far_it_fell_and_what_helps():
+    [warning] = warnings_of([-0.25, -1.0, -1.25, -1.5]).values()
+    assert "0.5 nats a token less likely than at the start for 3 steps" in warning
+    assert "now 1.25: -0.25 -> -1.50" in warning
+    assert "smaller --lr" in warning
+
+
+# Checkpoints after every step, three in a row to warn: log-probs, then what is pinned after each.
+PINS = {
+    "until it is clear": ([-1, -1, -2, -2, -1, -1], [0, 0, 1, 1, 0, 0]),
+    "the second fall's": ([-1, -1, -2, -1, -1, -2, -2, -2], [0, 0, 1, 0, 0, 4, 4, 4]),
+    "once it warned, for good": ([-1, -1, -1, -2, -2, -2, -1, -2], [0, 0, 0, 2, 2, 2, 2, 2]),
+    "nothing is from before the fall": ([-1, -2, -2, -2], [0, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", PINS)
+def test_what_is_kept_from_before_the_fall(name, tmp_path):
+    chosen, pinned = PINS[name]
+    checkpoints = Checkpoints(tmp_path, Place(0, 1, torch.device("cpu")), {}, keep=1)
+    guard, seen = CollapseGuard(0.5, 3), []
+    for step, logp in enumerate(chosen, start=1):
+        watch(guard, step, {"chosen_logp": logp}, checkpoints)
+        seen.append(checkpoints.pinned)
+        checkpoints.at(step).mkdir(parents=True)
+    assert seen == pinned
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("collapse_threshold", 0.0, "above 0"),
+        ("collapse_threshold", -0.5, "above 0"),
+        ("collapse_steps", 0, "at least 1"),
+    ],
+)
+def test_settings_that_would_always_warn_are_refused(flag, value, expected):
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')}: expected {expected}"):
+        redi_config(**{flag: value})
+
+
+# ---------------------------------------------------------------- in a run
+
+# 12 steps at two hundred times the rate of the other tests: chosen traces are lost in a few.
+FAST = {"lr": 0.2, "epochs": 4, "collapse_steps": 3, "save_every": 1, "keep": 5}
+
+
+def collapse_warnings(errors: str) -> list[str]:
+    return [line for line in errors.splitlines() if line.startswith("warning: step ")]
+
+
+def warned(out: str = "run") -> int:
+    """The step at which the guard is due to warn, from the run's own records."""
+    chosen = [record["chosen_logp"] for record in steps(list(read_metrics(Path(out))))]
+    low = [chosen[0] - now > 0.5 for now in chosen]
+    return next(end for end in range(3, len(low) + 1) if all(low[end - 3 : end]))
+
+
+@pytest.fixture
+def collapsed(here, capsys) -> Path:
+    """whole/, a run that went on to its end over the guard's warning."""
+    run(redi_config(**FAST, out="whole"))
+    [warning] = collapse_warnings(capsys.readouterr().err)
+    assert warning.startswith(f"warning: step {warned('whole')}: collapse: ")
+    assert 5 <= warned("whole") <= 9  # there are steps before and after it
+    return here
+
+
+def train(monkeypatch, *flags: str) -> int:
+    """train_redi.py with FAST's settings in this process; its exit status."""
+    settings = {
+        "model": "student", "data": "pairs.jsonl", "out": "run", "cache": "tokens",
+        "rows-per-step": 4, "max-prompt": 100, "max-response": 100, "max-length": 200,
+        **{name.replace("_", "-"): value for name, value in FAST.items()},
+    }  # fmt: skip
+    arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["train_redi.py", *arguments, *flags])
+    try:
+        train_redi.main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_with_collapse_stop_the_program_ends_there_and_goes_on_only_without_it(
+    collapsed, capsys, monkeypatch
+):
+    assert train(monkeypatch, "--collapse-stop", "true") == 2
+    step = warned()
+    assert step == warned("whole")
+    warning, stopped = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: step {step}: collapse: ")
+    kept = f"run/checkpoints/step-{saved()[0]:06d}"
+    assert warning.endswith(f"; kept from before the fall: {kept}")
+    assert stopped == f"error: --collapse-stop: stopped after step {step} of 12"
+    assert list(read_metrics(Path("run")))[-1] == {"kind": "stopped", "step": step}
+    assert saved()[-1] == step
+
+    # What starts jobs again must not train on into the collapse.
+    assert train(monkeypatch, "--collapse-stop", "true") == 2
+    [refused] = capsys.readouterr().err.splitlines()
+    assert refused.startswith(f"error: --collapse-stop: step {step}: collapse: ")
+    assert refused.endswith(f"{kept}; without the flag the run goes on")
+    assert saved()[-1] == step
+
+    assert train(monkeypatch) == 0
+    assert collapse_warnings(capsys.readouterr().err) == []
+    assert saved() == saved("whole")
+    assert_same_bits("run", "whole")
+
+
+def test_stopped_between_fall_and_warning_it_warns_at_the_same_step(collapsed, stop_at, capsys):
+    config = redi_config(**FAST)
+    stop_at(config, warned("whole") - 1)
+    assert collapse_warnings(capsys.readouterr().err) == []
+    run(config)
+    [warning] = collapse_warnings(capsys.readouterr().err)
+    assert warning.startswith(f"warning: step {warned('whole')}: ")
+    assert saved() == saved("whole")
+    assert_same_bits("run", "whole")
+
+
+def test_at_the_last_step_there_is_nothing_to_stop(collapsed, capsys):
+    in_a_row = 3 + 12 - warned("whole")
+    records = run(redi_config(**{**FAST, "collapse_steps": in_a_row, "collapse_stop": True}))
+    [warning] = collapse_warnings(capsys.readouterr().err)
+    assert warning.startswith("warning: step 12: ")
+    assert records[-1] == {"kind": "finished"}
+
+
+def is_good(step: int, out: str) -> bool:
+    """Whether the chosen traces of the model after that step had not fallen yet: the record after
+    it is what that model said."""
+    chosen = [record["chosen_logp"] for record in steps(list(read_metrics(Path(out))))]
+    return chosen[0] - chosen[step] <= 0.5
+
+
+def test_the_checkpoint_kept_is_the_newest_of_a_model_from_before_the_fall(collapsed):
+    kept, *newest = saved("whole")
+    assert newest == [7, 8, 9, 10, 11]
+    assert is_good(kept, "whole")
+    assert not is_good(kept + 1, "whole")
+
+
+def test_it_is_kept_even_if_keep_is_shorter_than_the_count(collapsed, capsys):
+    run(redi_config(**{**FAST, "keep": 2}))
+    assert saved() == [saved("whole")[0], 10, 11]
+    assert f"kept from before the fall: run/checkpoints/step-{saved()[0]:06d}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_where_none_is_left_from_before_the_fall_it_says_so(collapsed, capsys):
+    run(redi_config(**{**FAST, "keep": 1, "save_every": 11}))
+    assert saved() == [11]
+    assert "kept from before the fall: no checkpoint" in capsys.readouterr().err
+
+
+def test_a_threshold_beyond_the_fall_does_not_warn(collapsed, capsys):
+    run(redi_config(**FAST, collapse_threshold=1000.0, collapse_stop=True))
+    assert collapse_warnings(capsys.readouterr().err) == []
+    assert saved() == [7, 8, 9, 10, 11]  # nothing kept beyond the newest
+    assert_same_bits("run", "whole")
