@@ -4,6 +4,7 @@
     model_folder("Qwen/Qwen2.5-Math-1.5B")        -> ~/.cache/huggingface/.../snapshots/<commit>
     dataset_files("data/positives.jsonl")         -> [data/positives.jsonl]
     dataset_files("open-r1/OpenR1-Math-Raw")      -> [.../data/train-00000-of-00010.parquet, ...]
+    dataset_files("org/name:test")                -> the files of another split
 
 What exists on this machine is local. Anything else is a hub id if it has a hub id's form,
 `organisation/name`, and does not end in the suffix of a data file; otherwise it is a missing file.
@@ -20,7 +21,9 @@ from pathlib import Path
 
 from redi.config import UserError
 
-DATA_SUFFIXES = (".parquet", ".jsonl", ".json")
+PLAIN_SUFFIXES = (".parquet", ".jsonl", ".json")
+DATA_SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+CARD = "card.json"  # what prepare writes beside its data about them
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -62,35 +65,40 @@ def model_folder(folder_or_hub_id: str | Path, made_by: str | None = None) -> Pa
 def dataset_files(
     path_or_hub_id: str | Path, split: str = "train", made_by: str | None = None
 ) -> list[Path]:
-    """The data files (.parquet, .jsonl, .json) of a file, a folder or a hub id, sorted by name.
+    """The data files (.parquet, .jsonl, .json, the latter two also as .gz and .zst) of a file, a
+    folder or a hub id, sorted by name.
 
-    A folder gives every data file directly in it; subfolders are not searched, because a model or
-    an earlier output kept below would be taken for data. A hub id gives the files of one `split`,
-    by the hub's convention: data/train-00000-of-00010.parquet if there are such files, else those
-    with the split as a word of their path (train.jsonl, main/train/0.parquet). A local path has no
-    splits. Raises UserError: missing, no data file, or the hub does not give it.
+    A folder gives every data file directly in it but prepare's card; subfolders are not searched,
+    because a model or an earlier output kept below would be taken for data. A hub id gives the
+    files of one split, the one named behind a colon or else `split`, by the hub's convention:
+    data/train-00000-of-00010.parquet if there are such files, else those with the split as a word
+    of their path (train.jsonl, main/train/0.parquet). A local path has no splits. Raises UserError:
+    missing, no data file, or the hub does not give it.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in DATA_SUFFIXES and f.is_file())
+        files = sorted(f for f in path.iterdir() if _is_data(f) and f.name != CARD)
         if not files:
             raise UserError(
-                f"{path}: no {_any_of(DATA_SUFFIXES)} file directly in this folder "
+                f"{path}: no {_any_of(PLAIN_SUFFIXES)} file directly in this folder "
                 "(subfolders are not searched)"
             )
         return files
     if path.exists():
-        if path.suffix not in DATA_SUFFIXES:
-            raise UserError(f"{path}: expected a {_any_of(DATA_SUFFIXES)} file or a folder of them")
+        if not _is_data(path):
+            raise UserError(
+                f"{path}: expected a {_any_of(PLAIN_SUFFIXES)} file or a folder of them"
+            )
         return [path]
-    hub_id = str(path_or_hub_id)
+    hub_id, _, named = str(path_or_hub_id).partition(":")
+    split = named or split
     if not is_hub_id(hub_id):
         raise _missing(path, made_by)
     snapshot = _snapshot(hub_id, "dataset", [f"*{split}*{suffix}" for suffix in DATA_SUFFIXES])
     files = _files_of_split(snapshot, split)
     if not files:
         raise UserError(
-            f"{hub_id}: no {_any_of(DATA_SUFFIXES)} file of this data set on the hub is named "
+            f"{hub_id}: no {_any_of(PLAIN_SUFFIXES)} file of this data set on the hub is named "
             f"after the split {split!r}; download it and give the files"
         )
     return files
@@ -98,17 +106,17 @@ def dataset_files(
 
 def _files_of_split(snapshot: Path, split: str) -> list[Path]:
     """The hub's convention for a folder without a configuration; its patterns, in its order."""
-    names = sorted(
-        f.relative_to(snapshot).as_posix()
-        for f in snapshot.rglob("*")
-        if f.suffix in DATA_SUFFIXES and f.is_file()
-    )
+    names = sorted(f.relative_to(snapshot).as_posix() for f in snapshot.rglob("*") if _is_data(f))
     word = re.escape(split)
     for pattern in (rf"data/{word}-\d{{5}}-of-\d{{5}}\b", rf".*(?<![^\W_]){word}(?![^\W_])"):
         files = [snapshot / name for name in names if re.match(pattern, name)]
         if files:
             return files
     return []
+
+
+def _is_data(path: Path) -> bool:
+    return path.name.endswith(DATA_SUFFIXES) and path.is_file()
 
 
 # ---------------------------------------------------------------- local or hub

@@ -146,10 +146,18 @@ class Sequence:
     prompt_length: int
     row: int
     sign: int  # +1 chosen (and every SFT trace), -1 rejected
+    learned: np.ndarray | None = None  # (L - prompt_length,) bool; None: the whole response
 
     @property
     def response_length(self) -> int:
-        return len(self.tokens) - self.prompt_length
+        """|y|: supervised tokens."""
+        after = len(self.tokens) - self.prompt_length
+        return after if self.learned is None else int(self.learned.sum())
+
+    def supervised(self) -> np.ndarray:
+        """(|y|,) where they stand."""
+        places = np.arange(self.prompt_length, len(self.tokens))
+        return places if self.learned is None else places[self.learned]
 
 
 def pack(sequences: list[Sequence], weights: Tensor) -> PackedBatch:
@@ -165,11 +173,9 @@ def pack(sequences: list[Sequence], weights: Tensor) -> PackedBatch:
         return _pack_of_nothing()
     lengths = [len(s.tokens) for s in sequences]
     cu_seqlens = np.cumsum([0, *lengths])
-    response_lengths = [s.response_length for s in sequences]
-    rows = [
-        np.arange(start + s.prompt_length - 1, start + len(s.tokens) - 1)
-        for s, start in zip(sequences, cu_seqlens)
-    ]
+    places = [s.supervised() for s in sequences]
+    response_lengths = [len(where) for where in places]
+    rows = [start + where - 1 for where, start in zip(places, cu_seqlens)]
     return PackedBatch(
         tokens=torch.from_numpy(np.concatenate([s.tokens for s in sequences]).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
@@ -177,7 +183,7 @@ def pack(sequences: list[Sequence], weights: Tensor) -> PackedBatch:
         lengths=lengths,
         rows=torch.from_numpy(np.concatenate(rows)),
         targets=torch.from_numpy(
-            np.concatenate([s.tokens[s.prompt_length :] for s in sequences]).astype(np.int64)
+            np.concatenate([s.tokens[at] for s, at in zip(sequences, places)]).astype(np.int64)
         ),
         token_weights=weights.repeat_interleave(torch.tensor(response_lengths)),
         row_ids=[s.row for s in sequences],

@@ -14,9 +14,9 @@ from redi import __version__, distributed
 from redi.batches import Task
 from redi.checkpoint import Source, open_model, save_model
 from redi.config import UserError, to_toml
-from redi.data.dataset import Dataset, Limits, describe, load_store, select
+from redi.data.dataset import Dataset, Limits, describe, hash_files, load_store, select
 from redi.distributed import DTYPES, Place, Placing, node_leader_first, others_may_be_gone
-from redi.hub import dataset_files, is_hub_id
+from redi.hub import CARD, dataset_files, is_hub_id
 from redi.memory import blocks_to_checkpoint
 from redi.objectives import Objective
 from redi.resume import Checkpoints
@@ -59,7 +59,7 @@ def _run(
         if config.eval_data:
             eval_rows = load_data(config.eval_data, config, source, paired)
             print(f"held out, {config.eval_data}: {describe(eval_rows, source.chat)}\n")
-    facts = facts_of(source, dataset)
+    facts = facts_of(source, dataset, config.data)
     if finished:
         check_facts(config, facts)
         print(f"{config.out} is finished: nothing to do")
@@ -144,8 +144,10 @@ def longest_pack(dataset: Dataset, config: TrainConfig) -> int:
     return max(longest_row, min(config.pack_tokens, step))
 
 
-def facts_of(source: Source, dataset: Dataset) -> dict[str, str]:
+def facts_of(source: Source, dataset: Dataset, data: str) -> dict[str, str]:
     """What a run was made with and from, for config.toml and the model card."""
+    card = (Path(data) if Path(data).is_dir() else Path(data).parent) / CARD
+    made_by_prepare = {"data card sha256": hash_files([card])} if card.is_file() else {}
     return {
         "redi": __version__,
         "torch": torch.__version__,
@@ -154,6 +156,7 @@ def facts_of(source: Source, dataset: Dataset) -> dict[str, str]:
         "tokenizer": source.chat.fingerprint,
         "data sha256": dataset.store.data_hash,
         "rows": str(len(dataset)),
+        **made_by_prepare,
     }
 
 

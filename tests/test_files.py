@@ -1,9 +1,12 @@
 """redi/data/files.py: every row once with its place, little memory, no half-written file."""
 
 import errno
+import gzip
 import json
 import os
+import re
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -205,3 +208,39 @@ def test_an_error_of_something_else_is_not_blamed_on_the_file(tmp_path, raised):
     with pytest.raises(type(raised)):
         write_half(tmp_path / "out.jsonl", raised)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- compressed
+
+
+def compressed(path: Path, data: bytes) -> Path:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(data))
+    else:
+        with pa.output_stream(str(path), compression="zstd") as file:
+            file.write(data)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_rows_are_those_of_the_plain_file(suffix, tmp_path):
+    lines = b"".join(json.dumps({"a": "x" * n}).encode() + b"\n" for n in range(3000))
+    plain = tmp_path / "plain.jsonl"
+    plain.write_bytes(lines)
+    packed = compressed(tmp_path / f"packed.jsonl.{suffix}", lines)
+    expected = [(place.replace(str(plain), str(packed)), row) for place, row in read_rows(plain)]
+    assert list(read_rows(packed)) == expected
+    array = compressed(tmp_path / f"array.json.{suffix}", b' [{"a": 1}, {"a": 2}]')
+    assert [row for _, row in read_rows(array)] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(UserError, match="holds no rows"):
+        list(read_rows(compressed(tmp_path / f"empty.jsonl.{suffix}", b"")))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("broken", [lambda d: d[: len(d) // 2], lambda d: b"plain" + d])
+def test_a_broken_compressed_file_is_one_line(suffix, broken, tmp_path):
+    packed = compressed(tmp_path / f"x.jsonl.{suffix}", b'{"a": 1}\n' * 10_000)
+    packed.write_bytes(broken(packed.read_bytes()))
+    with pytest.raises(UserError, match=f"^{re.escape(str(packed))}: cannot be read") as refused:
+        list(read_rows(packed))
+    assert "\n" not in str(refused.value)

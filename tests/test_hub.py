@@ -157,6 +157,19 @@ def test_a_dataset_id_gives_the_files_of_one_split(hub, split, stored, found):
     assert hub.asked == [("org/set", "dataset")]
 
 
+def test_a_dataset_id_names_its_split_behind_a_colon(hub):
+    hub.repositories["org/set"] = ["train.jsonl", "test.jsonl.gz", "card.json"]
+    assert names(dataset_files("org/set:test"), "org/set") == ["test.jsonl.gz"]
+    assert hub.asked == [("org/set", "dataset")]
+
+
+def test_a_folder_gives_compressed_files_too_but_not_the_card(tmp_path):
+    there = ["a.json.gz", "b.jsonl.zst", "c.parquet", "card.json", "d.csv.gz", "e.gz"]
+    for name in there:
+        (tmp_path / name).touch()
+    assert [f.name for f in dataset_files(tmp_path)] == there[:3]
+
+
 def test_a_dataset_without_the_split_is_an_error(hub):
     hub.repositories["org/set"] = ["data/test-00000-of-00001.parquet", "train.csv"]
     with pytest.raises(UserError, match=r"org/set: no .* named after the split 'train'"):

@@ -355,3 +355,16 @@ def test_to_a_device_keeps_everything():
     for name, value in vars(batch).items():
         same = torch.equal if isinstance(value, torch.Tensor) else list.__eq__
         assert same(getattr(moved, name), value)
+
+
+def test_of_several_turns_only_the_answers_are_predicted():
+    """Prompt 10 11, answer 12 13, a question 14 15, answer 16 17; after a document of 3 tokens."""
+    learned = np.array([True, True, False, False, True, True])
+    turns = Sequence(np.arange(10, 18), prompt_length=2, row=1, sign=1, learned=learned)
+    first = Sequence(np.array([1, 2, 3]), prompt_length=1, row=0, sign=1)
+    batch = pack([first, turns], torch.tensor([1.0, 0.5]))
+    assert batch.targets.tolist() == [2, 3, 12, 13, 16, 17]
+    assert batch.rows.tolist() == [0, 1, 3 + 1, 3 + 2, 3 + 5, 3 + 6]
+    assert batch.tokens[batch.rows].tolist() == [1, 2, 11, 12, 15, 16]
+    assert batch.response_lengths == [2, 4] == [first.response_length, turns.response_length]
+    assert batch.token_weights.tolist() == [1.0] * 2 + [0.5] * 4

@@ -9,12 +9,16 @@ streamed: memory holds one line of a JSONL file, or one batch of a Parquet file.
 .json file that is one array: it is parsed whole, because nothing can be read from an array before
 it ends; write JSON Lines instead when it does not fit. A .json file of lines streams like a .jsonl.
 
-Left out: compression (Parquet has its own), CSV (it has no lists), and `{"data": [...]}` wrappers.
+JSON files may be compressed, NAME.gz or NAME.zst (zstd with pyarrow); Parquet has its own.
+Left out: CSV (it has no lists), and `{"data": [...]}` wrappers.
 """
 
 import contextlib
+import gzip
+import io
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -47,8 +51,9 @@ def _rows(files: list[Path]) -> Iterator[tuple[str, Row]]:
             for place, row in _reader(path):
                 empty = False
                 yield place, row
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except (OSError, EOFError, zlib.error) as error:  # the last two: a broken .gz
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot be read ({reason})") from None
         if empty:
             raise UserError(f"{path}: holds no rows")
 
@@ -56,7 +61,7 @@ def _rows(files: list[Path]) -> Iterator[tuple[str, Row]]:
 def _reader(path: Path) -> Iterator[tuple[str, Row]]:
     if path.suffix == ".parquet":
         return _parquet(path)
-    if path.suffix == ".json" and _opens_with_bracket(path):
+    if ".json" in path.suffixes and _opens_with_bracket(path):
         return _json_array(path)
     return _json_lines(path)
 
@@ -66,7 +71,7 @@ def _reader(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
     # In bytes, a line ends at \n alone; decoded text would also break at a lone \r.
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.isspace():
                 place = f"{path}:{number}"
@@ -74,7 +79,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, value in enumerate(_parsed(path.read_bytes(), str(path)), start=1):
+    with open_plain(path) as file:
+        data = file.read()
+    for number, value in enumerate(_parsed(data, str(path)), start=1):
         place = f"{path}: row {number}"
         yield place, _as_row(value, place)
 
@@ -95,8 +102,19 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path}: not a sound Parquet file after row {number} ({error})") from None
 
 
+def open_plain(path: Path) -> IO[bytes]:
+    """The bytes of a file, decompressed if its name says that it is compressed."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
 def _opens_with_bracket(path: Path) -> bool:
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 

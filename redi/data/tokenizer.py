@@ -17,7 +17,9 @@ first control token that the template writes after an answer. What the template 
 newline) is not in the row. The response is encoded apart from the header before it, so a trace
 that begins with a newline cannot merge with the header's: generation could not either.
 
-Masks are by position (`prompt_ids`, `response_ids` are two lists), never by token id.
+Of several turns, every answer with its stop token is learned from; what stands between them is
+in the row and is not. Masks are by position (`prompt_ids`, `response_ids`, `learned`), never by
+token id.
 """
 
 import hashlib
@@ -56,6 +58,7 @@ class Rendered:
 
     prompt_ids: list[int]
     response_ids: list[int]  # ends with the stop token
+    learned: list[bool] | None = None  # of response_ids; None: all, as in every single turn
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -79,6 +82,7 @@ class ChatTokenizer:
         # Longest first: a control token may begin like another one.
         names = sorted(self.control_ids, key=len, reverse=True)
         self._controls = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+        self._rendered: dict[tuple[tuple[str, ...], bool], list] = {}
         tokenizer.encode_special_tokens = True  # encode "<|im_end|>" as the text it is
         self.stop_id = self._find_stop_id()
 
@@ -120,27 +124,26 @@ class ChatTokenizer:
         return self._encode([stretches])[0]
 
     def encode_rows(
-        self, conversations: Sequence[tuple[Sequence[Message], Message]]
+        self, conversations: Sequence[tuple[Sequence[Message], Message | Sequence[Message]]]
     ) -> list[Rendered]:
-        """(prompt messages, the assistant's answer) -> rows; many at once are encoded in parallel.
+        """(prompt messages, response) -> rows; many at once are encoded in parallel.
 
+        A response is an assistant's message, or several messages that begin and end with one: all
+        of the assistant's are learned from.
         Raises UserError if the template shows an answer another header than it generates from.
         """
-        prompts, responses = [], []
-        for prompt, answer in conversations:
-            head, tail = self._around_response(prompt, answer)
-            if head != self._render(prompt, add_generation_prompt=True):
-                raise UserError(
-                    f"{self.where}: the chat template puts other text before a written answer "
-                    "than before a generated one, so training would not match generation"
-                )
-            prompts.append(head)
-            responses.append([answer["content"], tail])
-        prompt_ids, response_ids = self._encode(prompts), self._encode(responses)
-        rows = [Rendered(p, r) for p, r in zip(prompt_ids, response_ids)]
-        for row in rows:
-            if row.response_ids[-1] != self.stop_id:
-                raise UserError(f"{self.where}: a row does not end with the stop token")
+        cut = [
+            self._cut_at_answers(prompt, [response] if isinstance(response, dict) else response)
+            for prompt, response in conversations
+        ]
+        encoded = iter(self._encode([stretches for pieces in cut for stretches in pieces]))
+        rows = []
+        for pieces in cut:
+            prompt_ids, *rest = (next(encoded) for _ in pieces)
+            learned = None
+            if len(rest) > 1:  # answer, turns of others, answer, ...
+                learned = [i % 2 == 0 for i, ids in enumerate(rest) for _ in ids]
+            rows.append(Rendered(prompt_ids, [t for ids in rest for t in ids], learned))
         return rows
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -155,18 +158,37 @@ class ChatTokenizer:
         text = self.tokenizer.to_str() + self.template + json.dumps(self.special_tokens)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _around_response(
-        self, prompt: Sequence[Message], answer: Message
-    ) -> tuple[list, "int | str"]:
-        """What the template writes before the answer, and the first thing it writes after it."""
-        stretches = self._render([*prompt, answer], add_generation_prompt=False, cut_at_last=True)
-        split = stretches.index(_RESPONSE)
-        after = stretches[split + 1 :]
-        return stretches[:split], after[0] if after else ""
+    def _cut_at_answers(self, prompt: Sequence[Message], response: Sequence[Message]) -> list[list]:
+        """Stretches of the prompt, the first answer with its stop token, the turns up to the next
+        answer, that answer, ..."""
+        messages = [*prompt, *response]
+        stretches = self._render(messages, add_generation_prompt=False, apart=len(prompt))
+        pieces, begin = [], 0
+        for number in range(len(prompt), len(messages)):
+            if not _is_answer(messages[number]):
+                continue
+            place = stretches.index(_Content(number))
+            if stretches[:place] != self._render(
+                messages[:number], add_generation_prompt=True, apart=len(prompt)
+            ):
+                raise UserError(
+                    f"{self.where}: the chat template puts other text before a written answer "
+                    "than before a generated one, so training would not match generation"
+                )
+            if stretches[place + 1 : place + 2] != [self.stop_id]:
+                raise UserError(f"{self.where}: a row does not end with the stop token")
+            pieces += [stretches[begin:place], [messages[number]["content"], self.stop_id]]
+            begin = place + 2
+        return [
+            [messages[x.number]["content"] if isinstance(x, _Content) else x for x in piece]
+            for piece in pieces
+        ]
 
     def _find_stop_id(self) -> int:
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
-        _, stop = self._around_response([question], answer)
+        stretches = self._render([question, answer], add_generation_prompt=False, apart=1)
+        _, *after = stretches[stretches.index(_Content(1)) :]
+        stop = after[0] if after else ""
         if not isinstance(stop, int):
             raise UserError(
                 f"{self.where}: no stop token: the chat template ends an answer with {stop!r}, "
@@ -175,35 +197,57 @@ class ChatTokenizer:
         return stop
 
     def _render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, cut_at_last: bool = False
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        apart: int | None = None,
     ) -> list:
         """The conversation as a list of text (str) and control tokens (int), texts joined.
 
-        With cut_at_last the last message's content is the item `_RESPONSE`, joined to nothing.
+        Contents of assistant's messages from number `apart` on are the items `_Content(number)`,
+        joined to nothing.
         """
+        parts = self._template_parts(tuple(m["role"] for m in messages), add_generation_prompt)
+        stretches: list = []
+        for part in parts:
+            if not isinstance(part, _Content):
+                _extend(stretches, [part])
+            elif apart is not None and part.number >= apart and _is_answer(messages[part.number]):
+                stretches.append(part)
+            else:
+                _extend(stretches, [messages[part.number]["content"]])
+        return stretches
+
+    def _template_parts(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list:
+        """What the template writes around contents, which it never sees: so it is asked once."""
+        key = roles, add_generation_prompt
+        if key not in self._rendered:
+            self._rendered[key] = self._ask_template(*key)
+        return self._rendered[key]
+
+    def _ask_template(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list:
+        """Text, control tokens, and `_Content(number)` where the content of any message goes."""
         from jinja2 import TemplateError
 
-        marked = [{**m, "content": _mark(i)} for i, m in enumerate(messages)]
+        marked = [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)]
         told = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
         try:
             text = self._jinja.render(messages=marked, **told, **self.special_tokens)
         except TemplateError as error:
             raise UserError(f"{self.where}: the chat template fails ({error})") from None
         parts = re.split(f"{_OPEN}(\\d+){_CLOSE}", text)
-        if [int(i) for i in parts[1::2]] != list(range(len(messages))):
+        if [int(i) for i in parts[1::2]] != list(range(len(roles))):
             raise UserError(
                 f"{self.where}: the chat template drops, repeats or moves a message "
-                f"(roles {[m['role'] for m in messages]})"
+                f"(roles {list(roles)})"
             )
-        stretches: list = []
+        pieces: list = []
         for position, part in enumerate(parts):
-            if position % 2 == 0:
-                _extend(stretches, self._cut_at_controls(part))
-            elif cut_at_last and int(part) == len(messages) - 1:
-                stretches.append(_RESPONSE)
+            if position % 2:
+                pieces.append(_Content(int(part)))
             else:
-                _extend(stretches, [messages[int(part)]["content"]])
-        return stretches
+                pieces += self._cut_at_controls(part)
+        return pieces
 
     def _cut_at_controls(self, text: str) -> list:
         pieces = self._controls.split(text) if self._controls else [text]
@@ -245,11 +289,15 @@ class ChatTokenizer:
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 
 
-class _Response:
-    """Where the answer's content goes."""
+@dataclass(frozen=True)
+class _Content:
+    """Where the content of a message goes."""
+
+    number: int
 
 
-_RESPONSE = _Response()
+def _is_answer(message: Message) -> bool:
+    return message["role"] == "assistant"
 
 
 def _mark(index: int) -> str:

@@ -1,0 +1,226 @@
+"""redi/data/formats.py: the same training row out of every usual shape, and TRL's tokens for it."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from test_tokenizer import MATH_TEMPLATE, make
+
+from redi.config import UserError
+from redi.data.formats import Example, examples, recognise, to_example
+from redi.data.tokenizer import chatml
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASKED = [user("1+1?")]
+RIGHT, WRONG = [assistant("It is 2.")], [assistant("It is 3.")]
+TURNS = [user("1+1?"), assistant("2"), user("And 1 more?"), assistant("3")]
+
+SFT_ROW = Example(ASKED, [RIGHT])
+PAIR_ROW = Example(ASKED, [RIGHT, WRONG])
+SFT_SHAPES = {  # each is SFT_ROW
+    "message lists": {"prompt": ASKED, "completion": RIGHT},
+    "strings": {"prompt": "1+1?", "completion": "It is 2."},
+    "prompt a string": {"prompt": "1+1?", "completion": RIGHT},
+    "completion a string": {"prompt": ASKED, "completion": "It is 2."},
+    "messages": {"messages": ASKED + RIGHT},
+    "completion a whole conversation": {"prompt": "1+1?", "completion": ASKED + RIGHT},
+    "with null and other fields": {
+        "messages": ASKED + RIGHT, "prompt": None, "chosen": None, "source": "x", "score": 1.0,
+    },
+    "with other fields in messages": {
+        "messages": [{**m, "info": {"a": 1}, "tool_calls": None} for m in ASKED + RIGHT]
+    },
+}  # fmt: skip
+PAIR_SHAPES = {  # each is PAIR_ROW
+    "message lists": {"prompt": ASKED, "chosen": RIGHT, "rejected": WRONG},
+    "strings": {"prompt": "1+1?", "chosen": "It is 2.", "rejected": "It is 3."},
+    "implicit prompt": {"chosen": ASKED + RIGHT, "rejected": ASKED + WRONG},
+    "the mixed form": {"prompt": "1+1?", "chosen": ASKED + RIGHT, "rejected": ASKED + WRONG},
+    "prompt repeated": {"prompt": ASKED, "chosen": ASKED + RIGHT, "rejected": ASKED + WRONG},
+    "one side repeats it": {"prompt": "1+1?", "chosen": ASKED + RIGHT, "rejected": "It is 3."},
+    "the prompt in messages too": {
+        "prompt": "1+1?", "messages": ASKED + RIGHT, "chosen": RIGHT, "rejected": WRONG,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SFT_SHAPES)
+def test_every_shape_of_a_row_for_sft(name):
+    assert to_example(SFT_SHAPES[name], "x", paired=False) == SFT_ROW
+
+
+@pytest.mark.parametrize("name", PAIR_SHAPES)
+def test_every_shape_of_a_pair(name):
+    assert to_example(PAIR_SHAPES[name], "x", paired=True) == PAIR_ROW
+
+
+def test_several_turns():
+    """Every answer of {messages} is learned from; what chosen and rejected share is the prompt."""
+    assert to_example({"messages": TURNS}, "x", False) == Example(TURNS[:1], [TURNS[1:]])
+    last = [[assistant("3")], [assistant("4")]]
+    implicit = {"chosen": TURNS[:3] + last[0], "rejected": TURNS[:3] + last[1]}
+    assert to_example(implicit, "x", True) == Example(TURNS[:3], last)
+    with_system = {"prompt": "1+1?", "chosen": [SYSTEM, *ASKED, *RIGHT], "rejected": WRONG}
+    assert to_example(with_system, "x", True) == Example([SYSTEM, *ASKED], [RIGHT, WRONG])
+    history = {"prompt": TURNS[:3], "completion": [assistant("3")]}
+    assert to_example(history, "x", False) == Example(TURNS[:3], [last[0]])
+
+
+REFUSED = {  # row, paired, what is said
+    "unknown": ({"a": 1, "b": 2}, False, "fields seen: a, b; expected .*completion.* or"),
+    "none": ({}, True, "fields seen: none; expected {prompt, chosen, rejected} or {chosen"),
+    "pairs for SFT": ({"chosen": "a", "rejected": "b"}, False, "train_redi.py trains on such rows"),
+    "SFT for pairs": ({"messages": TURNS}, True, "train_sft.py trains on such rows"),
+    "a teacher's": ({"problem": "?", "generations": []}, False, "python -m redi.prepare makes"),
+    "not messages": ({"messages": "hello"}, False, "'messages' must be a list of"),
+    "a number": ({"prompt": 1, "completion": "a"}, False, "'prompt' must be text, or a list of"),
+    "empty list": ({"prompt": [], "completion": "a"}, False, "'prompt' must be"),
+    "nested": ({"messages": [TURNS]}, False, "'messages' must be a list"),
+    "role": ({"messages": [{"role": "gpt", "content": "a"}]}, False, "roles among system, user"),
+    "content": ({"messages": [{"role": "user", "content": None}]}, False, "'messages' must be"),
+    "surrogate": ({"prompt": "\ud800", "completion": "a"}, False, "'prompt' must be"),
+    "blank": ({"prompt": "a", "completion": " \n"}, False, "'completion' is empty"),
+    "blank turn": ({"messages": [*ASKED, assistant(""), *TURNS[2:]]}, False, "is empty"),
+    "no answer": ({"messages": ASKED}, False, "must go on with an assistant's message"),
+    "ends with a question": ({"messages": TURNS[:3]}, False, "and end with one"),
+    "no question": ({"messages": RIGHT}, False, "a prompt is missing"),
+    "prompt ends with an answer": (
+        {"prompt": TURNS[:2], "completion": "3"}, False, "'prompt' ends with an assistant's",
+    ),
+    "another prompt": (
+        {"prompt": "2+2?", "chosen": ASKED + RIGHT, "rejected": ASKED + WRONG}, True,
+        "'prompt' is not what chosen and rejected begin with",
+    ),
+    "another prompt, listed": (
+        {"prompt": [user("2+2?")], "chosen": ASKED + RIGHT, "rejected": WRONG}, True,
+        "'chosen' is a whole conversation that does not begin with the prompt",
+    ),
+    "nothing shared": (
+        {"chosen": [user("a"), *RIGHT], "rejected": ASKED + WRONG}, True, "no prompt",
+    ),
+    "two plain texts": ({"chosen": "Q: a A: b", "rejected": "Q: a A: c"}, True, "no prompt"),
+    "tool calls": (
+        {"messages": [*ASKED, {**RIGHT[0], "tool_calls": [{"id": 1}]}]}, False,
+        "'messages' has 'tool_calls' beside 'content'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_rows_are_refused_in_one_line(name):
+    row, paired, said = REFUSED[name]
+    with pytest.raises(UserError, match=said) as refused:
+        to_example(row, "file.jsonl:7", paired)
+    assert str(refused.value).startswith("file.jsonl:7: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_equal_sides_are_counted_and_rows_keep_their_numbers():
+    equal = {"prompt": "1+1?", "chosen": "It is 2.", "rejected": "It is 2."}
+    rows = [PAIR_SHAPES["strings"], equal, PAIR_SHAPES["implicit prompt"]]
+    skipped = Counter()
+    assert list(examples([("x", row) for row in rows], True, skipped)) == [
+        (1, PAIR_ROW),
+        (3, PAIR_ROW),
+    ]
+    assert skipped == {"chosen equals rejected": 1}
+
+
+def test_a_format_has_a_name():
+    assert recognise(SFT_SHAPES["strings"], "x", False) == ("prompt", "completion")
+    assert recognise(PAIR_SHAPES["implicit prompt"], "x", True) == ("chosen", "rejected")
+
+
+# ---------------------------------------------------------------- tokens, and TRL's
+
+GENERATION = chatml(None).replace(
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}",
+    "{%- if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{%- else %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{%- endif %}",
+)
+
+
+def prepared_by_trl(rows: list[dict], tokenizer, folder, assistant_only: bool) -> list[dict]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(
+        output_dir=str(folder), max_length=None, use_cpu=True, bf16=False,
+        assistant_only_loss=assistant_only,
+    )  # fmt: skip
+    template = GENERATION if assistant_only else None
+    trainer = SimpleNamespace(
+        _tokenizer=tokenizer, chat_template=template, completion_only_loss=not assistant_only
+    )
+    dataset = Dataset.from_list(rows)
+    return list(
+        SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, arguments, False, None, "train")
+    )
+
+
+def test_the_mask_of_several_turns_is_trls(save_tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    ours = make(save_tokenizer, tmp_path, chatml(None))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    longer = [SYSTEM, *TURNS, user("é <|im_end|> 的"), assistant("<think>\n4\n</think>\n\n4 ")]
+    rows = [{"messages": TURNS}, {"messages": longer}, {"messages": ASKED + RIGHT}]
+    by_trl = prepared_by_trl(rows[:1] + rows[2:], theirs, tmp_path, assistant_only=True)
+    found = [to_example(row, "x", False) for row in rows]
+    rendered = ours.encode_rows([(e.prompt, e.responses[0]) for e in found])
+    for row, expected in zip(rendered[:1] + rendered[2:], by_trl):
+        ids = row.prompt_ids + row.response_ids
+        learned = row.learned or [True] * len(row.response_ids)
+        assert ids == expected["input_ids"][: len(ids)]
+        labels = [-100] * len(row.prompt_ids)
+        labels += [t if seen else -100 for t, seen in zip(row.response_ids, learned)]
+        assert labels == expected["labels"][: len(ids)]
+        assert ours.decode(expected["input_ids"][len(ids) :]) == "\n"
+    assert rendered[2].learned is None
+    # Three answers, each with its stop token; `<|im_end|>` in the user's text is text.
+    kept = [t for t, seen in zip(rendered[1].response_ids, rendered[1].learned) if seen]
+    assert kept.count(ours.stop_id) == 3
+    assert ours.decode(kept) == "2<|im_end|>3<|im_end|><think>\n4\n</think>\n\n4 <|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["message lists", "messages"])
+def test_tokens_of_sft_rows_are_trls(name, save_tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    template = MATH_TEMPLATE if name == "message lists" else chatml()
+    ours = make(save_tokenizer, tmp_path, template)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    [expected] = prepared_by_trl([SFT_SHAPES[name]], theirs, tmp_path, assistant_only=False)
+    example = to_example(SFT_SHAPES[name], "x", False)
+    [row] = ours.encode_rows([(example.prompt, example.responses[0])])
+    assert row.prompt_ids + row.response_ids == expected["input_ids"][: len(row)]
+
+
+@pytest.mark.parametrize("name", ["message lists", "implicit prompt"])
+def test_tokens_of_pairs_are_trls(name, save_tokenizer, tmp_path):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    ours = make(save_tokenizer, tmp_path, chatml())
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    arguments = DPOConfig(output_dir=str(tmp_path), max_length=None, use_cpu=True, bf16=False)
+    trainer = SimpleNamespace(_tokenizer=theirs)
+    dataset = Dataset.from_list([PAIR_SHAPES[name]])
+    [expected] = DPOTrainer._prepare_dataset(trainer, dataset, theirs, arguments, "train")
+    example = to_example(PAIR_SHAPES[name], "x", True)
+    chosen, rejected = ours.encode_rows([(example.prompt, r) for r in example.responses])
+    assert chosen.prompt_ids == rejected.prompt_ids == expected["prompt_ids"]
+    for row, ids in ((chosen, expected["chosen_ids"]), (rejected, expected["rejected_ids"])):
+        assert row.response_ids == ids[: len(row.response_ids)]
+        assert ours.decode(ids[len(row.response_ids) :]) == "\n"
