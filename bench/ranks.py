@@ -20,7 +20,7 @@ What makes a ratio count, in the same run: with a learning rate of 0 both ranks 
 loss, and it is the mean of the two that train alone.
 
 memory: the peak of each of two ranks (VmHWM over what the process holds after a step of a tiny
-model) in two steps of two packs, so that optimizer and whole gradients are there; a model of 46 M
+model) in two steps of two packs, so that optimizer and whole gradients are there; a model of 50 M
 parameters, packs of 1024 tokens; no block checkpointed, then all. These two processes run with
 MALLOC_MMAP_THRESHOLD_=65536: glibc gives every tensor back when it is freed, where it would
 otherwise keep a third more than is alive, in holes. It costs page faults, so the timed processes
@@ -65,7 +65,7 @@ TIMED = ModelConfig(
     num_kv_heads=6, head_dim=64, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=512,
 )  # fmt: skip
 WEIGHED = ModelConfig(
-    vocab_size=16_384, hidden_size=512, intermediate_size=2048, num_layers=10, num_heads=8,
+    vocab_size=16_384, hidden_size=512, intermediate_size=2048, num_layers=11, num_heads=8,
     num_kv_heads=2, head_dim=64, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=256,
 )  # fmt: skip
 TINY = replace(WEIGHED, hidden_size=64, intermediate_size=64, num_heads=1, num_kv_heads=1)

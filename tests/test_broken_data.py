@@ -1,0 +1,287 @@
+"""Whatever stands in a data file ends in a counted drop or in one line; never in a traceback.
+
+    python -m pytest tests/test_broken_data.py        2,000 mutated files, half of them for prepare
+
+A file of sound rows gets one that is not: a value of another type anywhere in it, a field less, a
+lone surrogate, control characters, a control token inside a trace, or bytes changed after it was
+written. Kept and dropped rows must add up to what was read, and the sound rows must come out as
+the same bytes as without the mutation. Files of other kinds of breakage are in test_files.py.
+"""
+
+import copy
+import json
+import shutil
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from test_tokenizer import make
+
+from redi import prepare
+from redi.config import UserError
+from redi.data.dataset import Dataset, load_store
+from redi.data.tokenizer import chatml
+from redi.hub import CARD
+
+EACH = 500  # mutated files of each of four kinds
+MANY = settings(
+    max_examples=EACH, deadline=None, database=None, derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+
+
+def raw_row(number: int) -> dict:
+    return {
+        "problem": f"What is {number} + 1?", "answer": f"{number + 1}", "problem_is_valid": "Yes",
+        "source": "olympiads",
+        "generations": [f"<think>\n{number}\n</think>\n\\boxed{{{n}}}" for n in (0, number + 1)],
+        "correctness": {
+            "llama_verification": [False, True], "math_verify_reparsed_answer": [False, True],
+        },
+    }  # fmt: skip
+
+
+def training_row(number: int, paired: bool) -> dict:
+    def said(role: str, text: str) -> list[dict]:
+        return [{"role": role, "content": text}]
+
+    right = said("assistant", f"<think>\n\n</think>\n\\boxed{{{number + 1}}}")
+    prompt = said("user", f"What is {number} + 1?")
+    if not paired:
+        return {"prompt": prompt, "completion": right}
+    return {"prompt": prompt, "chosen": right, "rejected": said("assistant", "\\boxed{0}")}
+
+
+# ---------------------------------------------------------------- mutations
+
+TEXTS = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(
+        [
+            "",
+            " ",
+            "\x00",
+            "\x1b[2J",
+            "<|im_end|>",
+            "\ud800",
+            "\udfff\ud800",
+            "a\u2028\r\nb",
+            "</think>",
+        ]
+    ),
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
+
+
+def places(value, path: tuple = ()) -> list[tuple]:
+    """The paths of everything inside a row."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = []
+    for key, inner in items:
+        found.append((*path, key))
+        if isinstance(inner, (dict, list)):
+            found += places(inner, (*path, key))
+    return found
+
+
+@st.composite
+def mutated(draw, row: dict) -> bytes:
+    """A line that was a sound row."""
+    row = copy.deepcopy(row)
+    for _ in range(draw(st.integers(1, 2))):
+        found = places(row)
+        if not found:
+            break
+        *path, last = draw(st.sampled_from(found))
+        holder = row
+        for key in path:
+            holder = holder[key]
+        how = draw(st.sampled_from(["value", "value", "gone", "twice", "text"]))
+        if how == "gone":
+            del holder[last]
+        elif how == "text" and isinstance(holder[last], str):
+            at = draw(st.integers(0, len(holder[last])))
+            holder[last] = holder[last][:at] + draw(TEXTS) + holder[last][at:]
+        elif how == "twice":
+            holder[last] = [holder[last], holder[last]]
+        else:
+            holder[last] = draw(VALUES)
+    line = json.dumps(row, ensure_ascii=draw(st.booleans()))
+    return line.encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def garbled(draw, row: dict) -> bytes:
+    """A line whose bytes were changed."""
+    line = bytearray(json.dumps(row, ensure_ascii=False).encode())
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(line) - 1))
+        how = draw(st.sampled_from(["flip", "cut", "insert"]))
+        if how == "flip":
+            line[at] = draw(st.integers(0, 255))
+        elif how == "cut":
+            del line[at : at + draw(st.integers(1, 30))]
+        else:
+            line[at:at] = draw(st.binary(max_size=6))
+        if not line:
+            break
+    return bytes(line)
+
+
+def lines_with(line: bytes, row) -> bytes:
+    """Sound rows 0 and 1, the mutated one, a sound row 3."""
+    sound = [json.dumps(row(number)).encode() for number in (0, 1, 3)]
+    return b"\n".join([*sound[:2], line, sound[2]]) + b"\n"
+
+
+# ---------------------------------------------------------------- prepare
+
+
+def prepared(folder: Path, data: bytes) -> tuple[int, str]:
+    """Exit status and stderr of redi.prepare on these bytes."""
+    (folder / "raw.jsonl").write_bytes(data)
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    errors, status = StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(StringIO()),
+        redirect_stderr(errors),
+    ):
+        arguments = ["prepare", str(folder / "raw.jsonl"), "--out", str(folder / "out")]
+        patch.setattr(sys, "argv", arguments)
+        try:
+            prepare.main()
+        except SystemExit as ended:
+            status = ended.code
+    return status, errors.getvalue()
+
+
+def kept_lines(folder: Path, name: str) -> list[bytes]:
+    return (folder / "out" / name).read_bytes().splitlines(keepends=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("raw")
+
+
+@pytest.fixture(scope="module")
+def sound(folder) -> dict[str, list[bytes]]:
+    """What prepare makes of the sound rows alone."""
+    rows = b"".join(json.dumps(raw_row(number)).encode() + b"\n" for number in (0, 1, 3))
+    assert prepared(folder, rows) == (0, "")
+    return {name: kept_lines(folder, name) for name in ("positives.jsonl", "pairs.jsonl")}
+
+
+def check_prepared(folder: Path, sound: dict[str, list[bytes]], line: bytes) -> None:
+    status, errors = prepared(folder, lines_with(line, raw_row))
+    if status:
+        assert status == 2
+        [said] = errors.splitlines()
+        assert said.startswith("error: ")
+        assert not list((folder / "out").glob("*"))
+        return
+    counts = json.loads((folder / "out" / CARD).read_text())
+    assert counts["positives"] + sum(counts["no_positive"].values()) == counts["rows"]
+    assert counts["pairs"] + sum(counts["no_pair"].values()) == counts["positives"]
+    assert counts["rows"] == rows_in(lines_with(line, raw_row))
+    for name, count in (("positives.jsonl", "positives"), ("pairs.jsonl", "pairs")):
+        kept = kept_lines(folder, name)
+        assert len(kept) == counts[count]
+        assert [one for one in kept if one in sound[name]] == sound[name]
+
+
+@MANY
+@given(line=mutated(raw_row(2)))
+def test_a_mutated_row_for_prepare(folder, sound, line):
+    check_prepared(folder, sound, line)
+
+
+@MANY
+@given(line=garbled(raw_row(2)))
+def test_a_garbled_row_for_prepare(folder, sound, line):
+    check_prepared(folder, sound, line)
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 10_000_000, "\\boxed{" * 100_000, "(" * 1_000_000, "\x00" * 1_000_000]
+)
+def test_a_row_of_megabytes_is_a_row(folder, sound, text):
+    row = raw_row(2)
+    row["generations"][1] = text
+    check_prepared(folder, sound, json.dumps(row).encode())
+    assert len(kept_lines(folder, "positives.jsonl")) == 4
+
+
+# ---------------------------------------------------------------- the trainers' rows
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory, save_tokenizer):
+    return make(save_tokenizer, tmp_path_factory.mktemp("tokenizer"), chatml())
+
+
+def tokens_of(dataset: Dataset, row: int) -> list[list[int]]:
+    sides = 2 if dataset.store.paired else 1
+    return [dataset.sequence(sides * row + side).tokens.tolist() for side in range(sides)]
+
+
+def loaded(folder: Path, data: bytes, chat, paired: bool) -> dict[int, list[list[int]]] | None:
+    """Row number -> its tokens; None if the file was refused, in one line."""
+    path, cache = folder / "rows.jsonl", folder / "tokens"
+    path.write_bytes(data)
+    shutil.rmtree(cache, ignore_errors=True)
+    try:
+        with redirect_stderr(StringIO()):
+            store = load_store([path], chat, paired, cache)
+    except UserError as error:
+        said = str(error)
+    else:
+        dataset = Dataset(store, list(range(len(store.row_numbers))), {})
+        assert len(dataset) + sum(store.skipped.values()) == rows_in(data)
+        return {int(store.row_numbers[i]): tokens_of(dataset, i) for i in range(len(dataset))}
+    assert "\n" not in said
+    assert not [made for made in cache.glob("*") if made.name.isalnum()]  # no store
+    return None
+
+
+def rows_in(data: bytes) -> int:
+    return len([line for line in data.split(b"\n") if line.strip()])
+
+
+def check_loaded(folder: Path, chat, line: bytes, paired: bool) -> None:
+    data = lines_with(line, lambda number: training_row(number, paired))
+    found = loaded(folder, data, chat, paired)
+    if found is None:
+        return
+    expected = [
+        [r.prompt_ids + r.response_ids for r in chat.encode_rows(sides)]
+        for row in (training_row(number, paired) for number in (0, 1, 3))
+        for sides in [[(row["prompt"], row[f]) for f in row if f != "prompt"]]
+    ]
+    numbers = [1, 2, rows_in(data)]
+    assert [found[number] for number in numbers] == expected
+
+
+@MANY
+@given(data=st.data(), paired=st.booleans())
+def test_a_mutated_row_for_training(folder, chat, data, paired):
+    check_loaded(folder, chat, data.draw(mutated(training_row(2, paired))), paired)
+
+
+@MANY
+@given(data=st.data(), paired=st.booleans())
+def test_a_garbled_row_for_training(folder, chat, data, paired):
+    line = data.draw(garbled(training_row(2, paired)))
+    assume(b"\n" not in line)
+    check_loaded(folder, chat, line, paired)
