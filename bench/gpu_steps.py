@@ -88,6 +88,7 @@ def random_rows(folder: Path, lengths: np.ndarray, vocabulary: int) -> Dataset:
     flat = lengths.reshape(-1)
     tokens = np.random.default_rng(0).integers(vocabulary, size=flat.sum(), dtype=np.int32)
     tokens.tofile(folder / "tokens.bin")
+    prompts = np.minimum(PROMPT, flat - 1).astype(np.int32)
     store = TokenStore(
         folder=folder,
         paired=lengths.ndim == 2,
@@ -95,7 +96,8 @@ def random_rows(folder: Path, lengths: np.ndarray, vocabulary: int) -> Dataset:
         skipped={},
         tokens=np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r"),
         offsets=np.cumsum([0, *flat]),
-        prompt_lengths=np.minimum(PROMPT, flat - 1).astype(np.int32),
+        prompt_lengths=prompts,
+        response_lengths=(flat - prompts).astype(np.int32),
         row_numbers=np.arange(1, len(lengths) + 1),
     )
     return Dataset(store, np.arange(len(lengths)), {})

@@ -46,8 +46,10 @@ MODEL_FILES = [
 OUR_FOLDERS = ("out", "data")
 
 
-def model_folder(folder_or_hub_id: str | Path, made_by: str | None = None) -> Path:
-    """The Hugging Face folder of a model, downloaded if it is a hub id.
+def model_folder(
+    folder_or_hub_id: str | Path, made_by: str | None = None, files: list[str] = MODEL_FILES
+) -> Path:
+    """The Hugging Face folder of a model, `files` of it downloaded if it is a hub id.
 
     made_by: the command that makes this folder, quoted in the error when it is missing.
     Raises UserError: missing, not a folder, or the hub does not give it.
@@ -59,7 +61,7 @@ def model_folder(folder_or_hub_id: str | Path, made_by: str | None = None) -> Pa
         raise UserError(f"{path}: is a file; expected a Hugging Face model folder")
     if not is_hub_id(str(folder_or_hub_id)):
         raise _missing(path, made_by)
-    return _snapshot(str(folder_or_hub_id), "model", MODEL_FILES)
+    return _snapshot(str(folder_or_hub_id), "model", files)
 
 
 def dataset_files(

@@ -54,10 +54,10 @@ def _run(
             config.model, config.rope_theta, config.max_position_embeddings, made_by
         )
         made_by = "python -m redi.prepare" if config.data == defaults.data else None
-        dataset = load_data(config.data, config, source, paired, made_by)
+        dataset = load_data(config.data, config, source, paired, made_by, place.leads_node)
         eval_rows = None
         if config.eval_data:
-            eval_rows = load_data(config.eval_data, config, source, paired)
+            eval_rows = load_data(config.eval_data, config, source, paired, verify=place.leads_node)
             print(f"held out, {config.eval_data}: {describe(eval_rows, source.chat)}\n")
     facts = facts_of(source, dataset, config.data)
     if finished:
@@ -102,10 +102,16 @@ def _run(
 
 
 def load_data(
-    path: str, config: TrainConfig, source: Source, paired: bool, made_by: str | None = None
+    path: str,
+    config: TrainConfig,
+    source: Source,
+    paired: bool,
+    made_by: str | None = None,
+    verify: bool = True,
 ) -> Dataset:
     """The rows of `path`, tokenised for this model, without those over the run's limits.
 
+    verify: compare tokens that are there already with their sha256; once a node is enough.
     Raises UserError for a model without a tokenizer, a limit above its context, a row that cannot
     be trained on, and if no row is left.
     """
@@ -118,7 +124,8 @@ def load_data(
             f"--max-length: rows of {longest} tokens would be let in, but the model's context is "
             f"{context}; set --max-length {context}, or raise --max-position-embeddings"
         )
-    store = load_store(dataset_files(path, made_by=made_by), source.chat, paired, config.cache)
+    files = dataset_files(path, made_by=made_by)
+    store = load_store(files, source.chat, paired, config.cache, verify)
     limits = Limits(config.max_prompt, config.max_response, config.max_length)
     return select(store, limits, config.over_length, path)
 

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from redi.config import UserError
-from redi.data.traces import FIELDS, NO_PAIR, NO_POSITIVE, build, raw_rows
+from redi.data.raw import FIELDS, RAW, RawRow
+from redi.data.traces import NO_PAIR, NO_POSITIVE, Rules, build, choose
 
 DELETE = object()
 
@@ -207,7 +208,7 @@ def test_whatever_stands_in_the_fields_is_a_row_or_a_counted_drop():
     reasons = set()
     for _ in range(5000):
         row = raw(generations=["a", "b"], correctness=dict(labels))
-        for name in chance.sample((*FIELDS, "source"), chance.choice([0, 1, 2])):
+        for name in chance.sample((*FIELDS[RAW], "source"), chance.choice([0, 1, 2])):
             row[name] = chance.choice(scraps)
         if isinstance(row["correctness"], dict) and chance.random() < 0.5:
             row["correctness"][chance.choice(list(labels))] = chance.choice(scraps)
@@ -220,22 +221,131 @@ def test_whatever_stands_in_the_fields_is_a_row_or_a_counted_drop():
     assert {None, "malformed", "labels missing", "labels misaligned"} <= reasons
 
 
-# ---------------------------------------------------------------- the right format
+# ---------------------------------------------------------------- other rules than the paper's
 
 
-def test_a_file_of_another_format_is_refused_with_the_fields_seen_and_expected(tmp_path):
-    path = tmp_path / "bench.jsonl"
-    path.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "level": 1}\n')
-    with pytest.raises(UserError) as error:
-        list(raw_rows(path))
-    assert str(error.value) == (
-        f"{path}: not OpenR1-Math-Raw: expected the fields problem, problem_is_valid, "
-        "generations, correctness; found problem, answer, level"
+def judged(*traces, **changes):
+    """A row of (text, votes) or (text, votes, complete) traces."""
+    whole = [trace[2] if len(trace) == 3 else True for trace in traces]
+    return RawRow(
+        problem="1+1?",
+        traces=[trace[0] for trace in traces],
+        votes=[trace[1] for trace in traces],
+        complete=whole,
+        **changes,
     )
 
 
-def test_one_row_with_the_fields_makes_a_file_raw(tmp_path):
-    path = tmp_path / "raw.jsonl"
-    rows = [{"problem": "1+1?"}, raw()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert list(raw_rows(path)) == rows
+def texts(choice):
+    return [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in choice.pairs]
+
+
+YES, NO, DISPUTED = (True, True), (False, False), (True, False)
+
+
+def test_the_defaults_are_the_papers_rules():
+    assert tuple(Rules().no_positive()) == NO_POSITIVE
+    assert tuple(Rules().no_pair()) == NO_PAIR
+
+
+def test_under_the_reject_rule_both_a_disputed_trace_is_neither():
+    row = judged(("maybe", DISPUTED), ("right", YES), ("wrong", NO))
+    assert texts(choose(row, Rules())) == [("right", "maybe")]
+    assert texts(choose(row, Rules(reject_rule="both"))) == [("right", "wrong")]
+    row = judged(("maybe", DISPUTED), ("right", YES))
+    assert choose(row, Rules(reject_rule="both")).no_pair == ["none that both reject"]
+
+
+def test_a_trace_without_a_vote_is_neither():
+    assert choose(judged(("a", ()), ("right", YES)), Rules()).no_pair == ["no incorrect generation"]
+    assert choose(judged(("a", ()), ("wrong", NO)), Rules()).no_positive == "no correct generation"
+
+
+def test_only_complete_traces_count_when_that_is_required():
+    row = judged(("cut", NO, False), ("lucky", YES, False), ("right", YES), ("wrong", NO))
+    assert texts(choose(row, Rules())) == [("lucky", "cut")]
+    assert texts(choose(row, Rules(require_complete=True))) == [("right", "wrong")]
+    row = judged(("cut", NO, False), ("right", YES))
+    assert choose(row, Rules(require_complete=True)).no_pair == ["no complete incorrect one"]
+    row = judged(("lucky", YES, False), ("wrong", NO))
+    assert choose(row, Rules(require_complete=True)).no_positive == "no complete correct one"
+
+
+def test_the_kth_pair_is_the_kth_correct_and_the_kth_incorrect_trace_and_has_its_own_id():
+    row = judged(("n1", NO), ("y1", YES), ("y2", YES), ("n2", NO), ("n3", NO))
+    one, two, many = (choose(row, Rules(pairs_per_problem=n)) for n in (1, 2, 9))
+    assert texts(one) == [("y1", "n1")]
+    assert texts(two) == texts(many) == [("y1", "n1"), ("y2", "n2")]
+    assert one.pairs[0] == two.pairs[0]
+    assert two.pairs[0]["id"] == two.positive["id"] != two.pairs[1]["id"]
+    assert two.pairs[1]["id"] == hashlib.sha256(b"1+1?\0y2\0n2").hexdigest()[:16]
+
+
+def test_every_further_pair_that_cannot_be_is_counted():
+    row = judged(
+        *[("y", YES), (" ", YES), ("y", YES), ("y", YES), ("y", YES)],
+        *[("n", NO), ("n", NO), ("", NO), ("y", NO), ("n", NO)],
+    )
+    choice = choose(row, Rules(pairs_per_problem=9))
+    assert texts(choice) == [("y", "n")]
+    assert choice.no_pair == [
+        "empty further chosen",
+        "empty rejected",
+        "chosen equals rejected",
+        "same as another pair",
+    ]
+
+
+def test_a_rejected_trace_may_be_so_much_shorter_and_any_length_longer():
+    row = judged(("12345678", YES), ("123", NO))
+    assert texts(choose(row, Rules(min_length_ratio=0.375)))
+    assert choose(row, Rules(min_length_ratio=0.376)).no_pair == ["rejected too short"]
+    assert texts(choose(judged(("1", YES), ("2" * 99, NO)), Rules(min_length_ratio=1.0)))
+
+
+def test_sources_are_taken_or_left_by_name():
+    row = judged(("right", YES), source="amc")
+    assert choose(row, Rules(exclude_sources=["amc", "x"])).no_positive == "source amc"
+    assert choose(row, Rules(sources=["amc"])).positive
+    assert choose(row, Rules(sources=["x"])).no_positive == "source not asked for"
+    assert choose(judged(("right", YES), source="cn_k12"), Rules(exclude_sources=["none"])).positive
+
+
+def test_every_reason_under_any_rules_is_one_that_they_list():
+    chance = random.Random(0)
+    met = set()
+    for _ in range(5000):
+        rules = Rules(
+            reject_rule=chance.choice(["either", "both"]),
+            require_complete=chance.random() < 0.5,
+            pairs_per_problem=chance.choice([1, 2, 5]),
+            min_length_ratio=chance.choice([0.0, 0.5]),
+            sources=chance.choice([[], ["a"]]),
+            exclude_sources=chance.choice([["cn_k12"], ["b", "a"], ["none"]]),
+        )
+        traces = [
+            (chance.choice(["", "a", "bb", "cccc"]), chance.choice([YES, NO, DISPUTED, ()]), whole)
+            for whole in chance.choices([True, False], [3, 1], k=chance.randrange(7))
+        ]
+        choice = choose(judged(*traces, source=chance.choice([None, "a", "none"])), rules)
+        if choice.positive is None:
+            assert choice.no_positive in rules.no_positive()
+            assert choice.pairs == choice.no_pair == []
+        else:
+            assert set(choice.no_pair) <= set(rules.no_pair())
+            assert 1 <= len(choice.pairs) + len(choice.no_pair) <= rules.pairs_per_problem
+            assert len({pair["id"] for pair in choice.pairs}) == len(choice.pairs)
+        met.update([choice.no_positive, *choice.no_pair])
+    assert met >= {
+        "same as another pair",
+        "rejected too short",
+        "none that both reject",
+        "source a",
+    }
+
+
+@pytest.mark.parametrize("wrong", [{"pairs_per_problem": 0}, {"min_length_ratio": -0.1}])
+def test_rules_that_make_no_sense_name_their_flag(wrong):
+    (name,) = wrong
+    with pytest.raises(UserError, match="--" + name.replace("_", "-")):
+        Rules(**wrong)

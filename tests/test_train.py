@@ -453,53 +453,8 @@ def store_of(here):
     return load
 
 
-def made_stores(here: Path) -> set[str]:
-    return {folder.name for folder in (here / "cache").iterdir()}
-
-
 ROWS = [conversation(number) for number in range(4)]
 GENEROUS = Limits(1000, 1000, 1000)
-
-
-def test_a_store_is_made_once_and_read_again(here, store_of, monkeypatch):
-    first = store_of(ROWS)
-    monkeypatch.setattr(data_room, "_write", lambda *_: pytest.fail("made again"))
-    again = store_of(ROWS)
-    assert again.folder == first.folder
-    assert np.array_equal(again.tokens, first.tokens)
-    assert store_of(ROWS, name="other_name.jsonl").folder == first.folder  # bytes, not names
-
-
-def new_data(here: Path) -> dict:
-    return {"rows": [*ROWS[:-1], conversation(50)]}
-
-
-def new_template(here: Path) -> dict:
-    shutil.copytree(here / "student", here / "other")
-    (here / "other" / "chat_template.jinja").write_text(chatml("Be brief."))
-    return {"rows": ROWS, "folder": "other"}
-
-
-def new_tokenizer(here: Path) -> dict:
-    shutil.copytree(here / "student", here / "other")
-    toy.train_tokenizer(["other text altogether", chatml()]).save("other/tokenizer.json")
-    return {"rows": ROWS, "folder": "other"}
-
-
-@pytest.mark.parametrize("change", [new_data, new_template, new_tokenizer])
-def test_a_change_of_data_tokenizer_or_template_makes_another_store(here, store_of, change):
-    first = store_of(ROWS)
-    second = store_of(**change(here))
-    assert second.folder != first.folder
-    assert not np.array_equal(second.tokens, first.tokens)
-    assert made_stores(here) == {first.folder.name, second.folder.name}
-
-
-def test_pairs_and_traces_of_one_file_have_stores_of_their_own(here, store_of):
-    both = [{**row, **as_positive(row)} for row in ROWS]
-    pairs, traces = store_of(both), store_of(both, paired=False)
-    assert pairs.folder != traces.folder
-    assert len(pairs.prompt_lengths) == 2 * len(traces.prompt_lengths) == 8
 
 
 def test_stored_tokens_are_the_rendered_rows(here, store_of):
@@ -629,22 +584,6 @@ def test_a_pair_of_equal_answers_is_counted_out(here, store_of):
         store_of([rows[1]], name="equal.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("broken", "said"),
-    [
-        ({"rejected": None}, "rejected"),
-        ({"prompt": []}, "prompt"),
-        ({"chosen": [{"role": "user", "content": "x"}]}, "chosen"),
-        ({"chosen": [{"role": "assistant", "content": " \n"}]}, "chosen"),
-        ({"prompt": [{"role": "user", "content": 5}]}, "prompt"),
-    ],
-)
-def test_a_row_that_cannot_be_trained_on_is_an_error_naming_it(here, store_of, broken, said):
-    with pytest.raises(UserError, match=rf"rows.jsonl:2: .*{said}"):
-        store_of([ROWS[0], {**ROWS[1], **broken}])
-    assert made_stores(here) == set()  # nor is anything half made left
-
-
 # The last steps of writing a store, in order: its index, its description, its final name.
 @pytest.mark.parametrize("before", ["np.savez", "Path.write_text", "Path.rename"])
 def test_a_kill_while_writing_leaves_no_store_under_the_final_name(here, store_of, before):
@@ -667,15 +606,6 @@ dataset.load_store([Path("rows.jsonl")], ChatTokenizer.from_folder("student"), T
     again = store_of(ROWS)
     assert again.folder == whole.folder
     assert np.array_equal(again.offsets, whole.offsets)
-
-
-def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(here, store_of):
-    folder = store_of(ROWS).folder
-    left = folder.with_name(f"{folder.name}.making-{os.getpid()}")
-    folder.rename(left)
-    (left / "store.json").unlink()
-    assert len(select(store_of(ROWS), GENEROUS, "error", "rows.jsonl")) == 4
-    assert made_stores(here) == {folder.name}
 
 
 @pytest.mark.parametrize(
@@ -703,33 +633,6 @@ def test_a_damaged_store_is_noticed_and_made_again(damage, here, store_of):
     again = store_of(ROWS)
     assert again.folder == store.folder
     assert again.tokens.tolist() == tokens
-
-
-def test_a_store_that_another_process_made_meanwhile_is_used(here, store_of, monkeypatch):
-    first = store_of(ROWS)
-    kept = here / "kept"
-    first.folder.rename(kept)
-    write = data_room._write
-
-    def slowly(*arguments) -> None:
-        write(*arguments)
-        kept.rename(first.folder)  # the other process is done first
-
-    monkeypatch.setattr(data_room, "_write", slowly)
-    assert np.array_equal(store_of(ROWS).tokens, first.tokens)
-    assert made_stores(here) == {first.folder.name}
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupt_while_writing_leaves_nothing(here, store_of, monkeypatch, error):
-    def stop(*_, **__) -> Iterator:
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", stop)
-        with pytest.raises(error):
-            store_of(ROWS)
-    assert made_stores(here) == set()
 
 
 def test_describe_states_rows_tokens_quantiles_and_what_was_left_out(here, store_of):

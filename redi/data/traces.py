@@ -15,29 +15,30 @@ gives one line of each file: the first correct trace, and beside it the first in
                "chosen":     [{"role": "assistant", "content": "It is 2."}],
                "rejected":   [{"role": "assistant", "content": "It is 3."}], "source": .., "id": ..}
 
+`Rules()` is the paper's recipe; other rules take several pairs of a problem, say, or leave out
+traces that were cut off. The other forms of teacher data (raw.py) come to the same two lines.
 Texts are taken as they are, not stripped. The prompt has no system message: the chat template of
 the tokenizer supplies its default, the one that the paper trains with. Every row is accounted for:
-`build` says why a row has no positive, or why its positive has no pair.
+`choose` says why a row has no positive, or why its positive has no pair.
 
-Left out, as in the paper: de-duplication, decontamination, and judging whether a wrong trace was
-merely cut off. Left to the trainers: shuffling by seed (rows stay in input order) and the limits
-on length (they count tokens, and here there is no tokenizer). OpenR1-Math-220k has other fields and
-only about 12k problems with both a right and a wrong trace; a file of it is refused.
+Left to the trainers: shuffling by seed (rows stay in input order) and the limits on length (they
+count tokens, and here there is no tokenizer). Problems that occur twice, or in a benchmark, are
+the matter of overlap.py; the paper drops neither.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, TypedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Annotated, Literal, TypedDict
 
-from redi.config import UserError
-from redi.data.files import Row, is_encodable, read_rows
+from redi.config import require
+from redi.data import raw
+from redi.data.files import Row
+from redi.data.raw import RawRow
 
-FIELDS = ("problem", "problem_is_valid", "generations", "correctness")
-TEXTS = ("problem", "problem_is_valid", "source")
-VERIFIERS = ("llama_verification", "math_verify_reparsed_answer")
-
-# Why a row has no positive, in the order in which it is asked. Null and absent are the same.
+# Why a row has no positive under the paper's rules, in the order in which it is asked. Null and
+# absent are the same.
 NO_POSITIVE = (
     "malformed",  # a field of another type, or text that UTF-8 cannot hold (a lone surrogate)
     "problem not valid",  # problem_is_valid is not "yes"
@@ -57,6 +58,59 @@ NO_PAIR = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How rows are chosen from; the defaults are the paper's.
+
+    A trace is correct when both verifiers accept it. Under the reject rule "both", one that they
+    dispute is neither correct nor incorrect; so is, with require_complete, one that was cut off or
+    gives no answer: a cut-off negative teaches nothing but length. The ratio has no counterpart
+    against long rejected traces: wrong ones are mostly the longer, and that is their lesson.
+    """
+
+    reject_rule: Annotated[
+        Literal["either", "both"], "a trace is incorrect when one verifier rejects it, or both do"
+    ] = "either"
+    require_complete: Annotated[
+        bool, "only traces that close their thinking and then give an answer"
+    ] = False
+    pairs_per_problem: Annotated[
+        int, "pairs of a problem at most: the k-th correct with the k-th incorrect trace"
+    ] = 1
+    min_length_ratio: Annotated[
+        float, "drop a pair whose rejected is shorter than this times its chosen, in characters"
+    ] = 0.0
+    sources: Annotated[list[str], "only rows of these sources"] = field(default_factory=list)
+    exclude_sources: Annotated[list[str], "no rows of these sources; `none` keeps all"] = field(
+        default_factory=lambda: ["cn_k12"]
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            self.pairs_per_problem > 0, "pairs_per_problem", self.pairs_per_problem, "1 or more"
+        )
+        require(self.min_length_ratio >= 0, "min_length_ratio", self.min_length_ratio, "0 or more")
+
+    @property
+    def excluded(self) -> list[str]:
+        return [source for source in self.exclude_sources if source != "none"]
+
+    def no_positive(self) -> list[str]:
+        """The reasons that there may be under these rules, in the order in which they are asked."""
+        reasons = [f"source {source}" for source in self.excluded]
+        reasons += ["source not asked for"] * bool(self.sources)
+        first, last = NO_POSITIVE.index("source cn_k12"), NO_POSITIVE.index("empty chosen")
+        reasons = [*NO_POSITIVE[:first], *reasons, *NO_POSITIVE[first + 1 : last]]
+        return [*reasons, *["no complete correct one"] * self.require_complete, "empty chosen"]
+
+    def no_pair(self) -> list[str]:
+        reasons = [NO_PAIR[0], *["none that both reject"] * (self.reject_rule == "both")]
+        reasons += ["no complete incorrect one"] * self.require_complete
+        reasons += ["empty further chosen"] * (self.pairs_per_problem > 1)
+        reasons += [*NO_PAIR[1:], *["rejected too short"] * (self.min_length_ratio > 0)]
+        return [*reasons, *["same as another pair"] * (self.pairs_per_problem > 1)]
+
+
 class Message(TypedDict):
     role: str
     content: str
@@ -66,7 +120,8 @@ class Positive(TypedDict):
     """One line of positives.jsonl, (x, y_w). A typed dict, because it is the JSON it is saved as.
 
     id: 16 hex digits of SHA-256 over problem and chosen trace. The same raw row has the same id
-    wherever it stands in the data, and a pair has the id of the positive from its row.
+    wherever it stands in the data, and a row's first pair has the id of its positive. Further pairs
+    have one over problem, chosen and rejected trace.
     """
 
     prompt: list[Message]
@@ -85,98 +140,131 @@ class Pair(TypedDict):
     id: str
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a row gives: with a positive, pairs and why not more; without, why there is none.
+
+    no_pair: a reason for each pair that might have been, of at least one and as many as the rules
+    ask for and the traces allow. So 1 + further ones = pairs + no_pair.
+    """
+
+    positive: Positive | None = None
+    pairs: list[Pair] = field(default_factory=list)
+    no_positive: str | None = None
+    no_pair: list[str] = field(default_factory=list)
+
+
 Built = tuple[Positive | None, Pair | None, str | None]
 
 
-def raw_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of one raw file, a folder or a hub id, streamed.
-
-    Raises UserError as `read_rows` does, and at the end if not one row had OpenR1-Math-Raw's
-    fields: such a file is another format, and counting all of it as dropped would hide that.
-    """
-    seen: dict[str, None] = {}  # an ordered set
-    is_raw = False
-    for _, row in read_rows(path):
-        is_raw = is_raw or all(name in row for name in FIELDS)
-        if not is_raw:
-            seen.update(dict.fromkeys(row))
-        yield row
-    if not is_raw:
-        raise UserError(
-            f"{path}: not OpenR1-Math-Raw: expected the fields {', '.join(FIELDS)}; "
-            f"found {', '.join(list(seen)[:20]) or 'none'}"
-        )
-
-
 def build(rows: Iterable[Row]) -> Iterator[Built]:
-    """Yield (positive, pair, reason) for each raw row, in the order of the rows (Section 3).
+    """Yield (positive, pair, reason) for each row of OpenR1-Math-Raw, in their order (Section 3).
 
     reason is None for a row that gave both; else what kept it from giving a positive (one of
     NO_POSITIVE; positive and pair are None) or a pair (one of NO_PAIR; pair is None).
     """
-    return map(_build_row, rows)
+    for row in rows:
+        choice = choose(raw.openr1_math_raw(row), Rules())
+        (reason,) = choice.no_pair or [choice.no_positive]
+        (pair,) = choice.pairs or [None]
+        yield choice.positive, pair, reason
 
 
-def _build_row(row: Row) -> Built:
+def unusable(row: RawRow, rules: Rules) -> str | None:
+    """Why nothing can come of a row, whatever its labels say, or None."""
+    if row.flaw == "malformed":
+        return row.flaw
+    if not row.valid:
+        return "problem not valid"
+    if row.source in rules.excluded:
+        return f"source {row.source}"
+    if rules.sources and row.source not in rules.sources:
+        return "source not asked for"
+    if _is_blank(row.problem):
+        return "empty problem"
+    if not row.traces:
+        return "no generations"
+    return None
+
+
+def choose(row: RawRow, rules: Rules) -> Choice:
     # 1. Shuffling is the trainer's.
     # 2. Rows that cannot be used.
-    if _is_malformed(row):
-        return None, None, "malformed"
-    reason = _unusable(row)
-    if reason:
-        return None, None, reason
-    problem, generations, source = row["problem"], row["generations"], row.get("source")
+    if reason := unusable(row, rules) or row.flaw:
+        return Choice(no_positive=reason)
 
     # 3. A trace is correct when both verifiers say so.
-    verdicts = zip(*(row["correctness"][name] for name in VERIFIERS))
-    correct = [llama and math_verify for llama, math_verify in verdicts]
+    judged = list(zip(row.traces, row.votes, row.complete))
+    correct = [(trace, whole) for trace, votes, whole in judged if votes and all(votes)]
+    incorrect = [
+        (trace, whole)
+        for trace, votes, whole in judged
+        if votes and not (any(votes) if rules.reject_rule == "both" else all(votes))
+    ]
 
     # 4. D_SFT: the first correct trace.
-    if True not in correct:
-        return None, None, "no correct generation"
-    chosen = generations[correct.index(True)]
-    if _is_blank(chosen):
-        return None, None, "empty chosen"
-    prompt = _message("user", problem)
-    row_id = hashlib.sha256(f"{problem}\0{chosen}".encode()).hexdigest()[:16]
+    if not correct:
+        return Choice(no_positive="no correct generation")
+    chosen = _usable(correct, rules)
+    if not chosen:
+        return Choice(no_positive="no complete correct one")
+    if _is_blank(chosen[0]):
+        return Choice(no_positive="empty chosen")
     positive = Positive(
-        prompt=prompt, completion=_message("assistant", chosen), source=source, id=row_id
+        prompt=_message("user", row.problem),
+        completion=_message("assistant", chosen[0]),
+        source=row.source,
+        id=_id(row.problem, chosen[0]),
     )
 
     # 5. D_Pref: the same, and the first incorrect trace.
-    if False not in correct:
-        return positive, None, "no incorrect generation"
-    rejected = generations[correct.index(False)]
-    if _is_blank(rejected):
-        return positive, None, "empty rejected"
-    if rejected == chosen:
-        return positive, None, "chosen equals rejected"
-    pair = Pair(
-        prompt=prompt,
-        chosen=_message("assistant", chosen),
-        rejected=_message("assistant", rejected),
-        source=source,
-        id=row_id,
-    )
-    return positive, pair, None
+    if not incorrect:
+        disputed = any(not all(votes) for votes in row.votes)
+        why = "none that both reject" if disputed else "no incorrect generation"
+        return Choice(positive, no_pair=[why])
+    rejected = _usable(incorrect, rules)
+    if not rejected:
+        return Choice(positive, no_pair=["no complete incorrect one"])
+    pairs, reasons = _pairs(positive, chosen, rejected, rules)
+    return Choice(positive, pairs, no_pair=reasons)
 
 
-def _unusable(row: Row) -> str | None:
-    """Step 2: the reason to drop a well-formed row before its labels are read, or None."""
-    if (row.get("problem_is_valid") or "").strip().lower() != "yes":
-        return "problem not valid"
-    if row.get("source") == "cn_k12":
-        return "source cn_k12"
-    if _is_blank(row.get("problem")):
-        return "empty problem"
-    if not row.get("generations"):
-        return "no generations"
-    labels = [(row.get("correctness") or {}).get(name) for name in VERIFIERS]
-    if any(column is None or None in column for column in labels):
-        return "labels missing"
-    if any(len(column) != len(row["generations"]) for column in labels):
-        return "labels misaligned"
-    return None
+def _usable(traces: list[tuple[str | None, bool]], rules: Rules) -> list[str | None]:
+    return [trace for trace, whole in traces if whole or not rules.require_complete]
+
+
+def _pairs(
+    positive: Positive, correct: list[str | None], incorrect: list[str | None], rules: Rules
+) -> tuple[list[Pair], list[str]]:
+    """The k-th correct trace with the k-th incorrect one, and why any of these is not a pair."""
+    pairs: dict[tuple[str, str], Pair] = {}
+    reasons: list[str] = []
+    problem = positive["prompt"][0]["content"]
+    wanted = islice(zip(correct, incorrect), rules.pairs_per_problem)
+    for k, (chosen, rejected) in enumerate(wanted):
+        if _is_blank(chosen):
+            reasons.append("empty further chosen")
+        elif _is_blank(rejected):
+            reasons.append("empty rejected")
+        elif rejected == chosen:
+            reasons.append("chosen equals rejected")
+        elif len(rejected) < rules.min_length_ratio * len(chosen):
+            reasons.append("rejected too short")
+        elif (chosen, rejected) in pairs:
+            reasons.append("same as another pair")
+        else:
+            pairs[chosen, rejected] = Pair(
+                prompt=positive["prompt"],
+                chosen=_message("assistant", chosen),
+                rejected=_message("assistant", rejected),
+                source=positive["source"],
+                id=positive["id"] if k == 0 else _id(problem, chosen, rejected),
+            )
+    return list(pairs.values()), reasons
+
+
+def _id(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def _message(role: str, content: str) -> list[Message]:
@@ -185,30 +273,3 @@ def _message(role: str, content: str) -> list[Message]:
 
 def _is_blank(text: str | None) -> bool:
     return text is None or not text.strip()
-
-
-# ---------------------------------------------------------------- types; null passes everywhere
-
-
-def _is_malformed(row: Row) -> bool:
-    correctness = row.get("correctness")
-    return not (
-        all(_is_text(row.get(name)) for name in TEXTS)
-        and _is_list(row.get("generations"), _is_text)
-        and (correctness is None or isinstance(correctness, dict))
-        and all(_is_list((correctness or {}).get(name), _is_label) for name in VERIFIERS)
-    )
-
-
-def _is_text(value: Any) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, str) and is_encodable(value)
-
-
-def _is_label(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
-    return value is None or (isinstance(value, list) and all(map(is_item, value)))
