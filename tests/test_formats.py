@@ -1,14 +1,20 @@
 """redi/data/formats.py: the same training row out of every usual shape, and TRL's tokens for it."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_train
+import torch
 from test_tokenizer import MATH_TEMPLATE, make
+from test_train import run, sft_config, write_jsonl
 
 from redi.config import UserError
 from redi.data.formats import Example, examples, recognise, to_example
-from redi.data.tokenizer import chatml
+from redi.data.tokenizer import ChatTokenizer, chatml
+
+made, here = test_train.made, test_train.here
 
 
 def user(text: str) -> dict:
@@ -224,3 +230,31 @@ def test_tokens_of_pairs_are_trls(name, save_tokenizer, tmp_path):
     for row, ids in ((chosen, expected["chosen_ids"]), (rejected, expected["rejected_ids"])):
         assert row.response_ids == ids[: len(row.response_ids)]
         assert ours.decode(ids[len(row.response_ids) :]) == "\n"
+
+
+def test_several_turns_are_trained_on_as_transformers_scores_them(here):
+    """The loss of the first step: minus the mean log-prob of the answers' tokens, with stops."""
+    from transformers import AutoModelForCausalLM
+
+    rows = [{"messages": TURNS}, {"messages": [*TURNS, user("1*4?"), assistant("4\n")]}]
+    write_jsonl(Path("turns.jsonl"), rows)
+    record = run(sft_config(data="turns.jsonl", rows_per_step=2, epochs=1))[0]
+    chat = ChatTokenizer.from_folder("student")
+    model = AutoModelForCausalLM.from_pretrained("student", dtype=torch.float32)
+    scores = []
+    for row in rows:
+        example = to_example(row, "x", False)
+        [rendered] = chat.encode_rows([(example.prompt, example.responses[0])])
+        ids = torch.tensor([rendered.prompt_ids + rendered.response_ids])
+        with torch.no_grad():
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        decoded = [chat.decode([token]) for token in ids[0].tolist()]
+        answering = False
+        for place, token in enumerate(ids[0].tolist()):
+            if answering:
+                scores.append(logps[place - 1].item())
+            if token == chat.stop_id:
+                answering = False
+            elif "".join(decoded[: place + 1]).endswith("<|im_start|>assistant\n"):
+                answering = True
+    assert record["loss"] == pytest.approx(-sum(scores) / len(scores), rel=1e-5)
