@@ -6,6 +6,7 @@ attention.py    packed attention over other ways to write it on a CPU (C7)
 trainer.py      whole training steps over TRL's (C8 to C10), on a model and rows of inputs.py
 ranks.py        two ranks over two processes alone (C14), their memory over the formula
 plan.py         balance, micro-batches and seconds of the step plan (C11, C12)
+data.py         raw rows to tokens over datasets.map (D1), its memory on a file of 2 GB
 import_time.py  seconds to import the trainer beyond torch (C18)
 gpu.py          everything above that wants a GPU (G1 to G6, G9); its parts are gpu_*.py
 projection.py   hours of the published run: a projection, not a result
@@ -14,6 +15,6 @@ grader.py       the grader on benchmarks' own answers
 
 Results lie in bench/results/NAME.json: {"machine", "versions", "results": {id: {"median", "min",
 "max", "n", "goal", "peer"}}}. On a CPU: one thread and process CPU time, because on a shared
-machine wall-clock time of two threads can invert a ranking.
+machine wall-clock time of two threads can invert a ranking; D1 alone is of all cores, by the wall.
 README.md has profiles, and what was tried and did not help.
 """

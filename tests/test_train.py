@@ -1,4 +1,4 @@
-"""The train loop against a plain one, what it logs, and the token store under it.
+"""The train loop against a plain one, what it logs, and the rows under it.
 
     python -m pytest tests/test_train.py
 
@@ -9,12 +9,6 @@ against transformers, which runs every row alone; the optimizer against a loop w
 import json
 import math
 import mmap
-import os
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,9 +25,9 @@ from redi import batches, toy, train
 from redi import run as run_room
 from redi.checkpoint import load_model
 from redi.config import UserError
-from redi.data import dataset as data_room
 from redi.data.dataset import Limits, describe, select
-from redi.data.tokenizer import ChatTokenizer, chatml
+from redi.data.store import load_store
+from redi.data.tokenizer import ChatTokenizer
 from redi.distributed import Place
 from redi.objectives import OBJECTIVES, SFT
 from redi.resume import Checkpoints
@@ -438,17 +432,17 @@ def test_training_leaves_the_model_it_started_from_alone(here):
         assert torch.equal(tensor, before[name])
 
 
-# ---------------------------------------------------------------- the token store
+# ---------------------------------------------------------------- the rows of a store
 
 
 @pytest.fixture
 def store_of(here):
-    """store_of(rows, ...) -> the token store of these rows."""
+    """store_of(rows, ...) -> the token store of these pairs."""
 
-    def load(rows: list[dict], paired: bool = True, folder: str = "student", name="rows.jsonl"):
+    def load(rows: list[dict], name: str = "rows.jsonl"):
         path = write_jsonl(here / name, rows)
-        chat = ChatTokenizer.from_folder(folder)
-        return data_room.load_store([path], chat, paired, here / "cache")
+        chat = ChatTokenizer.from_folder("student")
+        return load_store([path], chat, True, here / "cache")
 
     return load
 
@@ -582,57 +576,6 @@ def test_a_pair_of_equal_answers_is_counted_out(here, store_of):
     assert store.row_numbers.tolist() == [1, 3]
     with pytest.raises(UserError, match=r"no row to train on.*chosen equals rejected"):
         store_of([rows[1]], name="equal.jsonl")
-
-
-# The last steps of writing a store, in order: its index, its description, its final name.
-@pytest.mark.parametrize("before", ["np.savez", "Path.write_text", "Path.rename"])
-def test_a_kill_while_writing_leaves_no_store_under_the_final_name(here, store_of, before):
-    whole = store_of(ROWS)
-    shutil.rmtree(here / "cache")
-    script = f"""
-import os, signal
-from pathlib import Path
-import numpy as np
-from redi.data import dataset
-from redi.data.tokenizer import ChatTokenizer
-{before} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-dataset.load_store([Path("rows.jsonl")], ChatTokenizer.from_folder("student"), True, "cache")
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (here / "cache" / whole.folder.name).exists()
-    assert (here / "cache").is_dir()  # it had begun
-    again = store_of(ROWS)
-    assert again.folder == whole.folder
-    assert np.array_equal(again.offsets, whole.offsets)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: (folder / "tokens.bin").write_bytes(b""),
-        lambda folder: (folder / "tokens.bin").write_bytes(
-            (folder / "tokens.bin").read_bytes()[:-4]
-        ),
-        lambda folder: (folder / "tokens.bin").write_bytes(
-            bytes(len((folder / "tokens.bin").read_bytes()))
-        ),
-        lambda folder: (folder / "index.npz").write_bytes(
-            (folder / "index.npz").read_bytes()[:-30]
-        ),
-        lambda folder: (folder / "store.json").write_text("{}"),
-        lambda folder: (folder / "store.json").unlink(),
-    ],
-    ids=["empty", "cut", "zeroed", "index cut", "other json", "no json"],
-)
-def test_a_damaged_store_is_noticed_and_made_again(damage, here, store_of):
-    store = store_of(ROWS)
-    tokens = store.tokens.tolist()
-    damage(store.folder)
-    again = store_of(ROWS)
-    assert again.folder == store.folder
-    assert again.tokens.tolist() == tokens
 
 
 def test_describe_states_rows_tokens_quantiles_and_what_was_left_out(here, store_of):

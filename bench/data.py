@@ -1,0 +1,290 @@
+r"""Raw rows to tokens: how fast, in how much memory, beside datasets.map (D1).
+
+    python -m bench.data TOKENIZER SAMPLE      about ten minutes on two idle cores, 6 GB of disk
+
+TOKENIZER is a folder with the tokenizer.json of the student (Qwen2's), SAMPLE a file with
+OpenR1-Math-Raw's fields. Raw rows are put together from the sample's problems and the paragraphs
+of its traces: one to four traces a row, their lengths by the law of bench/plan.py (4,430 tokens in
+the median, 32,768 at most), until the file has 2 GB. OpenR1-Math-Raw has 516,000 rows; of these
+lengths that would be 23 GB, so fewer rows stand for it, each as long as there.
+
+    prepare_rows_s, prepare_peak_gib    redi.prepare on the 2 GB
+    D1_rows_s, D1_tokens_s, D1_peak_gib    load_store of all positives that it wrote
+    D1                 tokens/s by wall time over datasets.map: batches of 1000 rows, 2 processes,
+                       TOKENIZERS_PARALLELISM=true
+    D1_cpu             the same in CPU time of all processes: what else the machine does moves D1
+    D1_one_process     the same, but datasets.map has one process. With more of them it switches the
+                       tokenizer's own threads off, so this is its other way to use two cores
+
+D1 is measured on the first positives only (ROWS), in turns, every side in a new process with an
+empty cache. The peer does as TRL does: the prompt and the whole conversation go through
+apply_chat_template of a PreTrainedTokenizerFast with the same template, the mask is the difference,
+map writes Arrow. Its clock runs for map alone, reading the file as a data set is outside; ours for
+all of load_store: SHA-256 of the data, tokenising, writing, and reading it back to verify it.
+What makes the ratio count: all sides give the same ids, to the byte.
+
+The goal of a peak is an upper bound. Memory is what is resident of a process and its children,
+sampled; pages that processes share count in each.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.measure import result, write
+from bench.plan import LONGEST_TRACE, MEDIAN_TRACE, draw
+from redi.config import UserError, program
+from redi.data.files import read_rows
+from redi.data.tokenizer import ChatTokenizer, chatml
+
+RAW_BYTES = 2 * 10**9
+CHARS_PER_TOKEN = 3  # of such traces in Qwen2's tokens; only the size of the rows depends on it
+TRACES_A_ROW = ([1, 2, 3, 4], [0.15, 0.5, 0.25, 0.1])
+RIGHT = 0.6  # of the traces
+ROWS, ROUNDS = 2500, 4
+VERIFIERS = ("llama_verification", "math_verify_answer", "math_verify_reparsed_answer")
+
+
+# ---------------------------------------------------------------- raw rows
+
+
+def write_raw(path: Path, sample: Path, size: int = RAW_BYTES) -> int:
+    """Rows until the file has `size` bytes; how many."""
+    rows = [row for _, row in read_rows(sample)]
+    pieces = [p.strip("\n") for row in rows for g in row["generations"] for p in g.split("\n\n")]
+    pieces = np.array([p for p in pieces if p.strip()], dtype=object)
+    mean = np.mean([len(p) + 2 for p in pieces])
+    rng, number = np.random.default_rng(0), 0
+    with open(path, "w", encoding="utf-8") as file:
+        while file.tell() < size:
+            count = rng.choice(TRACES_A_ROW[0], p=TRACES_A_ROW[1])
+            lengths = draw(rng, count, MEDIAN_TRACE, LONGEST_TRACE) * CHARS_PER_TOKEN
+            traces = ["\n\n".join(rng.choice(pieces, 1 + int(n / mean))) for n in lengths]
+            right = [bool(value) for value in rng.random(count) < RIGHT]
+            made = {
+                "problem": f"{rows[number % len(rows)]['problem']} ({number})",
+                "generations": traces,
+                "generations_count": int(count),
+                "correctness": dict.fromkeys(VERIFIERS, right),
+                "reparsed_answers": [""] * int(count),
+            }
+            row = {**rows[number % len(rows)], **made}
+            row |= {"problem_is_valid": "Yes", "source": "olympiads"}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            number += 1
+    return number
+
+
+# ---------------------------------------------------------------- a process, watched
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a command printed last, and what it took."""
+
+    said: str
+    seconds: float
+    peak_gib: float
+
+
+class Clock:
+    """Wall and CPU seconds since it was made, of this process and those that it waited for."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), cpu_of_all()
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.wall, "cpu": cpu_of_all() - self.cpu}
+
+
+def cpu_of_all() -> float:
+    times = os.times()
+    return sum(times[:4])
+
+
+def watch(*command: str, **environment: str) -> Watched:
+    """Run `python -m COMMAND` and sample the memory of it and its children."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    peaks: list[int] = [0]
+
+    def sample() -> None:
+        while process.poll() is None:
+            peaks.append(resident(process.pid))
+            time.sleep(0.05)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    said, errors = process.communicate()
+    sampler.join()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{errors[-3000:]}")
+    return Watched(said.strip(), time.monotonic() - began, max(peaks) / 2**30)
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process and all below it."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        children = [int(c) for t in tasks for c in (t / "children").read_text().split()]
+    except (OSError, IndexError):  # it has ended
+        return 0
+    return pages * resource.getpagesize() + sum(map(resident, children))
+
+
+# ---------------------------------------------------------------- sides, in processes of their own
+
+
+def ours(tokenizer: Path, data: Path, work: Path) -> dict[str, Any]:
+    from tokenizers import Tokenizer
+
+    from redi.data.store import load_store
+
+    chat = ChatTokenizer(Tokenizer.from_file(str(tokenizer / "tokenizer.json")), chatml())
+    clock = Clock()
+    store = load_store([data], chat, False, work / "cache")
+    taken = clock.read()
+    about = json.loads((store.folder / "store.json").read_text())
+    rows, tokens = len(store.row_numbers), len(store.tokens)
+    return {**taken, "rows": rows, "tokens": tokens, "sha256": about["tokens_hash"]}
+
+
+def peer(tokenizer: Path, data: Path, work: Path, processes: int | None) -> dict[str, Any]:
+    from datasets import load_dataset
+    from transformers import PreTrainedTokenizerFast
+
+    chat = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer / "tokenizer.json"), chat_template=chatml()
+    )
+
+    def tokenise(batch: dict[str, list]) -> dict[str, list]:
+        prompts, answers = batch["prompt"], batch["completion"]
+        whole = [prompt + answer for prompt, answer in zip(prompts, answers)]
+        first = chat.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
+        every = chat.apply_chat_template(whole, return_dict=True)["input_ids"]
+        pairs = zip(first["input_ids"], every)
+        mask = [[0] * len(a) + [1] * (len(b) - len(a)) for a, b in pairs]
+        return {"input_ids": every, "completion_mask": mask}
+
+    rows = load_dataset("json", data_files=str(data), split="train", cache_dir=str(work / "peer"))
+    columns = {"remove_columns": rows.column_names}
+    clock = Clock()
+    made = rows.map(tokenise, batched=True, num_proc=processes, **columns)
+    taken = clock.read()
+    digest, total = hashlib.sha256(), 0
+    for row in made.with_format("numpy"):
+        ids = row["input_ids"][:-1]  # the template's newline behind the stop token
+        digest.update(ids.astype(np.int32).tobytes())
+        total += len(ids)
+    return {**taken, "rows": len(made), "tokens": total, "sha256": digest.hexdigest()}
+
+
+SIDES: dict[str, Callable[[Path, Path, Path], dict[str, Any]]] = {
+    "ours": ours,
+    "2 processes": lambda *given: peer(*given, processes=2),
+    "one process": lambda *given: peer(*given, processes=None),
+}
+
+
+def side(name: str, tokenizer: Path, data: Path) -> tuple[dict[str, Any], float]:
+    """What a side says of itself, and its peak."""
+    with tempfile.TemporaryDirectory(dir=data.parent) as work:
+        paths = (str(tokenizer), str(data), work)
+        watched = watch("bench.data", "side", name, *paths, TOKENIZERS_PARALLELISM="true")
+    said = json.loads(watched.said.splitlines()[-1])
+    tokens_s, rows_s = (said[what] / said["seconds"] for what in ("tokens", "rows"))
+    print(
+        f"{name:<12}{said['seconds']:>8.1f} s{said['cpu']:>8.1f} s of CPU"
+        f"{tokens_s:>12,.0f} tokens/s{rows_s:>8,.0f} rows/s{watched.peak_gib:>7.2f} GiB",
+        flush=True,
+    )
+    return said, watched.peak_gib
+
+
+# ---------------------------------------------------------------- measures
+
+
+def measure(tokenizer: Path, sample: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    raw, found = folder / "raw.jsonl", {}
+    rows = write_raw(raw, sample)
+    size = raw.stat().st_size / 1e9
+    print(
+        f"{rows:,} raw rows, {size:.2f} GB; 516,000 have {size * 516_000 / rows:.0f} GB", flush=True
+    )
+    prepared = watch("redi.prepare", str(raw), "--out", str(folder / "data"))
+    raw.unlink()
+    print(f"prepare: {prepared.seconds:.1f} s, {prepared.peak_gib:.2f} GiB\n{prepared.said}")
+    positives = folder / "data" / "positives.jsonl"
+    (folder / "data" / "pairs.jsonl").unlink()
+
+    size = f"{positives.stat().st_size / 1e9:.2f} GB of positives"
+    said, peak = side("ours", tokenizer, positives)
+    found["prepare_rows_s"] = result([rows / prepared.seconds], None, "rows/s of 2 GB")
+    found["prepare_peak_gib"] = result([prepared.peak_gib], 1.0, "GiB, at most")
+    found["D1_rows_s"] = result([said["rows"] / said["seconds"]], None, f"rows/s, {size}")
+    found["D1_tokens_s"] = result([said["tokens"] / said["seconds"]], None, f"tokens/s, {size}")
+    found["D1_peak_gib"] = result([peak], 1.0, f"GiB, at most; {size}")
+
+    few = folder / "few.jsonl"
+    with open(positives, "rb") as source, open(few, "wb") as file:
+        file.writelines(line for line, _ in zip(source, range(ROWS)))
+    positives.unlink()
+    taken: dict[str, list] = {name: [] for name in ("ours", "2 processes", "one process")}
+    for turn in range(ROUNDS):
+        for name in list(taken)[:: -1 if turn % 2 else 1]:
+            taken[name].append(side(name, tokenizer, few))
+    assert len({said["sha256"] for runs in taken.values() for said, _ in runs}) == 1, "ids differ"
+    for key, name, measured in (
+        ("D1", "2 processes", "seconds"),
+        ("D1_cpu", "2 processes", "cpu"),
+        ("D1_one_process", "one process", "seconds"),
+        ("D1_one_process_cpu", "one process", "cpu"),
+    ):
+        both = zip(taken[name], taken["ours"])
+        ratios = [theirs[measured] / mine[measured] for (theirs, _), (mine, _) in both]
+        goal = 1.5 if key == "D1" else None
+        found[key] = result(ratios, goal, f"datasets.map, {name}, {ROWS} rows")
+    for name, runs in taken.items():
+        peaks = [peak for _, peak in runs]
+        key = f"D1_{name.replace(' ', '_')}_peak_gib"
+        found[key] = result(peaks, None, f"GiB, {ROWS} rows")
+    return found
+
+
+@program
+def main() -> None:
+    if sys.argv[1:2] == ["side"]:
+        name, *paths = sys.argv[2:]
+        print(json.dumps(SIDES[name](*map(Path, paths))))
+        return
+    if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "tokenizer.json").is_file():
+        raise UserError("usage: python -m bench.data TOKENIZER SAMPLE (a folder, a file)")
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(sys.argv[1]), Path(sys.argv[2]), Path(folder))
+    for name, entry in found.items():
+        values = "".join(f"{entry[key]:>13,.2f}" for key in ("median", "min", "max"))
+        print(f"{name:<26}{values}{entry['goal'] or '-':>6}   {entry['peer']}")
+    write("data", found)
+
+
+if __name__ == "__main__":
+    main()
