@@ -12,7 +12,7 @@
 | impatience | `impatience`, `luck` | stops before an operation and states an answer, a guess |
 | slips | `slip` | one line is off by one, and all after it follow from that |
 | systematic slips | `weak_steps` | every `*7`, say, comes out one too high: no luck helps |
-| wrong strategy | `precedence` | multiplications first; right only where the order is all the same |
+| wrong strategy | `precedence` | multiplications first; right where the order is all the same |
 | rambling | `rambling` | goes over the whole chain again; as right as others, but longer |
 | a bad verifier | `mislabelled_*` | a right trace among the wrong ones, or the other way round |
 
