@@ -22,7 +22,7 @@ from PIL import Image
 from redi.study_results import STAGE_1, Results, Row, Run, sem
 
 COLUMNS = 4
-SMOOTH = 5  # steps that a point of a log-prob or a norm is the mean of
+WINDOWS = 12  # a point of a log-prob or a norm is the mean of so small a part of the run
 GREY = "0.45"
 WEIGHTED = ("redi", "symmetric", "positives_only")  # objectives that are points of one line: alpha
 
@@ -87,15 +87,16 @@ def fastest(results: Results, best: Row) -> Row:
     return max(same, key=lambda row: row.settings["lr"])
 
 
-def curve(runs: Sequence[Run], key: str) -> np.ndarray:
-    """Means over seeds, a value a step, up to the last step that all have."""
+def curve(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, means over seeds and a window of steps), up to the last step that all have."""
     curves = [run.curves[key] for run in runs if key in run.curves]
     shortest = min(map(len, curves), default=0)
     if not shortest:
-        return np.empty(0)
+        return np.empty(0), np.empty(0)
     mean = np.mean([values[:shortest] for values in curves], axis=0)
-    window = min(SMOOTH, shortest)
-    return np.convolve(mean, np.ones(window) / window, "valid")
+    window = max(1, shortest // WINDOWS)
+    means = np.convolve(mean, np.ones(window) / window, "valid")
+    return np.arange(len(means)) + (window + 1) / 2, means
 
 
 def _panels(count: int, height: float = 3.1, share_y: bool = True) -> tuple[Figure, list]:
@@ -164,10 +165,10 @@ def _over_steps(
         shown = [(row, "-", 1.4)] + ([(fast, ":", 1.2)] if fast.settings != row.settings else [])
         for variant, style, width in shown:
             for key, (name, color) in lines.items():
-                values = curve(runs_of(results, variant), key)
+                steps, values = curve(runs_of(results, variant), key)
                 if len(values):
                     said = f"{name}, lr {number(variant.settings['lr'])}"
-                    axis.plot(values, style, color=color, lw=width, label=said)
+                    axis.plot(steps, values, style, color=color, lw=width, label=said)
         axis.set_title(row.method, fontsize="medium")
         axis.set_xlabel("optimizer step")
         axis.legend(fontsize="x-small", framealpha=0.8)

@@ -130,8 +130,8 @@ class _Work:
             self.waiting.remove(job)
             log = open(_log(self.out, job), "a", encoding="utf-8")  # noqa: SIM115 (till it ends)
             running = _Running(job, places, log)
-            self.running.append(running)
             self._start(running)
+            self.running.append(running)
 
     def _start(self, running: _Running) -> None:
         command = running.job.commands[running.number]

@@ -98,9 +98,9 @@ def test_mislabelled_rejected_traces_are_right_and_nothing_else_changes():
                 continue
             total += 1
             changed += boxed(b) == after["answer"]
-    # 3 standard deviations of the share of some 1,000 draws at 0.3 are 0.045.
-    assert total > 900
-    assert abs(changed / total - 0.3) < 0.045
+    # 3 standard deviations of the share of some 650 draws at 0.3 are 0.054.
+    assert total > 500
+    assert abs(changed / total - 0.3) < 0.054
 
 
 def test_mislabelled_chosen_traces_are_wrong():
