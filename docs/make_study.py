@@ -26,6 +26,7 @@ from redi.study_page import (
     Picture,
     Text,
     p_value,
+    signed,
     summary,
     table,
     to_markdown,
@@ -47,9 +48,9 @@ PUBLISHED = {STAGE_1: 41.9, DPO: 47.2, "SimPO": 47.2, SYMMETRIC: 47.7, REDI: 48.
 def compared(gain: float, p: float | None, other: str) -> str:
     """ "above DPO by 0.031 (p 0.004)", or that this cannot be told."""
     if p is None:
-        return f"{gain:+.3f} from {other} (no test is possible)"
+        return f"{signed(gain)} from {other} (no test is possible)"
     if p >= SURE:
-        return f"not told apart from {other} ({gain:+.3f}, p {p_value(p)})"
+        return f"not told apart from {other} ({signed(gain)}, p {p_value(p)})"
     return f"{'above' if gain > 0 else 'below'} {other} by {abs(gain):.3f} (p {p_value(p)})"
 
 
@@ -96,7 +97,7 @@ def log_probs_claim(results: Results, redi: Row, stage_1: Row) -> str:
         ends[key] = float(values[0]), float(values[-1])
     both_fall = all(last < first for first, last in ends.values())
     chosen, rejected = (f"{first:.2f} to {last:.2f}" for first, last in ends.values())
-    seen = f"chosen {chosen}, rejected {rejected} nats per token, accuracy {redi.gain:+.3f}"
+    seen = f"chosen {chosen}, rejected {rejected} nats per token, accuracy {signed(redi.gain)}"
     return agreement(
         "with alpha 0.8 both log-probs fall while accuracy rises",
         both_fall and redi.mean > stage_1.mean,
@@ -169,7 +170,7 @@ def label_lines(results: Results) -> str:
         verdict = f"helps up to a share of {max(helped):g}" if helped else "helps at no share tried"
         if helped and max(helped) < own[-1].mislabelled:
             verdict += " and hurts beyond it"
-        gains = ", ".join(f"{row.gain:+.3f} at {row.mislabelled:g}" for row in own)
+        gains = ", ".join(f"{signed(row.gain)} at {row.mislabelled:g}" for row in own)
         lines.append(f"- {setting}, {method}: {verdict} ({gains}).")
     return "\n".join(lines)
 

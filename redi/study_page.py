@@ -73,7 +73,7 @@ def report(results: Results, pictures: Sequence[str]) -> list[Block]:
     for name in pictures:
         blocks.append(Picture(name, CAPTIONS[name]))
     blocks += [Heading("The whole grid"), table(results, results.grid)]
-    blocks += [Heading("Settings"), Code(results.study)]
+    blocks += [Heading("Settings"), Text(COMMANDS), Code(results.study)]
     blocks += [Code(text, f"every setting of {name}") for name, text in results.in_full.items()]
     return blocks
 
@@ -82,6 +82,11 @@ NOTES = (
     "pass@1 is the mean over seeds, with its SEM over seeds. p values are two-sided paired t-tests "
     "over seeds, uncorrected for their number. A method's best learning rate was chosen on these "
     "very numbers. 'collapsed' counts runs in which the collapse guard would have warned."
+)
+
+COMMANDS = (
+    "The study's file, and below it every setting of the programs it starts, as the first of each "
+    "wrote it down. journal.jsonl has the command lines, the seconds and the exit status of each."
 )
 
 
@@ -122,7 +127,7 @@ def table(results: Results, rows: Sequence[Row]) -> Table:
         line += [row.setting] * settings + [f"{row.mislabelled:g}"] * shares
         line += [f"{row.benchmarks[name]:.3f}" for name in names]
         line += [mean(row), f"{row.pass_at_n:.3f}"]
-        line += ["" if row.gain is None else f"{row.gain:+.3f}", p_value(row.p_stage_1)]
+        line += ["" if row.gain is None else signed(row.gain), p_value(row.p_stage_1)]
         line += [p_value(row.p_dpo)] * dpo
         line += [f"{row.mean_tokens:.1f}", str(row.collapsed), str(row.seeds)]
         cells.append(line)
@@ -131,6 +136,10 @@ def table(results: Results, rows: Sequence[Row]) -> Table:
 
 def mean(row: Row) -> str:
     return f"{row.mean:.3f}" + ("" if row.sem is None else f" ± {row.sem:.3f}")
+
+
+def signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"  # no -0.000
 
 
 def p_value(p: float | None) -> str:

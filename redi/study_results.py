@@ -36,6 +36,7 @@ from redi.study_plan import Model, Study
 from train_redi import REDIConfig
 
 STAGE_1 = "stage 1"
+ROUNDING = 1e-12  # two scores that differ at all differ by one completion, some 1e-5
 # Of metrics.jsonl, in the order of the figures; a run that does not log one lacks it.
 CURVES = (
     "chosen_logp", "rejected_logp", "ranked_right", "grad_norm", "update_norm",
@@ -304,7 +305,7 @@ def paired_t_test(ours: Sequence[float], theirs: Sequence[float]) -> float | Non
     says nothing: fewer than two pairs, or differences that are all alike."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     error = sem(differences)
-    if not error:
+    if error is None or error < ROUNDING:
         return None
     return t_tail(statistics.fmean(differences) / error, len(differences) - 1)
 
