@@ -1,0 +1,199 @@
+"""Keys and values in pages, so that memory is taken by tokens that live and by nothing else.
+
+    budget   8 pages a layer, each PAGE tokens of all kv heads, allocated once
+    table    row 0: pages 0 3        a row (a text being written) owns pages, in the order of its
+             row 1: pages 1          tokens; it takes another when its last one is full, and
+             row 2: pages 2 4 5      gives all back when it ends
+    free     6 7                     the lowest number goes first
+
+One new token a row then attends to its row (`attend`): each page by itself, with the query of the
+row that owns it, then the pages of a row are put together by the log-sum-exp of their scores
+(flash decoding). Nothing is padded and nothing is copied. On CUDA a Triton kernel does the same.
+
+Left out: pages shared by several rows (prompts are short beside answers), pages on the host.
+Letters: B rows of a step, N pages, M pages of the longest row, H heads, K kv heads, G = H / K,
+d head size.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redi.model import ModelConfig
+
+PAGE = 64  # tokens
+
+
+def pages_for(tokens: int) -> int:
+    return -(-tokens // PAGE)
+
+
+def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of one page in all layers, keys and values."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return PAGE * per_token
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the rows of one decode step lie."""
+
+    table: Tensor  # (B, M) int64: pages of each row, 0 past its end
+    lengths: Tensor  # (B,) int64: tokens of each row, the new one among them
+    pages: Tensor  # (B,) and
+    offsets: Tensor  # (B,): where the new tokens go
+    # The torch path looks at pages 0 .. N-1 at once:
+    owners: Tensor | None  # (N,) the row of each page, any row for a page without one
+    hidden: Tensor | None  # (N, 1, 1, PAGE): 0 for the owner's tokens, else -inf
+    absent: Tensor | None  # (B, M, 1, 1): 0 for the row's pages, else -inf
+
+
+class Cache:
+    """num_pages pages a layer, and which row of `rows` owns which."""
+
+    def __init__(self, config: ModelConfig, like: Tensor, num_pages: int, rows: int, longest: int):
+        shape = (num_pages, config.num_kv_heads, PAGE, config.head_dim)
+        self.keys = [like.new_empty(shape) for _ in range(config.num_layers)]
+        self.values = [like.new_empty(shape) for _ in range(config.num_layers)]
+        self.touched = 0  # pages that were ever in use; those after them hold anything, NaN too
+        self.free = list(range(num_pages))  # a heap
+        self.table = np.zeros((rows, pages_for(longest)), dtype=np.int64)
+        self.lengths = np.zeros(rows, dtype=np.int64)  # tokens
+        self.owners = np.full(num_pages, -1)  # row of each page; -1: none
+        self.starts = np.zeros(num_pages, dtype=np.int64)  # place of its first token in the row
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    @property
+    def used(self) -> int:
+        """Pages."""
+        return len(self.owners) - len(self.free)
+
+    # ---- pages
+
+    def lengthen(self, row: int, tokens: int) -> None:
+        """Room for so many more tokens. IndexError if the pages do not suffice."""
+        first, last = pages_for(self.lengths[row]), pages_for(self.lengths[row] + tokens)
+        for number in range(first, last):
+            page = heapq.heappop(self.free)
+            self.table[row, number], self.owners[page] = page, row
+            self.starts[page] = number * PAGE
+            if page >= self.touched:  # 0 x NaN is NaN, even for a token that nobody looks at
+                for tensor in (*self.keys, *self.values):
+                    tensor[self.touched : page + 1] = 0
+                self.touched = page + 1
+        self.lengths[row] += tokens
+
+    def missing(self, rows: list[int]) -> int:
+        """Pages that one more token in each row takes."""
+        return int((self.lengths[rows] % PAGE == 0).sum())
+
+    def pages_of(self, row: int) -> np.ndarray:
+        return self.table[row, : pages_for(self.lengths[row])]
+
+    def release(self, row: int) -> None:
+        for page in self.pages_of(row).tolist():
+            heapq.heappush(self.free, page)
+            self.owners[page] = -1
+        self.lengths[row] = 0
+
+    def rename(self, row: int, to: int) -> None:
+        """What is in one row is now in another, that was empty."""
+        self.table[to], self.lengths[to] = self.table[row], self.lengths[row]
+        self.owners[self.pages_of(to)] = to
+        self.lengths[row] = 0
+
+    def copy(self, pages: np.ndarray, to: np.ndarray) -> None:
+        """The contents of pages (n,) into other pages (n,)."""
+        source, target = (torch.as_tensor(p, device=self.keys[0].device) for p in (pages, to))
+        for tensor in (*self.keys, *self.values):
+            tensor[target] = tensor[source]
+
+    def compact(self) -> None:
+        """Move the highest pages in use to the lowest free numbers."""
+        high = np.flatnonzero(self.owners[self.used :] >= 0) + self.used
+        low = np.flatnonzero(self.owners[: self.used] < 0)
+        self.copy(high, low)
+        self.owners[low], self.starts[low] = self.owners[high], self.starts[high]
+        self.table[self.owners[low], self.starts[low] // PAGE] = low
+        self.owners[high] = -1
+        self.free = np.flatnonzero(self.owners < 0).tolist()  # in order: a heap
+
+    # ---- a step
+
+    def step(self, rows: list[int]) -> Step:
+        """Make room for one more token in each row, and say where all is."""
+        rows = np.asarray(rows)
+        device = self.keys[0].device
+        if device.type != "cuda" and self._end() > 2 * self.used:
+            self.compact()
+        full = self.lengths[rows] % PAGE == 0
+        self.lengths[rows[~full]] += 1
+        for row in rows[full].tolist():
+            self.lengthen(row, 1)
+        lengths = self.lengths[rows]
+        counts = -(-lengths // PAGE)
+        present = np.arange(counts.max()) < counts[:, None]  # (B, M)
+        table = np.where(present, self.table[rows, : counts.max()], 0)
+        pages, offsets = table[np.arange(len(rows)), counts - 1], (lengths - 1) % PAGE
+        places = [torch.as_tensor(x, device=device) for x in (table, lengths, pages, offsets)]
+        if device.type == "cuda":
+            return Step(*places, None, None, None)
+        end = self._end()
+        number = np.zeros(len(self.lengths), dtype=np.int64)
+        number[rows] = np.arange(1, len(rows) + 1)  # row of the cache -> row of this step, from 1
+        owners = np.where(self.owners[:end] >= 0, number[self.owners[:end]], 0) - 1
+        seen = np.where(owners >= 0, lengths[owners] - self.starts[:end], 0)
+        dtype = torch.promote_types(self.keys[0].dtype, torch.float32)
+        hidden = _minus_infinity(np.arange(PAGE) >= seen[:, None], dtype)
+        absent = _minus_infinity(~present, dtype)
+        owners = torch.from_numpy(np.maximum(owners, 0))
+        return Step(*places, owners, hidden[:, None, None], absent[..., None, None])
+
+    def _end(self) -> int:
+        """One past the highest page in use."""
+        in_use = np.flatnonzero(self.owners >= 0)
+        return int(in_use[-1]) + 1 if len(in_use) else 0
+
+    def write(self, layer: int, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
+        """key, value (n, K, d) into n places."""
+        self.keys[layer][pages, :, offsets] = key
+        self.values[layer][pages, :, offsets] = value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int, step: Step) -> Tensor:
+        """One new token a row: query (B, H, d), key and value (B, K, d) -> (B, H, d)."""
+        keys, values = self.keys[layer], self.values[layer]
+        self.write(layer, step.pages, step.offsets, key, value)
+        if query.is_cuda:
+            from redi.eval.decode_kernel import decode_attention
+
+            return decode_attention(query, keys, values, step.table, step.lengths)
+        return _attend(query, keys, values, step)
+
+
+def _minus_infinity(where: np.ndarray, dtype: torch.dtype) -> Tensor:
+    # A number, not infinity: a page of which nothing is seen would give inf - inf.
+    return torch.zeros(where.shape, dtype=dtype).masked_fill_(torch.from_numpy(where), -1e30)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+    batch, heads, size = query.shape
+    end, kv_heads = len(step.owners), keys.shape[1]
+    wide = step.hidden.dtype
+    grouped = (query.to(wide) * size**-0.5).view(batch, kv_heads, -1, size)  # (B, K, G, d)
+    scores = grouped[step.owners] @ keys[:end].to(wide).transpose(2, 3)  # (N, K, G, PAGE)
+    scores += step.hidden
+    peak = scores.amax(dim=3, keepdim=True)
+    scores = scores.sub_(peak).exp_()
+    partial = scores @ values[:end].to(wide)  # (N, K, G, d)
+    # A row's pages, each by its share of the row's sum of exponentials.
+    peaks = peak[..., 0][step.table] + step.absent  # (B, M, K, G)
+    shares = (peaks - peaks.amax(dim=1, keepdim=True)).exp_()
+    total = (shares * scores.sum(dim=3)[step.table]).sum(dim=1)  # (B, K, G)
+    summed = (partial[step.table] * shares[..., None]).sum(dim=1)  # (B, K, G, d)
+    return (summed / total[..., None]).view(batch, heads, size).to(query.dtype)
