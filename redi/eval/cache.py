@@ -7,8 +7,9 @@
     free     6 7                     the lowest number goes first
 
 One new token a row then attends to its row (`attend`): each page by itself, with the query of the
-row that owns it, then the pages of a row are put together by the log-sum-exp of their scores
-(flash decoding). Nothing is padded and nothing is copied. On CUDA a Triton kernel does the same.
+row that owns it, then the parts of a row are added up. Nothing is padded beyond a page, nothing is
+copied, and keys and values are read once for the query heads of a group. On CUDA a Triton kernel
+does the same.
 
 Left out: pages shared by several rows (prompts are short beside answers), pages on the host.
 Letters: B rows of a step, N pages, M pages of the longest row, H heads, K kv heads, G = H / K,
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from redi.model import ModelConfig
 
-PAGE = 64  # tokens
+PAGE = 32  # tokens
 
 
 def pages_for(tokens: int) -> int:
@@ -47,8 +48,8 @@ class Step:
     offsets: Tensor  # (B,): where the new tokens go
     # The torch path looks at pages 0 .. N-1 at once:
     owners: Tensor | None  # (N,) the row of each page, any row for a page without one
-    hidden: Tensor | None  # (N, 1, 1, PAGE): 0 for the owner's tokens, else -inf
-    absent: Tensor | None  # (B, M, 1, 1): 0 for the row's pages, else -inf
+    hidden: Tensor | None  # (N K, 1, PAGE): 0 for the owner's tokens, else -inf
+    absent: Tensor | None  # (B, M, 1): 0 for the row's pages, else -inf
 
 
 class Cache:
@@ -153,7 +154,8 @@ class Cache:
         hidden = _minus_infinity(np.arange(PAGE) >= seen[:, None], dtype)
         absent = _minus_infinity(~present, dtype)
         owners = torch.from_numpy(np.maximum(owners, 0))
-        return Step(*places, owners, hidden[:, None, None], absent[..., None, None])
+        hidden = hidden.repeat_interleave(self.keys[0].shape[1], dim=0)[:, None]
+        return Step(*places, owners, hidden, absent[..., None])
 
     def _end(self) -> int:
         """One past the highest page in use."""
@@ -183,17 +185,17 @@ def _minus_infinity(where: np.ndarray, dtype: torch.dtype) -> Tensor:
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
     batch, heads, size = query.shape
-    end, kv_heads = len(step.owners), keys.shape[1]
-    wide = step.hidden.dtype
-    grouped = (query.to(wide) * size**-0.5).view(batch, kv_heads, -1, size)  # (B, K, G, d)
-    scores = grouped[step.owners] @ keys[:end].to(wide).transpose(2, 3)  # (N, K, G, PAGE)
-    scores += step.hidden
-    peak = scores.amax(dim=3, keepdim=True)
-    scores = scores.sub_(peak).exp_()
-    partial = scores @ values[:end].to(wide)  # (N, K, G, d)
-    # A row's pages, each by its share of the row's sum of exponentials.
-    peaks = peak[..., 0][step.table] + step.absent  # (B, M, K, G)
-    shares = (peaks - peaks.amax(dim=1, keepdim=True)).exp_()
-    total = (shares * scores.sum(dim=3)[step.table]).sum(dim=1)  # (B, K, G)
-    summed = (partial[step.table] * shares[..., None]).sum(dim=1)  # (B, K, G, d)
-    return (summed / total[..., None]).view(batch, heads, size).to(query.dtype)
+    end, wide = len(step.owners), step.hidden.dtype
+    keys, values = (t[:end].to(wide).flatten(0, 1) for t in (keys, values))  # (N K, PAGE, d)
+    grouped = query.to(wide).flatten(1).index_select(0, step.owners).view(len(keys), -1, size)
+    scores = torch.baddbmm(step.hidden, grouped, keys.transpose(1, 2), alpha=size**-0.5)
+    # (N K, G, PAGE), from here on less the highest score of the row
+    peaks = scores.amax(dim=2).view(end, heads)
+    peaks = (peaks[step.table] + step.absent).amax(dim=1)  # (B, H)
+    scores.sub_(peaks.index_select(0, step.owners).view(len(keys), -1, 1)).exp_()
+    # Each page's part, added to its row's.
+    part = torch.bmm(scores, values).view(end, heads * size)
+    summed = part.new_zeros(batch, heads * size).index_add_(0, step.owners, part)
+    shares = scores.sum(dim=2).view(end, heads)
+    total = shares.new_zeros(batch, heads).index_add_(0, step.owners, shares)
+    return (summed.view(batch, heads, size) / total[..., None]).to(query.dtype)
