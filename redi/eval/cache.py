@@ -17,12 +17,15 @@ d head size.
 """
 
 import heapq
+import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from redi.config import UserError
 from redi.model import ModelConfig
 
 PAGE = 32  # tokens
@@ -32,10 +35,17 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Of one page in all layers, keys and values."""
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-    return PAGE * per_token
+def spread(pages: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """The page, and the offset in it, of each of so many tokens in these pages."""
+    places = np.arange(tokens)
+    return pages[places // PAGE], places % PAGE
+
+
+def _spare_bytes(device: torch.device) -> int:
+    """What the cache may take where nothing is said; the rest is for logits and activations."""
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 @dataclass(frozen=True)
@@ -53,10 +63,29 @@ class Step:
 
 
 class Cache:
-    """num_pages pages a layer, and which row of `rows` owns which."""
+    """Pages, the same in every layer, and which row of `rows` owns which."""
 
-    def __init__(self, config: ModelConfig, like: Tensor, num_pages: int, rows: int, longest: int):
-        shape = (num_pages, config.num_kv_heads, PAGE, config.head_dim)
+    def __init__(
+        self,
+        config: ModelConfig,
+        like: Tensor,
+        wanted: int,
+        budget: int | None,
+        rows: int,
+        longest: int,
+    ):
+        """As many pages as `wanted`, or as the budget holds, in bytes; None: as there is memory to
+        spare. Raises UserError if a row of `longest` tokens would not fit."""
+        shape = (config.num_kv_heads, PAGE, config.head_dim)
+        one = 2 * config.num_layers * math.prod(shape) * like.dtype.itemsize
+        budget = _spare_bytes(like.device) if budget is None else budget
+        num_pages = min(wanted, budget // one)
+        if num_pages < pages_for(longest):
+            raise UserError(
+                f"{budget / 2**30:.3g} GiB for keys and values are too few: a request of {longest} "
+                f"tokens takes {pages_for(longest) * one / 2**30:.3g} GiB"
+            )
+        shape = (num_pages, *shape)
         self.keys = [like.new_empty(shape) for _ in range(config.num_layers)]
         self.values = [like.new_empty(shape) for _ in range(config.num_layers)]
         self.touched = 0  # pages that were ever in use; those after them hold anything, NaN too
@@ -95,7 +124,7 @@ class Cache:
         return int((self.lengths[rows] % PAGE == 0).sum())
 
     def pages_of(self, row: int) -> np.ndarray:
-        return self.table[row, : pages_for(self.lengths[row])]
+        return self.table[row, : pages_for(self.lengths[row])].copy()
 
     def release(self, row: int) -> None:
         for page in self.pages_of(row).tolist():

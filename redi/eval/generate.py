@@ -32,13 +32,13 @@ from torch import Tensor
 
 from redi.attention import packed_attention
 from redi.config import UserError
-from redi.eval.cache import PAGE, Cache, page_bytes, pages_for
+from redi.eval.cache import Cache, pages_for, spread
 from redi.eval.decoder import Decoder
+from redi.eval.loops import period
 from redi.eval.sampling import Draws, Sampling, sample
 from redi.model import Transformer
 
 PREFILL_TOKENS = 8192  # of a pack, unless one prompt is longer
-LOOP_COPIES, LOOP_TOKENS = 4, 64
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ class _Text:
         """What a prefill must read."""
         return (*self.request.prompt_ids, *self.token_ids)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer, if nothing stops it."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
+
 
 @dataclass
 class _Held:
@@ -122,52 +127,21 @@ def generate(
     model's context, UserError if they do not fit the cache.
     """
     texts = [_Text(request) for request in requests]
-    sizes = []
-    for text in texts:
-        asked, limit = len(text.request.prompt_ids), text.request.max_new_tokens
+    for request in (text.request for text in texts):
+        asked, limit = len(request.prompt_ids), request.max_new_tokens
         if min(asked, limit) < 1 or asked + limit > model.config.max_positions:
             raise ValueError(
-                f"request {text.request.key}: {asked} prompt tokens and {limit} new ones; "
+                f"request {request.key}: {asked} prompt tokens and {limit} new ones; "
                 f"the context is {model.config.max_positions}"
             )
-        sizes.append(asked + limit)
     if not texts:
         return
     slots = min(slots, len(texts))
-    num_pages = _pages_to_take(model, sizes, slots, cache_bytes)
-    engine = _Engine(model, sampling, slots, num_pages, max(sizes), usage or Usage())
-    engine.enqueue(texts)
+    engine = _Engine(model, sampling, texts, slots, cache_bytes, usage or Usage())
     while engine.queue or engine.live:
         pack = engine.admit()
         logits, rows = engine.prefill(pack) if pack.rows else engine.decode()
         yield from engine.advance(logits, rows, set(stop_ids))
-
-
-def _pages_to_take(model, sizes: list[int], slots: int, cache_bytes: int | None) -> int:
-    """Pages of the cache: what `slots` of the longest requests take, within the budget."""
-    weight = model.output_weight
-    one = page_bytes(model.config, weight.dtype)
-    if cache_bytes is None:
-        cache_bytes = _free_bytes(weight.device)
-    pages = cache_bytes // one
-    longest = max(sizes)
-    if pages < pages_for(longest):
-        raise UserError(
-            f"{cache_bytes / 2**30:.3g} GiB for keys and values are too few: one request of "
-            f"{longest} tokens takes {pages_for(longest) * one / 2**30:.3g} GiB"
-        )
-    # A prompt that is held for its next samples has pages of its own.
-    needed = sum(map(pages_for, sorted(sizes)[-slots:])) + slots * pages_for(longest) // 4 + 1
-    return min(pages, needed)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """What a cache may take where nothing is said: the rest is for logits and activations."""
-    if device.type == "cuda":
-        return int(0.8 * torch.cuda.mem_get_info(device)[0])
-    import os
-
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 class _Engine:
@@ -176,23 +150,29 @@ class _Engine:
     Rows 0 .. slots - 1 of the cache are written to, the others hold prompts.
     """
 
-    def __init__(self, model, sampling: Sampling, slots: int, pages: int, longest: int, usage):
-        self.model, self.sampling, self.usage = model, sampling, usage
-        self.decoder = Decoder(model)
-        self.device = model.output_weight.device
-        self.cache = Cache(model.config, model.output_weight, pages, 2 * slots, longest)
+    def __init__(
+        self,
+        model: Transformer,
+        sampling: Sampling,
+        texts: list[_Text],
+        slots: int,
+        cache_bytes: int | None,
+        usage: Usage,
+    ):
+        self.model, self.sampling, self.slots, self.usage = model, sampling, slots, usage
+        self.decoder = Decoder(model)  # first: what it takes is not to spare
+        weight = model.output_weight
+        self.device = weight.device
+        longest = max(text.longest for text in texts)
+        pages = _pages_needed(texts, slots)
+        self.cache = Cache(model.config, weight, pages, cache_bytes, 2 * slots, longest)
         usage.cache_bytes = self.cache.num_bytes
-        self.slots = slots
         self.free = list(range(slots))[::-1]
         self.free_holders = list(range(slots, 2 * slots))[::-1]
         self.live: dict[int, _Text] = {}  # row -> text, in the order of admission
-        self.queue: deque[_Text] = deque()
-        self.waiting: Counter[tuple[int, ...]] = Counter()  # prefix -> texts in the queue
+        self.queue = deque(texts)
+        self.waiting = Counter(text.prefix for text in texts)  # of the queue
         self.held: dict[tuple[int, ...], _Held] = {}
-
-    def enqueue(self, texts: Iterable[_Text]) -> None:
-        self.queue.extend(texts)
-        self.waiting.update(text.prefix for text in self.queue)
 
     # ---- who is in the batch
 
@@ -208,7 +188,7 @@ class _Engine:
             prefix = self.queue[0].prefix
             tokens += len(prefix) if prefix not in self.held else 0
             too_long = pack.rows and tokens > PREFILL_TOKENS
-            if too_long or prefix in pack.fresh and prefix not in self.held:
+            if too_long or (prefix in pack.fresh and prefix not in self.held):
                 break  # in the next pack
             if not self._make_room_for(prefix, pack):
                 break
@@ -299,10 +279,9 @@ class _Engine:
     def _run(self, fresh: dict[tuple[int, ...], np.ndarray]) -> Tensor:
         """Prefixes in one pack through the training forward: logits (len(fresh), V) after each."""
         lengths = [len(prefix) for prefix in fresh]
-        inside = [np.arange(length) for length in lengths]
-        pages = [own[places // PAGE] for own, places in zip(fresh.values(), inside)]
-        positions = self._tensor(np.concatenate(inside))
-        pages, offsets = self._tensor(np.concatenate(pages)), positions % PAGE
+        places = [spread(pages, length) for pages, length in zip(fresh.values(), lengths)]
+        pages, offsets = (self._tensor(np.concatenate(part)) for part in zip(*places))
+        positions = self._tensor(np.concatenate([np.arange(length) for length in lengths]))
         ends = np.cumsum(lengths)
         cu_seqlens = self._tensor(np.concatenate([[0], ends])).to(torch.int32)
 
@@ -355,22 +334,16 @@ class _Engine:
         return torch.as_tensor(values, device=self.device)
 
 
+def _pages_needed(texts: list[_Text], slots: int) -> int:
+    """With so many no text ever waits for a page: the rows and the held prompts at their longest,
+    and the page a row that is kept back at admission."""
+    whole = sorted(pages_for(text.longest) for text in texts)
+    prompts = sorted(pages_for(len(text.request.prompt_ids)) for text in texts)
+    return sum(whole[-slots:]) + sum(prompts[-slots:]) + slots
+
+
 def _finished(text: _Text, stopped: bool) -> Generated:
     token_ids, written = text.token_ids, len(text.token_ids)
     token_ids = token_ids[: written - stopped]
     reason = "stop" if stopped else "length"
     return Generated(text.request.key, token_ids, written, reason, period(token_ids))
-
-
-def period(token_ids: Sequence[int]) -> int:
-    """The length of the shortest block that the text ends in over and over, 4 times or more and
-    over 64 tokens or more; 0 if there is none."""
-    tokens = np.asarray(token_ids, dtype=np.int64)
-    last = tokens[-1:]
-    for size in np.flatnonzero(tokens[-2::-1] == last) + 1:  # tokens[-1 - size] is the last too
-        end = max(LOOP_COPIES * size, LOOP_TOKENS)
-        if end > len(tokens):
-            return 0
-        if (tokens[-end:-size] == tokens[len(tokens) - end + size :]).all():
-            return int(size)
-    return 0

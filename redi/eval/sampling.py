@@ -51,7 +51,8 @@ class Draws:
 
     def uniforms(self, attempt: int) -> Tensor:
         """(B,) fp64, inside (0, 1)."""
-        state = np.full(len(self.keys), self.seed & (2**64 - 1), dtype=np.uint64)
+        # The seed is mixed alone first: seed ^ key is the same for many seeds and keys.
+        state = _mix(np.full(len(self.keys), self.seed & (2**64 - 1), dtype=np.uint64))
         for word in (self.keys, self.positions, attempt):
             state = _mix(state ^ np.asarray(word).astype(np.uint64))
         return torch.from_numpy(((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
