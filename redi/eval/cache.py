@@ -52,14 +52,13 @@ def _spare_bytes(device: torch.device) -> int:
 class Step:
     """Where the rows of one decode step lie."""
 
-    table: Tensor  # (B, M) int64: pages of each row, 0 past its end
+    table: Tensor  # (B, M) int64: pages of each row; past its end its first again
     lengths: Tensor  # (B,) int64: tokens of each row, the new one among them
     pages: Tensor  # (B,) and
     offsets: Tensor  # (B,): where the new tokens go
     # The torch path looks at pages 0 .. N-1 at once:
     owners: Tensor | None  # (N,) the row of each page, any row for a page without one
     hidden: Tensor | None  # (N K, 1, PAGE): 0 for the owner's tokens, else -inf
-    absent: Tensor | None  # (B, M, 1): 0 for the row's pages, else -inf
 
 
 class Cache:
@@ -169,11 +168,12 @@ class Cache:
         lengths = self.lengths[rows]
         counts = -(-lengths // PAGE)
         present = np.arange(counts.max()) < counts[:, None]  # (B, M)
-        table = np.where(present, self.table[rows, : counts.max()], 0)
+        table = self.table[rows, : counts.max()]
+        table = np.where(present, table, table[:, :1])
         pages, offsets = table[np.arange(len(rows)), counts - 1], (lengths - 1) % PAGE
         places = [torch.as_tensor(x, device=device) for x in (table, lengths, pages, offsets)]
         if device.type == "cuda":
-            return Step(*places, None, None, None)
+            return Step(*places, None, None)
         end = self._end()
         number = np.zeros(len(self.lengths), dtype=np.int64)
         number[rows] = np.arange(1, len(rows) + 1)  # row of the cache -> row of this step, from 1
@@ -181,10 +181,9 @@ class Cache:
         seen = np.where(owners >= 0, lengths[owners] - self.starts[:end], 0)
         dtype = torch.promote_types(self.keys[0].dtype, torch.float32)
         hidden = _minus_infinity(np.arange(PAGE) >= seen[:, None], dtype)
-        absent = _minus_infinity(~present, dtype)
         owners = torch.from_numpy(np.maximum(owners, 0))
         hidden = hidden.repeat_interleave(self.keys[0].shape[1], dim=0)[:, None]
-        return Step(*places, owners, hidden, absent[..., None])
+        return Step(*places, owners, hidden)
 
     def _end(self) -> int:
         """One past the highest page in use."""
@@ -220,7 +219,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
     scores = torch.baddbmm(step.hidden, grouped, keys.transpose(1, 2), alpha=size**-0.5)
     # (N K, G, PAGE), from here on less the highest score of the row
     peaks = scores.amax(dim=2).view(end, heads)
-    peaks = (peaks[step.table] + step.absent).amax(dim=1)  # (B, H)
+    peaks = peaks[step.table].amax(dim=1)  # (B, H)
     scores.sub_(peaks.index_select(0, step.owners).view(len(keys), -1, 1)).exp_()
     # Each page's part, added to its row's.
     part = torch.bmm(scores, values).view(end, heads * size)

@@ -22,6 +22,7 @@ Letters: B rows, V vocabulary, N blocks of it.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,12 +50,17 @@ class Draws:
     keys: np.ndarray  # (B,) int
     positions: np.ndarray  # (B,) int
 
+    @cached_property
+    def _state(self) -> np.ndarray:
+        # The seed is mixed alone first: seed ^ key is the same for many seeds and keys.
+        state = _mix(np.array([self.seed], dtype=np.uint64))
+        for word in (self.keys, self.positions):
+            state = _mix(state ^ word.astype(np.uint64))
+        return state
+
     def uniforms(self, attempt: int) -> Tensor:
         """(B,) fp64, inside (0, 1)."""
-        # The seed is mixed alone first: seed ^ key is the same for many seeds and keys.
-        state = _mix(np.full(len(self.keys), self.seed & (2**64 - 1), dtype=np.uint64))
-        for word in (self.keys, self.positions, attempt):
-            state = _mix(state ^ np.asarray(word).astype(np.uint64))
+        state = _mix(self._state ^ np.uint64(attempt))
         return torch.from_numpy(((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
 
 
@@ -74,16 +80,17 @@ def sample(logits: Tensor, draws: Draws, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(dim=1)
     weights = token_weights(logits, sampling.temperature)  # (B, V)
-    drawn = weights.new_empty(len(weights), dtype=torch.int64)
-    left = torch.arange(len(weights), device=weights.device)  # rows without a token
-    for attempt in range(ATTEMPTS):
+    drawn = invert(weights, draws.uniforms(0).to(weights.device))
+    if sampling.top_p >= 1:
+        return drawn
+    left = refused(weights, drawn, sampling.top_p)  # rows without a token
+    weights = weights[left]
+    for attempt in range(1, ATTEMPTS):
+        if not len(left):
+            return drawn
         tokens = invert(weights, draws.uniforms(attempt).to(weights.device)[left])
         drawn[left] = tokens
-        if sampling.top_p >= 1:
-            return drawn
         rows = refused(weights, tokens, sampling.top_p)
-        if not len(rows):
-            return drawn
         left, weights = left[rows], weights[rows]
     uniforms = draws.uniforms(ATTEMPTS).to(weights.device)[left]
     drawn[left] = by_sorting(weights, uniforms, sampling.top_p)
@@ -92,8 +99,8 @@ def sample(logits: Tensor, draws: Draws, sampling: Sampling) -> Tensor:
 
 def token_weights(logits: Tensor, temperature: float) -> Tensor:
     """exp((logit - highest) / temperature): probabilities but for a factor of the row, in fp32."""
-    scaled = logits.float()
-    scaled = scaled.sub_(scaled.amax(dim=1, keepdim=True)).mul_(math.log2(math.e) / temperature)
+    logits, rate = logits.float(), math.log2(math.e) / temperature
+    scaled = torch.add(-rate * logits.amax(dim=1, keepdim=True), logits, alpha=rate, out=logits)
     # 2^-115 is 2e-35, never drawn; far below it numbers are denormal, and thirty times slower.
     return scaled.clamp_(min=-115.0).exp2_()  # on a CPU torch's exp takes twice as long
 
