@@ -11,6 +11,7 @@ import_time.py  seconds to import the trainer beyond torch (C18)
 gpu.py          everything above that wants a GPU (G1 to G6, G9); its parts are gpu_*.py
 projection.py   hours of the published run: a projection, not a result
 faults.py       30 runs killed at random moments, by killed_runs.py: the same bits in the end?
+generate.py     sampling over transformers generate, refilled slots over static batches (C15, C16)
 grader.py       the grader on benchmarks' own answers
 
 Results lie in bench/results/NAME.json: {"machine", "versions", "results": {id: {"median", "min",

@@ -15,9 +15,10 @@ from typing import Annotated, Literal
 from redi.checkpoint import Source
 from redi.config import UserError, require
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
-from redi.eval.generate import Generated, Request, Sampling, generate
+from redi.eval.generate import Generated, Request, Usage, generate
 from redi.eval.grade import Grader, extract
 from redi.eval.report import Completion
+from redi.eval.sampling import Sampling
 from redi.model import Transformer
 from redi.runlog import Progress
 
@@ -44,7 +45,8 @@ class EvalConfig:
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.6
     top_p: Annotated[float, "mass of the nucleus"] = 0.95
     max_new_tokens: Annotated[int, "longest answer, tokens; the context may end it sooner"] = 32_768
-    slots: Annotated[int, "completions written side by side; memory grows with it"] = 64
+    slots: Annotated[int, "completions written side by side, if the cache has room"] = 64
+    cache_gib: Annotated[float | None, "for keys and values; none: what is to spare"] = None
     seed: Annotated[int, "of sampling"] = 42
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute; auto: bf16 on CUDA"] = "auto"
     graders: Annotated[int, "processes that compare answers"] = 2
@@ -53,6 +55,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "slots", "graders"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        if self.cache_gib is not None:
+            require(self.cache_gib > 0, "cache_gib", self.cache_gib, "above 0")
         require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "within (0, 1]")
         require(len(self.benchmark) >= 1, "benchmark", self.benchmark, "at least one")
@@ -86,13 +90,20 @@ def complete(
 ) -> list[Generated]:
     """Every request's completion, in the order of the requests."""
     sampling = Sampling(config.temperature, config.top_p, config.seed)
+    cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
+    usage = Usage()
+    written = generate(model, requests, source.stop_ids, sampling, config.slots, cache_bytes, usage)
     done: list[Generated] = []
-    tokens, began = 0, time.monotonic()
+    tokens, loops, began = 0, 0, time.monotonic()
     with Progress(len(requests), name, unit="response") as progress:
-        for result in generate(model, requests, source.stop_ids, sampling, config.slots):
+        for result in written:
             done.append(result)
             tokens += result.num_tokens
-            progress.update({"tok/s": f"{tokens / (time.monotonic() - began):,.0f}"})
+            loops += result.period > 0
+            values = {"tok/s": f"{tokens / (time.monotonic() - began):,.0f}", "loops": str(loops)}
+            progress.update(values)
+    if usage.evictions:
+        print(f"{name}: set aside {usage.evictions} times for want of memory; see --cache-gib")
     return sorted(done, key=lambda result: result.key)
 
 
