@@ -184,6 +184,13 @@ def equivalent(gold: str, answer: str) -> bool:
     return _same_members(golds, answers)
 
 
+def is_readable(gold: str) -> bool:
+    """Whether `equivalent` could know this gold in other words: each part is plain words, or
+    something Math-Verify reads. May run for ever, exhaust memory or raise, as `equivalent`."""
+    _, parts = _parts(_without_name(clean(gold), ""))
+    return all(_WORDS.fullmatch(p) or _parsed(_drop_units(p).rstrip("% ")) for p in parts)
+
+
 def _without_name(text: str, other: str) -> str:
     r"""`x \in A` as `A`; `x = 5` as `5`, unless the other is an equation: x = 5 is not y = 5."""
     named = _NAMED.fullmatch(text)

@@ -192,7 +192,7 @@ _WORDS = {
     "leqslant": "⩽", "geqslant": "⩾", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉",
     "prime": "'", "angle": "∠", "hbar": "ħ", "odot": "⊙",
 }  # fmt: skip
-_FUNCTIONS = "sin cos tan sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp max min gcd"
+_FUNCTIONS = "sin cos tan arcsin arccos arctan sinh cosh tanh ln log exp max min"
 _WORDS |= {name: name for name in _FUNCTIONS.split()}
 
 

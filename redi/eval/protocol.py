@@ -1,6 +1,6 @@
-"""The evaluation protocol: what is asked, how an answer is sampled, how it becomes a verdict.
+"""The evaluation protocol: what is asked, and how an answer is sampled.
 
-    benchmark -> requests -> completions -> verdicts            evaluate.py goes through these
+    benchmark -> requests -> completions on disk                evaluate.py goes through these
 
 The paper's user prompt states the task and the form of the answer; the chat template supplies the
 system prompt of training. Every answer begins with the prefix that training's traces begin with,
@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 from redi.checkpoint import Source
 from redi.config import UserError, require
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
-from redi.eval.generate import Generated, Request, Sampling, generate
-from redi.eval.grade import Grader, extract
-from redi.eval.report import Completion
+from redi.eval.completions import Completion, Store
+from redi.eval.generate import Request, Sampling, generate
+from redi.eval.grade import GraderName
 from redi.model import Transformer
 from redi.runlog import Progress
 
@@ -38,6 +38,8 @@ class EvalConfig:
         default_factory=lambda: list(KNOWN)
     )
     out: Annotated[str | None, "folder for completions and report; none: MODEL/eval"] = None
+    completions: Annotated[str | None, "grade these, made elsewhere, instead of sampling"] = None
+    export_prompts: Annotated[str | None, "write what to ask elsewhere to this file, stop"] = None
     samples: Annotated[int, "completions of each problem"] = 16
     user_prompt: Annotated[Literal["paper", "plain"], "what the user asks"] = "paper"
     prefix: Annotated[str, "how every answer begins, as in training"] = "<think>\n"
@@ -47,6 +49,7 @@ class EvalConfig:
     slots: Annotated[int, "completions written side by side; memory grows with it"] = 64
     seed: Annotated[int, "of sampling"] = 42
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute; auto: bf16 on CUDA"] = "auto"
+    grader: Annotated[GraderName, "whose rules decide what is correct"] = "math-verify"
     graders: Annotated[int, "processes that compare answers"] = 2
     grade_seconds: Annotated[float, "limit for one comparison, seconds"] = 10.0
 
@@ -63,69 +66,60 @@ class EvalConfig:
 def make_requests(test: Benchmark, source: Source, config: EvalConfig) -> list[Request]:
     """`samples` requests a problem, the problem's one after another. Raises UserError if a prompt
     leaves no room in the context."""
-    if source.chat is None:
-        raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; evaluation needs it")
-    context = source.config["max_position_embeddings"]
     requests = []
     for number, problem in enumerate(test.problems):
-        text = USER_PROMPTS[config.user_prompt] + problem.problem
-        prompt = source.chat.encode_prompt([{"role": "user", "content": text}], config.prefix)
-        room = min(config.max_new_tokens, context - len(prompt))
-        if room < 1:
-            raise UserError(
-                f"{test.name}: problem {problem.id} is {len(prompt)} tokens; the model's context "
-                f"is {context}"
-            )
+        prompt, room = make_prompt(test, problem, source, config)
         keys = range(number * config.samples, (number + 1) * config.samples)
         requests += [Request(key, tuple(prompt), room) for key in keys]
     return requests
 
 
+def make_prompt(
+    test: Benchmark, problem: Problem, source: Source, config: EvalConfig
+) -> tuple[list[int], int]:
+    """(token ids up to and with the prefix of the answer, how long the answer may be)."""
+    if source.chat is None:
+        raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; evaluation needs it")
+    context = source.config["max_position_embeddings"]
+    prompt = source.chat.encode_prompt([user_message(problem, config)], config.prefix)
+    room = min(config.max_new_tokens, context - len(prompt))
+    if room < 1:
+        raise UserError(
+            f"{test.name}: problem {problem.id} is {len(prompt)} tokens; the model's context "
+            f"is {context}"
+        )
+    return prompt, room
+
+
+def user_message(problem: Problem, config: EvalConfig) -> dict[str, str]:
+    return {"role": "user", "content": USER_PROMPTS[config.user_prompt] + problem.problem}
+
+
 def complete(
-    model: Transformer, source: Source, requests: list[Request], name: str, config: EvalConfig
-) -> list[Generated]:
-    """Every request's completion, in the order of the requests."""
+    model: Transformer,
+    source: Source,
+    test: Benchmark,
+    requests: list[Request],
+    store: Store,
+    config: EvalConfig,
+) -> None:
+    """Sample what the store lacks of `requests`; every completion is on disk as it is finished."""
     sampling = Sampling(config.temperature, config.top_p, config.seed)
-    done: list[Generated] = []
+    left = [requests[place] for place in store.missing]
     tokens, began = 0, time.monotonic()
-    with Progress(len(requests), name, unit="response") as progress:
-        for result in generate(model, requests, source.stop_ids, sampling, config.slots):
-            done.append(result)
+    done = len(requests) - len(left)
+    with Progress(len(requests), test.name, unit="response", done=done) as progress:
+        for result in generate(model, left, source.stop_ids, sampling, config.slots):
+            number, sample = divmod(result.key, config.samples)
+            store.append(
+                Completion(
+                    id=test.problems[number].id,
+                    sample=sample,
+                    text=config.prefix + source.chat.decode(result.token_ids),
+                    num_tokens=result.num_tokens,
+                    finish_reason=result.finish_reason,
+                )
+            )
             tokens += result.num_tokens
             progress.update({"tok/s": f"{tokens / (time.monotonic() - began):,.0f}"})
-    return sorted(done, key=lambda result: result.key)
-
-
-def check_grader(config: EvalConfig) -> None:
-    """Raises UserError if answers could not be compared here."""
-    with Grader(1, config.grade_seconds) as grader:
-        grader.grade(r"</think>\boxed{y+x+1}", "x+1+y")
-
-
-def graded(
-    test: Benchmark, generated: list[Generated], source: Source, config: EvalConfig
-) -> list[Completion]:
-    """Completions with their verdicts, in the order of problems and samples."""
-
-    def problem_of(result: Generated) -> Problem:
-        return test.problems[result.key // config.samples]
-
-    texts = [config.prefix + source.chat.decode(result.token_ids) for result in generated]
-    with Grader(config.graders, config.grade_seconds) as grader:
-        verdicts = grader.grade_all(
-            (text, problem_of(result).answers, result.finish_reason)
-            for text, result in zip(texts, generated)
-        )
-    return [
-        Completion(
-            benchmark=test.name,
-            id=problem_of(result).id,
-            sample=result.key % config.samples,
-            text=text,
-            num_tokens=result.num_tokens,
-            finish_reason=result.finish_reason,
-            extracted=extract(text),
-            verdict=verdict,
-        )
-        for text, result, verdict in zip(texts, generated, verdicts)
-    ]
+    store.finish()

@@ -18,8 +18,7 @@ Left out: a normal approximation of anything; counts here may be 0, 1 or 30.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
