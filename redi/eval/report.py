@@ -30,8 +30,12 @@ from redi.eval.equivalence import text_key
 from redi.eval.statistics import interval, majority, pass_at_k, sem
 
 OWN_GRADER = "math-verify"  # of a run that does not say
-# Settings that say where or how fast, not what.
-NOT_REPORTED = ("out", "slots", "graders", "grade_seconds", "completions", "export_prompts")
+# Settings that say what was measured; the first three are all that is known of completions that
+# were made elsewhere.
+REPORTED = (
+    "benchmark", "samples", "completions", "user_prompt", "prefix", "temperature", "top_p",
+    "max_new_tokens", "seed", "dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,11 +242,12 @@ def run_names(runs: list[Path]) -> list[str]:
 def read(out: Path, grader: str | None = None) -> Report:
     """The report of an evaluation's verdicts. Raises UserError as `load` and `score`."""
     grader, graded = load(out, grader)
-    settings = {k: v for k, v in settings_of(out).items() if k not in NOT_REPORTED}
+    settings = settings_of(out)
+    reported = REPORTED[:3] if "completions" in settings else REPORTED
     return Report(
-        model=str(settings.pop("model", out)),
+        model=str(settings.get("model", out)),
         grader=grader,
-        settings=settings | {"grader": grader},
+        settings={name: settings[name] for name in reported if name in settings},
         scores=[score(test, marks) for test, marks in graded.values()],
     )
 

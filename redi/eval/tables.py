@@ -17,7 +17,8 @@ completions count as wrong."""
 
 def markdown(report: Report) -> str:
     """The whole report.md."""
-    settings = ", ".join(f"{k} {_shown(v)}" for k, v in report.settings.items())
+    said = {**report.settings, "graded by": report.grader}
+    settings = ", ".join(f"{name} {_shown(value)}" for name, value in said.items())
     parts = [f"# {report.model}", settings, summary(report), NOTES]
     if any(score.num_samples > 1 for score in report.scores):
         parts += ["## pass@k", _pass_at_k(report.scores)]
