@@ -41,7 +41,6 @@ from redi.eval.workers import Pool, Question
 Verdict = Literal["correct", "incorrect", "no_answer", "truncated", "timeout"]
 GraderName = Literal["math-verify", "paper"]
 
-LONGEST_ANSWER = 2000  # characters; the longest gold of the five benchmarks has 204
 SHOWN = 5  # unreadable golds that are named
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -156,7 +155,7 @@ class Grader:
             return None, "no_answer"
         if given in golds:
             return given, "correct"
-        if len(given) > LONGEST_ANSWER:  # prose, or a loop: reading it takes quadratic time
+        if len(given) > equivalence.LONGEST_ANSWER:  # prose, or a loop: reading it takes quadratic time
             return given, "incorrect"
         if self.name == "paper":
             return given, ("paper", given, *golds)

@@ -26,7 +26,7 @@ from redi.config import UserError
 from redi.data.files import write_aside
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import Mark, asked, marks_file, read_lines
-from redi.eval.equivalence import text_key
+from redi.eval.equivalence import LONGEST_ANSWER, text_key
 from redi.eval.statistics import interval, majority, pass_at_k, sem
 
 OWN_GRADER = "math-verify"  # of a run that does not say
@@ -154,7 +154,9 @@ def _share(rows: list[list[Mark]], verdict: str) -> float:
 def _votes(row: list[Mark]) -> list[tuple[str, bool]]:
     """Of the samples that finished with an answer. Equal spellings are one answer, no more."""
     given = [m for m in row if m.extracted is not None and m.verdict != "truncated"]
-    return [(text_key(mark.extracted), mark.verdict == "correct") for mark in given]
+    # To clean up an answer as long as a loop's would take minutes.
+    keys = [m.extracted if len(m.extracted) > LONGEST_ANSWER else text_key(m.extracted) for m in given]
+    return [(key, mark.verdict == "correct") for key, mark in zip(keys, given)]
 
 
 def _difficulty(problem: Problem) -> str | None:
