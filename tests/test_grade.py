@@ -320,7 +320,7 @@ def _is_running(pid: int) -> bool:
 
 
 def test_a_worker_whose_alarm_was_turned_off_is_killed_by_the_parent(monkeypatch, tmp_path):
-    """Math-Verify's own timeouts end in signal.alarm(0), which would turn the worker's alarm off."""
+    """Math-Verify's own timeouts end in signal.alarm(0), which would turn off the worker's."""
     (tmp_path / "sitecustomize.py").write_text(
         "import signal\nsignal.setitimer = lambda *arguments: None\n"
     )
@@ -373,9 +373,7 @@ def test_integers_are_graded_without_starting_a_worker():
 def test_an_answer_that_occurs_many_times_is_judged_once(monkeypatch):
     sent = []
     send = workers._Worker.send
-    monkeypatch.setattr(
-        workers._Worker, "send", lambda self, q: (sent.append(q), send(self, q))
-    )
+    monkeypatch.setattr(workers._Worker, "send", lambda self, q: (sent.append(q), send(self, q)))
     with Grader() as grader:
         verdicts = grader.grade_all([(boxed("1/2"), "0.5", "stop")] * 100)
     assert verdicts == ["correct"] * 100
@@ -476,7 +474,9 @@ def test_the_two_graders_differ_where_their_rules_do():
 
 def test_the_paper_grader_survives_a_hostile_answer():
     with Grader(limit_s=2, name="paper") as grader:
-        items = [(boxed(answer), "7-x", "stop") for answer in ("9^9^9^9", "9**9**9**9**9", "(" * 900)]
+        items = [
+            (boxed(answer), "7-x", "stop") for answer in ("9^9^9^9", "9**9**9**9**9", "(" * 900)
+        ]
         verdicts = grader.grade_all([*items, (boxed("-x+7"), "7-x", "stop")])
     assert verdicts[3] == "correct"
     assert set(verdicts[:3]) <= {"timeout", "incorrect"}

@@ -184,13 +184,12 @@ class Store:
 
     def finish(self) -> None:
         """Put all of them in order under the final name."""
-        if self.is_complete:
-            return
-        rows = {completion.key: completion for completion in self._read()}
         assert not self.missing, f"{len(self.missing)} completions are missing"
         if self._file is not None:
             self._file.close()
-        write_lines(self.path, (rows[key] for key in self._expected))
+        if not self.is_complete:
+            rows = {completion.key: completion for completion in self._read()}
+            write_lines(self.path, (rows[key] for key in self._expected))
         for part in self._parts():
             part.unlink()
 

@@ -155,7 +155,9 @@ class Grader:
             return None, "no_answer"
         if given in golds:
             return given, "correct"
-        if len(given) > equivalence.LONGEST_ANSWER:  # prose, or a loop: reading it takes quadratic time
+        if (
+            len(given) > equivalence.LONGEST_ANSWER
+        ):  # prose, or a loop: reading it takes quadratic time
             return given, "incorrect"
         if self.name == "paper":
             return given, ("paper", given, *golds)

@@ -155,7 +155,9 @@ def _votes(row: list[Mark]) -> list[tuple[str, bool]]:
     """Of the samples that finished with an answer. Equal spellings are one answer, no more."""
     given = [m for m in row if m.extracted is not None and m.verdict != "truncated"]
     # To clean up an answer as long as a loop's would take minutes.
-    keys = [m.extracted if len(m.extracted) > LONGEST_ANSWER else text_key(m.extracted) for m in given]
+    keys = [
+        m.extracted if len(m.extracted) > LONGEST_ANSWER else text_key(m.extracted) for m in given
+    ]
     return [(key, mark.verdict == "correct") for key, mark in zip(keys, given)]
 
 
