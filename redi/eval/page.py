@@ -52,10 +52,12 @@ def page(runs: list[Path], grader: str | None = None) -> str:
                         "text": _shortened(completion.text, limit),
                     }
                 )
+    models = [str(settings_of(run).get("model", run)) for run in runs]
+    names = run_names(runs) if len(runs) > 1 else models  # the page of a run moves with its folder
     content = {
         "runs": [
-            {"name": name, "model": settings_of(run).get("model", ""), "grader": used}
-            for name, run, (used, _) in zip(run_names(runs), runs, loaded)
+            {"name": name, "model": model, "grader": used}
+            for name, model, (used, _) in zip(names, models, loaded)
         ],
         "shortened": max(lengths, default=0) > limit,
         "benchmarks": [
