@@ -41,6 +41,7 @@ _CLEANING: list[tuple[re.Pattern[str], str]] = [
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
         (r"(?<!\\)\\[$()\[\]!]|\$", ""),
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|[~\s]+", " "),
+        (r"(?<!\d{4})(?<=\d) (?=\d{3}(?: \d{3})*(?:\.\d+)?$)", ""),  # 1 000
         (r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\{])(?:and|or)(?![a-zA-Z])", " , "),
         (r"\\?%|(?:\\text\{\s*)?\bper ?cent\b(?:\s*\})?", "%"),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?:\s*(?:\\text\{\s*)?[CF](?![a-zA-Z])\s*\}?)?", ""),
@@ -54,18 +55,11 @@ _CLEANING: list[tuple[re.Pattern[str], str]] = [
 ]
 _SYMBOLS = str.maketrans(
     {
-        "\u2212": "-",
-        "\u2013": "-",
-        "\u00d7": r"\times ",
-        "\u00b7": r"\cdot ",
-        "\u03c0": r"\pi ",
-        "\u00b0": r"^\circ",
-        "\u2264": r"\le ",
-        "\u2265": r"\ge ",
-        "\u221e": r"\infty ",
-        "\u00b1": r"\pm ",
+        "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ",
+        "\u03c0": r"\pi ", "\u00b0": r"^\circ", "\u2264": r"\le ", "\u2265": r"\ge ",
+        "\u221e": r"\infty ", "\u00b1": r"\pm ",
     }
-)
+)  # fmt: skip
 
 
 @functools.lru_cache(4096)
@@ -94,7 +88,8 @@ def as_integer(latex: str) -> int | None:
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,1000}", text) else None
 
 
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+\.\d+;[+-]?\d+,\d+")
 _TRAILING_TEXT = re.compile(r"(?<=[^\s=+\-*/^_,<>({\[])\s*\\text\{[^{}]*\}(?:\^(?:\{-?\d\}|\d))?$")
 _TRAILING_UNIT = re.compile(rf"(?<=[\d}}])\s*(?:{_UNITS})(?:\^(?:\{{\d\}}|\d))?$")
 
@@ -169,10 +164,14 @@ def equivalent(gold: str, answer: str) -> bool:
         gold = gold.replace(",", "")
     if "," in answer and "," not in gold and _THOUSANDS.fullmatch(answer):
         answer = answer.replace(",", "")
+    if _DECIMAL_COMMA.fullmatch(f"{gold};{answer}") or _DECIMAL_COMMA.fullmatch(f"{answer};{gold}"):
+        return gold.replace(",", ".") == answer.replace(",", ".")
     gold, answer = _without_name(gold, answer), _without_name(answer, gold)
 
     gold_brackets, golds = _parts(gold)
     answer_brackets, answers = _parts(answer)
+    if len(golds) != len(answers):  # a point said twice is one point; a number may be a double root
+        golds, answers = _distinct_points(golds), _distinct_points(answers)
     if len(golds) == len(answers) == 1 and golds[0] == gold and answers[0] == answer:
         return _same_value(gold, answer)
     if len(golds) != len(answers):
@@ -191,6 +190,10 @@ def is_readable(gold: str) -> bool:
     something Math-Verify reads. May run for ever, exhaust memory or raise, as `equivalent`."""
     _, parts = _parts(_without_name(clean(gold), ""))
     return all(_WORDS.fullmatch(p) or _parsed(_drop_units(p).rstrip("% ")) for p in parts)
+
+
+def _distinct_points(parts: list[str]) -> list[str]:
+    return list({text_key(p) if p[0] == "(" else n: p for n, p in enumerate(parts)}.values())
 
 
 def _without_name(text: str, other: str) -> str:
