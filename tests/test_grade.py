@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from redi.config import UserError
-from redi.eval import equivalence, workers
 from redi.eval import grade as grade_module
+from redi.eval import workers
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import Completion
 from redi.eval.grade import Grader, extract, grade
+from redi.eval.spelling import LONGEST_ANSWER, as_integer, text_key
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = r"\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}"  # Math-Verify issue 65
@@ -49,6 +50,8 @@ EQUAL = [  # gold, answer
     ("1000.99", "1000,99"),
     ("0,111", "0.111"),
     ("(1,2), (3,4)", "(3,4), (1,2), (3, 4)"),
+    (r"\pm 2021", "{-2021, 2021}"),
+    ("p=5,q=2;p=7,q=2", "(7,2), (5,2)"),
     (r"10,\!080", "10,080"),
     (r"11,\! 111,\! 111,\! 100", "11111111100"),
     (r"\$32,\!348", "32348"),
@@ -137,6 +140,7 @@ DIFFERENT = [  # gold, answer
     ("1.234", "1,234"),
     ("1.25", "1,24"),
     ("(1,2), (3,4)", "(1,2), (1,2)"),
+    ("p=5,q=2;p=7,q=2", "(5,7), (2,2)"),
     ("12", "21"),
     ("1,234", "1,243"),
     ("1234", "1, 234"),
@@ -403,7 +407,7 @@ def test_nothing_is_correct_against_no_answers():
 @pytest.mark.parametrize("unit", [r"\text{a}", "a, ", "{", r"\frac", "1", r"\{", "((", "a\\ "])
 def test_an_endless_answer_is_decided_at_once(unit):
     """Such answers come from models that loop; none may keep the parent, which has no alarm."""
-    for length in (equivalence.LONGEST_ANSWER, 10 * equivalence.LONGEST_ANSWER):
+    for length in (LONGEST_ANSWER, 10 * LONGEST_ANSWER):
         answer = (unit * length)[:length]
         started = time.perf_counter()
         Grader()._decide(rf"</think> \boxed{{{answer}}}", "5", "stop")
@@ -411,8 +415,8 @@ def test_an_endless_answer_is_decided_at_once(unit):
 
 
 def test_whitespace_between_digits_is_significant():
-    assert equivalence.text_key("1 2") != equivalence.text_key("12")
-    assert equivalence.as_integer("1 2") is None
+    assert text_key("1 2") != text_key("12")
+    assert as_integer("1 2") is None
 
 
 # ---------------------------------------------------------------- stored completions

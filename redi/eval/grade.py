@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from redi.config import parse, program, require
-from redi.eval import equivalence, paper_grader
+from redi.eval import paper_grader
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import (
     Completion,
@@ -36,6 +36,7 @@ from redi.eval.completions import (
     read_lines,
     write_lines,
 )
+from redi.eval.spelling import LONGEST_ANSWER, as_integer, text_key
 from redi.eval.workers import Pool, Question
 
 Verdict = Literal["correct", "incorrect", "no_answer", "truncated", "timeout"]
@@ -134,7 +135,7 @@ class Grader:
             self.pool.ask([("paper", "y+x+1", "x+1+y")])
             return []
         golds = [(p.id, answer) for p in test.problems for answer in p.answers]
-        doubtful = [gold for gold in golds if equivalence.as_integer(gold[1]) is None]
+        doubtful = [gold for gold in golds if as_integer(gold[1]) is None]
         replies = self.pool.ask(
             [("readable", "", "x"), *(("readable", "", g) for _, g in doubtful)]
         )
@@ -155,9 +156,7 @@ class Grader:
             return None, "no_answer"
         if given in golds:
             return given, "correct"
-        if (
-            len(given) > equivalence.LONGEST_ANSWER
-        ):  # prose, or a loop: reading it takes quadratic time
+        if len(given) > LONGEST_ANSWER:  # prose, or a loop: reading it takes quadratic time
             return given, "incorrect"
         if self.name == "paper":
             return given, ("paper", given, *golds)
@@ -170,11 +169,11 @@ class Grader:
 
 def _by_text(given: str, golds: list[str]) -> Verdict | None:
     """The verdict where equal text or two integers decide it."""
-    key = equivalence.text_key(given)
-    if any(equivalence.text_key(gold) == key for gold in golds):
+    key = text_key(given)
+    if any(text_key(gold) == key for gold in golds):
         return "correct"
-    number = equivalence.as_integer(given)
-    numbers = [equivalence.as_integer(gold) for gold in golds]
+    number = as_integer(given)
+    numbers = [as_integer(gold) for gold in golds]
     if number is not None and None not in numbers:
         return "correct" if number in numbers else "incorrect"
     return None

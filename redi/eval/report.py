@@ -26,7 +26,7 @@ from redi.config import UserError
 from redi.data.files import write_aside
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import Mark, asked, marks_file, read_lines
-from redi.eval.equivalence import LONGEST_ANSWER, text_key
+from redi.eval.spelling import LONGEST_ANSWER, text_key
 from redi.eval.statistics import interval, majority, pass_at_k, sem
 
 OWN_GRADER = "math-verify"  # of a run that does not say
