@@ -20,7 +20,7 @@ from redi import distributed
 from redi.checkpoint import load_model, open_model
 from redi.config import UserError, parse, program
 from redi.eval import benchmarks, elsewhere, report, tables
-from redi.eval.completions import Store, completions_file, keep_problems, write_lines
+from redi.eval.completions import Store, keep_problems
 from redi.eval.grade import Grader, mark_run, report_unreadable
 from redi.eval.protocol import EvalConfig, complete, make_requests
 from redi.hub import is_hub_id
@@ -43,6 +43,8 @@ def main() -> None:
         config.out = ("out/eval/{}" if is_hub_id(config.model) else "{}/eval").format(config.model)
     place, out = distributed.alone(), Path(config.out)
     if is_finished(config.out, config):
+        if given is not None:
+            elsewhere.store_completions(out, given)
         print((out / "report.md").read_text(), f"{out} is finished: nothing to do", sep="\n")
         return
 
@@ -63,8 +65,7 @@ def main() -> None:
         for test in tests:
             keep_problems(out, test)
         if given is not None:
-            for name, completions in given.items():
-                write_lines(completions_file(out, name), completions)
+            elsewhere.store_completions(out, given)
         else:
             stores = [Store(out, test, config.samples) for test in tests]
             try:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -195,6 +196,23 @@ def test_two_runs_lie_side_by_side_in_each_problem(tmp_path):
         ["redi", "redi"],
     ]
     assert [s["verdict"] for s in problem["runs"][0]] == ["correct", "incorrect"]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
+def test_a_browser_shows_two_runs_side_by_side_and_runs_nothing_of_theirs(tmp_path):
+    runs = [evaluation(tmp_path / n, "10", "11", text=f"{n} {HOSTILE}") for n in ("sft", "redi")]
+    path = tmp_path / "page.html"
+    path.write_text(page.page(runs))
+    shown = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    ).stdout  # fmt: skip
+    body = shown.split("<nav")[1].split('<script type="application/json"')[0]
+    assert "2 of 2 problems" in shown
+    assert body.count('class="pane"') == 2
+    assert body.count("&lt;/script&gt;&lt;script&gt;document.title") == 2  # as text, in each pane
+    assert "<img" not in body
+    assert "<title>x</title>" not in shown
 
 
 def test_a_problem_that_differs_between_runs_is_an_error(tmp_path):

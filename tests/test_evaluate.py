@@ -244,6 +244,10 @@ def test_completions_from_elsewhere_are_graded_and_reported_like_our_own(here, c
     capsys.readouterr()
     assert run(evaluate.main, *given) == 0
     assert "is finished" in capsys.readouterr().out
+    path = Path("made.jsonl")
+    path.write_text(path.read_text().replace("nothing", "something"))
+    assert run(evaluate.main, *given) == 2
+    assert "holds other completions; choose another --out" in capsys.readouterr().err
 
 
 def test_the_paper_grader_gives_its_own_verdicts_beside_ours(here):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -373,6 +374,14 @@ def test_grade_all_keeps_the_order_of_its_items():
     with Grader(workers=2) as grader:
         verdicts = grader.grade_all(items)
     assert verdicts == ["correct", "incorrect", "incorrect", "truncated"] * 30
+
+
+def test_threads_may_share_a_grader():
+    """Math-Verify's timeouts are signal handlers, which only the main thread may set."""
+    with Grader(workers=2) as grader, ThreadPoolExecutor(4) as threads:
+        items = [(boxed(rf"\frac{{{2 * k}}}{{6}}"), f"{k}/3") for k in range(1, 21)]
+        verdicts = list(threads.map(lambda item: grader.grade(*item), items))
+    assert verdicts == ["correct"] * 20
 
 
 def test_integers_are_graded_without_starting_a_worker():

@@ -21,7 +21,7 @@ from redi.checkpoint import Source
 from redi.config import UserError
 from redi.data.files import is_encodable, read_rows, write_aside
 from redi.eval.benchmarks import Benchmark
-from redi.eval.completions import Completion, Key
+from redi.eval.completions import Completion, Key, completions_file, read_lines, write_lines
 from redi.eval.protocol import EvalConfig, make_prompt, user_message
 
 
@@ -83,6 +83,17 @@ def read_completions(
             )
         complete[test.name] = [found[key][1] for key in keys]
     return samples, complete
+
+
+def store_completions(out: Path, given: dict[str, list[Completion]]) -> None:
+    """Write them where our own lie. Raises UserError if others lie there: the file was made anew
+    since they were graded."""
+    for name, completions in given.items():
+        path = completions_file(out, name)
+        if not path.is_file():
+            write_lines(path, completions)
+        elif list(read_lines(path, Completion)) != completions:
+            raise UserError(f"{path}: holds other completions; choose another --out")
 
 
 def _benchmark(row: dict[str, Any], place: str, names: list[str]) -> str:
