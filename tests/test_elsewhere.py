@@ -82,6 +82,7 @@ def test_exported_prompts_are_what_our_own_sampling_reads(save_qwen2, save_token
     own = make_requests(TESTS[0], source, config)
     assert [tuple(row["prompt_token_ids"]) for row in rows] == [r.prompt_ids for r in own[::3]]
     assert [row["max_tokens"] for row in rows] == [100, 100]
+    assert rows[0]["stop_token_ids"] == source.stop_ids != []
     assert rows[0]["messages"] == [{"role": "user", "content": PAPER_PROMPT + "1+1?"}]
     assert rows[0]["prompt"].endswith("<|im_start|>assistant\n<think>\n")
     assert (rows[1]["benchmark"], rows[1]["id"], rows[1]["samples"]) == ("b", "7", 3)

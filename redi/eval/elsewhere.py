@@ -2,7 +2,7 @@ r"""Completions that another program makes: what to feed it, and reading back wh
 
     python evaluate.py --model out/redi --export-prompts prompts.jsonl --samples 16
         {"benchmark": "aime24", "id": "60", "samples": 16, "messages": [...], "prompt": "<|im_...",
-         "prompt_token_ids": [...], "temperature": 0.6, "top_p": 0.95, "max_tokens": 32768}
+         "prompt_token_ids": [...], "temperature": 0.6, "top_p": 0.95, "max_tokens": 32768, ...}
     python evaluate.py --completions made.jsonl
         {"id": "60", "sample": 0, "text": "...", "finish_reason": "stop"}
 
@@ -43,6 +43,7 @@ def export_prompts(
                     "temperature": config.temperature,
                     "top_p": config.top_p,
                     "max_tokens": room,
+                    "stop_token_ids": source.stop_ids,
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return sum(len(test.problems) for test in tests)
