@@ -33,7 +33,7 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
     written to --out; config.Stopped if it was asked to stop.
     """
     place = distributed.start(config.timeout)
-    with others_may_be_gone(place, config.timeout):
+    with others_may_be_gone(place, f"--timeout {config.timeout:g} minutes"):
         _run(config, objective, paired, model_made_by, place)
 
 

@@ -1,5 +1,5 @@
 """redi/eval/cache.py and decoder.py: the engine's logits are the training forward's, whatever the
-memory; and redi/eval/loops.py."""
+memory."""
 
 from itertools import repeat
 
@@ -16,7 +16,6 @@ from redi.config import UserError
 from redi.eval import cache
 from redi.eval import generate as engine
 from redi.eval.generate import Request, Usage, generate
-from redi.eval.loops import period
 from redi.eval.sampling import Sampling
 
 HOT = Sampling(temperature=1.0, top_p=0.95, seed=1)
@@ -188,50 +187,3 @@ def test_pages_that_were_never_written_may_hold_anything(model, monkeypatch):
 
 
 # ---------------------------------------------------------------- loops
-
-
-@pytest.mark.parametrize(
-    ("token_ids", "expected"),
-    [
-        ([], 0),
-        ([5] * 63, 0),
-        ([5] * 64, 1),
-        ([1, 2, 3] + [8, 9] * 32, 2),
-        ([1, 2, 3] + [8, 9] * 31 + [8], 0),
-        ([1, 2, 3] + [8, 9] * 32 + [8], 2),  # the block is 9 8, then
-        ([1, 2, 3] + [8, 9] * 40 + [7], 0),
-        ([1, 2, 3] + list(range(20)) * 3, 0),
-        ([1, 2, 3] + list(range(20)) * 4, 20),
-        ([1, 2, 3] + list(range(20)) * 3 + list(range(19)), 0),
-        (list(range(400)) * 4, 400),
-        (([7] * 20 + [8]) * 4, 21),  # inner repeats do not hide the block
-    ],
-)
-def test_a_loop_is_a_block_that_the_text_ends_in_over_and_over(token_ids, expected):
-    assert period(token_ids) == expected
-
-
-@settings(max_examples=200)
-@given(
-    start=st.lists(st.integers(0, 2), max_size=40),
-    block=st.lists(st.integers(0, 2), min_size=1, max_size=30),
-    copies=st.integers(0, 80),
-)
-def test_period_equals_its_definition(start, block, copies):
-    tokens = start + block * copies
-
-    def loops(size: int) -> bool:
-        end = max(4 * size, 64)
-        ending = tokens[-end:]
-        return len(ending) == end and all(a == b for a, b in zip(ending, ending[size:]))
-
-    assert period(tokens) == next((size for size in range(1, len(tokens) + 1) if loops(size)), 0)
-
-
-def test_a_loop_is_reported_with_the_completion_and_not_stopped(model):
-    """Greedy decoding of a random model soon repeats itself."""
-    asked = [Request(key, (key + 1,), CONTEXT - 1) for key in range(40)]
-    results = list(generate(model, asked, [], Sampling(0.0), 40))
-    assert {result.num_tokens for result in results} == {CONTEXT - 1}
-    assert any(result.period for result in results)
-    assert all(result.period == period(result.token_ids) for result in results)

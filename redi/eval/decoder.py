@@ -10,11 +10,13 @@ Letters: B rows, D hidden, H heads, K kv heads, d head size, I intermediate, V v
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redi.logprobs import accumulation_dtype, wide_logits
 from redi.model import Block, Transformer, rotary_tables
 
 # (query (B, H, d), key (B, K, d), value (B, K, d), layer) -> (B, H, d)
@@ -51,7 +53,9 @@ class Decoder:
         self.config, decoder = model.config, model.model
         self.embedding, self.norm = decoder.embed_tokens.weight, decoder.norm.weight
         self.layers = [Layer.of(block) for block in decoder.layers]
-        self.head = model.output_weight.T.contiguous()  # (D, V)
+        head = model.output_weight.T.contiguous()  # (D, V)
+        # A CPU multiplies in fp32: widened once, not at every step.
+        self.head = head if head.is_cuda else head.to(accumulation_dtype(head))
         config, weight = self.config, self.embedding
         cos, sin = rotary_tables(
             config.max_positions, config.head_dim, config.rope_theta, weight.dtype, weight.device
@@ -60,7 +64,7 @@ class Decoder:
         self.cos, self.sin = cos, torch.cat([-left, right], dim=1)  # the sign of rotate()
 
     def logits(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """tokens (B,) at positions (B,) -> (B, V)."""
+        """tokens (B,) at positions (B,) -> (B, V), at least fp32."""
         config = self.config
         heads, kv_heads = config.num_heads, config.num_kv_heads
         x = self.embedding[tokens]  # (B, D)
@@ -76,7 +80,20 @@ class Decoder:
             x = torch.addmm(x, attended.reshape(len(x), -1), layer.out)
             gate, up = (self._normalise(x, layer.mlp_norm) @ layer.gate_up).chunk(2, dim=1)
             x = torch.addmm(x, F.silu(gate) * up, layer.down)
-        return self._normalise(x, self.norm) @ self.head
+        return wide_logits(self._normalise(x, self.norm), self.head)
 
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+
+
+class Unfused:
+    """The same from the model's own weights, for evaluations between training steps."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    def logits(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """tokens (B,) at positions (B,) -> (B, V)."""
+        layers = [partial(attend, layer=i) for i in range(self.model.config.num_layers)]
+        hidden = self.model.model(tokens, positions, layers)  # (B, D)
+        return wide_logits(hidden, self.model.output_weight.T)

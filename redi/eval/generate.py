@@ -13,7 +13,7 @@ prefilled again, and it goes on to the same end.
 Every request draws from random numbers of its own, keyed by (seed, request key, position),
 whichever other requests share the batch (sampling.py). Temperature 0 is greedy.
 
-A model may run in circles until its limit. That is reported (Generated.period), never stopped.
+A model may run in circles until its limit: that is reported (loops.py), never stopped.
 
 Left out: beam search, penalties, CUDA graphs.
 Letters: B rows of a step, T packed tokens, D hidden, V vocabulary.
@@ -33,9 +33,9 @@ from torch import Tensor
 from redi.attention import packed_attention
 from redi.config import UserError
 from redi.eval.cache import Cache, pages_for, spread
-from redi.eval.decoder import Decoder
-from redi.eval.loops import period
+from redi.eval.decoder import Decoder, Unfused
 from redi.eval.sampling import Draws, Sampling, sample
+from redi.logprobs import wide_logits
 from redi.model import Transformer
 
 PREFILL_TOKENS = 8192  # of a pack, unless one prompt is longer
@@ -54,7 +54,6 @@ class Generated:
     token_ids: list[int]  # without the stop token
     num_tokens: int  # with it
     finish_reason: Literal["stop", "length"]
-    period: int = 0  # length of the block that the text ends in over and over; 0: it does not
 
 
 @dataclass
@@ -69,6 +68,14 @@ class Usage:
     full_steps: int = 0  # the steps before the queue was empty,
     full_row_steps: int = 0  # and their tokens
     evictions: int = 0
+
+    def count_step(self, rows: int, pages: int, full: bool) -> None:
+        self.steps += 1
+        self.row_steps += rows
+        self.peak_pages = max(self.peak_pages, pages)
+        if full:
+            self.full_steps += 1
+            self.full_row_steps += rows
 
 
 @dataclass
@@ -117,12 +124,14 @@ def generate(
     slots: int,
     cache_bytes: int | None = None,
     usage: Usage | None = None,
+    fused: bool = True,
 ) -> Iterator[Generated]:
     """Complete every request, up to `slots` at once; results come as they finish, in no fixed
     order.
 
     Requests of one problem should follow each other: they share a prefill. cache_bytes: the
-    most that keys and values may take; None: what the slots can need, if the machine has it.
+    most that keys and values may take; None: what the slots can need, if the machine has it. fused:
+    decode from a copy of the weights that is laid out for it; without, from the model's own.
     Raises ValueError if a request's prompt and max_new_tokens, at least 1 each, do not fit the
     model's context, UserError if they do not fit the cache.
     """
@@ -137,7 +146,8 @@ def generate(
     if not texts:
         return
     slots = min(slots, len(texts))
-    engine = _Engine(model, sampling, texts, slots, cache_bytes, usage or Usage())
+    decoder = Decoder(model) if fused else Unfused(model)
+    engine = _Engine(model, decoder, sampling, texts, slots, cache_bytes, usage or Usage())
     while engine.queue or engine.live:
         pack = engine.admit()
         logits, rows = engine.prefill(pack) if pack.rows else engine.decode()
@@ -153,14 +163,15 @@ class _Engine:
     def __init__(
         self,
         model: Transformer,
+        decoder: Decoder | Unfused,
         sampling: Sampling,
         texts: list[_Text],
         slots: int,
         cache_bytes: int | None,
         usage: Usage,
     ):
-        self.model, self.sampling, self.slots, self.usage = model, sampling, slots, usage
-        self.decoder = Decoder(model)  # first: what it takes is not to spare
+        self.model, self.decoder, self.sampling = model, decoder, sampling
+        self.slots, self.usage = slots, usage
         weight = model.output_weight
         self.device = weight.device
         longest = max(text.longest for text in texts)
@@ -293,29 +304,23 @@ class _Engine:
         layers = [partial(attend, layer=i) for i in range(self.model.config.num_layers)]
         hidden = self.model.model(tokens, positions, layers)  # (T, D)
         self.usage.prefilled_tokens += len(tokens)
-        return hidden[self._tensor(ends - 1)] @ self.model.output_weight.T
+        return wide_logits(hidden[self._tensor(ends - 1)], self.model.output_weight.T)
 
     def decode(self) -> tuple[Tensor, list[int]]:
         """One more token for every row: logits (B, V), and the rows."""
         while self.cache.missing(list(self.live)) > len(self.cache.free):
             self._set_aside()
-        rows, usage = list(self.live), self.usage
+        rows = list(self.live)
         step = self.cache.step(rows)
         tokens = self._tensor([text.token_ids[-1] for text in self.live.values()])
         attend = partial(self.cache.attend, step=step)
-        usage.steps, usage.row_steps = usage.steps + 1, usage.row_steps + len(rows)
-        usage.peak_pages = max(usage.peak_pages, self.cache.used)
-        if self.queue:
-            usage.full_steps, usage.full_row_steps = (
-                usage.full_steps + 1,
-                usage.full_row_steps + len(rows),
-            )
+        self.usage.count_step(len(rows), self.cache.used, bool(self.queue))
         return self.decoder.logits(tokens, step.lengths - 1, attend), rows
 
     def advance(self, logits: Tensor, rows: list[int], stop_ids: set[int]) -> Iterator[Generated]:
         """Draw the next token of `rows` from logits (n, V); give up the rows that are done."""
         texts = [self.live[row] for row in rows]
-        sound = torch.isfinite(logits.sum(dtype=torch.promote_types(logits.dtype, torch.float32)))
+        sound = torch.isfinite(logits.sum())
         keys = np.array([text.request.key for text in texts])
         positions = np.array([len(text.token_ids) for text in texts])
         drawn = sample(logits, Draws(self.sampling.seed, keys, positions), self.sampling)
@@ -343,7 +348,6 @@ def _pages_needed(texts: list[_Text], slots: int) -> int:
 
 
 def _finished(text: _Text, stopped: bool) -> Generated:
-    token_ids, written = text.token_ids, len(text.token_ids)
-    token_ids = token_ids[: written - stopped]
+    written = len(text.token_ids)
     reason = "stop" if stopped else "length"
-    return Generated(text.request.key, token_ids, written, reason, period(token_ids))
+    return Generated(text.request.key, text.token_ids[: written - stopped], written, reason)

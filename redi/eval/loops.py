@@ -1,29 +1,31 @@
 """A text that runs in circles: an exact rule, reported and never acted on.
 
-A text loops if it ends in one block over and over, at least 4 times and over at least 64 tokens:
+A text loops if it ends in one block over and over, at least 4 times and over at least 200
+characters:
 
-    ... so 4 + 4 = 8. Wait, 4 + 4 = 8. Wait, 4 + 4 = 8. Wait, ...      a block of 8 tokens, 8 times
-    ... = 1000000                                                      six zeros are no loop
+    ... so 4 + 4 = 8. Wait, 4 + 4 = 8. Wait, 4 + 4 = 8. Wait, ...      a block of 17, 12 times
+    ... = 1000000000000                                                twelve zeros are no loop
 
 Left out: text that varies a little from round to round; no exact rule finds it.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
-
-COPIES, TOKENS = 4, 64  # the least of both
+COPIES, CHARACTERS = 4, 200  # the least of both
+PROBE = CHARACTERS // COPIES
 
 
-def period(token_ids: Sequence[int]) -> int:
+def period(text: str) -> int:
     """The length of the shortest block that the text ends in over and over, 4 times or more and
-    over 64 tokens or more; 0 if there is none."""
-    tokens = np.asarray(token_ids, dtype=np.int64)
-    last = tokens[-1:]
-    for size in np.flatnonzero(tokens[-2::-1] == last) + 1:  # tokens[-1 - size] is the last too
-        end = max(COPIES * size, TOKENS)
-        if end > len(tokens):
-            return 0
-        if (tokens[-end:-size] == tokens[len(tokens) - end + size :]).all():
-            return int(size)
+    over 200 characters or more; 0 if there is none."""
+    if len(text) < CHARACTERS:
+        return 0
+    probe, last = text[-PROBE:], len(text) - PROBE
+    place = last
+    # A block's copy before the last one holds the probe too, so only those places come in question.
+    while (place := text.rfind(probe, 0, place + PROBE - 1)) >= 0:
+        size = last - place
+        end = max(COPIES * size, CHARACTERS)
+        if end > len(text):
+            break
+        if text[-end:-size] == text[len(text) - end + size :]:
+            return size
     return 0
