@@ -183,6 +183,24 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
+@contextmanager
+def gathered(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
+    """For passes without gradients that ranks make in different numbers: the whole weights, in the
+    dtype of the compute, lie on every rank, and no pass inside exchanges anything."""
+    sharded = [module for module in model.modules() if hasattr(module, "unshard")]
+    for module in sharded:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        with without_gradients(model):
+            yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(
+                reshard_after_forward and module is not model, recurse=False
+            )
+
+
 # ---------------------------------------------------------------- between ranks
 
 
