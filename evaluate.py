@@ -1,74 +1,53 @@
 """Sample a model on benchmarks and grade what it says (Section 4 of arXiv 2505.24850).
 
     python evaluate.py                                        the published protocol
-    python evaluate.py --benchmark aime24 --samples 64
+    torchrun --nproc_per_node 8 evaluate.py --benchmark aime24 --samples 64
     python evaluate.py --config recipes/toy_eval.toml --model out/demo/sft --out out/demo/eval/sft
+    python evaluate.py --completions made.jsonl               made by vLLM, SGLang, an API
 
-Every problem is asked `--samples` times at temperature 0.6, top-p 0.95. Writes, for each
-benchmark, completions/NAME.jsonl with every completion, its length, finish reason, extracted
-answer and verdict; and report.json and report.md with pass@1 and its SEM, pass@k, lengths and
-failures.
+Every problem is asked `--samples` times at temperature 0.6, top-p 0.95. Completions are on disk as
+they are finished: a killed evaluation, started again, makes the rest. Writes completions/ and
+verdicts/, a line a completion, and report.json, .md and .html: pass@1 with its SEM and interval,
+pass@k, majority vote, lengths and failures, and a page to read completions in.
+`python -m redi.eval.grade regrade OUT --grader paper` grades the same completions by other rules.
 """
 
 from pathlib import Path
 
-import torch
-
 from redi import distributed
-from redi.checkpoint import load_model
 from redi.config import parse, program
-from redi.data.files import make_folder, write_aside
-from redi.eval import benchmarks, report
-from redi.eval.protocol import EvalConfig, check_grader, complete, graded, make_requests
-from redi.eval.report import Completion
+from redi.distributed import Place, node_leader_first, others_may_be_gone
+from redi.eval import benchmarks, elsewhere
+from redi.eval.evaluation import evaluate, export
+from redi.eval.protocol import EvalConfig
 from redi.hub import is_hub_id
-from redi.runlog import RunLog, is_finished
+
+# Ranks end hours apart, and one that dies takes the others down at once: torchrun sees to it.
+WEEK = 60.0 * 24 * 7  # minutes
 
 
 @program
 def main() -> None:
     config = parse(EvalConfig, "Sample a model on benchmarks, and grade its answers.")
-    if config.out is None:
+    place = distributed.start(timeout_minutes=WEEK)
+    with others_may_be_gone(place, "a week"):
+        run(config, place)
+
+
+def run(config: EvalConfig, place: Place) -> None:
+    made_by, given = "python train_redi.py" if config.model == EvalConfig.model else None, None
+    with node_leader_first(place):  # what is on the hub is downloaded once a node
+        tests = benchmarks.load_all(config.benchmark)
+    if config.export_prompts:
+        return export(config, tests, made_by)
+    if config.completions:
+        config.samples, given = elsewhere.read_completions(config.completions, tests)
+        config.out = config.out or f"out/eval/{Path(config.completions).stem}"
+        if config.model == EvalConfig.model:  # some model made them, and nobody said which
+            config.model = config.completions
+    elif config.out is None:
         config.out = ("out/eval/{}" if is_hub_id(config.model) else "{}/eval").format(config.model)
-    place, out = distributed.alone(), Path(config.out)
-    if is_finished(config.out, config):
-        print((out / "report.md").read_text(), f"{out} is finished: nothing to do", sep="\n")
-        return
-
-    # ---- benchmarks and model
-    tests = benchmarks.load_all(config.benchmark)
-    made_by = "python train_redi.py" if config.model == EvalConfig.model else None
-    model, source = load_model(config.model, made_by=made_by)
-    model.to(place.device, distributed.compute_dtype(config.dtype, place)).requires_grad_(False)
-    requests = [make_requests(test, source, config) for test in tests]
-    check_grader(config)  # now, not after hours of sampling
-
-    # ---- sample and grade, a benchmark at a time
-    log = RunLog(config.out, config, {"torch": torch.__version__, "model": source.name})
-    completions: list[Completion] = []
-    folder = out / "completions"
-    make_folder(folder)
-    try:
-        for test, asked in zip(tests, requests):
-            generated = complete(model, source, asked, test.name, config)
-            answers = graded(test, generated, source, config)
-            write_text(folder / f"{test.name}.jsonl", "".join(a.to_json() + "\n" for a in answers))
-            completions += answers
-    except KeyboardInterrupt:
-        done = ", ".join(dict.fromkeys(c.benchmark for c in completions)) or "no benchmark"
-        raise KeyboardInterrupt(f"{out} holds the completions of {done}") from None
-
-    # ---- report
-    summary = report.summary(completions)
-    write_text(out / "report.md", report.table(summary) + "\n")
-    write_text(out / "report.json", report.to_json(summary))
-    log.finish()
-    print(report.table(summary), f"saved {out}/report.json and every completion", sep="\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    with write_aside(path) as file:
-        file.write(text)
+    evaluate(config, place, tests, given, made_by)
 
 
 if __name__ == "__main__":

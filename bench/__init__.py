@@ -11,7 +11,9 @@ import_time.py  seconds to import the trainer beyond torch (C18)
 gpu.py          everything above that wants a GPU (G1 to G6, G9); its parts are gpu_*.py
 projection.py   hours of the published run: a projection, not a result
 faults.py       30 runs killed at random moments, by killed_runs.py: the same bits in the end?
-grader.py       the grader on benchmarks' own answers
+generate.py     sampling over transformers generate, refilled slots over static batches (C15, C16)
+grader.py       both graders: gold answers, Math-Verify's own examples, hostile answers
+killed_evaluation.py   an evaluation killed ten times: the same report, and how many tokens
 
 Results lie in bench/results/NAME.json: {"machine", "versions", "results": {id: {"median", "min",
 "max", "n", "goal", "peer"}}}. On a CPU: one thread and process CPU time, because on a shared

@@ -75,16 +75,6 @@ def start(timeout_minutes: float) -> Place:
     return Place(rank, world_size, device, node_size)
 
 
-def alone() -> Place:
-    """For a program of one process. Raises UserError under torchrun with more."""
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise UserError(
-            f"WORLD_SIZE is {world_size}: this program runs on one process; start it with python"
-        )
-    return start(timeout_minutes=1.0)
-
-
 def compute_dtype(name: str, place: Place) -> torch.dtype:
     """The dtype of --dtype: auto is bf16 on CUDA and fp32 on a CPU."""
     if name == "auto":
@@ -193,6 +183,24 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
+@contextmanager
+def gathered(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
+    """For passes without gradients that ranks make in different numbers: the whole weights, in the
+    dtype of the compute, lie on every rank, and no pass inside exchanges anything."""
+    sharded = [module for module in model.modules() if hasattr(module, "unshard")]
+    for module in sharded:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        with without_gradients(model):
+            yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(
+                reshard_after_forward and module is not model, recurse=False
+            )
+
+
 # ---------------------------------------------------------------- between ranks
 
 
@@ -204,9 +212,15 @@ def add_over_ranks(tensor: Tensor, place: Place) -> None:
         dist.all_reduce(tensor)
 
 
+def wait_for_all(place: Place) -> None:
+    """Return when every rank has come here."""
+    add_over_ranks(torch.zeros(()), place)
+
+
 @contextmanager
-def others_may_be_gone(place: Place, timeout_minutes: float) -> Iterator[None]:
-    """What a rank sees when another one died or stalls, in a sentence: RankError."""
+def others_may_be_gone(place: Place, timeout: str) -> Iterator[None]:
+    """What a rank sees when another one died or stalls, in a sentence: RankError. timeout: what
+    `start` was given, in words."""
     if place.world_size == 1:
         yield
         return
@@ -220,7 +234,7 @@ def others_may_be_gone(place: Place, timeout_minutes: float) -> Iterator[None]:
         why = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise RankError(
             f"rank {place.rank} lost another process, which died or did not answer within "
-            f"--timeout {timeout_minutes:g} minutes: {why}"
+            f"{timeout}: {why}"
         ) from None
 
 

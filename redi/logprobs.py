@@ -79,6 +79,15 @@ def accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
+def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (R, D) times weight (D, V), the output weight turned round -> (R, V), at least fp32.
+    For sampling, which has few rows."""
+    dtype = accumulation_dtype(hidden)
+    if hidden.is_cuda and hidden.dtype == weight.dtype != dtype and MULTIPLIES_INTO_FP32:
+        return torch.mm(hidden, weight, out_dtype=dtype)
+    return hidden.to(dtype) @ weight.to(dtype)
+
+
 # ---------------------------------------------------------------- two passes
 
 

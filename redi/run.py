@@ -16,6 +16,7 @@ from redi.checkpoint import Source, open_model, save_model
 from redi.config import UserError, to_toml
 from redi.data.dataset import Dataset, Limits, describe, hash_files, load_store, select
 from redi.distributed import DTYPES, Place, Placing, node_leader_first, others_may_be_gone
+from redi.eval.between_steps import prepare
 from redi.hub import CARD, dataset_files, is_hub_id
 from redi.memory import blocks_to_checkpoint
 from redi.objectives import Objective
@@ -33,7 +34,7 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
     written to --out; config.Stopped if it was asked to stop.
     """
     place = distributed.start(config.timeout)
-    with others_may_be_gone(place, config.timeout):
+    with others_may_be_gone(place, f"--timeout {config.timeout:g} minutes"):
         _run(config, objective, paired, model_made_by, place)
 
 
@@ -59,6 +60,11 @@ def _run(
         if config.eval_data:
             eval_rows = load_data(config.eval_data, config, source, paired, verify=place.leads_node)
             print(f"held out, {config.eval_data}: {describe(eval_rows, source.chat)}\n")
+        exam = None
+        if config.eval_benchmark:
+            longest = config.max_response
+            asked = config.eval_benchmark, config.eval_samples, longest, config.seed
+            exam = prepare(*asked, source, place)
     facts = facts_of(source, dataset, config.data)
     if finished:
         check_facts(config, facts)
@@ -87,7 +93,7 @@ def _run(
     fill(model, source.folder)
     if begin:
         print(f"{config.out}: goes on after step {begin}", flush=True)
-    train(model, task, config, log, checkpoints, eval_task, history[:begin])
+    train(model, task, config, log, checkpoints, eval_task, exam, history[:begin])
     try:
         with StopSignals():  # too late to stop in good order
             card = model_card(config, facts)

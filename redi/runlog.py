@@ -1,8 +1,9 @@
 """What a run writes beside its model: config.toml, metrics.jsonl, a progress line, curves.
 
 metrics.jsonl has one JSON object a line: {"kind": "train", "step": 12, "loss": ..., ...}, then
-"eval" (held-out data), and last "finished". `python -m redi.runlog RUN [RUN ...]` draws what is
-there as RUN/curves.png; several runs are laid over each other.
+"eval" (held-out data), "benchmark" (scores between steps), and last "finished".
+`python -m redi.runlog RUN [RUN ...]` draws what is there as RUN/curves.png; several runs are laid
+over each other.
 
 Left out: anything that needs a server. TensorBoard and W&B are fed the same records when asked.
 """
@@ -228,9 +229,14 @@ PANELS = {
     "chosen_logp": "mean log-prob, chosen (nats per token)",
     "rejected_logp": "mean log-prob, rejected (nats per token)",
     "margin": "margin, chosen - rejected (nats per token)",
+    "pass_at_1": "pass@1 between steps",
+    "mean_tokens": "tokens a completion",
     "grad_norm": "gradient norm before clipping",
     "lr": "learning rate",
 }
+
+
+STYLES = {"train": "-", "eval": "o", "benchmark": ".-"}
 
 
 def draw(runs: list[Path], path: Path) -> None:
@@ -252,7 +258,7 @@ def draw(runs: list[Path], path: Path) -> None:
     )
     for axis, key in zip(axes.flat, panels):
         for number, (run, records) in enumerate(histories.items()):
-            for kind, style in (("train", "-"), ("eval", "o")):
+            for kind, style in STYLES.items():
                 points = [(r["step"], r[key]) for r in records if r["kind"] == kind and key in r]
                 if points:
                     name = f"{run}" + (", held out" if kind == "eval" else "")

@@ -29,6 +29,7 @@ from redi import distributed
 from redi.batches import SequenceLogps, Task, held_out, read, with_reference
 from redi.config import Stopped, UserError, require
 from redi.distributed import peak_memory_gib, whole
+from redi.eval.between_steps import Exam, measure
 from redi.flops import peak_flops, training_flops
 from redi.guard import CollapseGuard, watch
 from redi.model import Transformer
@@ -39,8 +40,8 @@ from redi.runlog import NoLog, Progress, RunLog
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, and the paper's
 WARMUP = 0.1  # share of the steps over which the learning rate rises
 AT_LEAST_1 = (
-    "rows_per_step", "epochs", "pack_tokens", "eval_every", "max_prompt", "save_every", "keep",
-    "collapse_steps",
+    "rows_per_step", "epochs", "pack_tokens", "eval_every", "eval_samples", "max_prompt",
+    "save_every", "keep", "collapse_steps",
 )  # fmt: skip
 
 
@@ -68,7 +69,9 @@ class TrainConfig:
     clip: Annotated[float, "largest gradient norm"] = 1.0
     seed: Annotated[int, "of the shuffle"] = 42
     eval_data: Annotated[str | None, "held-out rows: their loss is logged"] = None
-    eval_every: Annotated[int, "optimizer steps between held-out losses"] = 100
+    eval_benchmark: Annotated[str | None, "benchmark, name or file: pass@1 on it is logged"] = None
+    eval_samples: Annotated[int, "completions of each of its problems"] = 4
+    eval_every: Annotated[int, "optimizer steps between held-out losses, and between scores"] = 100
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], "of the compute; auto: bf16 on CUDA, fp32 on a CPU"
     ] = "auto"
@@ -158,6 +161,7 @@ def train(
     log: RunLog | NoLog,
     checkpoints: Checkpoints,
     eval_task: Task | None = None,
+    exam: Exam | None = None,
     history: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Train `model`, placed and filled already, in place. history: the records of the steps that
@@ -193,8 +197,12 @@ def train(
             log.record("train", number, **record)
             tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
             progress.update(_shown(record, tokens / seconds))
-            if eval_task and (number % config.eval_every == 0 or number == total):
+            look = number % config.eval_every == 0 or number == total
+            if eval_task and look:
                 log.record("eval", number, **held_out(model, eval_task))
+            if exam and look:
+                scores = measure(model, exam, number, config.reshard_after_forward)
+                log.record("benchmark", number, **scores)
             warning = watch(guard, number, record, checkpoints)
             if warning and shown:
                 print(f"warning: {warning}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from redi.toy import train_tokenizer
 # Without a GPU, Triton kernels run in its interpreter; triton reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Runs of spaces and newlines become tokens, so that a cut in the wrong place shows.
 WORDS = ["Compute 6-1-9*7=? <think>\n6-1=5\n</think>\n\\boxed{2}", *["a\n\nb  c \n\n\nd"] * 20]

@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from redi.config import UserError
-from redi.eval import equivalence
 from redi.eval import grade as grade_module
+from redi.eval import workers
+from redi.eval.benchmarks import Benchmark, Problem
+from redi.eval.completions import Completion
 from redi.eval.grade import Grader, extract, grade
+from redi.eval.spelling import LONGEST_ANSWER, as_integer, text_key
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = r"\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}"  # Math-Verify issue 65
@@ -42,6 +46,13 @@ EQUAL = [  # gold, answer
     ("142", "142.0"),
     ("33", "033"),
     ("58,500", "58500"),
+    ("1000", "1 000"),
+    ("12345678.5", "12 345 678.5"),
+    ("1000.99", "1000,99"),
+    ("0,111", "0.111"),
+    ("(1,2), (3,4)", "(3,4), (1,2), (3, 4)"),
+    (r"\pm 2021", "{-2021, 2021}"),
+    ("p=5,q=2;p=7,q=2", "(7,2), (5,2)"),
     (r"10,\!080", "10,080"),
     (r"11,\! 111,\! 111,\! 100", "11111111100"),
     (r"\$32,\!348", "32348"),
@@ -126,6 +137,11 @@ DIFFERENT = [  # gold, answer
     (r"\pi", "3.14"),
     ("5", "-5"),
     ("12", "1 2"),
+    ("123456", "1 234 56"),
+    ("1.234", "1,234"),
+    ("1.25", "1,24"),
+    ("(1,2), (3,4)", "(1,2), (1,2)"),
+    ("p=5,q=2;p=7,q=2", "(5,7), (2,2)"),
     ("12", "21"),
     ("1,234", "1,243"),
     ("1234", "1, 234"),
@@ -251,32 +267,32 @@ def test_a_memory_bomb_stays_within_its_limit_and_the_next_answer_is_graded():
 
 def test_a_worker_cannot_hold_more_memory_than_its_limit(grader):
     assert grader.grade(boxed("1/2"), "0.5") == "correct"
-    soft, _ = resource.prlimit(grader._idle[0]._process.pid, resource.RLIMIT_AS)
-    assert soft == grade_module.MEMORY_LIMIT
+    soft, _ = resource.prlimit(grader.pool._idle[0]._process.pid, resource.RLIMIT_AS)
+    assert soft == workers.MEMORY_LIMIT
 
 
 def test_running_out_of_memory_is_a_timeout(monkeypatch):
     def exhaust(gold, answer):
         raise MemoryError
 
-    monkeypatch.setattr(equivalence, "equivalent", exhaust)
-    assert grade_module._judge("1/2", "0.5") == "timeout"
+    monkeypatch.setitem(workers.RULES, "math-verify", exhaust)
+    assert workers.judge("math-verify", "1/2", "0.5") == "timeout"
 
 
 def test_a_worker_that_dies_is_replaced():
     with Grader(workers=1) as grader:
         assert grader.grade(boxed("1/2"), "0.5") == "correct"
-        first = grader._idle[0]._process.pid
+        first = grader.pool._idle[0]._process.pid
         os.kill(first, signal.SIGKILL)
-        grader._idle[0]._process.wait()
+        grader.pool._idle[0]._process.wait()
         assert grader.grade(boxed("1/4"), "0.25") == "correct"
-        assert grader._idle[0]._process.pid != first
+        assert grader.pool._idle[0]._process.pid != first
 
 
 def test_a_worker_that_dies_during_a_question_is_a_timeout():
     with Grader(workers=1, limit_s=30) as grader:
         grader.grade(boxed("1/2"), "0.5")
-        worker = grader._idle[0]._process
+        worker = grader.pool._idle[0]._process
         killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {worker.pid}"])
         started = time.perf_counter()
         assert grader.grade(boxed(ENDLESS), "1") == "timeout"
@@ -297,7 +313,7 @@ def test_workers_end_when_their_parent_is_killed():
         "from redi.eval.grade import Grader\n"
         "grader = Grader()\n"
         r"grader.grade(r'</think> \boxed{1/2}', '0.5')" + "\n"
-        "print(grader._idle[0]._process.pid, flush=True)\n"
+        "print(grader.pool._idle[0]._process.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
@@ -317,6 +333,20 @@ def _is_running(pid: int) -> bool:
     return state.stdout.strip() not in ("", "Z", "Zs")
 
 
+def test_a_worker_whose_alarm_was_turned_off_is_killed_by_the_parent(monkeypatch, tmp_path):
+    """Math-Verify's own timeouts end in signal.alarm(0), which would turn off the worker's."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import signal\nsignal.setitimer = lambda *arguments: None\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(workers, "GRACE_S", 0.5)
+    with Grader(workers=1, limit_s=1) as grader:
+        started = time.perf_counter()
+        assert grader.grade(boxed(ENDLESS), "1") == "timeout"
+        assert time.perf_counter() - started < 20
+        assert grader.grade(boxed("1/2"), "0.5") == "correct"
+
+
 def test_an_interrupt_kills_the_busy_worker(monkeypatch):
     grader = Grader(workers=1, limit_s=60)
     started = []
@@ -325,7 +355,7 @@ def test_an_interrupt_kills_the_busy_worker(monkeypatch):
         started.append(self._process)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grade_module._Worker, "receive", interrupted)
+    monkeypatch.setattr(workers._Worker, "receive", interrupted)
     with pytest.raises(KeyboardInterrupt):
         grader.grade(boxed("1/2"), "0.5")
     assert started[0].poll() is not None
@@ -346,24 +376,30 @@ def test_grade_all_keeps_the_order_of_its_items():
     assert verdicts == ["correct", "incorrect", "incorrect", "truncated"] * 30
 
 
+def test_threads_may_share_a_grader():
+    """Math-Verify's timeouts are signal handlers, which only the main thread may set."""
+    with Grader(workers=2) as grader, ThreadPoolExecutor(4) as threads:
+        items = [(boxed(rf"\frac{{{2 * k}}}{{6}}"), f"{k}/3") for k in range(1, 21)]
+        verdicts = list(threads.map(lambda item: grader.grade(*item), items))
+    assert verdicts == ["correct"] * 20
+
+
 def test_integers_are_graded_without_starting_a_worker():
     with Grader() as grader:
         items = [(boxed(str(k % 7)), str(k % 5), "stop") for k in range(5000)]
         verdicts = grader.grade_all(items)
-        assert grader._idle == []
+        assert grader.pool._idle == []
     assert verdicts == ["correct" if k % 7 == k % 5 else "incorrect" for k in range(5000)]
 
 
 def test_an_answer_that_occurs_many_times_is_judged_once(monkeypatch):
     sent = []
-    send = grade_module._Worker.send
-    monkeypatch.setattr(
-        grade_module._Worker, "send", lambda self, q: (sent.append(q), send(self, q))
-    )
+    send = workers._Worker.send
+    monkeypatch.setattr(workers._Worker, "send", lambda self, q: (sent.append(q), send(self, q)))
     with Grader() as grader:
         verdicts = grader.grade_all([(boxed("1/2"), "0.5", "stop")] * 100)
     assert verdicts == ["correct"] * 100
-    assert sent == [("1/2", "0.5")]
+    assert sent == [("math-verify", "1/2", "0.5")]
 
 
 def test_grading_imports_neither_torch_nor_sympy():
@@ -380,13 +416,89 @@ def test_nothing_is_correct_against_no_answers():
 @pytest.mark.parametrize("unit", [r"\text{a}", "a, ", "{", r"\frac", "1", r"\{", "((", "a\\ "])
 def test_an_endless_answer_is_decided_at_once(unit):
     """Such answers come from models that loop; none may keep the parent, which has no alarm."""
-    for length in (grade_module.LONGEST_ANSWER, 10 * grade_module.LONGEST_ANSWER):
+    for length in (LONGEST_ANSWER, 10 * LONGEST_ANSWER):
         answer = (unit * length)[:length]
         started = time.perf_counter()
-        grade_module._decide(rf"</think> \boxed{{{answer}}}", "5", "stop")
+        Grader()._decide(rf"</think> \boxed{{{answer}}}", "5", "stop")
         assert time.perf_counter() - started < 1
 
 
 def test_whitespace_between_digits_is_significant():
-    assert equivalence.text_key("1 2") != equivalence.text_key("12")
-    assert equivalence.as_integer("1 2") is None
+    assert text_key("1 2") != text_key("12")
+    assert as_integer("1 2") is None
+
+
+# ---------------------------------------------------------------- stored completions
+
+
+TEST = Benchmark(
+    "b",
+    [
+        Problem("sum", "1/4 + 1/4?", [r"\frac{1}{2}"]),
+        Problem("word", "Who?", [r"\text{Evelyn}", "Eve"]),
+        Problem("broken", "?", [r"\frac{1}{", "7"]),
+    ],
+)
+
+
+def stored(id: str, sample: int, text: str, finish_reason: str = "stop") -> Completion:
+    return Completion(id=id, sample=sample, text=text, num_tokens=9, finish_reason=finish_reason)
+
+
+def test_marks_say_what_was_extracted_and_follow_the_completions():
+    completions = [
+        stored("word", 0, boxed("Eve")),
+        stored("sum", 1, boxed("0.5")),
+        stored("sum", 0, boxed("0.5"), "length"),
+        stored("broken", 0, "</think> seven"),
+    ]
+    with Grader() as grader:
+        marks = grader.marks(TEST, completions)
+    assert [(m.id, m.sample, m.verdict, m.extracted, m.num_tokens) for m in marks] == [
+        ("word", 0, "correct", "Eve", 9),
+        ("sum", 1, "correct", "0.5", 9),
+        ("sum", 0, "truncated", "0.5", 9),
+        ("broken", 0, "no_answer", None, 9),
+    ]
+
+
+def test_golds_that_are_no_mathematics_are_named_and_words_are_not():
+    with Grader() as grader:
+        assert grader.unreadable(TEST) == [("broken", r"\frac{1}{")]
+
+
+def test_unreadable_golds_are_said_in_one_line(capsys):
+    with Grader() as grader:
+        grade_module.report_unreadable(grader, [TEST])
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("b: 1 gold answers cannot be read as mathematics")
+    assert "broken: '\\\\frac{1}{'" in line
+
+
+# ---------------------------------------------------------------- the paper's grader
+
+
+def test_the_paper_grader_does_not_ask_how_generation_ended():
+    with Grader(name="paper") as grader:
+        assert grader.grade(boxed("5"), "5", "length") == "correct"
+        assert grader.grade(r"<think> \boxed{5}", "5", "length") == "truncated"
+        assert grader.grade(r"<think> \boxed{5}", "5") == "no_answer"
+
+
+def test_the_two_graders_differ_where_their_rules_do():
+    """An unreduced fraction, a list in another order, capitals."""
+    cases = [(r"\frac{2}{4}", r"\frac{1}{2}"), ("3, 5", "5, 3"), ("R", "r")]
+    items = [(boxed(answer), gold, "stop") for answer, gold in cases]
+    with Grader() as ours, Grader(name="paper") as theirs:
+        assert ours.grade_all(items) == ["correct", "correct", "incorrect"]
+        assert theirs.grade_all(items) == ["incorrect", "incorrect", "correct"]
+
+
+def test_the_paper_grader_survives_a_hostile_answer():
+    with Grader(limit_s=2, name="paper") as grader:
+        items = [
+            (boxed(answer), "7-x", "stop") for answer in ("9^9^9^9", "9**9**9**9**9", "(" * 900)
+        ]
+        verdicts = grader.grade_all([*items, (boxed("-x+7"), "7-x", "stop")])
+    assert verdicts[3] == "correct"
+    assert set(verdicts[:3]) <= {"timeout", "incorrect"}

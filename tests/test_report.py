@@ -1,161 +1,229 @@
-"""The numbers of the results table, worked by hand."""
+"""The numbers of the results table, worked by hand, and the report in its forms."""
 
-import itertools
 import json
 import math
 
 import pytest
 
 from redi.config import UserError
-from redi.eval.report import Completion, Report, pass_at_k, summary, table, to_json
+from redi.eval import published
+from redi.eval.benchmarks import Benchmark, Problem
+from redi.eval.completions import Mark
+from redi.eval.report import Report, run_names, score, to_json
+from redi.eval.tables import markdown, summary, table
 
 
-def completion(id="p", sample=0, verdict="correct", num_tokens=10, benchmark="b", **fields):
-    fields = {"text": "…", "finish_reason": "stop", "extracted": "1", **fields}
-    return Completion(
-        benchmark=benchmark, id=id, sample=sample, verdict=verdict, num_tokens=num_tokens, **fields
+def mark(id="p", sample=0, verdict="correct", num_tokens=10, extracted="1", loops=False) -> Mark:
+    return Mark(
+        id=id,
+        sample=sample,
+        verdict=verdict,
+        num_tokens=num_tokens,
+        extracted=extracted,
+        loops=loops,
     )
 
 
-def grid(*problems: str, benchmark="b"):
-    """Completions from strings: "10" is a problem whose sample 0 is right and sample 1 wrong."""
+def grid(*problems: str) -> list[Mark]:
+    """Marks from strings: "10" is a problem whose sample 0 is right and sample 1 wrong."""
     return [
-        completion(str(p), j, "correct" if mark == "1" else "incorrect", benchmark=benchmark)
-        for p, marks in enumerate(problems)
-        for j, mark in enumerate(marks)
+        mark(str(p), j, "correct" if letter == "1" else "incorrect", extracted=letter)
+        for p, letters in enumerate(problems)
+        for j, letter in enumerate(letters)
     ]
 
 
-def one(completions):
-    (score,) = summary(completions).scores
-    return score
+def asked(marks: list[Mark], name: str = "b", **groups: list) -> Benchmark:
+    """A benchmark of the marks' problems; subject=[...] or difficulty=[...], one a problem."""
+    ids = dict.fromkeys(mark.id for mark in marks)
+    per_problem = [dict(zip(groups, values)) for values in zip(*groups.values())] or [{}] * len(ids)
+    return Benchmark(name, [Problem(id, "?", ["1"], **g) for id, g in zip(ids, per_problem)])
 
 
-def test_pass_at_1_and_sem_of_three_problems_with_four_samples():
-    """The j-th samples score 3/3, 2/3, 1/3, 2/3: mean 8/12 = 2/3, deviations 1/3, 0, -1/3, 0,
-    variance (1/9 + 1/9) / 4 = 1/18, SEM sqrt(1/18) / sqrt(4) = 1 / (6 sqrt 2)."""
-    score = one(grid("1111", "1101", "1000"))
-    assert score.pass_at_1 == pytest.approx(2 / 3)
-    assert score.sem == pytest.approx(1 / (6 * math.sqrt(2)))
-    assert (score.num_problems, score.num_samples) == (3, 4)
+def scored(marks: list[Mark], name: str = "b", **groups: list):
+    return score(asked(marks, name, **groups), marks)
 
 
-def test_sem_is_between_samples_and_not_between_problems():
-    """Half of the problems always right, half never: every run scores 1/2, so the SEM is 0."""
-    assert one(grid("1111", "0000")).sem == 0
+def report(**marks: list[Mark]) -> Report:
+    scores = [scored(group, name) for name, group in marks.items()]
+    return Report(model="m", grader="math-verify", settings={"seed": 42}, scores=scores)
 
 
-def test_sem_of_one_sample_is_zero():
-    assert one(grid("1", "0", "0")).sem == 0
+# ---------------------------------------------------------------- scores
 
 
-def test_pass_at_k_of_three_problems_with_four_samples():
-    """c = 4, 3, 1 of n = 4.  k = 2: 1, 1, 1 - C(3,2)/C(4,2) = 1 - 3/6: mean 2.5/3.
-    k = 3: 1, 1, 1 - C(3,3)/C(4,3) = 3/4: mean 2.75/3.  k = 4: all have one: 1."""
-    score = one(grid("1111", "1101", "1000"))
-    assert score.pass_at_k == pytest.approx([2 / 3, 2.5 / 3, 2.75 / 3, 1])
-    assert score.pass_at_k[0] == pytest.approx(score.pass_at_1)
+def test_the_numbers_of_three_problems_with_four_samples():
+    """Runs of 3/3, 2/3, 1/3, 2/3: mean 2/3, SEM sqrt(1/18) / 2. c = 4, 3, 1 of n = 4: pass@2 is
+    (1 + 1 + 1/2) / 3, pass@3 (1 + 1 + 3/4) / 3. The majority is right twice, then wrong."""
+    result = scored(grid("1111", "1101", "1000"))
+    assert (result.num_problems, result.num_samples) == (3, 4)
+    assert result.pass_at_1 == pytest.approx(2 / 3)
+    assert result.sem == pytest.approx(1 / (6 * math.sqrt(2)))
+    assert result.pass_at_k == pytest.approx([2 / 3, 2.5 / 3, 2.75 / 3, 1])
+    assert result.majority == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 7])
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_correct_sample(n):
-    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
-        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+def test_the_interval_holds_the_score_and_is_of_problems():
+    result = scored(grid(*["11"] * 20, *["00"] * 20))
+    low, high = result.interval
+    assert low < result.pass_at_1 == 0.5 < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), rel=0.1)
+    assert result.sem == 0
 
 
 def test_tokens_and_shares():
     """Tokens 10, 20, 30, 100: mean 160/4 = 40, median (20 + 30)/2 = 25."""
     verdicts = ["truncated", "truncated", "no_answer", "timeout"]
-    score = one(
-        completion(str(k), 0, verdict, tokens)
-        for k, (verdict, tokens) in enumerate(zip(verdicts, [10, 20, 30, 100]))
+    result = scored(
+        [
+            mark(str(k), 0, v, n, loops=k == 1)
+            for k, (v, n) in enumerate(zip(verdicts, [10, 20, 30, 100]))
+        ]
     )
-    assert (score.mean_tokens, score.median_tokens) == (40, 25)
-    assert (score.truncated, score.no_answer, score.timeout) == (0.5, 0.25, 0.25)
-    assert score.pass_at_1 == 0
+    assert (result.mean_tokens, result.median_tokens) == (40, 25)
+    assert (result.truncated, result.no_answer, result.timeout) == (0.5, 0.25, 0.25)
+    assert (result.loops, result.pass_at_1) == (0.25, 0)
+
+
+def test_tokens_that_one_completion_does_not_state_are_not_known():
+    result = scored([mark("p"), mark("q", num_tokens=None)])
+    assert result.mean_tokens is None
+    assert "not known" in summary(report(b=[mark("p", num_tokens=None)]))
+
+
+def test_truncated_and_unanswered_samples_do_not_vote():
+    votes = [
+        mark(sample=0, verdict="correct", extracted="1"),
+        mark(sample=1, verdict="truncated", extracted="2"),
+        mark(sample=2, verdict="truncated", extracted="2"),
+        mark(sample=3, verdict="no_answer", extracted=None),
+    ]
+    assert scored(votes).majority == 1
+
+
+def test_spellings_of_one_answer_vote_together():
+    answers = [r"\dfrac{1}{2}", r"\frac12", "7", "8"]
+    votes = [
+        mark(sample=k, verdict="correct" if k < 2 else "incorrect", extracted=answer)
+        for k, answer in enumerate(answers)
+    ]
+    assert scored(votes).majority == 1
 
 
 def test_the_mean_counts_every_benchmark_the_same():
-    report = summary([*grid("1", "1", "1", benchmark="big"), *grid("0", benchmark="small")])
-    assert [score.benchmark for score in report.scores] == ["big", "small"]
-    assert report.mean_pass_at_1 == 0.5
+    both = report(big=grid("1", "1", "1"), small=grid("0"))
+    assert [s.benchmark for s in both.scores] == ["big", "small"]
+    assert both.mean_pass_at_1 == 0.5
 
 
-def test_the_order_of_completions_does_not_matter():
-    completions = grid("1101", "1000", "0010")
-    assert summary(completions[::-1]) == summary(completions)
-
-
-def test_one_problem_id_in_two_benchmarks_is_two_problems():
-    report = summary([*grid("1", benchmark="x"), *grid("0", benchmark="y")])
-    assert [score.num_problems for score in report.scores] == [1, 1]
-
-
-def test_a_missing_sample_is_an_error_that_names_the_problem():
-    with pytest.raises(UserError, match=r"b: problem '1' has samples \[0\], expected 0 to 1"):
-        summary(grid("11", "1"))
-
-
-def test_a_sample_given_twice_is_an_error():
-    with pytest.raises(UserError, match="b: problem 'p' has sample 0 twice"):
-        summary([completion(), completion()])
-
-
-def test_no_completions_is_an_error():
-    with pytest.raises(UserError, match="no completions"):
-        summary([])
-
-
-def test_a_completion_survives_its_json_line():
-    original = completion(text='a\n"b" π \u2028', extracted=None, finish_reason="length")
-    line = original.to_json()
-    assert "\n" not in line
-    assert Completion.from_json(line) == original
+def test_the_order_of_marks_does_not_matter():
+    marks = grid("1101", "1000", "0010")
+    assert score(asked(marks), marks[::-1]) == score(asked(marks), marks)
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("marks", "message"),
     [
-        (lambda row: row.pop("verdict"), "expected the fields .*verdict; got"),
-        (lambda row: row.update(score=1), "expected the fields"),
-        (lambda row: row.update(num_tokens="10"), "field 'num_tokens'"),
-        (lambda row: row.update(sample=True), "field 'sample'"),
-        (lambda row: row.update(id=3), "field 'id'"),
+        (grid("11", "1"), r"b: problem '1' has samples \[0\], expected 0 to 1"),
+        ([mark(), mark()], "b: problem 'p' has sample 0 twice"),
+        ([mark(sample=1)], r"b: problem 'p' has samples \[1\], expected 0 to 0"),
     ],
 )
-def test_a_line_that_is_no_completion_is_an_error(edit, message):
-    row = json.loads(completion().to_json())
-    edit(row)
+def test_samples_missing_or_given_twice_are_an_error_that_names_the_problem(marks, message):
     with pytest.raises(UserError, match=message):
-        Completion.from_json(json.dumps(row))
+        scored(marks)
 
 
-def test_half_a_line_is_an_error():
-    with pytest.raises(UserError, match="not valid JSON"):
-        Completion.from_json(completion().to_json()[:-5])
+def test_a_problem_without_marks_and_marks_without_a_problem_are_errors():
+    test = asked(grid("1", "1"))
+    with pytest.raises(UserError, match=r"problem '1' has samples \[\], expected 0 to 0"):
+        score(test, grid("1"))
+    with pytest.raises(UserError, match="holds no problem '2'"):
+        score(test, grid("1", "1", "1"))
+
+
+# ---------------------------------------------------------------- groups
+
+
+def test_groups_are_scored_apart_and_sorted():
+    result = scored(
+        grid("11", "10", "00"), difficulty=[5.0, 4.5, 5.0], subject=["Geometry", None, "Algebra"]
+    )
+    found = [(g.name, g.num_problems, g.pass_at_1) for g in result.by_difficulty]
+    assert found == [("4 to 5", 1, 0.5), ("5", 2, 0.5)]
+    found = [(g.name, g.pass_at_1) for g in result.by_subject]
+    assert found == [("Algebra", 0), ("Geometry", 1), ("not said", 0.5)]
+
+
+def test_a_benchmark_without_groups_or_with_one_has_no_table():
+    assert scored(grid("1", "0")).by_subject == []
+    assert scored(grid("1", "0"), subject=["Algebra"] * 2).by_subject == []
+
+
+# ---------------------------------------------------------------- forms
 
 
 def test_the_json_holds_every_number():
-    content = json.loads(to_json(summary(grid("10", "00"))))
+    content = json.loads(to_json(report(b=grid("10", "00"))))
+    assert content["model"] == "m"
+    assert content["grader"] == "math-verify"
     assert content["mean_pass_at_1"] == 0.25
-    (score,) = content["benchmarks"]
-    assert score["benchmark"] == "b"
-    assert score["pass_at_k"] == [0.25, 0.5]
-    assert score["sem"] == pytest.approx(0.25 / math.sqrt(2))  # runs 1/2 and 0: std 1/4
+    [result] = content["benchmarks"]
+    assert result["benchmark"] == "b"
+    assert result["pass_at_k"] == [0.25, 0.5]
+    assert result["sem"] == pytest.approx(0.25 / math.sqrt(2))  # runs 1/2 and 0: std 1/4
+    assert len(result["interval"]) == 2
 
 
 def test_the_table_is_markdown_with_aligned_columns():
-    report = summary([*grid("10", "00", benchmark="math500"), *grid("11", benchmark="amc")])
-    lines = table(report).splitlines()
+    lines = summary(report(math500=grid("10", "00"), amc=grid("11"))).splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[2][:4] == ["math500", "2 x 2", "25.0 ± 17.7", "50.0"]
-    assert cells[3][:4] == ["amc", "1 x 2", "100.0 ± 0.0", "100.0"]
+    assert cells[2][:3] == ["math500", "2 x 2", "25.0 ± 17.7"]
+    assert cells[2][4:6] == ["50.0", "25.0"]
+    assert cells[3][:5] == ["amc", "1 x 2", "100.0 ± 0.0", "100.0 to 100.0", "100.0"]
     assert cells[4][:4] == ["mean", "", "62.5", ""]
     assert set("".join(cells[1])) == {"-", ":"}
 
 
+def test_a_bar_in_a_cell_does_not_end_it():
+    assert table([("a|b", "c"), ("1", "2")]).splitlines()[0].count(r"\|") == 1
+
+
 def test_a_single_benchmark_has_no_mean_row():
-    assert "mean |" not in table(summary(grid("1"))).split("\n", 2)[2]
-    assert isinstance(summary(grid("1")), Report)
+    assert "mean |" not in summary(report(b=grid("1"))).split("\n", 2)[2]
+
+
+def test_the_papers_figures_are_marked_as_theirs_and_only_beside_its_benchmarks():
+    text = markdown(report(aime24=grid("1"), mine=grid("1")))
+    assert "Nothing in this table was measured here" in text
+    header, _, *rows = text.split("## Theirs, not ours")[1].strip().splitlines()[3:]
+    assert [cell.strip() for cell in header.split("|")][2:] == ["aime24", ""]
+    assert len(rows) == len(published.RESULTS)
+    assert "28.1 / 66.7" in next(row for row in rows if "Qwen-REDI-1.5B" in row)
+    assert "Theirs" not in markdown(report(mine=grid("1")))
+
+
+def test_the_papers_averages_are_those_it_prints():
+    """pass@1 averaged over the five: the last column of its tables, to its rounding."""
+    printed = {"SFT 3 epochs": 41.9, "SFT 5 epochs": 45.8, "DeepSeek-R1-Distill-Qwen-1.5B": 48.6,
+               "Qwen-REDI-1.5B (SFT 5 + REDI)": 49.5, "SFT 3 + REDI": 48.3,
+               "SFT 3 + symmetric": 47.7, "SFT 3 + DPO": 47.2, "SFT 3 + SimPO": 47.2}  # fmt: skip
+    for model, figures in published.RESULTS.items():
+        assert sum(p for p, _ in figures) / 5 == pytest.approx(printed[model], abs=0.1)
+
+
+def test_every_k_has_a_row():
+    text = markdown(report(b=grid("10000000", "11000000"), c=grid("01", "10")))
+    rows = text.split("## pass@k")[1].split("##")[0].strip().splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == [str(k) for k in range(1, 9)]
+    assert rows[1].split("|")[3].strip() == "100.0"
+    assert rows[2].split("|")[3].strip() == ""
+
+
+def test_runs_are_named_by_as_little_of_their_paths_as_tells_them_apart(tmp_path):
+    assert run_names([tmp_path / "sft", tmp_path / "redi"]) == ["sft", "redi"]
+    paths = [tmp_path / "sft" / "eval", tmp_path / "redi" / "eval"]
+    assert run_names(paths) == ["sft/eval", "redi/eval"]
+    with pytest.raises(UserError, match="twice"):
+        run_names([tmp_path, tmp_path])

@@ -11,6 +11,7 @@ Left out: filters and subsets. A subset is a file of its own.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from redi.hub import dataset_files
 PROBLEM_FIELDS = ("problem", "question", "Problem", "Question")
 ANSWER_FIELDS = ("answer", "final_answer", "Answer")
 ID_FIELDS = ("unique_id", "id", "idx")
+SUBJECT_FIELDS = ("subject", "subfield", "type")
+DIFFICULTY_FIELDS = ("difficulty", "level")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Problem:
     id: str
     problem: str
     answers: list[str]
+    subject: str | None = None
+    difficulty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def _problems(rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Problem]:
         if identity in places:
             raise UserError(f"{place}: id {identity!r} is also that of {places[identity]}")
         places[identity] = place
-        problems.append(Problem(identity, _question(row, place), _answers(row, place)))
+        question, answers = _question(row, place), _answers(row, place)
+        problems.append(Problem(identity, question, answers, _subject(row), _difficulty(row)))
     return problems
 
 
@@ -145,6 +151,20 @@ def _answers(row: dict[str, Any], place: str) -> list[str]:
             f"got {str(row[field])[:60]!r}"
         )
     return answers
+
+
+def _subject(row: dict[str, Any]) -> str | None:
+    subject = row.get(_field(row, SUBJECT_FIELDS) or "")
+    return subject.strip() or None if isinstance(subject, str) and is_encodable(subject) else None
+
+
+def _difficulty(row: dict[str, Any]) -> float | None:
+    """A number, or the first one of a text such as "Level 5"; anything else says nothing here."""
+    difficulty = row.get(_field(row, DIFFICULTY_FIELDS) or "")
+    found = re.search(r"\d+(?:\.\d+)?", difficulty) if isinstance(difficulty, str) else None
+    number = float(found[0]) if found else difficulty
+    known = isinstance(number, (int, float)) and not isinstance(number, bool)
+    return float(number) if known and math.isfinite(number) else None
 
 
 def _text(answer: Any) -> str:

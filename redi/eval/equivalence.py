@@ -16,92 +16,10 @@ Left out: tolerance for a differently rounded decimal, since the published score
 Only functions that compare algebra import Math-Verify, and they may hang: `grade` runs them apart.
 """
 
-import functools
 import re
 from typing import Any
 
-# ---------------------------------------------------------------- text
-
-_GREEK = "Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|gamma|beta|zeta"
-_UNITS = (
-    "degrees?|cents?|dollars?|inch(?:es)?|feet|foot|ft|miles?|mph|mm|cm|km|nm|meters?|metres?"
-    "|kg|grams?|seconds?|minutes?|min|hours?|days?|years?|units?|Hz|eV|km/h|m/s"
-)
-_CLEANING: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\(?:[,!]|;|:)(?=\s*\d{3})|\{,\}(?=\d{3})|,\\!\s*(?=\d{3})", ""),  # 10,\!080
-        (r"\\(?:left|right|[bB]ig{1,2}[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
-        (r"\\(?:text|math)(?:rm|bf|it|sf|tt|normal)|\\mbox|\\operatorname", r"\\text"),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\([gl])eq(?:slant)?(?![a-zA-Z])", r"\\\1e"),
-        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-        (r"(?<!\\)\\[$()\[\]!]|\$", ""),
-        (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|[~\s]+", " "),
-        (r"\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\{])(?:and|or)(?![a-zA-Z])", " , "),
-        (r"\\?%|(?:\\text\{\s*)?\bper ?cent\b(?:\s*\})?", "%"),
-        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?:\s*(?:\\text\{\s*)?[CF](?![a-zA-Z])\s*\}?)?", ""),
-        (r"(\d)[eE]([+-]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
-        (r"\\(frac|sqrt)\s*(\\[a-zA-Z]+|\w)", r"\\\1{\2}"),  # \frac12, \sqrt2: the first argument
-        (r"(\\frac\{[^{}]*\})\s*(\\[a-zA-Z]+|\w)", r"\1{\2}"),  # and the second
-        (r"([_^])\s*\{\s*(\w)\s*\}", r"\1\2"),
-        (r"(?:,\s*)+,", ","),
-        (r"(?<![\d}])\.(?=\d)", "0."),
-    )
-]
-_SYMBOLS = str.maketrans(
-    {
-        "\u2212": "-",
-        "\u2013": "-",
-        "\u00d7": r"\times ",
-        "\u00b7": r"\cdot ",
-        "\u03c0": r"\pi ",
-        "\u00b0": r"^\circ",
-        "\u2264": r"\le ",
-        "\u2265": r"\ge ",
-        "\u221e": r"\infty ",
-        "\u00b1": r"\pm ",
-    }
-)
-
-
-@functools.lru_cache(4096)
-def clean(latex: str) -> str:
-    """The same LaTeX with one spelling for what typography alone distinguishes."""
-    text = latex.translate(_SYMBOLS)
-    for pattern, replacement in _CLEANING:
-        text = pattern.sub(replacement, text)
-    return text.strip().rstrip(".").strip(" ,")
-
-
-@functools.lru_cache(4096)
-def text_key(latex: str) -> str:
-    r"""Equal keys mean equal answers: `\dfrac{1}{2}` and `\frac12`, `\text{(C)}` and `C`."""
-    text = _drop_units(clean(latex))
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<!\d) | (?!\d)", "", text)  # 1 2 is not 12
-    if choice := re.fullmatch(r"\(([A-Z])\)", text):
-        return choice[1]
-    return text.lower() if re.fullmatch(r"[A-Za-z]{3,}", text) else text
-
-
-def as_integer(latex: str) -> int | None:
-    """The answer as an integer if it is plainly one (`-12`, `042`), else None. 1,234 may be two."""
-    text = text_key(latex)
-    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,1000}", text) else None
-
-
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_TRAILING_TEXT = re.compile(r"(?<=[^\s=+\-*/^_,<>({\[])\s*\\text\{[^{}]*\}(?:\^(?:\{-?\d\}|\d))?$")
-_TRAILING_UNIT = re.compile(rf"(?<=[\d}}])\s*(?:{_UNITS})(?:\^(?:\{{\d\}}|\d))?$")
-
-
-def _drop_units(text: str) -> str:
-    while (shorter := _TRAILING_UNIT.sub("", _TRAILING_TEXT.sub("", text))) != text:
-        text = shorter.strip()
-    return text
-
+from redi.eval.spelling import clean, drop_units, text_key
 
 # ---------------------------------------------------------------- answers of several parts
 
@@ -110,7 +28,7 @@ _NAME = r"(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_\w|_\{[^{}]*\}|'|\([a-z,]+\))*|\([a-zA-Z](
 _NAMED = re.compile(rf"(?:{_NAME})\s*(=|\\in(?![a-zA-Z]))\s*(.+)")
 
 
-def _split(text: str) -> list[str]:
+def _split(text: str, separators: str = ",;") -> list[str]:
     """Cut at the commas and semicolons outside all brackets."""
     depth, start, parts = 0, 0, []
     for token in _TOKENS.finditer(text):
@@ -118,7 +36,7 @@ def _split(text: str) -> list[str]:
             depth += 1
         elif token[0] in (")", "]", "}", r"\}", r"\end"):
             depth -= 1
-        elif token[0] in ",;" and depth == 0:
+        elif token[0] in separators and depth == 0:
             parts.append(text[start : token.start()])
             start = token.end()
     return [part.strip() for part in (*parts, text[start:]) if part.strip()]
@@ -131,6 +49,9 @@ def _parts(text: str) -> tuple[str, list[str]]:
         inside = _split(whole[2])
         if len(inside) > 1 or whole[1] == r"\{":
             return whole[1] + whole[3], _with_both_signs(inside)
+    points = _split(text, ";")
+    if 1 < len(points) < len(_split(text)):  # x = 5, y = 2; x = 7, y = 2
+        return "", [f"({point})" if len(_split(point)) > 1 else point for point in points]
     return "", _with_both_signs(_split(text))
 
 
@@ -155,22 +76,30 @@ def _with_both_signs(parts: list[str]) -> list[str]:
     return signed
 
 
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+\.\d+;[+-]?\d+,\d+")
+
+
 def equivalent(gold: str, answer: str) -> bool:
     """Whether `answer` says what `gold` says, both LaTeX.
 
     May run for ever, exhaust memory or raise whatever sympy raises on what it cannot compare.
     """
-    gold, answer = clean(gold), clean(answer)
+    gold, answer = _without_group(clean(gold)), _without_group(clean(answer))
     if text_key(gold) == text_key(answer):
         return True
     if "," in gold and "," not in answer and _THOUSANDS.fullmatch(gold):
         gold = gold.replace(",", "")
     if "," in answer and "," not in gold and _THOUSANDS.fullmatch(answer):
         answer = answer.replace(",", "")
+    if _DECIMAL_COMMA.fullmatch(f"{gold};{answer}") or _DECIMAL_COMMA.fullmatch(f"{answer};{gold}"):
+        return gold.replace(",", ".") == answer.replace(",", ".")
     gold, answer = _without_name(gold, answer), _without_name(answer, gold)
 
     gold_brackets, golds = _parts(gold)
     answer_brackets, answers = _parts(answer)
+    if len(golds) != len(answers):  # a point said twice is one point; a number may be a double root
+        golds, answers = _distinct_points(golds), _distinct_points(answers)
     if len(golds) == len(answers) == 1 and golds[0] == gold and answers[0] == answer:
         return _same_value(gold, answer)
     if len(golds) != len(answers):
@@ -182,6 +111,23 @@ def equivalent(gold: str, answer: str) -> bool:
     if {gold_brackets, answer_brackets} - {"", r"\{\}"}:
         return all(equivalent(g, a) for g, a in zip(golds, answers))
     return _same_members(golds, answers)
+
+
+def is_readable(gold: str) -> bool:
+    """Whether `equivalent` could know this gold in other words: each part is plain words, or
+    something Math-Verify reads. May run for ever, exhaust memory or raise, as `equivalent`."""
+    _, parts = _parts(_without_name(clean(gold), ""))
+    return all(_WORDS.fullmatch(p) or _parsed(drop_units(p).rstrip("% ")) for p in parts)
+
+
+def _without_group(text: str) -> str:
+    """{5} as 5: braces alone only group."""
+    whole = text.startswith("{") and text.endswith("}") and _encloses(text)
+    return text[1:-1].strip() if whole else text
+
+
+def _distinct_points(parts: list[str]) -> list[str]:
+    return list({text_key(p) if p[0] == "(" else n: p for n, p in enumerate(parts)}.values())
 
 
 def _without_name(text: str, other: str) -> str:
@@ -239,7 +185,7 @@ def _same_algebra(gold: str, answer: str) -> bool:
     from math_verify import verify
     from sympy import Eq
 
-    golds, answers = _parsed(_drop_units(gold)), _parsed(_drop_units(answer))
+    golds, answers = _parsed(drop_units(gold)), _parsed(drop_units(answer))
     if not golds or not answers:
         return False
     if isinstance(golds[0], Eq) and isinstance(answers[0], Eq):
@@ -292,6 +238,7 @@ def _parsed(latex: str) -> list[Any]:
     )
 
 
+_GREEK = "Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|gamma|beta|zeta"
 _SYMBOL = re.compile(
     r"\\(?:begin|end|mathbb|text)\s*\{[^{}]*\}"  # left alone
     r"|(?P<imaginary>(?<![a-zA-Z])i(?![a-zA-Z_(]))"

@@ -1,24 +1,26 @@
-"""Sampling many completions with a KV cache.
+"""Sampling many completions: rows of a batch that are refilled as they finish.
 
-The model is the training one: the same weights, rotation and forward (model.py). Only the way
-tokens attend is another, and is handed in: `Cache.attend` writes keys and values into a slot and
-looks back over it.
+    rows    0: <prompt A> x x x x .          decode: one token a row and step (decoder.py), over
+            1: <prompt A> x x .              keys and values in pages (cache.py)
+            2: <prompt B> x x x x x x        prefill: prompts in one pack, through the training
+                                             forward, once for all the samples of a problem
 
-    slots        0: <prompt A> x x x x .          decode: one token a live slot and step
-                 1: <prompt A> x x .              a finished slot is refilled from the queue
-                 2: <prompt B> x x x x x x        prefill: all admitted prompts in one pack,
-                                                  one prefill for the samples of a problem
+The pages are the memory, and their number is given: a request is admitted when its prompt and one
+page more for every row fit, and when rows have grown until no page is free, the row admitted last
+gives its pages back and waits in front of the queue with what it has written. Later its text is
+prefilled again, and it goes on to the same end.
 
-Every request draws from random numbers of its own, keyed by (seed, request key), whichever other
-requests share the batch. Its logits still round a little differently with the batch's shape, so
-the same text is promised for the same seed and number of slots. Temperature 0 is greedy.
+Every request draws from random numbers of its own, keyed by (seed, request key, position),
+whichever other requests share the batch (sampling.py). Temperature 0 is greedy.
 
-Left out: paging of the cache (it grows with the longest live row), beam search, penalties.
-Letters: B slots, C cached positions, T packed tokens, H heads, K kv heads, d head size, V
-vocabulary.
+A model may run in circles until its limit: that is reported (loops.py), never stopped.
+
+Left out: beam search, penalties, CUDA graphs.
+Letters: B rows of a step, T packed tokens, D hidden, V vocabulary.
 """
 
-from collections import deque
+import itertools
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,23 +28,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from redi.attention import packed_attention
 from redi.config import UserError
-from redi.model import ModelConfig, Transformer
+from redi.eval.cache import Cache, pages_for, spread
+from redi.eval.decoder import Decoder, Unfused
+from redi.eval.sampling import Draws, Sampling, sample
+from redi.logprobs import wide_logits
+from redi.model import Transformer
 
-GROWTH = 256  # positions that the cache grows by
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a next token is drawn (Section 4: temperature 0.6, top-p 0.95)."""
-
-    temperature: float = 0.6
-    top_p: float = 0.95
-    seed: int = 42
+PREFILL_TOKENS = 8192  # of a pack, unless one prompt is longer
 
 
 @dataclass(frozen=True)
@@ -61,63 +57,62 @@ class Generated:
 
 
 @dataclass
-class _Live:
-    """A request in its slot."""
+class Usage:
+    """What a call of `generate` has cost so far; it is written to while results come."""
+
+    cache_bytes: int = 0
+    peak_pages: int = 0
+    prefilled_tokens: int = 0
+    steps: int = 0  # of decoding
+    row_steps: int = 0  # tokens that those steps wrote
+    full_steps: int = 0  # the steps before the queue was empty,
+    full_row_steps: int = 0  # and their tokens
+    evictions: int = 0
+
+    def count_step(self, rows: int, pages: int, full: bool) -> None:
+        self.steps += 1
+        self.row_steps += rows
+        self.peak_pages = max(self.peak_pages, pages)
+        if full:
+            self.full_steps += 1
+            self.full_row_steps += rows
+
+
+@dataclass
+class _Text:
+    """A request, and what is written of it."""
 
     request: Request
-    uniforms: np.ndarray  # (max_new_tokens,) in [0, 1)
     token_ids: list[int] = field(default_factory=list)
 
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """What a prefill must read."""
+        return (*self.request.prompt_ids, *self.token_ids)
 
-# ---------------------------------------------------------------- the cache
-
-
-class Cache:
-    """Keys and values of B slots for every layer: (B, K, C, d) each."""
-
-    def __init__(self, config: ModelConfig, slots: int, like: Tensor):
-        shape = (slots, config.num_kv_heads, 0, config.head_dim)
-        self.keys = [like.new_empty(shape) for _ in range(config.num_layers)]
-        self.values = [like.new_empty(shape) for _ in range(config.num_layers)]
-
-    def reserve(self, positions: int) -> None:
-        """Room for so many positions in every slot."""
-        missing = positions - self.keys[0].shape[2]
-        if missing > 0:
-            extra = -(-missing // GROWTH) * GROWTH
-            for tensors in (self.keys, self.values):
-                for layer, tensor in enumerate(tensors):
-                    tensors[layer] = F.pad(tensor, (0, 0, 0, extra))
-
-    def keep(self, slots: list[int]) -> None:
-        """Drop every other slot."""
-        for tensors in (self.keys, self.values):
-            for layer, tensor in enumerate(tensors):
-                tensors[layer] = tensor[slots]
-
-    def write(self, layer: int, slots: Tensor, positions: Tensor, key: Tensor, value: Tensor):
-        """key, value (n, K, d) into n (slot, position) places."""
-        self.keys[layer][slots, :, positions] = key
-        self.values[layer][slots, :, positions] = value
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: int, positions: Tensor, mask: Tensor
-    ) -> Tensor:
-        """One new token a slot: query (B, H, d), key and value (B, K, d) -> (B, H, d).
-
-        positions (B,): where the token goes; mask (B, 1, 1, L): the positions it sees. The heads
-        of a group are laid along the query length, so keys and values are not repeated.
-        """
-        batch, _, size = query.shape
-        self.write(layer, torch.arange(batch, device=query.device), positions, key, value)
-        seen = mask.shape[-1]
-        grouped = query.view(batch, key.shape[1], -1, size)  # (B, K, H/K, d)
-        keys, values = self.keys[layer][:, :, :seen], self.values[layer][:, :, :seen]
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-        return out.reshape(batch, -1, size)
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer, if nothing stops it."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
 
 
-# ---------------------------------------------------------------- the engine
+@dataclass
+class _Held:
+    """A prompt in the cache that more samples wait for."""
+
+    row: int
+    logits: Tensor | None = None  # (V,) after it; None until the prefill has run
+
+
+@dataclass
+class _Pack:
+    """What is admitted together."""
+
+    rows: list[int] = field(default_factory=list)
+    prefixes: list[tuple[int, ...]] = field(default_factory=list)  # what each row begins with
+    fresh: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)  # to run -> its pages
+    logits: list[Tensor | None] = field(default_factory=list)  # (V,) after them, where known
+    copies: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # pages, afterwards
 
 
 @torch.inference_mode()
@@ -127,138 +122,232 @@ def generate(
     stop_ids: Sequence[int],
     sampling: Sampling,
     slots: int,
+    cache_bytes: int | None = None,
+    usage: Usage | None = None,
+    fused: bool = True,
 ) -> Iterator[Generated]:
-    """Complete every request; results come as they finish, in no fixed order.
+    """Complete every request, up to `slots` at once; results come as they finish, in no fixed
+    order.
 
-    Requests of one problem should follow each other: they share a prefill when they are admitted
-    together. The prompt and max_new_tokens of a request, at least 1 each, must fit the model's
-    context. Raises ValueError if they do not.
+    Requests of one problem should follow each other: they share a prefill. cache_bytes: the
+    most that keys and values may take; None: what the slots can need, if the machine has it. fused:
+    decode from a copy of the weights that is laid out for it; without, from the model's own.
+    Raises ValueError if a request's prompt and max_new_tokens, at least 1 each, do not fit the
+    model's context, UserError if they do not fit the cache.
     """
-    queue = deque(requests)
-    for request in queue:
+    texts = [_Text(request) for request in requests]
+    for request in (text.request for text in texts):
         asked, limit = len(request.prompt_ids), request.max_new_tokens
         if min(asked, limit) < 1 or asked + limit > model.config.max_positions:
             raise ValueError(
                 f"request {request.key}: {asked} prompt tokens and {limit} new ones; "
                 f"the context is {model.config.max_positions}"
             )
-    engine = _Engine(model, sampling, min(slots, len(queue)))
-    while queue or engine.live:
-        # Prompts are admitted a few at a time: a pass over one prompt costs as much as a step.
-        enough_free = len(engine.free) >= min(len(queue), max(1, engine.num_slots // 16))
-        if queue and (enough_free or not engine.live):
-            admitted = [queue.popleft() for _ in range(min(len(queue), len(engine.free)))]
-            logits, filled = engine.prefill(admitted)
-        else:
-            if not queue:
-                engine.shrink()
-            logits, filled = engine.decode()
-        yield from engine.advance(logits, filled, set(stop_ids))
+    if not texts:
+        return
+    slots = min(slots, len(texts))
+    decoder = Decoder(model) if fused else Unfused(model)
+    engine = _Engine(model, decoder, sampling, texts, slots, cache_bytes, usage or Usage())
+    while engine.queue or engine.live:
+        pack = engine.admit()
+        logits, rows = engine.prefill(pack) if pack.rows else engine.decode()
+        yield from engine.advance(logits, rows, set(stop_ids))
 
 
 class _Engine:
-    """Live requests, their slots, and the cache."""
+    """The queue, the texts being written, and the cache.
 
-    def __init__(self, model: Transformer, sampling: Sampling, slots: int):
-        self.model, self.sampling = model, sampling
+    Rows 0 .. slots - 1 of the cache are written to, the others hold prompts.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        decoder: Decoder | Unfused,
+        sampling: Sampling,
+        texts: list[_Text],
+        slots: int,
+        cache_bytes: int | None,
+        usage: Usage,
+    ):
+        self.model, self.decoder, self.sampling = model, decoder, sampling
+        self.slots, self.usage = slots, usage
         weight = model.output_weight
         self.device = weight.device
-        self.cache = Cache(model.config, slots, like=weight)
-        self.num_slots = slots
+        longest = max(text.longest for text in texts)
+        pages = _pages_needed(texts, slots)
+        self.cache = Cache(model.config, weight, pages, cache_bytes, 2 * slots, longest)
+        usage.cache_bytes = self.cache.num_bytes
         self.free = list(range(slots))[::-1]
-        self.live: dict[int, _Live] = {}  # slot -> request, in order of admission
+        self.free_holders = list(range(slots, 2 * slots))[::-1]
+        self.live: dict[int, _Text] = {}  # row -> text, in the order of admission
+        self.queue = deque(texts)
+        self.waiting = Counter(text.prefix for text in texts)  # of the queue
+        self.held: dict[tuple[int, ...], _Held] = {}
 
-    def prefill(self, requests: list[Request]) -> tuple[Tensor, list[int]]:
-        """Admit requests: logits (n, V) of each one's first new token, and their slots."""
-        model, prompts = self.model, list(dict.fromkeys(r.prompt_ids for r in requests))
-        lengths = [len(prompt) for prompt in prompts]
-        starts = np.cumsum([0, *lengths])
-        first = dict(zip(prompts, starts))
-        slots, positions, sources = [], [], []  # for every token of every request
-        admitted = [self.free.pop() for _ in requests]
-        for slot, request in zip(admitted, requests):
-            length = len(request.prompt_ids)
-            rng = np.random.Generator(np.random.Philox(key=[self.sampling.seed, request.key]))
-            self.live[slot] = _Live(request, rng.random(request.max_new_tokens))
-            slots += [slot] * length
-            positions += range(length)
-            sources += range(first[request.prompt_ids], first[request.prompt_ids] + length)
-        self.cache.reserve(max(lengths) + 1)
-        slots, positions, sources = (self._tensor(x) for x in (slots, positions, sources))
+    # ---- who is in the batch
+
+    def admit(self) -> _Pack:
+        """Texts that begin, or go on. Several at a time where there are many rows: a pass over one
+        prompt costs as much as a step."""
+        pack = _Pack()
+        few = len(self.free) < min(len(self.queue), max(1, self.slots // 32))
+        if few and self.live:
+            return pack
+        tokens = 0
+        while self.queue and self.free:
+            prefix = self.queue[0].prefix
+            tokens += len(prefix) if prefix not in self.held else 0
+            too_long = pack.rows and tokens > PREFILL_TOKENS
+            if too_long or (prefix in pack.fresh and prefix not in self.held):
+                break  # in the next pack
+            if not self._make_room_for(prefix, pack):
+                break
+            row, self.live[row] = self.free.pop(), self.queue.popleft()
+            self._place(row, prefix, pack)
+        return pack
+
+    def _make_room_for(self, prefix: tuple[int, ...], pack: _Pack) -> bool:
+        """Whether a text fits, and a page more for every row; held prompts are let go for it."""
+        while True:
+            last = prefix in self.held and self.waiting[prefix] == 1  # it takes the held pages
+            needed = 0 if last else pages_for(len(prefix))
+            if len(self.cache.free) >= needed + len(self.live):
+                return True
+            # Its own prompt is let go only where nothing else can make room.
+            own = [prefix] if not self.live else []
+            if not self._let_go([p for p in self.held if p != prefix] + own, pack):
+                return False
+
+    def _let_go(self, prefixes: list[tuple[int, ...]], pack: _Pack) -> bool:
+        """Give back the pages of one held prompt of these, if one can be spared."""
+        for prefix in prefixes:
+            if prefix in self.held and prefix not in pack.fresh:
+                held = self.held.pop(prefix)
+                self.cache.release(held.row)
+                self.free_holders.append(held.row)
+                return True
+        return False
+
+    def _place(self, row: int, prefix: tuple[int, ...], pack: _Pack) -> None:
+        """Pages for the prefix, and what is to be done for what stands in them."""
+        cache = self.cache
+        self.waiting[prefix] -= 1
+        more = self.waiting[prefix] > 0
+        room = len(cache.free) >= 2 * pages_for(len(prefix)) + len(self.live)
+        if prefix not in self.held:
+            holder = self.free_holders.pop() if more and room and self.free_holders else row
+            cache.lengthen(holder, len(prefix))
+            pack.fresh[prefix] = cache.pages_of(holder)
+            if holder != row:
+                self.held[prefix] = _Held(holder)
+        held = self.held.get(prefix)
+        pack.rows.append(row)
+        pack.prefixes.append(prefix)
+        pack.logits.append(held.logits if held else None)
+        if held and more:
+            cache.lengthen(row, len(prefix))
+            pages = cache.pages_of(held.row), cache.pages_of(row)
+            if held.logits is None:
+                pack.copies.append(pages)
+            else:
+                cache.copy(*pages)
+        elif held:
+            cache.rename(held.row, row)
+            self.free_holders.append(self.held.pop(prefix).row)
+
+    def _set_aside(self) -> None:
+        """Free a page for the rows: a held prompt's, or else those of the row admitted last."""
+        if self._let_go(list(self.held), _Pack()):
+            return
+        row, text = self.live.popitem()
+        self._give_back(row)
+        self.queue.appendleft(text)
+        self.waiting[text.prefix] += 1
+        self.usage.evictions += 1
+
+    def _give_back(self, row: int) -> None:
+        self.cache.release(row)
+        self.free.append(row)
+
+    # ---- passes over the model
+
+    def prefill(self, pack: _Pack) -> tuple[Tensor, list[int]]:
+        """Logits (n, V) of the next token of the pack's rows, and these rows."""
+        if pack.fresh:
+            computed = dict(zip(pack.fresh, self._run(pack.fresh)))
+            for prefix, logits in computed.items():
+                if prefix in self.held:
+                    self.held[prefix].logits = logits
+            for source, target in pack.copies:
+                self.cache.copy(source, target)
+        logits = [
+            computed[prefix] if known is None else known
+            for prefix, known in zip(pack.prefixes, pack.logits)
+        ]
+        return torch.stack(logits), pack.rows
+
+    def _run(self, fresh: dict[tuple[int, ...], np.ndarray]) -> Tensor:
+        """Prefixes in one pack through the training forward: logits (len(fresh), V) after each."""
+        lengths = [len(prefix) for prefix in fresh]
+        places = [spread(pages, length) for pages, length in zip(fresh.values(), lengths)]
+        pages, offsets = (self._tensor(np.concatenate(part)) for part in zip(*places))
+        positions = self._tensor(np.concatenate([np.arange(length) for length in lengths]))
+        ends = np.cumsum(lengths)
+        cu_seqlens = self._tensor(np.concatenate([[0], ends])).to(torch.int32)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-            self.cache.write(layer, slots, positions, key[sources], value[sources])
+            self.cache.write(layer, pages, offsets, key, value)
             return packed_attention(query, key, value, cu_seqlens, lengths)
 
-        cu_seqlens = self._tensor(starts).to(torch.int32)
-        tokens = self._tensor([token for prompt in prompts for token in prompt])
-        in_document = self._tensor([i for length in lengths for i in range(length)])
-        hidden = model.model(tokens, in_document, self._for_layers(attend))  # (T, D)
-        last = [first[r.prompt_ids] + len(r.prompt_ids) - 1 for r in requests]
-        return hidden[self._tensor(last)] @ model.output_weight.T, admitted
+        tokens = self._tensor(list(itertools.chain.from_iterable(fresh)))
+        layers = [partial(attend, layer=i) for i in range(self.model.config.num_layers)]
+        hidden = self.model.model(tokens, positions, layers)  # (T, D)
+        self.usage.prefilled_tokens += len(tokens)
+        return wide_logits(hidden[self._tensor(ends - 1)], self.model.output_weight.T)
 
     def decode(self) -> tuple[Tensor, list[int]]:
-        """One step of every slot: logits (n, V) of the live ones, and these slots."""
-        tokens, positions = [0] * self.num_slots, [0] * self.num_slots
-        for slot, live in self.live.items():
-            tokens[slot] = live.token_ids[-1]
-            positions[slot] = len(live.request.prompt_ids) + len(live.token_ids) - 1
-        longest = max(positions) + 1
-        self.cache.reserve(longest)
-        tokens, positions = self._tensor(tokens), self._tensor(positions)
-        seen = torch.arange(longest, device=self.device) <= positions[:, None]  # (B, L)
-        attend = partial(self.cache.attend, positions=positions, mask=seen[:, None, None])
-        hidden = self.model.model(tokens, positions, self._for_layers(attend))  # (B, D)
-        slots = list(self.live)
-        return hidden[self._tensor(slots)] @ self.model.output_weight.T, slots
+        """One more token for every row: logits (B, V), and the rows."""
+        while self.cache.missing(list(self.live)) > len(self.cache.free):
+            self._set_aside()
+        rows = list(self.live)
+        step = self.cache.step(rows)
+        tokens = self._tensor([text.token_ids[-1] for text in self.live.values()])
+        attend = partial(self.cache.attend, step=step)
+        self.usage.count_step(len(rows), self.cache.used, bool(self.queue))
+        return self.decoder.logits(tokens, step.lengths - 1, attend), rows
 
-    def advance(self, logits: Tensor, slots: list[int], stop_ids: set[int]) -> Iterator[Generated]:
-        """Draw the next token of `slots` from logits (n, V); give up the slots that are done."""
-        live = [self.live[slot] for slot in slots]
-        uniforms = [entry.uniforms[len(entry.token_ids)] for entry in live]
-        drawn = sample(logits, self._tensor(uniforms), self.sampling)
-        *drawn, sound = torch.cat([drawn, torch.isfinite(logits).all()[None]]).tolist()
+    def advance(self, logits: Tensor, rows: list[int], stop_ids: set[int]) -> Iterator[Generated]:
+        """Draw the next token of `rows` from logits (n, V); give up the rows that are done."""
+        texts = [self.live[row] for row in rows]
+        sound = torch.isfinite(logits.sum())
+        keys = np.array([text.request.key for text in texts])
+        positions = np.array([len(text.token_ids) for text in texts])
+        drawn = sample(logits, Draws(self.sampling.seed, keys, positions), self.sampling)
+        *drawn, sound = torch.cat([drawn, sound[None]]).tolist()
         if not sound:
             raise UserError("the model's logits are not finite numbers: its weights are broken")
-        for slot, entry, token in zip(slots, live, drawn):
-            entry.token_ids.append(token)
+        for row, text, token in zip(rows, texts, drawn):
+            text.token_ids.append(token)
             stopped = token in stop_ids
-            if stopped or len(entry.token_ids) == entry.request.max_new_tokens:
-                del self.live[slot]
-                self.free.append(slot)
-                ids, reason = entry.token_ids, "stop" if stopped else "length"
-                yield Generated(entry.request.key, ids[: len(ids) - stopped], len(ids), reason)
-
-    def shrink(self) -> None:
-        """Once nothing waits: drop empty slots when they are half of all."""
-        if len(self.live) <= self.num_slots // 2:
-            self.cache.keep(list(self.live))
-            self.live = dict(enumerate(self.live.values()))
-            self.num_slots, self.free = len(self.live), []
+            if stopped or len(text.token_ids) == text.request.max_new_tokens:
+                del self.live[row]
+                self._give_back(row)
+                yield _finished(text, stopped)
 
     def _tensor(self, values) -> Tensor:
         return torch.as_tensor(values, device=self.device)
 
-    def _for_layers(self, attend) -> list:
-        return [partial(attend, layer=i) for i in range(self.model.config.num_layers)]
+
+def _pages_needed(texts: list[_Text], slots: int) -> int:
+    """With so many no text ever waits for a page: the rows and the held prompts at their longest,
+    and the page a row that is kept back at admission."""
+    whole = sorted(pages_for(text.longest) for text in texts)
+    prompts = sorted(pages_for(len(text.request.prompt_ids)) for text in texts)
+    return sum(whole[-slots:]) + sum(prompts[-slots:]) + slots
 
 
-# ---------------------------------------------------------------- drawing a token
-
-
-def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """Draw one token a row: logits (B, V), uniforms (B,) in [0, 1) -> (B,).
-
-    Nucleus sampling by its definition: sort by probability, keep tokens while the mass before them
-    is under top_p, and invert the cumulative mass of those kept at `uniforms`.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    probs = torch.softmax(logits.float() / sampling.temperature, dim=-1)
-    probs, order = probs.sort(dim=-1, descending=True, stable=True)  # (B, V)
-    cumulative = probs.cumsum(dim=-1)
-    kept = (cumulative - probs < sampling.top_p).sum(dim=-1, keepdim=True)  # (B, 1)
-    kept = kept.clamp(min=1)  # the first, however small top_p is in floating point
-    mass = cumulative.gather(1, kept - 1)
-    drawn = torch.searchsorted(cumulative, uniforms[:, None].float() * mass, right=True)
-    return order.gather(1, drawn.minimum(kept - 1))[:, 0]
+def _finished(text: _Text, stopped: bool) -> Generated:
+    written = len(text.token_ids)
+    reason = "stop" if stopped else "length"
+    return Generated(text.request.key, text.token_ids[: written - stopped], written, reason)

@@ -1,66 +1,52 @@
-r"""Graded completions -> the numbers of a results table.
+r"""Graded completions -> the numbers of a results table; `statistics.py` says what each means.
 
-For a benchmark of P problems with n samples each, where c of a problem's n samples are correct:
+    python -m redi.eval.report out/sft/eval out/redi/eval        side by side, compared in pairs
 
-    pass@1  the mean over all P n samples
-    SEM     std (ddof 0) over j of [the score of the benchmark's j-th samples] / sqrt(n)
-    pass@k  the mean over problems of 1 - C(n-c, k) / C(n, k): the chance that k of the n samples,
-            drawn without replacement, hold a correct one (unbiased; Chen et al., 2021, eq. 1)
-
-SEM is the spread between repeated runs of the same benchmark, not between problems: it says how far
-another evaluation of the same model may differ. A completion that is truncated, unanswered or timed
-out counts as wrong, and its share stands beside the score, because a short limit looks like a bad
-model. `python -m redi.eval.report RUN [RUN ...]` puts evaluations side by side. Left out: majority
-votes and confidence intervals over problems; the paper reports neither.
+A completion that is truncated, unanswered or timed out counts as wrong, and its share stands beside
+the score, because a short limit looks like a bad model. A report is made of marks and problems
+alone, so it can be written again at any time. Everything is written three times: report.json for
+programs, report.md for people, report.html to read completions in.
+Left out: votes weighed by length or likelihood; one answer is one vote.
 """
 
 import dataclasses
 import json
 import math
 import statistics
+import tomllib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from redi.config import UserError, parse, program
+import numpy as np
+
+from redi.config import UserError
 from redi.data.files import write_aside
+from redi.eval.benchmarks import Benchmark, Problem
+from redi.eval.completions import Mark, asked, marks_file, read_lines
+from redi.eval.spelling import LONGEST_ANSWER, text_key
+from redi.eval.statistics import interval, majority, pass_at_k, sem
+
+OWN_GRADER = "math-verify"  # of a run that does not say
+# Settings that say what was measured; the first three are all that is known of completions that
+# were made elsewhere.
+REPORTED = (
+    "benchmark", "samples", "completions", "user_prompt", "prefix", "temperature", "top_p",
+    "max_new_tokens", "seed", "dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One sampled response to one problem, with its verdict; a line of completions.jsonl."""
+class Group:
+    """The problems of one subject, or of one difficulty."""
 
-    benchmark: str
-    id: str  # of the problem
-    sample: int  # 0 .. n-1
-    text: str
-    num_tokens: int
-    finish_reason: str
-    extracted: str | None  # the boxed answer
-    verdict: str  # correct, incorrect, no_answer, truncated or timeout
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, line: str) -> "Completion":
-        """The completion of one JSON line. Raises UserError: not JSON, missing or unknown fields,
-        a field of another type."""
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"completion: not valid JSON ({error})") from None
-        fields = dataclasses.fields(cls)
-        names = [field.name for field in fields]
-        if not isinstance(row, dict) or sorted(row) != sorted(names):
-            given = ", ".join(row) if isinstance(row, dict) else repr(row)[:40]
-            raise UserError(f"completion: expected the fields {', '.join(names)}; got {given}")
-        for field in fields:
-            if not isinstance(row[field.name], field.type) or isinstance(row[field.name], bool):
-                raise UserError(f"completion: field {field.name!r}: got {row[field.name]!r}")
-        return cls(**row)
+    name: str
+    num_problems: int
+    pass_at_1: float
+    mean_tokens: float | None
+    truncated: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +58,26 @@ class Score:
     num_samples: int  # per problem
     pass_at_1: float
     sem: float
+    interval: tuple[float, float]  # of pass@1, 95 %, over problems
     pass_at_k: list[float]  # k = 1 .. num_samples
-    mean_tokens: float
-    median_tokens: float
+    majority: float
+    mean_tokens: float | None  # None: completions made elsewhere, and nobody said
+    median_tokens: float | None
     truncated: float
     no_answer: float
     timeout: float
+    loops: float  # completions that end in circles
+    by_difficulty: list[Group]
+    by_subject: list[Group]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """Scores in the order in which their benchmarks first occur."""
+    """Scores in the order in which the benchmarks were asked for."""
 
+    model: str
+    grader: str
+    settings: dict[str, Any]
     scores: list[Score]
 
     @property
@@ -92,179 +86,217 @@ class Report:
         return statistics.fmean(score.pass_at_1 for score in self.scores)
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them correct, hold a correct one; 1 <= k <= n."""
-    assert 0 <= c <= n, f"{c} correct of {n} samples"
-    assert 1 <= k <= n, f"pass@{k} of {n} samples"
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+# ---------------------------------------------------------------- marks -> scores
 
 
-def summary(completions: Iterable[Completion]) -> Report:
-    """Scores of every benchmark among the completions, in any order.
-
-    Raises UserError: no completions; a sample given twice; a problem that lacks a sample others
-    have, for then neither the SEM nor pass@k is defined.
-    """
-    by_benchmark: dict[str, list[Completion]] = defaultdict(list)
-    for completion in completions:
-        by_benchmark[completion.benchmark].append(completion)
-    if not by_benchmark:
-        raise UserError("no completions to report on")
-    return Report([_score(name, group) for name, group in by_benchmark.items()])
-
-
-def _score(benchmark: str, completions: list[Completion]) -> Score:
-    correct: dict[str, dict[int, bool]] = defaultdict(dict)  # problem id -> sample -> correct
-    for completion in completions:
-        samples = correct[completion.id]
-        if completion.sample in samples:
+def by_problem(test: Benchmark, marks: Sequence[Mark]) -> list[list[Mark]]:
+    """Each problem's marks, by sample. Raises UserError: a mark of no problem of `test`, a sample
+    given twice, or one that is missing, for then neither the SEM nor pass@k is defined."""
+    found: dict[str, dict[int, Mark]] = {problem.id: {} for problem in test.problems}
+    for mark in marks:
+        samples = found.get(mark.id)
+        if samples is None:
+            raise UserError(f"{test.name}: holds no problem {mark.id!r}")
+        if mark.sample in samples:
+            raise UserError(f"{test.name}: problem {mark.id!r} has sample {mark.sample} twice")
+        samples[mark.sample] = mark
+    n = max(map(len, found.values()))
+    for id, samples in found.items():
+        if n == 0 or samples.keys() != set(range(n)):
             raise UserError(
-                f"{benchmark}: problem {completion.id!r} has sample {completion.sample} twice"
+                f"{test.name}: problem {id!r} has samples {sorted(samples)}, "
+                f"expected 0 to {max(n, 1) - 1}"
             )
-        samples[completion.sample] = completion.verdict == "correct"
-    n = max(len(samples) for samples in correct.values())
-    for problem, samples in correct.items():
-        if samples.keys() != set(range(n)):
-            raise UserError(
-                f"{benchmark}: problem {problem!r} has samples {sorted(samples)}, "
-                f"expected 0 to {n - 1}"
-            )
+    return [[samples[j] for j in range(n)] for samples in found.values()]
 
-    runs = [statistics.fmean(samples[j] for samples in correct.values()) for j in range(n)]
-    counts = [sum(samples.values()) for samples in correct.values()]
-    tokens = [completion.num_tokens for completion in completions]
-    verdicts = [completion.verdict for completion in completions]
+
+def score(test: Benchmark, marks: Sequence[Mark]) -> Score:
+    """The numbers of one benchmark; marks in any order. Raises UserError as `by_problem`."""
+    rows = by_problem(test, marks)
+    correct = _correct(rows)  # (P, n)
+    n = correct.shape[1]
+    tokens = _tokens(rows)
     return Score(
-        benchmark=benchmark,
-        num_problems=len(correct),
+        benchmark=test.name,
+        num_problems=len(rows),
         num_samples=n,
-        pass_at_1=verdicts.count("correct") / len(verdicts),
-        sem=statistics.pstdev(runs) / math.sqrt(n),
-        pass_at_k=[statistics.fmean(pass_at_k(n, c, k) for c in counts) for k in range(1, n + 1)],
-        mean_tokens=statistics.fmean(tokens),
-        median_tokens=statistics.median(tokens),
-        truncated=verdicts.count("truncated") / len(verdicts),
-        no_answer=verdicts.count("no_answer") / len(verdicts),
-        timeout=verdicts.count("timeout") / len(verdicts),
+        pass_at_1=float(correct.mean()),
+        sem=sem(correct),
+        interval=interval(correct.mean(axis=1)),
+        pass_at_k=[
+            statistics.fmean(pass_at_k(n, int(c), k) for c in correct.sum(axis=1))
+            for k in range(1, n + 1)
+        ],
+        majority=statistics.fmean(majority(_votes(row)) for row in rows),
+        mean_tokens=statistics.fmean(tokens) if tokens else None,
+        median_tokens=statistics.median(tokens) if tokens else None,
+        truncated=_share(rows, "truncated"),
+        no_answer=_share(rows, "no_answer"),
+        timeout=_share(rows, "timeout"),
+        loops=statistics.fmean(mark.loops for row in rows for mark in row),
+        by_difficulty=_groups(test.problems, rows, _difficulty),
+        by_subject=_groups(test.problems, rows, lambda problem: problem.subject),
     )
 
 
+def _correct(rows: list[list[Mark]]) -> np.ndarray:
+    return np.array([[mark.verdict == "correct" for mark in row] for row in rows], float)
+
+
+def _tokens(rows: list[list[Mark]]) -> list[int]:
+    """Of every completion; none if that of one is not known."""
+    tokens = [mark.num_tokens for row in rows for mark in row]
+    return [] if None in tokens else tokens
+
+
+def _share(rows: list[list[Mark]], verdict: str) -> float:
+    return statistics.fmean(mark.verdict == verdict for row in rows for mark in row)
+
+
+def _votes(row: list[Mark]) -> list[tuple[str, bool]]:
+    """Of the samples that finished with an answer. Equal spellings are one answer, no more."""
+    given = [m for m in row if m.extracted is not None and m.verdict != "truncated"]
+    # To clean up an answer as long as a loop's would take minutes.
+    keys = [
+        m.extracted if len(m.extracted) > LONGEST_ANSWER else text_key(m.extracted) for m in given
+    ]
+    return [(key, mark.verdict == "correct") for key, mark in zip(keys, given)]
+
+
+def _difficulty(problem: Problem) -> str | None:
+    """4 for 4, and 4 to 5 for what lies between."""
+    if problem.difficulty is None:
+        return None
+    below, above = math.floor(problem.difficulty), math.ceil(problem.difficulty)
+    return f"{below}" if below == above else f"{below} to {above}"
+
+
+def _groups(
+    problems: list[Problem], rows: list[list[Mark]], name_of: Callable[[Problem], str | None]
+) -> list[Group]:
+    """The groups in the order of their names; [] where problems have none, or all the same."""
+    named: dict[str, list[list[Mark]]] = defaultdict(list)
+    for problem, row in zip(problems, rows):
+        named[name_of(problem) or "not said"].append(row)
+    if len(named) == 1:
+        return []
+
+    def order(name: str) -> tuple[bool, float, str]:
+        first = name.split()[0]
+        return name == "not said", float(first) if first.isdigit() else math.inf, name
+
+    groups = []
+    for name in sorted(named, key=order):
+        members = named[name]
+        tokens = _tokens(members)
+        groups.append(
+            Group(
+                name=name,
+                num_problems=len(members),
+                pass_at_1=float(_correct(members).mean()),
+                mean_tokens=statistics.fmean(tokens) if tokens else None,
+                truncated=_share(members, "truncated"),
+            )
+        )
+    return groups
+
+
+# ---------------------------------------------------------------- an evaluation on disk
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    """What evaluate.py was asked for; {} where it left nothing."""
+    try:
+        return tomllib.loads((out / "config.toml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / 'config.toml'}: not readable ({error})") from None
+
+
+def load(out: Path, grader: str | None = None) -> tuple[str, dict[str, tuple[Benchmark, list]]]:
+    """(the grader, name -> (benchmark, its marks)) of an evaluation, in the order asked for.
+
+    grader None: the one that evaluate.py used. Raises UserError: no evaluation, no such verdicts.
+    """
+    settings = settings_of(out)
+    grader = grader or settings.get("grader", OWN_GRADER)
+    names = [Path(name).stem for name in settings.get("benchmark", [])]
+    tests = sorted(asked(out), key=lambda test: [*names, test.name].index(test.name))
+    for test in tests:
+        if not marks_file(out, grader, test.name).is_file():
+            raise UserError(
+                f"{out}: {test.name} is not graded by {grader}; "
+                f"`python -m redi.eval.grade regrade {out} --grader {grader}` does it"
+            )
+    return grader, {
+        test.name: (test, list(read_lines(marks_file(out, grader, test.name), Mark)))
+        for test in tests
+    }
+
+
+def run_names(runs: list[Path]) -> list[str]:
+    """The last part of each path, or as much of it as tells them apart: sft/eval, redi/eval."""
+    parts = [run.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{runs[0]}: is given twice")
+
+
+def read(out: Path, grader: str | None = None) -> Report:
+    """The report of an evaluation's verdicts. Raises UserError as `load` and `score`."""
+    grader, graded = load(out, grader)
+    settings = settings_of(out)
+    reported = REPORTED[:3] if "completions" in settings else REPORTED
+    return Report(
+        model=str(settings.get("model", out)),
+        grader=grader,
+        settings={name: settings[name] for name in reported if name in settings},
+        scores=[score(test, marks) for test, marks in graded.values()],
+    )
+
+
+def folder(out: Path, grader: str) -> Path:
+    """Where a report goes: beside the completions, or, of another grader than the run's own,
+    beside its verdicts."""
+    own = settings_of(out).get("grader", OWN_GRADER)
+    return out if grader == own else out / "verdicts" / grader
+
+
+def write(out: Path, grader: str | None = None) -> Report:
+    """Write report.json, report.md and report.html of an evaluation's verdicts."""
+    from redi.eval import page, tables
+
+    report = read(out, grader)
+    target = folder(out, report.grader)
+    for name, content in (
+        ("report.json", to_json(report)),
+        ("report.md", tables.markdown(report)),
+        ("report.html", page.page([out], report.grader)),
+    ):
+        with write_aside(target / name) as file:
+            file.write(content)
+    return report
+
+
 def to_json(report: Report) -> str:
-    """The report as indented JSON: {"mean_pass_at_1": ..., "benchmarks": [{...}]}."""
+    """Indented JSON: {"model", "grader", "settings", "mean_pass_at_1", "benchmarks": [{...}]}."""
     content: dict[str, Any] = {
+        "model": report.model,
+        "grader": report.grader,
+        "settings": report.settings,
         "mean_pass_at_1": report.mean_pass_at_1,
         "benchmarks": [dataclasses.asdict(score) for score in report.scores],
     }
     return json.dumps(content, indent=2) + "\n"
 
 
-HEADER = (
-    "benchmark", "problems", "pass@1 %", "pass@n %", "tokens mean", "median",
-    "truncated %", "no answer %", "timeout %",
-)  # fmt: skip
-
-
-def table(report: Report) -> str:
-    """A Markdown table that also reads well in a terminal; scores and shares in percent."""
-    rows = [HEADER, *(_row(score) for score in report.scores)]
-    if len(report.scores) > 1:
-        mean = f"{100 * report.mean_pass_at_1:.1f}"
-        rows.append(("mean", "", mean, *[""] * (len(HEADER) - 3)))
-    return _markdown(rows)
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the header first; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
-        lines.append(f"| {' | '.join(cells)} |")
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines.insert(1, f"| {' | '.join(rule)} |")
-    return "\n".join(lines)
-
-
-def _row(score: Score) -> tuple[str, ...]:
-    return (
-        score.benchmark,
-        f"{score.num_problems} x {score.num_samples}",
-        f"{100 * score.pass_at_1:.1f} ± {100 * score.sem:.1f}",
-        f"{100 * score.pass_at_k[-1]:.1f}",
-        f"{score.mean_tokens:.0f}",
-        f"{score.median_tokens:.0f}",
-        f"{100 * score.truncated:.1f}",
-        f"{100 * score.no_answer:.1f}",
-        f"{100 * score.timeout:.1f}",
-    )
-
-
-# ---------------------------------------------------------------- several models side by side
-
-
-@dataclass(kw_only=True)
-class CompareConfig:
-    runs: Annotated[list[str], "folders that evaluate.py wrote; each is named by its last part"]
-    out: Annotated[str | None, "JSON file for the table"] = None
-
-
-def compare(runs: list[Path]) -> list[dict[str, Any]]:
-    """A row for each run and benchmark, from the report.json of each run."""
-    rows = []
-    for run in runs:
-        path = run / "report.json"
-        try:
-            scores = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
-            rows += [_comparison_row(run.name, Score(**score)) for score in scores]
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; `python evaluate.py` makes it") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a report of evaluate.py ({error})") from None
-    return rows
-
-
-def _comparison_row(model: str, score: Score) -> dict[str, Any]:
-    return {
-        "model": model,
-        "benchmark": score.benchmark,
-        "problems": score.num_problems,
-        "samples": score.num_samples,
-        "pass@1": score.pass_at_1,
-        "sem": score.sem,
-        f"pass@{score.num_samples}": score.pass_at_k[-1],
-        "mean_tokens": score.mean_tokens,
-        "truncated": score.truncated,
-    }
-
-
-def comparison_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `compare` as a Markdown table; fractions as they are."""
-    cells = [["model", "benchmark", "pass@1 ± SEM", "pass@n", "mean tokens", "truncated"]]
-    for row in rows:
-        n = row["samples"]
-        cells.append(
-            [
-                row["model"],
-                row["benchmark"],
-                f"{row['pass@1']:.3f} ± {row['sem']:.3f}",
-                f"{row[f'pass@{n}']:.3f} (n = {n})",
-                f"{row['mean_tokens']:.1f}",
-                f"{row['truncated']:.1%}",
-            ]
-        )
-    return _markdown(cells)
-
-
-@program
 def main() -> None:
-    config = parse(CompareConfig, "Put evaluations side by side.")
-    rows = compare([Path(run) for run in config.runs])
-    print(comparison_table(rows))
-    if config.out:
-        with write_aside(config.out) as file:
-            json.dump({"rows": rows}, file, indent=2)
-            file.write("\n")
-        print(f"\nsaved {config.out}")
+    from redi.eval import compare
+
+    compare.main()
 
 
 if __name__ == "__main__":

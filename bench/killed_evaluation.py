@@ -1,0 +1,117 @@
+r"""What does it cost to kill an evaluation ten times?
+
+    make demo && python -m bench.killed_evaluation out/demo/sft out/demo/benchmark.jsonl
+
+One greedy evaluation runs through; another is killed (SIGKILL) at ten random moments and started
+again each time. Both must leave the same bytes in report, completions and verdicts; and the killed
+one may compute at most 1.1 times the tokens. Tokens are counted where they are embedded, so those
+of completions that a kill cut off count as well, and so do the prompts read again. Linux.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.measure import result, write
+from redi.config import UserError, program
+
+ROOT = Path(__file__).parent.parent
+KILLS = 10
+SAMPLES, SLOTS = 8, 16
+SEED = 1
+COMPARED = ("report.json", "report.md", "report.html", "completions", "problems", "verdicts")
+COUNTING = """
+import os, sys
+import torch
+from redi import checkpoint
+counter, sys.argv = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT), ["evaluate.py", *sys.argv[2:]]
+total = int(os.pread(counter, 20, 0) or 0)
+def count(module, arguments, output):
+    global total
+    total += arguments[0].numel()
+    os.pwrite(counter, b"%020d" % total, 0)
+load = checkpoint.load_model
+def load_counted(*arguments, **named):
+    model, source = load(*arguments, **named)
+    model.model.embed_tokens.register_forward_hook(count)
+    return model, source
+checkpoint.load_model = load_counted
+import evaluate
+evaluate.main()
+"""
+
+
+def start(model: str, benchmark: str, out: Path) -> subprocess.Popen:
+    flags = ["--model", model, "--benchmark", benchmark, "--out", out, "--temperature", 0,
+             "--samples", SAMPLES, "--slots", SLOTS, "--user-prompt", "plain",
+             "--max-new-tokens", 96]  # fmt: skip
+    command = [sys.executable, "-c", COUNTING, out.with_suffix(".tokens"), *flags]
+    return subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def made(out: Path) -> int:
+    files = (out / "completions").glob("*.unfinished-*.jsonl")
+    return sum(file.read_bytes().count(b"\n") for file in files)
+
+
+def kill_at(running: subprocess.Popen, out: Path, completions: int) -> None:
+    while made(out) < completions:
+        if running.poll() is not None:
+            raise RuntimeError(f"the evaluation ended with status {running.returncode}")
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.05))
+    running.kill()
+    running.wait()
+
+
+def finish(running: subprocess.Popen) -> None:
+    if running.wait() != 0:
+        raise RuntimeError(f"the evaluation ended with status {running.returncode}")
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    files = [f for name in COMPARED for f in (out / name, *(out / name).rglob("*")) if f.is_file()]
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+@program
+def main() -> None:
+    if len(sys.argv) != 3 or not Path(sys.argv[2]).is_file():
+        raise UserError("usage: python -m bench.killed_evaluation MODEL BENCHMARK.jsonl")
+    model, benchmark = (str(Path(argument).resolve()) for argument in sys.argv[1:])
+    random.seed(SEED)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder, "whole"), Path(folder, "killed")
+        finish(start(model, benchmark, whole))
+        count = len(
+            (whole / "completions" / f"{Path(benchmark).stem}.jsonl").read_bytes().split(b"\n")
+        )
+        for place in sorted(random.sample(range(count - 1 - SLOTS), KILLS)):
+            kill_at(start(model, benchmark, killed), killed, place)
+            print(f"killed with {made(killed)} of {count - 1} completions on disk")
+        finish(start(model, benchmark, killed))
+        tokens = [int(out.with_suffix(".tokens").read_bytes()) for out in (whole, killed)]
+        if 0 in tokens:
+            raise RuntimeError("no token was counted")
+        before, after = contents(whole), contents(killed)
+    different = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    print(f"{len(before)} files, {len(different)} differ {different}")
+    print(f"{tokens[0]} tokens in one go, {tokens[1]} with {KILLS} kills")
+    write(
+        "killed_evaluation",
+        {
+            "files_that_differ": result([len(different)], 0, "the evaluation that ran through"),
+            "tokens": result([tokens[1] / tokens[0]], 1.1, "the evaluation that ran through"),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A whole evaluation: benchmarks and a model in, completions, verdicts and a report out.
+
+evaluate.py reads the flags and calls this. Under torchrun every rank holds the model whole and
+makes its share of the completions; the first one grades them and writes the report, once all are
+there. What a user can get wrong is found before anything is sampled: sampling takes hours.
+"""
+
+from pathlib import Path
+
+import torch
+
+from redi import distributed
+from redi.checkpoint import Source, load_model, open_model
+from redi.config import UserError
+from redi.distributed import Place, node_leader_first, wait_for_all
+from redi.eval import elsewhere, report, tables
+from redi.eval.benchmarks import Benchmark
+from redi.eval.complete import complete
+from redi.eval.completions import Completion, Store, keep_problems
+from redi.eval.grade import Grader, mark_run, report_unreadable
+from redi.eval.protocol import Asked, EvalConfig, ask
+from redi.model import Transformer
+from redi.runlog import NoLog, RunLog, is_finished
+
+
+def evaluate(
+    config: EvalConfig,
+    place: Place,
+    tests: list[Benchmark],
+    given: dict[str, list[Completion]] | None = None,
+    made_by: str | None = None,
+) -> None:
+    """Sample, grade and report into config.out; what is there already is not made again.
+
+    given: the completions by benchmark, if they were made elsewhere. made_by: the command that
+    makes the default model, for the error if it is missing.
+    """
+    out = Path(config.out)
+    if is_finished(config.out, config):
+        if given is not None:
+            elsewhere.store_completions(out, given)
+        print((out / "report.md").read_text(), f"{out} is finished: nothing to do", sep="\n")
+        return
+
+    # ---- grader and model
+    notes = {"torch": torch.__version__}
+    if given is None:
+        with node_leader_first(place):  # a hub id is downloaded once a node
+            model, source = load_model(config.model, made_by=made_by)
+        asked = [one for test in tests for one in ask(test, source, config)]
+        notes["model"] = source.name
+    first = place.rank == 0
+    with Grader(config.graders, config.grade_seconds, config.grader) as grader:
+        if first:
+            report_unreadable(grader, tests)  # now, not after hours of sampling
+        log = RunLog(config.out, config, notes) if first else NoLog()
+        with node_leader_first(place):
+            for test in tests:
+                keep_problems(out, test)
+
+        # ---- sample: all benchmarks in one queue, each rank its share
+        if given is not None:
+            elsewhere.store_completions(out, given)
+        else:
+            model.to(place.device, distributed.compute_dtype(config.dtype, place))
+            model.requires_grad_(False)
+            sample(model, source, asked, tests, config, place)
+        if not first:
+            return
+
+        # ---- grade and report
+        mark_run(out, grader)
+    written = report.write(out)
+    log.finish()
+    print(tables.summary(written), f"saved {out}/report.html, .md and .json", sep="\n")
+
+
+def sample(
+    model: Transformer,
+    source: Source,
+    asked: list[Asked],
+    tests: list[Benchmark],
+    config: EvalConfig,
+    place: Place,
+) -> None:
+    """Every completion that is not on disk yet, and each there as soon as it is finished."""
+    out = Path(config.out)
+    stores = {test.name: Store(out, test, config.samples, place.rank) for test in tests}
+    left = [one for one in asked if (one.id, one.sample) not in stores[one.benchmark].done]
+    wait_for_all(place)  # before one appends to what another still reads
+    if done := len(asked) - len(left):
+        print(f"{out} holds {done} of {len(asked)} completions; the rest are made now")
+    name = tests[0].name if len(tests) == 1 else f"{len(tests)} benchmarks"
+    try:
+        for one, completion in complete(model, source, left, config, place, name):
+            stores[one.benchmark].append(completion)
+    except KeyboardInterrupt:
+        made = sum(len(store.done) for store in stores.values())
+        said = f"{out} holds {made} of {len(asked)} completions; the same command goes on"
+        raise KeyboardInterrupt(said) from None
+    wait_for_all(place)
+    if place.rank == 0:
+        for store in stores.values():
+            store.finish()
+
+
+def export(config: EvalConfig, tests: list[Benchmark], made_by: str | None) -> None:
+    """Write what another program is to be asked. Raises UserError as `elsewhere.export_prompts`."""
+    if config.completions:
+        raise UserError("--export-prompts: expected without --completions; one comes first")
+    _, source = open_model(config.model, made_by=made_by)
+    count = elsewhere.export_prompts(config.export_prompts, tests, source, config)
+    print(f"saved {config.export_prompts}: {count} prompts, {config.samples} samples of each")

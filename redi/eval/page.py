@@ -1,0 +1,108 @@
+r"""Evaluations as one HTML page, to filter problems and read completions side by side.
+
+The page is a file of its own: no server, no network, nothing to install. `page.html` holds its
+form; the data goes into it as one JSON text in a script element that is never run. Completions are
+a model's, so nothing of them is ever taken for markup: in the JSON every <, > and & is written as
+an escape, the page puts text into elements as text, and its own policy forbids it to load anything.
+
+A page that a browser can open holds some 50 million characters. Where completions have more, each
+one longer than a limit is shortened in its middle, where it is read least, and says so.
+Left out: typeset formulas. They would need a library as large as the page.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from redi.config import UserError
+from redi.eval.completions import Completion, completions_file, read_lines
+from redi.eval.report import load, run_names, settings_of
+
+TEMPLATE = Path(__file__).with_name("page.html")
+CHARACTERS = 50_000_000  # of all completions together
+PLACE = "/* the data */"
+
+
+def page(runs: list[Path], grader: str | None = None) -> str:
+    """The page of one evaluation or of several. Raises UserError as `report.load`, and where two
+    ask other problems under one name."""
+    loaded = [load(run, grader) for run in runs]
+    lengths = [len(c.text) for run, (_, tests) in zip(runs, loaded) for c in _stored(run, tests)]
+    limit = _limit(lengths)
+    problems: dict[str, dict[str, dict[str, Any]]] = {}  # benchmark -> id -> problem
+    for number, (run, (_, tests)) in enumerate(zip(runs, loaded)):
+        for name, (test, marks) in tests.items():
+            rows = problems.setdefault(name, {})
+            for problem in test.problems:
+                row = _problem_row(problem, len(runs))
+                known = rows.setdefault(problem.id, row)
+                if any(known[field] != row[field] for field in ("problem", "answers")):
+                    raise UserError(f"{name}: problem {problem.id!r} is not the same in all runs")
+            verdicts = {mark.key: mark for mark in marks}
+            for completion in read_lines(completions_file(run, name), Completion):
+                mark = verdicts[completion.key]
+                rows[completion.id]["runs"][number].append(
+                    {
+                        "sample": completion.sample,
+                        "verdict": mark.verdict,
+                        "extracted": mark.extracted,
+                        "tokens": completion.num_tokens,
+                        "finish": completion.finish_reason,
+                        "text": _shortened(completion.text, limit),
+                    }
+                )
+    models = [str(settings_of(run).get("model", run)) for run in runs]
+    names = run_names(runs) if len(runs) > 1 else models  # the page of a run moves with its folder
+    content = {
+        "runs": [
+            {"name": name, "model": model, "grader": used}
+            for name, model, (used, _) in zip(names, models, loaded)
+        ],
+        "shortened": max(lengths, default=0) > limit,
+        "benchmarks": [
+            {"name": name, "problems": list(rows.values())} for name, rows in problems.items()
+        ],
+    }
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, _in_script(content))
+
+
+def _stored(run: Path, names: Iterable[str]) -> Iterator[Completion]:
+    for name in names:
+        yield from read_lines(completions_file(run, name), Completion)
+
+
+def _problem_row(problem: Any, runs: int) -> dict[str, Any]:
+    return {
+        "id": problem.id,
+        "problem": problem.problem,
+        "answers": problem.answers,
+        "subject": problem.subject,
+        "difficulty": problem.difficulty,
+        "runs": [[] for _ in range(runs)],
+    }
+
+
+def _limit(lengths: list[int]) -> int:
+    """The longest length to show, so that all together stay within CHARACTERS."""
+    left, remaining = CHARACTERS, len(lengths)
+    for length in sorted(lengths):
+        if length * remaining > left:
+            return left // remaining
+        left -= length
+        remaining -= 1
+    return max(lengths, default=0)
+
+
+def _shortened(text: str, limit: int) -> str:
+    """The beginning and the longer end of a text that exceeds `limit` characters."""
+    if len(text) <= limit:
+        return text
+    head, tail = limit // 3, limit - limit // 3
+    return f"{text[:head]}\n\n[... {len(text) - limit:,} characters left out ...]\n\n{text[-tail:]}"
+
+
+def _in_script(content: Any) -> str:
+    """JSON that cannot end the script element it stands in, nor begin anything else there."""
+    text = json.dumps(content)  # ASCII alone: line separators and halves of pairs are escapes
+    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")

@@ -1,0 +1,74 @@
+"""A benchmark asked between training steps: evaluate.py's numbers, and a training left alone.
+
+python -m pytest tests/test_between_steps.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import test_resume
+import test_train
+from test_resume import SFT, ranks, records
+from test_train import run, sft_config, steps, weights
+
+import evaluate
+from redi.config import UserError
+
+made, here, one_thread = test_train.made, test_train.here, test_resume.one_thread
+PROBLEMS = 5
+EXAM = {"eval_benchmark": "benchmark.jsonl", "eval_samples": 3, "eval_every": 2}
+FLAGS = ["--eval-benchmark", "benchmark.jsonl", "--eval-samples", "3", "--eval-every", "2"]
+
+
+def write_benchmark(folder: Path) -> None:
+    rows = [{"problem": f"Compute {number}-1=?", "answer": "1"} for number in range(PROBLEMS)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "benchmark.jsonl").write_text("".join(lines))
+
+
+def without_time(out: str | Path) -> list[dict]:
+    return [record for record in records(out) if record["kind"] == "benchmark"]
+
+
+def test_scores_are_those_of_evaluate_and_training_does_not_notice(here, monkeypatch):
+    write_benchmark(here)
+    plain = run(sft_config(out="plain", epochs=2))
+    asked = run(sft_config(out="asked", epochs=2, checkpoint_blocks="all", **EXAM))
+    assert [record["loss"] for record in steps(asked)] == [r["loss"] for r in steps(plain)]
+    assert all((weights("asked")[name] == w).all() for name, w in weights("plain").items())
+    scores = steps(asked, "benchmark")
+    assert [score["step"] for score in scores] == [2, 4, 6]
+    assert len({score["mean_tokens"] for score in scores}) == 3  # the model has changed
+
+    arguments = ["--model", "asked", "--benchmark", "benchmark.jsonl", "--samples", 3,
+                 "--user-prompt", "plain", "--max-new-tokens", 100]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+    [of_saved] = json.loads(Path("asked/eval/report.json").read_text())["benchmarks"]
+    for name in ("pass_at_1", "mean_tokens", "truncated", "no_answer"):
+        assert scores[-1][name] == pytest.approx(of_saved[name], abs=1e-12)
+
+
+def test_ranks_make_a_share_each_and_add_up(here):
+    write_benchmark(here)
+    run(sft_config(out="alone", epochs=2, cache="tokens", **EXAM))
+    alone = without_time("alone")
+    for out, flags in (("zero-2", []), ("zero-3", ["--reshard-after-forward", "true"])):
+        for rank in ranks(here, [*SFT, *FLAGS, "--out", out, *flags], None, None):
+            rank.ends(0)
+        together = without_time(out)
+        assert [r["step"] for r in together] == [r["step"] for r in alone]
+        for one, other in zip(together, alone):
+            assert one == pytest.approx(other)
+        for rank in ranks(here, [*SFT, "--out", f"plain {out}", *flags], None, None):
+            rank.ends(0)
+        trained = [r for r in records(out) if r["kind"] == "train"]
+        assert trained == [r for r in records(f"plain {out}") if r["kind"] == "train"]
+
+
+def test_a_benchmark_that_is_not_there_is_found_before_training(here, capsys):
+    with pytest.raises(UserError, match=r"nothing\.jsonl: no such benchmark or file"):
+        run(sft_config(eval_benchmark="nothing.jsonl"))
+    assert not Path("run").exists()

@@ -1,0 +1,238 @@
+"""Two evaluations against each other, from their folders; and the page that shows both."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from redi.config import UserError
+from redi.eval import compare, page, report
+from redi.eval.benchmarks import Benchmark, Problem
+from redi.eval.compare import paired
+from redi.eval.completions import (
+    Completion,
+    Mark,
+    completions_file,
+    keep_problems,
+    marks_file,
+    write_lines,
+)
+from redi.eval.statistics import mcnemar
+
+ROOT = Path(__file__).parent.parent
+
+
+def evaluation(
+    out: Path, *problems: str, text: str = "…", question: str = "1+1?", name="b"
+) -> Path:
+    """A graded evaluation from strings: "10" is a problem solved by sample 0 and not by 1."""
+    test = Benchmark(name, [Problem(str(p), question, ["2"]) for p in range(len(problems))])
+    keep_problems(out, test)
+    places = [(str(p), j, m == "1") for p, ms in enumerate(problems) for j, m in enumerate(ms)]
+    write_lines(
+        completions_file(out, name),
+        [
+            Completion(id=id, sample=j, text=text, num_tokens=5, finish_reason="stop")
+            for id, j, _ in places
+        ],
+    )
+    write_lines(
+        marks_file(out, "math-verify", name),
+        [
+            Mark(
+                id=id,
+                sample=j,
+                verdict="correct" if right else "incorrect",
+                extracted="2" if right else "3",
+                num_tokens=5,
+                loops=False,
+            )
+            for id, j, right in places
+        ],
+    )
+    return out
+
+
+def test_one_sample_a_problem_is_compared_by_mcnemar(tmp_path):
+    """Nine problems that only the second solves, one that only the first does, ten that both do:
+    8 of 20 more, p = 22/1024."""
+    first = evaluation(tmp_path / "first", *"0" * 9, "1", *"1" * 10)
+    second = evaluation(tmp_path / "second", *"1" * 9, "0", *"1" * 10)
+    [found] = compare.compare([first, second])
+    assert (found.won, found.lost, found.num_problems) == (9, 1, 20)
+    assert found.difference == pytest.approx(8 / 20)
+    assert found.p_value == mcnemar(9, 1) == pytest.approx(22 / 1024)
+    assert found.test == "McNemar's exact test"
+    assert found.sentence().startswith("b: second is better than first. second less first is +40.0")
+
+
+def test_several_samples_are_compared_by_a_bootstrap_over_problems(tmp_path):
+    first = evaluation(tmp_path / "first", *["1100"] * 10, *["1000"] * 10)
+    second = evaluation(tmp_path / "second", *["1110"] * 10, *["1000"] * 10)
+    [found] = compare.compare([first, second])
+    assert found.difference == pytest.approx(1 / 8)
+    assert found.test == "bootstrap over problems"
+    low, high = found.interval
+    assert 0 < low < 1 / 8 < high < 1 / 4
+    assert found.p_value < 0.01
+
+
+def test_equal_runs_differ_by_chance_and_the_sentence_says_so(tmp_path):
+    runs = [evaluation(tmp_path / name, "10", "01", "11") for name in ("a", "c")]
+    [found] = compare.compare(runs)
+    assert found.p_value == 1
+    assert found.sentence().startswith("b: chance may explain the difference. c less a is +0.0")
+
+
+def test_the_worse_run_is_not_called_better(tmp_path):
+    worse = evaluation(tmp_path / "worse", *"0" * 30)
+    better = evaluation(tmp_path / "better", *"1" * 30)
+    assert "better is better than worse" in compare.compare([better, worse])[0].sentence()
+    assert "better is better than worse" in compare.compare([worse, better])[0].sentence()
+
+
+def test_numbers_of_samples_may_differ(tmp_path):
+    test = Benchmark("b", [Problem("0", "?", ["2"])])
+    marks = [
+        [
+            Mark(id="0", sample=j, verdict=v, extracted="2", num_tokens=1, loops=False)
+            for j, v in enumerate(verdicts)
+        ]
+        for verdicts in (["correct", "incorrect"], ["correct"])
+    ]
+    assert paired(test, ("a", "b"), *marks).difference == 0.5
+
+
+def test_runs_of_other_problems_are_not_compared(tmp_path):
+    runs = [evaluation(tmp_path / q, "1", question=q) for q in ("x", "y")]
+    with pytest.raises(UserError, match="b: x and y were asked other problems"):
+        compare.compare(runs)
+
+
+def test_a_run_without_the_graders_verdicts_names_the_command_that_makes_them(tmp_path):
+    run = evaluation(tmp_path / "run", "1")
+    with pytest.raises(UserError, match=r"grade regrade .*run --grader paper` does it"):
+        report.load(run, "paper")
+
+
+def test_the_command_writes_tables_and_page(tmp_path):
+    runs = [evaluation(tmp_path / name, "10", "11", name="aime24") for name in ("sft", "redi")]
+    done = subprocess.run(
+        [sys.executable, "-m", "redi.eval.report", *runs, "--out", tmp_path / "table.json",
+         "--page", tmp_path / "page.html"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "75.0 ± 17.7" in done.stdout
+    assert "aime24: chance may explain the difference" in done.stdout
+    assert "Nothing in this table was measured here" in done.stdout
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert [row["model"] for row in content["rows"]] == ["sft", "redi"]
+    assert content["rows"][0]["pass@2"] == 1
+    assert content["paired"][0]["difference"] == 0
+    assert data_of((tmp_path / "page.html").read_text())["runs"][1]["name"] == "redi"
+
+
+# ---------------------------------------------------------------- the page
+
+
+HOSTILE = (
+    "</script><script>document.title = 'x'</script><!--<script><img src=x onerror=alert(1)>"
+    " \u2028 &lt;b&gt; \\u003c </textarea>]]> ' \" `"
+)
+
+
+class Tags(HTMLParser):
+    """The elements a browser would see, and the text of the data element."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.data, self._inside = [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self._inside = ("id", "data") in attributes
+
+    def handle_data(self, data):
+        if self._inside:
+            self.data += data
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+
+def data_of(text: str) -> dict:
+    return json.loads(Tags(text).data)
+
+
+def test_what_a_model_wrote_is_never_markup(tmp_path):
+    run = evaluation(tmp_path / "run", "10", text=HOSTILE, question=HOSTILE)
+    text = page.page([run])
+    assert Tags(text).tags == Tags(page.TEMPLATE.read_text()).tags
+    [problem] = data_of(text)["benchmarks"][0]["problems"]
+    assert problem["problem"] == HOSTILE
+    assert [sample["text"] for sample in problem["runs"][0]] == [HOSTILE] * 2
+
+
+def test_the_page_is_one_file_that_loads_nothing():
+    text = page.TEMPLATE.read_text()
+    assert not re.search(r"https?:|//[a-z]|\bsrc=|@import|url\(", text)
+    assert "default-src 'none'" in text
+    assert "innerHTML" not in text
+    assert text.count(page.PLACE) == 1
+
+
+def test_two_runs_lie_side_by_side_in_each_problem(tmp_path):
+    runs = [evaluation(tmp_path / name, "10", text=name) for name in ("sft", "redi")]
+    content = data_of(page.page(runs))
+    [problem] = content["benchmarks"][0]["problems"]
+    assert [[s["text"] for s in samples] for samples in problem["runs"]] == [
+        ["sft", "sft"],
+        ["redi", "redi"],
+    ]
+    assert [s["verdict"] for s in problem["runs"][0]] == ["correct", "incorrect"]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
+def test_a_browser_shows_two_runs_side_by_side_and_runs_nothing_of_theirs(tmp_path):
+    runs = [evaluation(tmp_path / n, "10", "11", text=f"{n} {HOSTILE}") for n in ("sft", "redi")]
+    path = tmp_path / "page.html"
+    path.write_text(page.page(runs))
+    shown = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    ).stdout  # fmt: skip
+    body = shown.split("<nav")[1].split('<script type="application/json"')[0]
+    assert "2 of 2 problems" in shown
+    assert body.count('class="pane"') == 2
+    assert body.count("&lt;/script&gt;&lt;script&gt;document.title") == 2  # as text, in each pane
+    assert "<img" not in body
+    assert "<title>x</title>" not in shown
+
+
+def test_a_problem_that_differs_between_runs_is_an_error(tmp_path):
+    runs = [evaluation(tmp_path / q, "1", question=q) for q in ("x", "y")]
+    with pytest.raises(UserError, match="problem '0' is not the same in all runs"):
+        page.page(runs)
+
+
+def test_long_completions_are_shortened_in_the_middle_and_short_ones_are_not(monkeypatch):
+    monkeypatch.setattr(page, "CHARACTERS", 100)
+    limit = page._limit([10, 20, 200, 300])
+    assert limit == 35  # 10 + 20 + 2 * 35
+    assert page._shortened("a" * 35, limit) == "a" * 35
+    text = page._shortened("a" * 100 + "b" * 200, limit)
+    assert text.startswith("a" * 11)
+    assert text.endswith("b" * 24)
+    assert "265 characters left out" in text
+
+
+def test_completions_that_fit_are_whole():
+    assert page._limit([5, 7]) == 7
+    assert page._limit([]) == 0
