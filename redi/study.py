@@ -5,7 +5,7 @@
     python -m redi.study recipes/study_paper.toml                the paper's grid
 
 study_plan.py says what stands in a STUDY.toml. The study starts the same programs as a user would,
-as many at a time as there are cores, or on GPUs one training on all of them; every command line is
+as many at a time as there are cores, or on GPUs one at a time on all of them; every command line is
 in OUT/journal.jsonl. Started again after a kill, it goes on; methods, learning rates and seeds may
 be added to the file. A run that fails is named, the others go on, and the exit status is 2.
 
@@ -23,7 +23,7 @@ import torch
 
 from redi.config import UserError, parse, positional, program, require
 from redi.data.files import make_folder, write_aside
-from redi.study_jobs import Machine, run_jobs, shown
+from redi.study_jobs import run_jobs, shown
 from redi.study_page import report, summary, table, to_html, to_markdown
 from redi.study_plan import Study, jobs, read_study
 from redi.study_results import Results, collect
@@ -33,7 +33,7 @@ from redi.study_results import Results, collect
 class StudyConfig:
     study: Annotated[str, "STUDY.toml", positional] = "recipes/study_toy.toml"
     out: Annotated[str | None, "folder for everything; none: out/NAME of the file"] = None
-    workers: Annotated[int | None, "jobs at a time; none: a GPU, or a core, each"] = None
+    workers: Annotated[int | None, "jobs at a time; none: one on GPUs, else one a core"] = None
     dry_run: Annotated[bool, "print the command lines that are to be run, and stop"] = False
 
     def __post_init__(self) -> None:
@@ -51,8 +51,8 @@ def main() -> None:
             print(*map(shown, job.commands), sep="\n")
         return
     _refuse_files_of_others(study.out)
-    machine = Machine(config.workers or gpus or len(os.sched_getaffinity(0)), gpus)
-    failed = run_jobs(wanted, study.out, machine)
+    places = config.workers or (1 if gpus else len(os.sched_getaffinity(0)))
+    failed = run_jobs(wanted, study.out, places)
     results = write(study, failed)
     print(_as_text(results))
     print(f"{summary(results)}\nsaved {study.out}/report.md, report.html, study.json and figures/")

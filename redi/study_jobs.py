@@ -7,8 +7,7 @@
 A job whose commands, and those of all it needs, are in the journal as done is not run again. One
 that a kill interrupted is: the programs go on where they were. A study that was killed alone leaves
 its programs behind to end their work; the next one waits for them at the lock. A job that fails
-takes along those that need it and no others. On GPUs, a place is a GPU: training takes all, an
-evaluation one.
+takes along those that need it and no others.
 
 Left out: several machines; threads. A loop looks at its processes ten times a second.
 """
@@ -18,7 +17,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -41,46 +39,24 @@ LOOK_SECONDS = 0.1
 GRACE_SECONDS = 120.0  # to end the step at hand and save a checkpoint, when asked to stop
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What there is to run on: `places` jobs at a time, on GPUs (one place each) or cores."""
-
-    places: int
-    gpus: int
-
-    def environment(self, job: Job, place: int) -> dict[str, str]:
-        """Threads that share the cores between them, and a GPU for a job that takes one."""
-        cores = len(os.sched_getaffinity(0))
-        own = {
-            "OMP_NUM_THREADS": str(max(1, cores // self.places)),
-            "OMP_WAIT_POLICY": "passive",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")])),
-        }
-        if self.gpus and not job.trains:
-            given = os.getenv("CUDA_VISIBLE_DEVICES")
-            own["CUDA_VISIBLE_DEVICES"] = given.split(",")[place] if given else str(place)
-        return {**os.environ, **own}
-
-
 @dataclass
 class _Running:
     job: Job
-    places: list[int]
     log: TextIO
     began: float = field(default_factory=time.monotonic)
     number: int = 0  # of the command at hand
     process: subprocess.Popen | None = None
 
 
-def run_jobs(jobs: Sequence[Job], out: Path, machine: Machine) -> dict[str, str]:
-    """Do what is not done yet. -> job -> why it failed, or which one that it needs did.
+def run_jobs(jobs: Sequence[Job], out: Path, places: int) -> dict[str, str]:
+    """Do what is not done yet, `places` at a time. -> job -> why it failed, or which one that it
+    needs did.
 
     Raises Stopped if the study was asked to stop: its programs were, too, and have ended.
     """
     make_folder(out / "logs")
     with _locked(out / "study.lock") as lock, StopSignals() as signals:
-        work = _Work(jobs, out, machine, lock)
+        work = _Work(jobs, out, places, lock)
         try:
             while work.waiting or work.running:
                 if signals.wanted:
@@ -97,18 +73,15 @@ def run_jobs(jobs: Sequence[Job], out: Path, machine: Machine) -> dict[str, str]
 class _Work:
     """The jobs of one call: waiting, running, done, failed."""
 
-    def __init__(self, jobs: Sequence[Job], out: Path, machine: Machine, lock: TextIO):
-        self.out, self.machine, self.lock = out, machine, lock
+    def __init__(self, jobs: Sequence[Job], out: Path, places: int, lock: TextIO):
+        self.out, self.places, self.lock = out, places, lock
         self.keys = keys(jobs)
         self.entries = read_journal(out)
         done = [job for job in jobs if self._is_done(job)]
-        for job in done:
-            _remove(job.leaves)  # a kill may have come before
         self.done = {job.name for job in done}
         self.waiting = [job for job in jobs if job.name not in self.done]
         self.running: list[_Running] = []
         self.failed: dict[str, str] = {}
-        self.free = list(range(machine.places))
         self.bar = tqdm(
             total=len(jobs), initial=len(done), desc=out.name, unit="job", disable=None,
             dynamic_ncols=True, bar_format="{desc} {n}/{total} |{bar}| {elapsed} {postfix}",
@@ -122,14 +95,11 @@ class _Work:
         return bool(right) and job.product.exists()
 
     def start_what_fits(self) -> None:
-        for job in [job for job in self.waiting if self.done.issuperset(job.needs)]:
-            wanted = self.machine.places if self.machine.gpus and job.trains else 1
-            if wanted > len(self.free):
-                return  # nobody overtakes: else one that wants all places would wait for ever
-            places = [self.free.pop(0) for _ in range(wanted)]
+        ready = [job for job in self.waiting if self.done.issuperset(job.needs)]
+        for job in ready[: self.places - len(self.running)]:
             self.waiting.remove(job)
             log = open(_log(self.out, job), "a", encoding="utf-8")  # noqa: SIM115 (till it ends)
-            running = _Running(job, places, log)
+            running = _Running(job, log)
             self._start(running)
             self.running.append(running)
 
@@ -142,7 +112,7 @@ class _Work:
             stdin=subprocess.DEVNULL,
             stdout=running.log,
             stderr=subprocess.STDOUT,
-            env=self.machine.environment(running.job, running.places[0]),
+            env=_environment(self.places),
             pass_fds=[self.lock.fileno()],
             start_new_session=True,  # Ctrl-C is for the study, which tells its programs
         )
@@ -158,7 +128,6 @@ class _Work:
                 self._start(running)
                 continue
             self.running.remove(running)
-            self.free = sorted([*self.free, *running.places])
             running.log.close()
             self._finish(running, status)
 
@@ -178,7 +147,6 @@ class _Work:
         self.entries[job.name] = entry
         _append(self.out / "journal.jsonl", entry)
         if status == 0:
-            _remove(job.leaves)
             self.done.add(job.name)
             said = f"{job.name}: {seconds:.0f} s"
         else:
@@ -209,14 +177,10 @@ class _Work:
         known = {kind: fmean(seconds) for kind, seconds in times.items()}
         usual = fmean(known.values()) if known else 0.0
         now = time.monotonic()
-        left = sum(known.get(job.kind, usual) * self._share(job) for job in self.waiting)
+        left = sum(known.get(job.kind, usual) for job in self.waiting)
         for one in self.running:
-            whole = known.get(one.job.kind, usual)
-            left += max(0.0, whole - (now - one.began)) * self._share(one.job)
-        return left
-
-    def _share(self, job: Job) -> float:
-        return 1.0 if self.machine.gpus and job.trains else 1 / self.machine.places
+            left += max(0.0, known.get(one.job.kind, usual) - (now - one.began))
+        return left / self.places
 
     def end(self) -> None:
         """Ask the programs that still run to stop, and wait until they have."""
@@ -287,9 +251,15 @@ def _last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def _remove(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+def _environment(places: int) -> dict[str, str]:
+    """What programs that run side by side have alike: threads that share the cores."""
+    own = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // places)),
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")])),
+    }
+    return {**os.environ, **own}
 
 
 @contextmanager

@@ -10,12 +10,9 @@
     [stage1]                              # settings of train_sft.py,
     lr = 4e-3
     [stage2]                              # of train_redi.py, the same for all methods,
-    max_length = 256
-    [evaluation]                          # of evaluate.py,
+    eval_every = 12                       # accuracy on the way, on the toy's benchmark
+    [evaluation]                          # and of evaluate.py, for every model at the end
     samples = 8
-    [checkpoints]                         # and of its runs on models on the way: these steps, and
-    steps = [25, 50, 75]                  # what differs from [evaluation]
-    samples = 2
     [[method]]                            # tables of one name are one method: its best counts.
     name = "DPO"                          # Every setting of train_redi.py; a list means each of
     objective = "dpo"                     # its values, with each of those of the other lists
@@ -24,16 +21,18 @@
 
 Stage 1 is trained once for a seed of a setting, and shared by all methods and shares of mislabelled
 traces: these change pairs, not positives. A toy's benchmark is the same for all seeds, so that they
-differ in data order, data, and initialisation alone. Left out: a search; a grid is what it says.
+differ in data order, data, and initialisation alone.
+
+Accuracy on the way is measured inside training, on the weights at hand, so that a grid of runs
+writes no checkpoints but those it resumes from. Left out: a search; a grid is what it says.
 """
 
 import itertools
-import math
 import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +44,15 @@ from train_sft import SFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent  # where the programs are
 # What a study sets itself: for each run, or because a run's result must not depend on it.
-OF_RUNS = {"out", "seed", "cache", "save_every", "keep", "resume", "dry_run"}
+OF_RUNS = {"out", "seed", "cache", "resume", "dry_run"}
 TAKEN: dict[type, set[str]] = {
     ToyConfig: {"out", "seed", "mislabelled_rejected"},
     SFTConfig: OF_RUNS,
     REDIConfig: OF_RUNS | {"model"},
-    EvalConfig: {"model", "out"},
+    EvalConfig: {"model", "out", "completions", "export_prompts"},
 }
-BY_TOY = {"model", "data", "benchmark"}
-TABLES = ("toy", "stage1", "stage2", "evaluation", "checkpoints")
+BY_TOY = {"model", "data", "benchmark", "eval_benchmark"}
+TABLES = ("toy", "stage1", "stage2", "evaluation")
 BENCHMARK_SEED = 42
 
 
@@ -98,8 +97,6 @@ class Job:
     commands: list[list[str]]
     needs: list[str]  # names of jobs that are to be done before
     product: Path
-    leaves: list[Path] = field(default_factory=list)  # folders of no use once it is done
-    trains: bool = False  # on all GPUs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +110,6 @@ class Study:
     stage2: dict[str, Any]
     variants: list[Variant]
     evaluation: dict[str, Any]
-    checkpoints: dict[str, Any]
-    steps: list[int]
 
     def models(self) -> Iterator[Model]:
         """Every model of the study, stage 1 before what is made of it."""
@@ -124,9 +119,6 @@ class Study:
             for share, variant in itertools.product(self.mislabelled, self.variants):
                 name = variant.slug + (f"-mislabelled-{share:g}" if share else "")
                 yield Model(setting, seed, share, variant, folder / name)
-
-    def checkpoint_evaluation(self, model: Model, step: int) -> Path:
-        return model.folder / f"eval-{step:06d}"
 
 
 # ---------------------------------------------------------------- the file
@@ -154,10 +146,6 @@ def read_study(path: str | Path, out: str | None = None) -> Study:
         raise UserError(f"{where}: key 'mislabelled': expected different numbers within [0, 1]")
     if not is_toy and ("setting" in tables or "mislabelled" in tables):
         raise UserError(f"{where}: [[setting]] and 'mislabelled' need [toy]")
-    checkpoints = dict(tables.get("checkpoints", {}))
-    steps = check_table({"steps": checkpoints.pop("steps", [])}, {"steps": list[int]}, where)
-    evaluation = _section(tables, "evaluation", EvalConfig, where, is_toy)
-    tables = {**tables, "checkpoints": checkpoints}
     stage2 = _section(tables, "stage2", REDIConfig, where, is_toy, objective="redi")
     return Study(
         path=Path(path),
@@ -168,9 +156,7 @@ def read_study(path: str | Path, out: str | None = None) -> Study:
         stage1=_section(tables, "stage1", SFTConfig, where, is_toy),
         stage2=stage2,
         variants=_variants(tables.get("method", []), stage2, where, is_toy),
-        evaluation=evaluation,
-        checkpoints=evaluation | _section(tables, "checkpoints", EvalConfig, where, is_toy),
-        steps=_checked_steps(steps["steps"], where),
+        evaluation=_section(tables, "evaluation", EvalConfig, where, is_toy),
     )
 
 
@@ -250,12 +236,6 @@ def _refuse_alike(names: list[str], where: str) -> None:
             raise UserError(f"{where}: {name!r} is there twice")
 
 
-def _checked_steps(steps: list[int], where: str) -> list[int]:
-    if any(step < 1 for step in steps) or sorted(set(steps)) != steps:
-        raise UserError(f"{where}: [checkpoints]: key 'steps': expected rising steps; got {steps}")
-    return steps
-
-
 def slug(text: str) -> str:
     """A name as part of a path: lower case, and a dash for everything else."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
@@ -268,18 +248,13 @@ def jobs(study: Study, gpus: int = 0) -> list[Job]:
     """Everything that there is to do, in an order in which it can be done."""
     found: list[Job] = []
     for model in study.models():
-        base = model.folder.parent
         if model.variant is None:
             if model.setting.toy is not None:
                 found += [_data(model, share) for share in sorted({0.0, *study.mislabelled})]
             found.append(_stage1(study, model, gpus))
         else:
             found.append(_stage2(study, model, gpus))
-            found += [_on_the_way(study, model, base, step) for step in study.steps]
-        settings, needs = study.evaluation, [str(model.folder)]
-        command = _evaluate(model, base, model.folder, model.folder / "eval", settings)
-        product = model.folder / "eval" / "report.json"
-        found.append(Job(str(model.folder / "eval"), "evaluation", [command], needs, product))
+        found.append(_evaluation(study, model, gpus))
     return found
 
 
@@ -304,63 +279,45 @@ def _stage1(study: Study, model: Model, gpus: int) -> Job:
     settings = {**study.stage1, **(paths if is_toy else {}), **_of_run(study, model)}
     command = [*_program("train_sft.py", gpus), *flags(settings)]
     needs = [str(data)] if is_toy else []
-    product = model.folder / "config.json"
-    return Job(str(model.folder), "stage 1", [command], needs, product, trains=True)
+    return Job(str(model.folder), "stage 1", [command], needs, model.folder / "config.json")
 
 
 def _stage2(study: Study, model: Model, gpus: int) -> Job:
     base = model.folder.parent
     data = _data_folder(base, model.mislabelled)
-    is_toy = model.setting.toy is not None
-    settings = {
-        **study.stage2,
-        **model.variant.settings,
-        "model": str(base / "sft"),
-        **({"data": str(data / "pairs.jsonl")} if is_toy else {}),
-        **_of_run(study, model),
-    }
-    if study.steps:  # every checkpoint stays until it has been evaluated
-        every = math.gcd(*study.steps)
-        settings |= {"save_every": every, "keep": study.steps[-1] // every + 1_000}
-    command = [*_program("train_redi.py", gpus), *flags(settings)]
-    needs = [str(base / "sft"), *([str(data)] if is_toy else [])]
-    product = model.folder / "config.json"
-    return Job(str(model.folder), "stage 2", [command], needs, product, trains=True)
+    settings = {**study.stage2, **model.variant.settings, "model": str(base / "sft")}
+    needs = [str(base / "sft")]
+    if model.setting.toy is not None:
+        settings["data"] = str(data / "pairs.jsonl")
+        needs.append(str(data))
+        if "eval_every" in settings:
+            settings["eval_benchmark"] = str(_benchmark(base))
+    command = [*_program("train_redi.py", gpus), *flags(settings | _of_run(study, model))]
+    return Job(str(model.folder), "stage 2", [command], needs, model.folder / "config.json")
 
 
 def _of_run(study: Study, model: Model) -> dict[str, Any]:
     return {"out": str(model.folder), "seed": model.seed, "cache": str(study.out / "tokens")}
 
 
-def _on_the_way(study: Study, model: Model, base: Path, step: int) -> Job:
-    """The evaluation of one checkpoint, which together with its copy goes afterwards."""
-    checkpoint = model.folder / "checkpoints" / f"step-{step:06d}"
-    exported, out = model.folder / f"step-{step:06d}", study.checkpoint_evaluation(model, step)
-    # A copy that was begun by a killed study is of no use to `export`, which wants an empty folder.
-    commands = [
-        ["rm", "-rf", str(exported)],
-        [*_module("redi.checkpoint"), "export", str(checkpoint), "--out", str(exported)],
-        _evaluate(model, base, exported, out, study.checkpoints),
-    ]
-    leaves = [exported, checkpoint]
-    kind = "evaluation on the way"
-    return Job(str(out), kind, commands, [str(model.folder)], out / "report.json", leaves)
-
-
-def _evaluate(
-    model: Model, base: Path, evaluated: Path, out: Path, settings: dict[str, Any]
-) -> list[str]:
-    paths = {"model": str(evaluated), "out": str(out)}
+def _evaluation(study: Study, model: Model, gpus: int) -> Job:
+    out = model.folder / "eval"
+    settings = {**study.evaluation, "model": str(model.folder), "out": str(out)}
     if model.setting.toy is not None:
-        paths["benchmark"] = str(_data_folder(base, 0.0) / "benchmark.jsonl")
-    return [*_program("evaluate.py"), *flags({**settings, **paths})]
+        settings["benchmark"] = str(_benchmark(model.folder.parent))
+    command = [*_program("evaluate.py", gpus), *flags(settings)]
+    return Job(str(out), "evaluation", [command], [str(model.folder)], out / "report.json")
+
+
+def _benchmark(base: Path) -> Path:
+    return _data_folder(base, 0.0) / "benchmark.jsonl"
 
 
 def _module(name: str) -> list[str]:
     return [sys.executable, "-m", name]
 
 
-def _program(name: str, gpus: int = 0) -> list[str]:
+def _program(name: str, gpus: int) -> list[str]:
     """gpus: that it runs on; above 1 torchrun starts a process for each."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
     return [sys.executable, *(several if gpus > 1 else []), os.path.relpath(ROOT / name)]

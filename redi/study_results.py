@@ -55,7 +55,7 @@ class Run:
     settings: dict[str, Any]  # objective, lr, parameters; empty for stage 1
     pass_at_1: float  # mean over benchmarks
     benchmarks: dict[str, dict[str, float]]  # name -> pass@1, pass@n, tokens, truncated
-    on_the_way: list[tuple[int, float]]  # (step, pass@1) of checkpoints
+    on_the_way: list[tuple[int, float]]  # (step, pass@1) during training
     curves: dict[str, list[float]]  # a value a step
     collapsed_at: int | None  # the step at which the guard warned
     seconds: float  # of training
@@ -125,7 +125,7 @@ def collect(study: Study, failed: dict[str, str]) -> Results:
         report = model.folder / "eval" / "report.json"
         if str(model.folder / "eval") not in failed:
             seconds = journal.get(str(model.folder), {}).get("seconds", 0.0)
-            runs.append(_run(study, model, report, failed, seconds))
+            runs.append(_run(model, report, seconds))
     grid, done = grid_of(runs), [e for e in journal.values() if e["status"] == 0]
     if not grid:
         first, why = next(iter(failed.items()))
@@ -171,15 +171,12 @@ def _in_full(study: Study) -> dict[str, str]:
     return {n: file.read_text(encoding="utf-8") for n, file in files.items() if file.is_file()}
 
 
-def _run(study: Study, model: Model, report: Path, failed: dict[str, str], seconds: float) -> Run:
+def _run(model: Model, report: Path, seconds: float) -> Run:
     mean, benchmarks = _scores(report)
-    records = [r for r in read_metrics(model.folder) if r["kind"] == "train"]
+    metrics = list(read_metrics(model.folder))
+    records = [record for record in metrics if record["kind"] == "train"]
     keys = [key for key in CURVES if records and key in records[0]]
-    on_the_way = []
-    for step in study.steps if model.variant else []:
-        evaluated = study.checkpoint_evaluation(model, step)
-        if str(evaluated) not in failed:
-            on_the_way.append((step, _scores(evaluated / "report.json")[0]))
+    scored = [record for record in metrics if record["kind"] == "benchmark"]
     return Run(
         setting=model.setting.name,
         mislabelled=model.mislabelled,
@@ -188,7 +185,7 @@ def _run(study: Study, model: Model, report: Path, failed: dict[str, str], secon
         settings=model.variant.settings if model.variant else {},
         pass_at_1=mean,
         benchmarks=benchmarks,
-        on_the_way=on_the_way,
+        on_the_way=[(r["step"], r["pass_at_1"]) for r in scored[:-1]],  # the last is the end's
         curves={key: [float(f"{r[key]:.5g}") for r in records] for key in keys},
         collapsed_at=_collapse(records) if model.variant else None,
         seconds=seconds,

@@ -16,11 +16,11 @@ import pytest
 import evaluate
 import train_redi
 import train_sft
-from redi import checkpoint, prepare, study, study_jobs, toy
+from redi import prepare, study, study_jobs, toy
 from redi.config import Stopped, UserError
 from redi.runlog import read_metrics
 from redi.study_figures import figures, number
-from redi.study_jobs import Machine, read_journal, run_jobs
+from redi.study_jobs import read_journal, run_jobs
 from redi.study_page import report, table, to_html, to_markdown
 from redi.study_plan import Job, jobs, read_study
 from redi.study_results import (
@@ -52,15 +52,15 @@ rope_theta = "keep"
 max_position_embeddings = "keep"
 [stage2]
 rows_per_step = 8
+max_response = 40
 max_length = 256
+eval_every = 1
+eval_samples = 1
 [evaluation]
 samples = 2
 user_prompt = "plain"
 max_new_tokens = 12
 graders = 1
-[checkpoints]
-steps = [1]
-samples = 1
 [[method]]
 name = "REDI"
 objective = "redi"
@@ -102,8 +102,6 @@ def write_study(tmp_path):
         ("epochs = 1", "epochs = 0", "[stage1]: --epochs: expected at least 1; got 0"),
         ("epochs = 1", "data = 'x'", "[stage1]: key 'data': the study sets it itself"),
         ("max_new_tokens = 12", "top_p = 2", "[evaluation]: --top-p: expected within (0, 1]"),
-        ("steps = [1]", "steps = [2, 1]", "[checkpoints]: key 'steps': expected rising steps"),
-        ("steps = [1]", "step = [1]", "[checkpoints]: unknown key 'step'"),
         ('name = "REDI"', "", "[[method]] 1: key 'name': expected a name"),
         ("[[method]]", "[method]", "'method': expected tables, [[method]]"),
         ("lr = [1e-4, 1e-3]", "", "[[method]] 'REDI': key 'lr' is missing"),
@@ -155,11 +153,9 @@ def test_stage_1_is_trained_once_for_all_methods_and_all_shares_of_mislabelled_t
     path = write_study(("[toy]", "mislabelled = [0.0, 0.25]\n[toy]"))
     wanted = jobs(read_study(path, "o"))
     kinds = [job.kind for job in wanted]
-    # 2 seeds; 2 shares x 2 learning rates each; a checkpoint each
+    # 2 seeds; 2 shares x 2 learning rates each
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
-    assert counts == {
-        "data": 4, "stage 1": 2, "stage 2": 8, "evaluation on the way": 8, "evaluation": 10
-    }  # fmt: skip
+    assert counts == {"data": 4, "stage 1": 2, "stage 2": 8, "evaluation": 10}
     by_name = {job.name: job for job in wanted}
     noisy = by_name["o/seed-2/redi-lr-0.0001-mislabelled-0.25"]
     assert noisy.needs == ["o/seed-2/sft", "o/seed-2/data-mislabelled-0.25"]
@@ -170,12 +166,11 @@ def test_stage_1_is_trained_once_for_all_methods_and_all_shares_of_mislabelled_t
     assert all(names.index(need) < names.index(job.name) for job in wanted for need in job.needs)
 
 
-def test_on_several_gpus_training_is_started_by_torchrun_and_evaluation_is_not(write_study):
-    by_kind = {job.kind: job for job in jobs(read_study(write_study()), gpus=4)}
-    assert "torch.distributed.run --standalone --nproc_per_node 4" in " ".join(
-        by_kind["stage 2"].commands[0]
-    )
-    assert "torch.distributed.run" not in " ".join(by_kind["evaluation"].commands[0])
+def test_on_several_gpus_torchrun_starts_what_trains_and_what_samples(write_study):
+    for gpus in (0, 1, 4):
+        for job in jobs(read_study(write_study()), gpus):
+            started = "torch.distributed.run" in job.commands[0]
+            assert started == (gpus > 1 and job.kind != "data")
 
 
 @pytest.mark.parametrize(
@@ -318,13 +313,13 @@ def test_numbers_are_written_as_one_writes_them():
 # ---------------------------------------------------------------- jobs, with programs of a line
 
 
-def shell(tmp_path: Path, name: str, line: str, needs: tuple = (), trains: bool = False) -> Job:
+def shell(tmp_path: Path, name: str, line: str, needs: tuple = ()) -> Job:
     """A job that notes its name, runs a line of shell, and makes its product."""
     noted = f"echo {name} >> {tmp_path}/order; {line}"
     product = tmp_path / "work" / f"{name}.done"
     commands = [["sh", "-c", noted], ["sh", "-c", f"touch {product}"]]
     return Job(f"{tmp_path}/work/{name}", "test", commands, [f"{tmp_path}/work/{n}" for n in needs],
-               product, trains=trains)  # fmt: skip
+               product)  # fmt: skip
 
 
 def order(tmp_path: Path) -> list[str]:
@@ -334,18 +329,18 @@ def order(tmp_path: Path) -> list[str]:
 def test_jobs_wait_for_what_they_need_and_are_not_run_twice(tmp_path):
     found = [shell(tmp_path, "a", "sleep 0.3"), shell(tmp_path, "b", "true", ("a",)),
              shell(tmp_path, "c", "true")]  # fmt: skip
-    assert run_jobs(found, tmp_path / "work", Machine(2, 0)) == {}
+    assert run_jobs(found, tmp_path / "work", 2) == {}
     first = order(tmp_path)
     assert sorted(first[:2]) == ["a", "c"]  # side by side
     assert first[2:] == ["b"]
-    run_jobs(found, tmp_path / "work", Machine(2, 0))
+    run_jobs(found, tmp_path / "work", 2)
     assert order(tmp_path) == first
     # What a product was made with changed: it and what was made of it are made again.
-    run_jobs([shell(tmp_path, "a", "sleep 0"), *found[1:]], tmp_path / "work", Machine(2, 0))
+    run_jobs([shell(tmp_path, "a", "sleep 0"), *found[1:]], tmp_path / "work", 2)
     assert order(tmp_path) == [*first, "a", "b"]
     # So is one that somebody removed.
     (tmp_path / "work" / "c.done").unlink()
-    run_jobs([shell(tmp_path, "a", "sleep 0"), *found[1:]], tmp_path / "work", Machine(2, 0))
+    run_jobs([shell(tmp_path, "a", "sleep 0"), *found[1:]], tmp_path / "work", 2)
     assert order(tmp_path) == [*first, "a", "b", "c"]
 
 
@@ -353,38 +348,27 @@ def test_a_failed_job_takes_along_those_that_need_it_and_no_others(tmp_path, cap
     found = [shell(tmp_path, "a", "echo 'error: no luck'; exit 3"),
              shell(tmp_path, "b", "true", ("a",)), shell(tmp_path, "c", "true", ("b",)),
              shell(tmp_path, "d", "true")]  # fmt: skip
-    failed = run_jobs(found, tmp_path / "work", Machine(1, 0))
+    failed = run_jobs(found, tmp_path / "work", 1)
     assert [Path(name).name for name in failed] == ["a", "b", "c"]
     assert failed[found[0].name].startswith("error: no luck (all of it: ")
     assert failed[found[1].name] == f"needs {found[0].name}"
     assert "error: no luck" in capsys.readouterr().err
     assert order(tmp_path) == ["a", "d"]
-    run_jobs([shell(tmp_path, "a", "true"), *found[1:]], tmp_path / "work", Machine(1, 0))
+    run_jobs([shell(tmp_path, "a", "true"), *found[1:]], tmp_path / "work", 1)
     assert order(tmp_path) == ["a", "d", "a", "b", "c"]
 
 
 def test_a_program_that_ends_well_without_its_product_has_failed(tmp_path):
     job = Job("work/x", "test", [["true"]], [], tmp_path / "never")
-    assert list(run_jobs([job], tmp_path / "work", Machine(1, 0))) == ["work/x"]
+    assert list(run_jobs([job], tmp_path / "work", 1)) == ["work/x"]
 
 
-def test_training_takes_all_gpus_and_an_evaluation_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    said = f"echo gpu $CUDA_VISIBLE_DEVICES >> {tmp_path}/order; sleep 0.3"
-    found = [shell(tmp_path, "e1", said), shell(tmp_path, "e2", said),
-             shell(tmp_path, "train", said, trains=True), shell(tmp_path, "e3", said)]  # fmt: skip
-    run_jobs(found, tmp_path / "work", Machine(2, 2))
-    words = order(tmp_path)
-    begin = words.index("train")
-    assert sorted(words[:begin]) == ["5", "7", "e1", "e2", "gpu", "gpu"]
-    assert words[begin:] == ["train", "gpu", "5,7", "e3", "gpu", "5"]
-
-
-def test_cores_are_shared_between_the_jobs(monkeypatch):
+def test_cores_are_shared_between_the_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    job = Job("x", "test", [], [], Path("x"))
-    assert Machine(4, 0).environment(job, 0)["OMP_NUM_THREADS"] == "2"
-    assert Machine(8, 0).environment(job, 0)["OMP_NUM_THREADS"] == "1"
+    run_jobs(
+        [shell(tmp_path, "a", f"echo $OMP_NUM_THREADS >> {tmp_path}/order")], tmp_path / "w", 4
+    )
+    assert order(tmp_path) == ["a", "2"]
 
 
 def test_asked_to_stop_it_asks_its_programs_and_goes_on_when_started_again(tmp_path):
@@ -393,10 +377,10 @@ def test_asked_to_stop_it_asks_its_programs_and_goes_on_when_started_again(tmp_p
     line = f"test -e {tmp_path}/again || {{ {stopping}; }}"
     found = [shell(tmp_path, "a", "true"), shell(tmp_path, "b", line, ("a",))]
     with pytest.raises(Stopped, match="1 of 2 jobs are done; the same command goes on"):
-        run_jobs(found, tmp_path / "work", Machine(1, 0))
+        run_jobs(found, tmp_path / "work", 1)
     assert order(tmp_path) == ["a", "b", "asked"]
     (tmp_path / "again").touch()
-    assert run_jobs(found, tmp_path / "work", Machine(1, 0)) == {}
+    assert run_jobs(found, tmp_path / "work", 1) == {}
     assert order(tmp_path) == ["a", "b", "asked", "b"]
 
 
@@ -404,7 +388,7 @@ def test_a_study_that_was_killed_waits_for_the_program_it_left_and_then_goes_on(
     found = [shell(tmp_path, "a", "true"), shell(tmp_path, "b", "sleep 1", ("a",))]
     child = os.fork()  # a process of its own to kill, without importing torch again
     if child == 0:
-        run_jobs(found, tmp_path / "work", Machine(1, 0))
+        run_jobs(found, tmp_path / "work", 1)
         os._exit(0)
     until = time.monotonic() + 30
     while "b" not in ((tmp_path / "order").read_text() if (tmp_path / "order").exists() else ""):
@@ -412,17 +396,17 @@ def test_a_study_that_was_killed_waits_for_the_program_it_left_and_then_goes_on(
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert run_jobs(found, tmp_path / "work", Machine(1, 0)) == {}
+    assert run_jobs(found, tmp_path / "work", 1) == {}
     assert order(tmp_path) == ["a", "b", "b"]  # a is in the journal; b was not yet
     assert "another study, or what one left behind, is at work; waiting" in capsys.readouterr().out
 
 
 def test_a_journal_line_that_a_kill_cut_short_is_left_out(tmp_path):
     found = [shell(tmp_path, "a", "true"), shell(tmp_path, "b", "true")]
-    run_jobs(found, tmp_path / "work", Machine(1, 0))
+    run_jobs(found, tmp_path / "work", 1)
     journal = tmp_path / "work" / "journal.jsonl"
     journal.write_text(journal.read_text()[:-20])
-    run_jobs(found, tmp_path / "work", Machine(1, 0))
+    run_jobs(found, tmp_path / "work", 1)
     assert order(tmp_path) == ["a", "b", "b"]
     assert set(read_journal(tmp_path / "work")) == {job.name for job in found}
 
@@ -435,16 +419,13 @@ class InThisProcess:
 
     DEVNULL, STDOUT = subprocess.DEVNULL, subprocess.STDOUT
     PROGRAMS: ClassVar = {
-        "redi.toy": toy.main, "redi.prepare": prepare.main, "redi.checkpoint": checkpoint.main,
+        "redi.toy": toy.main, "redi.prepare": prepare.main,
         "train_sft.py": train_sft.main, "train_redi.py": train_redi.main,
         "evaluate.py": evaluate.main,
     }  # fmt: skip
     ran: ClassVar[list[str]] = []
 
     def __init__(self, command: list[str], stdout, **_: object):
-        if command[0] == "rm":
-            self.status = subprocess.call(command)
-            return
         words = [word for word in command[1:] if word != "-m"]
         name = Path(words[0]).name
         InThisProcess.ran.append(name)
@@ -487,13 +468,12 @@ def test_a_miniature_study_from_end_to_end(write_study, tmp_path, monkeypatch, c
     assert len(results.runs) == 2 * (1 + 2)
     assert [row.seeds for row in results.table] == [2, 2]
     run = results.runs[1]
-    assert run.on_the_way[0][0] == 1
-    assert (
-        len(run.curves["chosen_logp"]) == len(list(read_metrics(out / "seed-1/redi-lr-0.0001"))) - 1
-    )
+    steps = len(run.curves["chosen_logp"])
+    assert [step for step, _ in run.on_the_way] == list(range(1, steps))
+    metrics = list(read_metrics(out / "seed-1/redi-lr-0.0001"))
+    assert steps == sum(record["kind"] == "train" for record in metrics)
     said = json.loads((out / "seed-1/redi-lr-0.0001/eval/report.json").read_text())
     assert run.pass_at_1 == said["mean_pass_at_1"]
-    assert not list(out.rglob("step-*"))  # neither checkpoints nor their copies
     for name in ("report.md", "report.html", "figures/log_probs.png"):
         assert (out / name).stat().st_size > 1000
     assert path.read_text().strip() in (out / "report.md").read_text()
@@ -510,7 +490,7 @@ def test_a_miniature_study_from_end_to_end(write_study, tmp_path, monkeypatch, c
     assert run_study(path, out) == 0
     added = InThisProcess.ran[len(ran) :]
     assert added.count("train_redi.py") == 2
-    assert set(added) == {"train_redi.py", "redi.checkpoint", "evaluate.py"}
+    assert set(added) == {"train_redi.py", "evaluate.py"}
 
     # ---- a run that fails: the others' results are there, and the report names it
     write_study(("lr = [1e-4, 1e-3]", "lr = 1e-4\nmax_response = 2"), ('"REDI"', '"none left"'))
