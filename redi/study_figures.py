@@ -58,7 +58,8 @@ def number(value: object) -> str:
 
 def first_place(rows: Sequence[Row]) -> list[Row]:
     """Those of the study's first setting with the fewest mislabelled traces: curves show one."""
-    setting, share = rows[0].setting, min(r.mislabelled for r in rows if r.method != STAGE_1)
+    setting = rows[0].setting
+    share = min((row.mislabelled for row in rows if row.method != STAGE_1), default=0.0)
     return [
         row for row in rows
         if row.setting == setting and (row.method == STAGE_1 or row.mislabelled == share)
