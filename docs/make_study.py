@@ -133,6 +133,16 @@ def lengths(results: Results) -> str:
     )
 
 
+def dpo_beside_redi(results: Results) -> str:
+    ours = find(results.table, DPO).mean - find(results.table, REDI).mean
+    theirs = (PUBLISHED[DPO] - PUBLISHED[REDI]) / 100
+    same = "the same sign" if ours * theirs > 0 else "not the same sign"
+    return (
+        f"DPO minus REDI, each at its best: {signed(ours)} here, {signed(theirs)} in the paper "
+        f"({same})."
+    )
+
+
 def collapses(results: Results) -> str:
     """For each method the smallest lr at which it is below stage 1, and where the guard warned."""
     stage_1 = find(results.table, STAGE_1)
@@ -196,30 +206,30 @@ def steepest(results: Results) -> str:
 
 INTRO = (
     "This page is made by `python docs/make_study.py` from the results of two studies on the toy "
-    "of `make demo`, made harder; nothing on it is typed by hand but the reasons. "
+    "of `make demo`, made harder; nothing on it is typed by hand but the reasons, and the paper's own scores. "
     "`python -m redi.study recipes/study_toy.toml` makes the first again. pass@1 is the mean over "
     "seeds; a seed shapes the data, the untrained student, and the order of the rows, and the "
     "benchmark is the same for all. 'Above' and 'below' are said where a paired t-test over seeds "
     f"has p below {SURE}."
 )
 WHY_ALPHA = (
-    "Why a small alpha does not do here what it does in the paper. The objective takes a mean per "
-    "trace, so a token of a short trace weighs more than one of a long trace. Among the toy's "
-    "right traces the short ones are the lucky guesses: with the rejected traces weighed little, "
-    "stage 2 teaches guessing. In the paper's data length and luck do not go together like that, "
-    "and its small alpha is merely weak. Look at the tokens."
+    "The objective takes a mean per trace, so a token of a short trace weighs more than one of a "
+    "long trace. Among the toy's right traces the short ones are the lucky guesses: where the "
+    "rejected traces weigh little, stage 2 teaches guessing. In the paper's data length and luck "
+    "do not go together like that, and its small alpha is merely weak. The tokens of an answer say "
+    "whether this is what happened."
 )
 WHY_DPO = (
-    "Where DPO stands here. A pair of the toy mostly shares its beginning, and a sum over tokens "
-    "cancels what is shared, where REDI with alpha below 1 does not; the sigmoid stops pushing a "
-    "pair that is told apart, and the reference holds the rest. A toy with one skill to unlearn, "
-    "guessing, suits that. In the paper the two are closer together, and the other way round."
+    "What speaks for DPO on such a toy: a pair mostly shares its beginning, and a difference of "
+    "sums cancels exactly what is shared, which REDI with alpha below 1 and means over different "
+    "lengths does not; the sigmoid stops pushing a pair that is told apart, and the reference "
+    "holds the rest. There is one habit to unlearn, guessing, and pairs show it purely."
 )
 WHY_LR = (
-    "Where each collapses. Linear objectives have no lower bound, so they go on pushing rejected "
-    "tokens down once nothing is left to learn there, and chosen ones, which are much alike, fall "
-    "with them: that is the lr at which a method drops below stage 1. Sigmoids flatten. The dotted "
-    "curves of the log-probs show it, and so does accuracy against learning rate."
+    "Linear objectives have no lower bound: they go on pushing rejected tokens down when nothing "
+    "is left to learn there, and chosen ones, which are much alike, fall with them. Where that "
+    "goes too far a method drops below stage 1. Sigmoids flatten instead. The dotted curves of the "
+    "log-probs, and accuracy against the learning rate, show how far each went."
 )
 WHY_LABELS = (
     "A rejected trace that is right in truth (a verifier's false negative) teaches the model to "
@@ -248,6 +258,7 @@ def page(toy: Results, labels: Results, drawn: dict[str, Sequence[str]]) -> list
         *pictures("toy", "alpha"),
         Heading("DPO"),
         Text(WHY_DPO),
+        Text(dpo_beside_redi(toy)),
         Heading("Learning rates, and collapse"),
         Text(WHY_LR),
         Text(collapses(toy)),

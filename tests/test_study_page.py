@@ -73,6 +73,13 @@ def test_the_learning_rates_at_which_a_method_falls_below_stage_1_are_named():
     assert "- DPO (lr tried: 1e-4): below stage 1 with none; guard warned: none." in said
 
 
+def test_dpo_beside_redi():
+    said = make_study.dpo_beside_redi(toy([0.3] * 4, [0.1] * 4, [0.0] * 4))
+    assert "-0.200 here, -0.011 in the paper (the same sign)" in said
+    said = make_study.dpo_beside_redi(toy([0.1] * 4, [0.3] * 4, [0.0] * 4))
+    assert "+0.200 here, -0.011 in the paper (not the same sign)" in said
+
+
 @pytest.fixture
 def labels() -> Results:
     kind = {"objective": "redi", "lr": 1e-4}
