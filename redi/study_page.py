@@ -17,7 +17,8 @@ CAPTIONS = {
     "accuracy": "pass@1 over optimizer steps, from the stage-1 model at 0; bands are one SEM.",
     "log_probs": "Chosen and rejected log-probs over steps: each method at its best (solid) and at "
     "its largest learning rate (dotted).",
-    "norms": "Norm of the gradient before clipping and, where logged, of the update.",
+    "norms": "Norm of the gradient before clipping and, where logged, of the update. The last step "
+    "of an epoch has the rows that were left: few, and so a large norm.",
     "entropy": "Entropy of the model's next token, on chosen and on rejected traces.",
     "lr": "pass@1 against the peak learning rate; dashed, stage 1.",
     "alpha": "pass@1 against alpha, the weight of the rejected trace: 0 is positives only, 1 the "
