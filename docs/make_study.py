@@ -207,8 +207,8 @@ def steepest(results: Results) -> str:
 INTRO = (
     "This page is made by `python docs/make_study.py` from the results of two studies on the toy "
     "of `make demo`, made harder; nothing on it is typed by hand but the reasons, and what the "
-    "paper reports. `python -m redi.study recipes/study_toy.toml` makes the first again. pass@1 is the mean over "
-    "seeds; a seed shapes the data, the untrained student, and the order of the rows, and the "
+    "paper reports. `python -m redi.study recipes/study_toy.toml` makes the first again. pass@1 is "
+    "the mean over seeds; a seed shapes the data, the untrained student, and the order of the rows, and the "
     "benchmark is the same for all. 'Above' and 'below' are said where a paired t-test over seeds "
     f"has p below {SURE}."
 )
