@@ -208,9 +208,9 @@ INTRO = (
     "This page is made by `python docs/make_study.py` from the results of two studies on the toy "
     "of `make demo`, made harder; nothing on it is typed by hand but the reasons, and what the "
     "paper reports. `python -m redi.study recipes/study_toy.toml` makes the first again. pass@1 is "
-    "the mean over seeds; a seed shapes the data, the untrained student, and the order of the rows, and the "
-    "benchmark is the same for all. 'Above' and 'below' are said where a paired t-test over seeds "
-    f"has p below {SURE}."
+    "the mean over seeds; a seed shapes the data, the untrained student, and the order of the "
+    "rows, and the benchmark is the same for all. 'Above' and 'below' are said where a paired "
+    f"t-test over seeds has p below {SURE}."
 )
 WHY_ALPHA = (
     "The objective takes a mean per trace, so a token of a short trace weighs more than one of a "
