@@ -236,3 +236,9 @@ def test_long_completions_are_shortened_in_the_middle_and_short_ones_are_not(mon
 def test_completions_that_fit_are_whole():
     assert page._limit([5, 7]) == 7
     assert page._limit([]) == 0
+
+
+def test_every_two_of_three_runs_are_compared(tmp_path):
+    runs = [evaluation(tmp_path / name, "1", "0") for name in ("a", "b", "c")]
+    found = [(one.first, one.second) for one in compare.compare(runs)]
+    assert found == [("a", "b"), ("a", "c"), ("b", "c")]

@@ -1,4 +1,4 @@
-r"""Evaluations side by side, and whether the first differs from each other one by more than chance.
+r"""Evaluations side by side, and whether every two of them differ by more than chance.
 
     python -m redi.eval.report out/sft/eval out/redi/eval --out results.json --page both.html
 
@@ -14,6 +14,7 @@ Left out: a correction for comparing many runs; the p-values are of one comparis
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,22 +95,21 @@ def paired(
 
 
 def compare(runs: list[Path], grader: str | None = None) -> list[Comparison]:
-    """The first run with each other one, on every benchmark that both hold. Raises UserError: two
-    benchmarks of one name with other problems; verdicts of two graders."""
-    names = run_names(runs)
-    loaded = [load(run, grader) for run in runs]
+    """Every two runs, on every benchmark that both hold. Raises UserError: two benchmarks of one
+    name with other problems; verdicts of two graders."""
+    loaded = [(name, *load(run, grader)) for name, run in zip(run_names(runs), runs)]
     comparisons = []
-    for name, (used, graded) in zip(names[1:], loaded[1:]):
-        if used != loaded[0][0]:
+    for (first, used, before), (second, other, after) in combinations(loaded, 2):
+        if other != used:
             raise UserError(
-                f"{runs[0]} is graded by {loaded[0][0]} and {name} by {used}; choose one: --grader"
+                f"{first} is graded by {used} and {second} by {other}; choose one: --grader"
             )
-        for benchmark, (test, marks) in loaded[0][1].items():
-            if benchmark not in graded:
+        for benchmark, (test, marks) in before.items():
+            if benchmark not in after:
                 continue
-            if graded[benchmark][0].problems != test.problems:
-                raise UserError(f"{benchmark}: {names[0]} and {name} were asked other problems")
-            comparisons.append(paired(test, (names[0], name), marks, graded[benchmark][1]))
+            if after[benchmark][0].problems != test.problems:
+                raise UserError(f"{benchmark}: {first} and {second} were asked other problems")
+            comparisons.append(paired(test, (first, second), marks, after[benchmark][1]))
     return comparisons
 
 
