@@ -54,16 +54,18 @@ def compared(gain: float, p: float | None, other: str) -> str:
     return f"{'above' if gain > 0 else 'below'} {other} by {abs(gain):.3f} (p {p_value(p)})"
 
 
-def is_above(row: Row) -> bool:
-    return row.p_stage_1 is not None and row.p_stage_1 < SURE and row.gain > 0
+def is_above(gain: float, p: float | None) -> bool | None:
+    """None: it cannot be told."""
+    return None if p is None or p >= SURE else gain > 0
 
 
 def find(rows: Sequence[Row], method: str) -> Row | None:
     return next((row for row in rows if row.method == method), None)
 
 
-def agreement(claim: str, holds: bool, seen: str) -> str:
-    return f"- **{'As in the paper' if holds else 'Not as in the paper'}**: {claim}. Here: {seen}."
+def agreement(claim: str, holds: bool | None, seen: str) -> str:
+    verdict = {True: "As in the paper", False: "Not as in the paper", None: "Undecided"}[holds]
+    return f"- **{verdict}**: {claim}. Here: {seen}."
 
 
 def claims(results: Results) -> list[str]:
@@ -72,8 +74,9 @@ def claims(results: Results) -> list[str]:
     stage_1, redi, dpo = (find(rows, name) for name in (STAGE_1, REDI, DPO))
     seen = compared(redi.gain, redi.p_stage_1, "stage 1")
     said = f"REDI lifts the stage-1 model ({PUBLISHED[STAGE_1]} to {PUBLISHED[REDI]} there)"
-    found.append(agreement(said, is_above(redi), f"{name_of(redi.settings)}, {seen}"))
-    above_dpo = redi.mean > dpo.mean and redi.p_dpo is not None and redi.p_dpo < SURE
+    lifts = is_above(redi.gain, redi.p_stage_1)
+    found.append(agreement(said, lifts, f"{name_of(redi.settings)}, {seen}"))
+    above_dpo = is_above(redi.mean - dpo.mean, redi.p_dpo)
     said = f"REDI is above DPO ({PUBLISHED[REDI]} against {PUBLISHED[DPO]} there)"
     found.append(agreement(said, above_dpo, compared(redi.mean - dpo.mean, redi.p_dpo, "DPO")))
     found.append(log_probs_claim(results, redi, stage_1))

@@ -84,7 +84,7 @@ class _Work:
         self.failed: dict[str, str] = {}
         self.bar = tqdm(
             total=len(jobs), initial=len(done), desc=out.name, unit="job", disable=None,
-            dynamic_ncols=True, bar_format="{desc} {n}/{total} |{bar}| {elapsed} {postfix}",
+            dynamic_ncols=True, bar_format="{desc} {n}/{total} |{bar}| {elapsed}{postfix}",
         )  # fmt: skip
         if done and self.waiting:
             print(f"{out}: {len(done)} of {len(jobs)} jobs are done already", flush=True)

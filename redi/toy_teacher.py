@@ -45,7 +45,7 @@ class Faults:
         field(default_factory=list)
     )
     precedence: Annotated[float, "chance to do multiplications first in a trace"] = 0.0
-    rambling: Annotated[float, "chance to go over the chain again, asked twice at most"] = 0.0
+    rambling: Annotated[float, "chance to go over the chain again, twice at most"] = 0.0
     mislabelled_rejected: Annotated[float, "share of the traces called wrong that are right"] = 0.0
     mislabelled_chosen: Annotated[float, "share of the traces called right that are wrong"] = 0.0
 

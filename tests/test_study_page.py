@@ -59,11 +59,17 @@ def test_claims_agree_with_the_paper_where_the_numbers_do():
 
 
 def test_claims_do_not_agree_where_the_numbers_do_not():
-    lines = make_study.claims(toy([0.3, -0.2, 0.2, -0.1], [0.4, 0.41, 0.4, 0.41], [0.1] * 4))
+    lines = make_study.claims(toy([-0.30, -0.31, -0.3, -0.32], [0.1, 0.2, 0.1, 0.2], [0.1] * 4))
     assert all(line.startswith("- **Not as in the paper**") for line in lines[:2])
-    assert "not told apart from stage 1 (+0.050, p" in lines[0]
+    assert "below stage 1 by 0.307 (p" in lines[0]
     assert lines[3].startswith("- **Not as in the paper**")
     assert "warned in 0 of 4 runs" in lines[3]
+
+
+def test_a_difference_that_cannot_be_told_decides_nothing():
+    lines = make_study.claims(toy([0.3, -0.2, 0.2, -0.1], [0.1, 0.0, 0.1, 0.0], [0.1] * 4))
+    assert all(line.startswith("- **Undecided**") for line in lines[:2])
+    assert "not told apart from stage 1 (+0.050, p" in lines[0]
 
 
 def test_the_learning_rates_at_which_a_method_falls_below_stage_1_are_named():
