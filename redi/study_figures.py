@@ -118,21 +118,31 @@ def _methods(results: Results) -> list[Row]:
 
 
 def accuracy(results: Results) -> Figure | None:
-    rows, stage_1 = _methods(results), stage_1_of(first_place(results.table))
+    rows = _methods(results)
     if not any(run.on_the_way for row in rows for run in runs_of(results, row)):
         return None
     figure, [axis] = _panels(1, 4.2)
     for place, row in enumerate(rows):
-        runs = runs_of(results, row)
-        steps = sorted(set.intersection(*({s for s, _ in run.on_the_way} for run in runs)))
-        points = {s: [dict(run.on_the_way)[s] for run in runs] for s in steps}
-        if stage_1:
-            points[0] = [run.pass_at_1 for run in runs_of(results, stage_1)]
-        last = max(len(next(iter(run.curves.values()), [])) for run in runs)
-        points[last] = [run.pass_at_1 for run in runs]
-        _line(axis, points, f"{row.method} ({name_of(row.settings)})", place)
-    axis.set(title="accuracy, each method at its best", xlabel="optimizer step", ylabel="pass@1")
+        _line(axis, on_the_way(results, row), f"{row.method} ({name_of(row.settings)})", place)
+        fast = fastest(results, row)
+        if fast.settings != row.settings:
+            points = on_the_way(results, fast)
+            means = [np.mean(points[step]) for step in sorted(points)]
+            axis.plot(sorted(points), means, ":", color=f"C{place % 10}", lw=1.2)
+    axis.set(title="accuracy", xlabel="optimizer step", ylabel="pass@1")
     return _finished(figure, [axis])
+
+
+def on_the_way(results: Results, row: Row) -> dict[float, list[float]]:
+    """Step -> a score a seed: of the stage-1 model, during training, and at the end."""
+    runs, stage_1 = runs_of(results, row), stage_1_of(first_place(results.table))
+    steps = set.intersection(*({step for step, _ in run.on_the_way} for run in runs))
+    points = {step: [dict(run.on_the_way)[step] for run in runs] for step in steps}
+    if stage_1:
+        points[0] = [run.pass_at_1 for run in runs_of(results, stage_1)]
+    last = max(len(next(iter(run.curves.values()), [])) for run in runs)
+    points[last] = [run.pass_at_1 for run in runs]
+    return points
 
 
 def _line(axis, points: dict[float, list[float]], label: str, place: int) -> None:

@@ -14,7 +14,8 @@ from redi.study_figures import name_of, number
 from redi.study_results import STAGE_1, Results, Row
 
 CAPTIONS = {
-    "accuracy": "pass@1 over optimizer steps, from the stage-1 model at 0; bands are one SEM.",
+    "accuracy": "pass@1 over optimizer steps, from the stage-1 model at 0: each method at its best "
+    "(solid, with one SEM) and at its largest learning rate (dotted).",
     "log_probs": "Chosen and rejected log-probs over steps: each method at its best (solid) and at "
     "its largest learning rate (dotted).",
     "norms": "Norm of the gradient before clipping and, where logged, of the update. The last step "
