@@ -26,7 +26,7 @@ from redi.data.files import make_folder, write_aside
 NOT_COMPARED = {
     "out", "dry_run", "tracker", "cache", "graders", "save_every", "keep", "resume", "timeout",
     "checkpoint_blocks", "reshard_after_forward", "collapse_threshold", "collapse_steps",
-    "collapse_stop",
+    "collapse_stop", "slots", "cache_gib",
 }  # fmt: skip
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal
 
