@@ -17,8 +17,8 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its folder
 
 from redi.data.files import make_folder, write_aside
-from redi.study_figures import alpha_of, curve, figures, name_of, number, runs_of
-from redi.study_page import (
+from redi.study.figures import alpha_of, curve, figures, name_of, number, runs_of
+from redi.study.page import (
     CAPTIONS,
     Block,
     Code,
@@ -31,7 +31,7 @@ from redi.study_page import (
     table,
     to_markdown,
 )
-from redi.study_results import STAGE_1, Results, Row
+from redi.study.results import STAGE_1, Results, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURES = Path("docs/study.md"), Path("docs/study")

@@ -16,14 +16,16 @@ import pytest
 import evaluate
 import train_redi
 import train_sft
-from redi import prepare, study, study_jobs, toy
+from redi import prepare, toy
 from redi.config import Stopped, UserError
 from redi.runlog import read_metrics
-from redi.study_figures import figures, number
-from redi.study_jobs import read_journal, run_jobs
-from redi.study_page import report, table, to_html, to_markdown
-from redi.study_plan import Job, jobs, read_study
-from redi.study_results import (
+from redi.study import __main__ as study
+from redi.study import jobs as study_jobs
+from redi.study.figures import figures, number
+from redi.study.jobs import read_journal, run_jobs
+from redi.study.page import report, table, to_html, to_markdown
+from redi.study.plan import Job, jobs, read_study
+from redi.study.results import (
     STAGE_1,
     Results,
     Run,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from test_study import a_run, results_of
 
-from redi.study_figures import figures
-from redi.study_page import to_markdown
-from redi.study_results import STAGE_1, Results
+from redi.study.figures import figures
+from redi.study.page import to_markdown
+from redi.study.results import STAGE_1, Results
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("make_study", ROOT / "docs" / "make_study.py")

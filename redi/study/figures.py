@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from redi.study_results import STAGE_1, Results, Row, Run, sem
+from redi.study.results import STAGE_1, Results, Row, Run, sem
 
 COLUMNS = 4
 WINDOWS = 12  # a point of a log-prob or a norm is the mean of so small a part of the run

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from redi.config import Stopped, UserError
 from redi.data.files import make_folder
-from redi.study_plan import ROOT, Job
+from redi.study.plan import ROOT, Job
 from redi.train import StopSignals
 
 LOOK_SECONDS = 0.1

@@ -10,8 +10,8 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from redi.study_figures import name_of, number
-from redi.study_results import STAGE_1, Results, Row
+from redi.study.figures import name_of, number
+from redi.study.results import STAGE_1, Results, Row
 
 CAPTIONS = {
     "accuracy": "pass@1 over optimizer steps, from the stage-1 model at 0: each method at its best "

@@ -4,7 +4,7 @@
     python -m redi.study recipes/study_toy.toml --dry-run true   the command lines, and no more
     python -m redi.study recipes/study_paper.toml                the paper's grid
 
-study_plan.py says what stands in a STUDY.toml. The study starts the same programs as a user would,
+study/plan.py says what stands in a STUDY.toml. The study starts the same programs as a user would,
 as many at a time as there are cores, or on GPUs one at a time on all of them; every command line is
 in OUT/journal.jsonl. Started again after a kill, it goes on; methods, learning rates and seeds may
 be added to the file. A run that fails is named, the others go on, and the exit status is 2.
@@ -23,10 +23,10 @@ import torch
 
 from redi.config import UserError, parse, positional, program, require
 from redi.data.files import make_folder, write_aside
-from redi.study_jobs import run_jobs, shown
-from redi.study_page import report, summary, table, to_html, to_markdown
-from redi.study_plan import Study, jobs, read_study
-from redi.study_results import Results, collect
+from redi.study.jobs import run_jobs, shown
+from redi.study.page import report, summary, table, to_html, to_markdown
+from redi.study.plan import Study, jobs, read_study
+from redi.study.results import Results, collect
 
 
 @dataclass(kw_only=True)
@@ -71,7 +71,7 @@ def _refuse_files_of_others(out: Path) -> None:
 
 def write(study: Study, failed: dict[str, str]) -> Results:
     """study.json, the figures and both reports, from what is on disk."""
-    from redi.study_figures import figures  # matplotlib takes a second to import
+    from redi.study.figures import figures  # matplotlib takes a second to import
 
     results = collect(study, failed)
     results.write(study.out / "study.json")

@@ -31,8 +31,8 @@ from redi.config import UserError
 from redi.data.files import write_aside
 from redi.guard import CollapseGuard
 from redi.runlog import read_metrics
-from redi.study_jobs import read_journal
-from redi.study_plan import Model, Study
+from redi.study.jobs import read_journal
+from redi.study.plan import Model, Study
 from train_redi import REDIConfig
 
 STAGE_1 = "stage 1"
