@@ -66,11 +66,12 @@ class REDIConfig(TrainConfig):
             given = getattr(self, name)
             require(name in takes or given is None, name, given, f"none with {self.objective}")
             if name in takes and given is None:
-                raise UserError(f"--{name} is missing: {self.objective} needs it{self._quoted(name)}")
+                quoted = self._quoted(name)
+                raise UserError(f"--{name} is missing: {self.objective} needs it{quoted}")
         if self.alpha is not None:
             share, alpha = self.objective in SHARES, self.alpha
             expected = "within [0, 1]" if share else "at least 0"
-            require(0 <= alpha and (alpha <= 1 or not share), "alpha", alpha, expected)
+            require(alpha >= 0 and (alpha <= 1 or not share), "alpha", alpha, expected)
         require(self.beta is None or self.beta > 0, "beta", self.beta, "above 0")
 
     def _quoted(self, name: str) -> str:

@@ -112,8 +112,8 @@ def sequence_sums(logps: Tensor, lengths: list[int]) -> Tensor:
 
 
 def sequence_means(logps: Tensor, lengths: list[int]) -> Tensor:
-    """The same per token -> (S,)."""
-    return torch.stack([part.mean() for part in logps.split(lengths)]) if lengths else logps
+    """The same per token -> (S,), of at least one sequence."""
+    return torch.stack([part.mean() for part in logps.split(lengths)])
 
 
 def sums_of(p: Pairs) -> tuple[Tensor, ...]:

@@ -3,8 +3,8 @@
 The paper's own are in losses.py, whose letters these are: S and M are the sum and the mean of a
 response's token log-probs, w the chosen and l the rejected trace, _ref the model that stage 2
 starts from. alpha weighs a term, beta scales what goes into a sigmoid, gamma is an exponent; where
-a source has another letter, it is named. For the worked pair of losses.py (S_w -0.6, M_w -0.2, S_l -4, M_l -2) with S_w_ref -0.9
-and S_l_ref -3.5, hence M_w_ref -0.3 and M_l_ref -1.75:
+a source has another letter, it is named. For the worked pair of losses.py (S_w -0.6, M_w -0.2,
+S_l -4, M_l -2) with S_w_ref -0.9 and S_l_ref -3.5, hence M_w_ref -0.3 and M_l_ref -1.75:
 
     positives      -M_w                                                                  0.2
     dpo_norm       -log sigmoid(beta [(M_w - M_w_ref) - (M_l - M_l_ref)])   beta 5       0.160224
@@ -16,7 +16,7 @@ and S_l_ref -3.5, hence M_w_ref -0.3 and M_l_ref -1.75:
                                                                beta 0.1                  0.980003
     orpo           -M_w - alpha log sigmoid(log odds_w - log odds_l)        alpha 0.1    0.203407
     npo            -(2 / beta) log sigmoid(-beta (S_l - S_l_ref)) - alpha M_w
-                                                               beta 0.1, alpha 1         13.569190
+                                                               beta 0.1, alpha 1         13.569193
     topr           -S_w + sg[min(1, exp(S_l - S_l_ref))] S_l                            -1.826123
     dft            -mean_t sg[exp(logp_t)] logp_t, over chosen tokens                    0.158825
     redi_weighted  -M_w + alpha exp(gamma M_l) M_l             alpha 0.8, gamma 1       -0.016536
