@@ -66,14 +66,14 @@ class Objective:
     """What the train loop minimises.
 
     token_weights(signs (S,), lengths (S,), totals) -> (S,) goes into every pack (zero for an
-    objective that is not linear). loss(model, batch, totals, reference) -> the pack's share of the
-    step's loss, and its log-probs (R,) detached; shares add up, nothing is averaged. reference
-    (N, 2), on the host: the starting model's summed log-probs of each row's chosen and rejected
-    sequence.
+    objective that is not linear). loss(model, batch, totals, reference, entropies) -> the pack's
+    share of the step's loss, and its log-probs (R,) detached; shares add up, nothing is averaged.
+    reference (N, 2), on the host: the starting model's summed log-probs of each row's chosen and
+    rejected sequence. entropies (R,) or None: memory for them, see logprobs.token_logps.
     """
 
     token_weights: Callable[[Tensor, Tensor, Totals], Tensor]
-    loss: Callable[[Transformer, PackedBatch, Totals, Tensor | None], tuple[Tensor, Tensor]]
+    loss: Callable[..., tuple[Tensor, Tensor]]
     keep_pairs: bool = False
     needs_reference: bool = False
 
@@ -81,9 +81,15 @@ class Objective:
 def linear(token_weights: Callable[[Tensor, Tensor, Totals], Tensor]) -> Objective:
     """loss = sum_t w_t logp_t, in one pass."""
 
-    def loss(model: Transformer, batch: PackedBatch, totals: Totals, reference: Tensor | None):
+    def loss(
+        model: Transformer,
+        batch: PackedBatch,
+        totals: Totals,
+        reference: Tensor | None,
+        entropies: Tensor | None = None,
+    ):
         def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            return weighted_logp_sum(hidden, weight, batch.targets, batch.token_weights)
+            return weighted_logp_sum(hidden, weight, batch.targets, batch.token_weights, entropies)
 
         return model(batch, head)
 
@@ -96,8 +102,14 @@ def pairwise(pair_loss: Callable[[Pairs], Tensor], needs_reference: bool = False
     def no_weights(signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
         return torch.zeros(signs.shape, dtype=torch.float64)
 
-    def loss(model: Transformer, batch: PackedBatch, totals: Totals, reference: Tensor | None):
-        logps = model(batch, lambda hidden, weight: token_logps(hidden, weight, batch.targets))
+    def loss(
+        model: Transformer,
+        batch: PackedBatch,
+        totals: Totals,
+        reference: Tensor | None,
+        entropies: Tensor | None = None,
+    ):
+        logps = model(batch, lambda h, w: token_logps(h, w, batch.targets, entropies))  # (R,)
         if not batch.row_ids:  # a rank without work: its backward is waited for all the same
             return logps.sum(), logps.detach()
         pairs = Pairs.of(logps, batch, reference)
