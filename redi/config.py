@@ -23,6 +23,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import tomllib
 import types
 import typing
@@ -251,6 +252,9 @@ class _Parser(argparse.ArgumentParser):
 # ---------------------------------------------------------------- --help
 
 
+WIDTH = 110  # of a line of --help
+
+
 def usage(config_class: type, description: str) -> str:
     """One screen: a line a flag, with its default and its meaning."""
     annotations, by_place = _annotations(config_class), _given_by_place(config_class)
@@ -270,13 +274,16 @@ def usage(config_class: type, description: str) -> str:
             flags.append((_flag(field.name) + default, note))
     rows = [*places, ("--config RECIPE.toml", "read settings from a recipe; flags win"), *flags]
     width = min(max(len(left) for left, _ in rows), 36)
-    lines = [f"  {left:<{width}}  {note}" for left, note in rows]
+    lines = []
+    for left, note in rows:
+        first, *more = textwrap.wrap(note, WIDTH - width - 4, break_on_hyphens=False) or [""]
+        lines += [f"  {left:<{width}}  {first}", *(f"  {'':<{width}}  {line}" for line in more)]
     return "\n".join([" ".join([*head, "[--flag value ...]"]), description, "", *lines])
 
 
 def _choices(kind: Any) -> str:
     fixed = typing.get_origin(kind) is typing.Literal
-    return f" ({'|'.join(typing.get_args(kind))})" if fixed else ""
+    return f" ({', '.join(typing.get_args(kind))})" if fixed else ""
 
 
 def _shown(field: dataclasses.Field) -> str:

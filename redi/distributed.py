@@ -44,6 +44,10 @@ class Place:
     def leads_node(self) -> bool:
         return self.rank % self.node_size == 0
 
+    @property
+    def num_nodes(self) -> int:
+        return self.world_size // self.node_size
+
 
 def start(timeout_minutes: float) -> Place:
     """Join the other processes that torchrun started; alone without it.
@@ -142,10 +146,9 @@ def shard(model: Transformer, place: Place, how: Placing) -> None:
     if not dist.is_initialized():
         backend = "nccl" if place.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    nodes = place.world_size // place.node_size
     sizes, names = (place.world_size,), ("shard",)
-    if nodes > 1:
-        sizes, names = (nodes, place.node_size), ("replicate", "shard")
+    if place.num_nodes > 1:
+        sizes, names = (place.num_nodes, place.node_size), ("replicate", "shard")
     mesh = dist.init_device_mesh(place.device.type, sizes, mesh_dim_names=names)
     policy = MixedPrecisionPolicy()
     if how.dtype != model.output_weight.dtype:
