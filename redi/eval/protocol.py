@@ -104,8 +104,8 @@ def make_prompt(
     room = min(config.max_new_tokens, context - len(prompt))
     if room < 1:
         raise UserError(
-            f"{test.name}: the prompt of problem {problem.id} is {len(prompt)} tokens and leaves no "
-            f"room for an answer in the model's context of {context}; leave the problem out"
+            f"{test.name}: the prompt of problem {problem.id} is {len(prompt)} tokens and leaves "
+            f"no room for an answer in the model's context of {context}; leave the problem out"
             + ("" if config.user_prompt == "plain" else " or choose --user-prompt plain")
         )
     return prompt, room
