@@ -223,7 +223,9 @@ def wait_for_all(place: Place) -> None:
 @contextmanager
 def others_may_be_gone(place: Place, timeout: str) -> Iterator[None]:
     """What a rank sees when another one died or stalls, in a sentence: RankError. timeout: what
-    `start` was given, in words."""
+    `start` was given, in words. Ranks that end well leave the group: one that just exits right
+    after an exchange is often aborted in gloo's threads, and torchrun then ends those that still
+    have work."""
     if place.world_size == 1:
         yield
         return
@@ -239,6 +241,7 @@ def others_may_be_gone(place: Place, timeout: str) -> Iterator[None]:
             f"rank {place.rank} lost another process, which died or did not answer within "
             f"{timeout}: {why}"
         ) from None
+    dist.destroy_process_group()
 
 
 @contextmanager

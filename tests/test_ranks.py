@@ -132,3 +132,17 @@ def test_ranks_together_give_the_loss_and_gradients_of_one_alone(results, case):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+def test_a_rank_that_ends_well_leaves_the_group_and_one_that_breaks_does_not_wait_for_it():
+    """Left to the end of the process, gloo's threads abort it now and then."""
+    import torch.distributed as dist
+
+    place = Place(0, 2, torch.device("cpu"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.raises(ZeroDivisionError), distributed.others_may_be_gone(place, "a week"):
+        1 / 0  # noqa: B018
+    assert dist.is_initialized()
+    with distributed.others_may_be_gone(place, "a week"):
+        pass
+    assert not dist.is_initialized()

@@ -71,7 +71,11 @@ def evaluate(
             return
 
         # ---- grade and report
-        mark_run(out, grader)
+        try:
+            mark_run(out, grader)
+        except KeyboardInterrupt:
+            said = f"{out} holds all completions; the same command grades them"
+            raise KeyboardInterrupt(said) from None
     written = report.write(out)
     log.finish()
     print(tables.summary(written), f"saved {out}/report.html, .md and .json", sep="\n")
