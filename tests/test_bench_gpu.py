@@ -102,6 +102,23 @@ def test_a_whole_model_in_bf16_is_close_to_fp32():
     assert found["G9_model_gradient"]["median"] > 1e-4  # it was bf16 indeed
 
 
+def test_decoding_is_right_and_a_wrong_position_is_seen(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu_checks, "DECODER_ROWS", 5)
+    found = gpu_checks.decoding(CPU)
+    ways = {f"G9_greedy_{way}" for way in ("recorded", "launched", "unfused")}
+    assert found.keys() == ways | {"G9_decode_logits"}
+    assert [name for name in found if missed(name, found[name])] == []
+    assert found["G9_decode_logits"]["median"] > 1e-4  # it was bf16 indeed
+    hidden = gpu_checks.engine.Decoder.hidden
+
+    def late(self, tokens, positions, attend):
+        return hidden(self, tokens, positions + 1, attend)
+
+    monkeypatch.setattr(gpu_checks.engine.Decoder, "hidden", late)
+    assert missed("G9_decode_logits", gpu_checks.decoding(CPU)["G9_decode_logits"])
+
+
 def test_the_triton_kernels_equal_their_twins():
     pytest.importorskip("triton")
     found = gpu_checks.triton_kernels(TRITON, rows=3, vocabulary=300)
