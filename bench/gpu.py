@@ -1,4 +1,4 @@
-"""What redi does on a GPU: right first, then how fast and how large (G1 to G6, and G9).
+"""What redi does on a GPU: right first, then how fast and how large (G1 to G9).
 
     python -m bench.gpu               everything, in under ten minutes, on a machine with one GPU
     python -m bench.gpu G3            one part, in this process, with its whole traceback
@@ -7,6 +7,8 @@
     G1            the head's loss: milliseconds, and G2, bytes, beside Liger (bench.gpu_loss)
     G3            packed attention beside flex attention and the raw op (bench.gpu_attention)
     G4, G5        SFT and REDI at Qwen2.5-Math-1.5B's size, tokens a second (bench.gpu_steps)
+    G7            decoding 256 rows, beside the bandwidth limit and transformers (bench.gpu_decode)
+    G8            a PROJECTION of the whole evaluation's hours, from a slice of it
     G6            the peak of a step beside redi.memory's formula
     G4_compiled   G4 with compiled blocks, for scale
     G4_TRL, ...   TRL on the same rows (bench.gpu_trl)
@@ -17,8 +19,8 @@ than it was given is ended; a peer that is not installed is skipped: a line says
 is told in a line, the others go on, and the exit status is 1 at the end, as it is when a check of
 G9 misses its goal.
 
-Left out: G7 and G8, the decoder. Clocks, power and other people's work on the GPU are taken as they
-are: compare ratios, which were measured in one run.
+Clocks, power and other people's work on the GPU are taken as they are: compare ratios, which were
+measured in one run.
 """
 
 import importlib
@@ -62,8 +64,10 @@ PARTS = {  # in this order: what matters most comes first
     "G3": Part("gpu_attention.run", 120),
     "G4": Part("gpu_steps.sft", 100),
     "G5": Part("gpu_steps.redi", 100),
+    "G7": Part("gpu_decode.decode", 120),
     "G4_TRL": Part("gpu_trl.sft", 150, TRL),
     "G5_TRL": Part("gpu_trl.dpo", 150, TRL),
+    "G8": Part("gpu_decode.evaluation", 110),
     "G6": Part("gpu_steps.peaks", 100),
     "G4_compiled": Part("gpu_steps.sft_compiled", 100),
     "G4_TRL_flex": Part("gpu_trl.sft_flex", 120, TRL),
@@ -73,6 +77,7 @@ RATIOS = {  # id -> ours, the peers of which the fastest counts, the goal
     "G5": ("G5_tok_s", ("G5_TRL_tok_s",), 2.5),
 }
 MORE_IS_BETTER = {"G3", "G4", "G5", "G4_tok_s", "G5_tok_s"}
+MORE_IS_BETTER |= {"G7_4k", "G7_8k", "G7_4k_HF", "G7_8k_HF"}
 
 
 # ---------------------------------------------------------------- one part, in this process

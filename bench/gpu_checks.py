@@ -6,11 +6,20 @@
     attention         bf16 over a pack against the per-document path in float64
     a whole model     loss and gradients in bf16, placed as training places it, against fp32 on the
                       CPU
+    decoding          greedy answers in fp32, with and without recorded steps, against the CPU's;
+                      the logits that bf16 draws from against the training forward in fp32
 
 The head's inputs are like a trained model's: a mean NLL of about 0.6, 59 % of the tokens more
 likely than 0.9. Its goals are what fp32 logits, their gradient in bf16 and an fp32 dW reached on a
-CPU, with 30 % to spare. The whole model's are about twice what bf16 does to it on a CPU.
+CPU, with 30 % to spare. The whole model's, and decoding's, are about twice what bf16 does to it on
+a CPU.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import repeat
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,6 +29,9 @@ from bench.gpu_meter import Entries, has, relative_error
 from bench.measure import result
 from redi.attention import packed_attention
 from redi.distributed import Place, Placing, place_model, whole
+from redi.eval import generate as engine
+from redi.eval.generate import Request, generate
+from redi.eval.sampling import Draws, Sampling
 from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
 from redi.model import ModelConfig, Transformer
 from redi.objectives import SFT, Totals
@@ -36,6 +48,8 @@ MODEL = ModelConfig(
     num_kv_heads=2, head_dim=64, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=512,
 )  # fmt: skip
 MODEL_LENGTHS = [100, 37, 256]
+DECODER = replace(MODEL, num_heads=12, num_kv_heads=2, head_dim=128)  # Qwen2.5-Math-1.5B's heads
+DECODER_ROWS, DECODER_TOKENS, SLOTS = 20, 40, 12
 
 Given = tuple[Tensor, Tensor, Tensor, Tensor]  # hidden (R, D), weight (V, D), targets, weights (R,)
 Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, log-probs (R,), d hidden, d weight
@@ -45,7 +59,7 @@ def run(device: torch.device) -> Entries:
     found = head(device)
     if device.type == "cuda":
         found |= triton_kernels(device)
-    return found | attention(device) | model(device)
+    return found | attention(device) | model(device) | decoding(device)
 
 
 # ---------------------------------------------------------------- the head
@@ -210,3 +224,76 @@ def sft_pack(config: ModelConfig, lengths: list[int]) -> PackedBatch:
     responses = torch.tensor([s.response_length for s in sequences])
     totals = Totals(len(lengths), int(responses.sum()))
     return pack(sequences, SFT.token_weights(torch.ones_like(responses), responses, totals))
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def decoding(device: torch.device, config: ModelConfig = DECODER) -> Entries:
+    """Through refills, and as rows end through recorded steps of several sizes."""
+    from redi.eval import kernel_steps
+
+    model = Transformer(config).requires_grad_(False)
+    initialise(model, seed=0)
+    rng = np.random.default_rng(0)
+    asked = [
+        Request(key, tuple(rng.integers(config.vocab_size, size=1 + 19 * key).tolist()), limit)
+        for key, limit in enumerate(rng.integers(DECODER_TOKENS // 2, DECODER_TOKENS, DECODER_ROWS))
+    ]
+    right = greedy(model, asked)
+    model.to(device)
+    found = {}
+    for name, sizes, fused in (
+        ("recorded", kernel_steps.SIZES, True),
+        ("launched", (), True),
+        ("unfused", (), False),
+    ):
+        with patch.object(kernel_steps, "SIZES", sizes):
+            answers = greedy(model, asked, fused)
+        wrong = sum(a != b for a, b in zip(answers, right))
+        found[f"G9_greedy_{name}"] = result([wrong], 0.0, f"answers of {len(asked)}, not the CPU's")
+    model.bfloat16()
+    with drawn_from() as seen:
+        answers = greedy(model, asked)
+    model.float()  # the same weights
+    errors = []
+    for request, answer in zip(asked, answers):
+        expected = forward_logits(model, [*request.prompt_ids, *answer])[-len(answer) - 1 : -1]
+        own = torch.stack([seen[request.key, place] for place in range(len(answer))])
+        errors.append(relative_error(own, expected))
+    found["G9_decode_logits"] = result([max(errors)], 3e-2, "the training forward in fp32")
+    return found
+
+
+def greedy(model: Transformer, asked: list[Request], fused: bool = True) -> list[list[int]]:
+    answers = generate(model, asked, [], Sampling(temperature=0.0), SLOTS, fused=fused)
+    return [answer.token_ids for answer in sorted(answers, key=lambda answer: answer.key)]
+
+
+@contextmanager
+def drawn_from() -> Iterator[dict[tuple[int, int], Tensor]]:
+    """(request, position) -> the logits (V,) that the engine draws from, while it runs."""
+    seen: dict[tuple[int, int], Tensor] = {}
+    sample = engine.sample
+
+    def keeping(logits: Tensor, draws: Draws, sampling: Sampling) -> Tensor:
+        names = zip(draws.keys.tolist(), draws.positions.tolist())
+        seen.update(zip(names, logits.clone()))
+        return sample(logits, draws, sampling)
+
+    with patch.object(engine, "sample", keeping):
+        yield seen
+
+
+@torch.no_grad()
+def forward_logits(model: Transformer, tokens: list[int]) -> Tensor:
+    """(T, V) of a text from the training forward, in the weights' dtype."""
+    weight, length = model.output_weight, len(tokens)
+    ends = torch.tensor([0, length], dtype=torch.int32, device=weight.device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return packed_attention(query, key, value, ends, [length])
+
+    ids, positions = torch.tensor(tokens), torch.arange(length)
+    hidden = model.model(ids.to(weight.device), positions.to(weight.device), repeat(attend))
+    return hidden @ weight.T

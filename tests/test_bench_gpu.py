@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu, gpu_attention, gpu_checks, gpu_loss, gpu_meter, gpu_steps
+from bench import gpu, gpu_attention, gpu_checks, gpu_decode, gpu_loss, gpu_meter, gpu_steps
 from bench.gpu import Part, Session, in_process, missed, ratios, table, told
 from bench.gpu_steps import Run, pair_lengths, trace_lengths, train_steps
 from bench.measure import result
@@ -100,6 +100,23 @@ def test_a_whole_model_in_bf16_is_close_to_fp32():
     found = gpu_checks.model(CPU)
     assert [name for name in found if missed(name, found[name])] == []
     assert found["G9_model_gradient"]["median"] > 1e-4  # it was bf16 indeed
+
+
+def test_decoding_is_right_and_a_wrong_position_is_seen(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu_checks, "DECODER_ROWS", 5)
+    found = gpu_checks.decoding(CPU)
+    ways = {f"G9_greedy_{way}" for way in ("recorded", "launched", "unfused")}
+    assert found.keys() == ways | {"G9_decode_logits"}
+    assert [name for name in found if missed(name, found[name])] == []
+    assert found["G9_decode_logits"]["median"] > 1e-4  # it was bf16 indeed
+    hidden = gpu_checks.engine.Decoder.hidden
+
+    def late(self, tokens, positions, attend):
+        return hidden(self, tokens, positions + 1, attend)
+
+    monkeypatch.setattr(gpu_checks.engine.Decoder, "hidden", late)
+    assert missed("G9_decode_logits", gpu_checks.decoding(CPU)["G9_decode_logits"])
 
 
 def test_the_triton_kernels_equal_their_twins():
@@ -298,6 +315,70 @@ def test_trl_trains_on_rows_of_the_same_lengths(monkeypatch):
     peer = replace(peer, lengths=pairs, checkpointing=True)
     assert str(peer) == "TRL DPO, padded, sdpa, activation checkpointing"
     assert len(gpu_trl.train_steps(peer, CPU)) == 2
+
+
+# ---------------------------------------------------------------- G7, G8
+
+
+def test_texts_have_the_mean_asked_for_and_fit_the_context():
+    for mean in (4096, 8192):
+        lengths = gpu_decode.text_lengths(256, mean, 32_700)
+        assert lengths.mean() == pytest.approx(mean, rel=0.02)
+        assert lengths.max() <= 32_700
+
+
+def test_the_part_of_decoding_runs(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(gpu_decode, "STEPS", 8)
+    monkeypatch.setattr(gpu_decode, "copy_speed", lambda device: 1e9)
+    found = gpu_decode.decode(CPU, TINY, {"4k": 40}, rows=6, peer_rows=3)
+    json.dumps(found)
+    assert found.keys() == {"G7_4k", "G7_4k_tok_s", "G7_4k_HF", "G7_4k_HF_even"}
+    assert found["G7_4k"]["n"] == 8 - 1 - gpu_decode.WARM
+    assert found["G7_4k_HF"]["goal"] == 10
+    assert "3 rows" in found["G7_4k_HF"]["peer"]
+    # A step reads 2 bytes a weight and 2 x 2 x 3 layers x 2 heads x 16 numbers a token.
+    with torch.device("meta"):
+        weights = 2 * sum(p.numel() for p in Transformer(TINY).parameters())
+    limit = (weights + 6 * 46 * 384) / 1e9
+    share = limit * found["G7_4k_tok_s"]["median"] / 6
+    assert found["G7_4k"]["median"] == pytest.approx(share, rel=0.05)
+
+
+def test_the_peer_takes_fewer_rows_where_memory_ends(monkeypatch):
+    tried = []
+
+    def steps(peer, lengths, device):
+        tried.append(len(lengths))
+        if len(lengths) > 20:
+            raise torch.OutOfMemoryError
+        return [1.0]
+
+    monkeypatch.setattr(gpu_decode, "their_steps", steps)
+    assert gpu_decode.peer_steps(None, 64, np.ones, CPU) == (16, [1.0])
+    assert tried == [64, 32, 16]
+
+
+def test_the_slice_begins_in_the_middle_of_an_evaluation():
+    asked, mean = gpu_decode.under_way(gpu_steps.SHAPE, 256, gpu_decode.MEDIAN_ANSWER)
+    assert mean == pytest.approx(gpu_decode.MEAN_ANSWER, rel=0.02)
+    first, fresh = asked[:256], asked[256:]
+    done = np.array([len(request.prompt_ids) - 120 for request in first])
+    left = np.array([request.max_new_tokens for request in first])
+    assert done.mean() == pytest.approx(left.mean(), rel=0.15)
+    assert (done + left).mean() > 1.4 * mean  # E[L^2] / E[L] of the law
+    assert {len(request.prompt_ids) for request in fresh} == {120}
+    assert len({request.prompt_ids for request in fresh}) == len(fresh) / 16
+
+
+def test_hours_follow_from_the_slices_speed(capsys):
+    found = gpu_decode.evaluation(CPU, TINY, slots=4, median=12, lasts=0.3)
+    hours, speed = found["G8_hours"], found["G8_tok_s"]
+    assert hours["n"] == gpu_decode.WINDOWS
+    assert hours["median"] == pytest.approx(1517 * 16 * 8192 / 3600 / speed["median"], rel=1e-6)
+    assert hours["goal"] == 5
+    assert "PROJECTION" in hours["peer"]
+    assert capsys.readouterr().out.startswith("PROJECTION from")
 
 
 # ---------------------------------------------------------------- parts

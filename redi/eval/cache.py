@@ -9,7 +9,8 @@
 One new token a row then attends to its row (`attend`): each page by itself, with the query of the
 row that owns it, then the parts of a row are added up. Nothing is padded beyond a page, nothing is
 copied, and keys and values are read once for the query heads of a group. On CUDA a Triton kernel
-does the same.
+does the same (kernel_steps.py). Its steps are filled up with a spare row: a row of the table that
+no text ever has, and a page beyond those that are dealt out.
 
 Left out: pages shared by several rows (prompts are short beside answers), pages on the host.
 Letters: B rows of a step, N pages, M pages of the longest row, H heads, K kv heads, G = H / K,
@@ -48,17 +49,21 @@ def _spare_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+def uses_kernel(device: torch.device) -> bool:
+    """Whether a step's attention is the Triton kernel's; torch's otherwise."""
+    return device.type == "cuda"
+
+
 @dataclass(frozen=True)
 class Step:
-    """Where the rows of one decode step lie."""
+    """Where the rows of one decode step lie. The torch path looks at pages 0 .. N-1 at once."""
 
     table: Tensor  # (B, M) int64: pages of each row; past its end its first again
     lengths: Tensor  # (B,) int64: tokens of each row, the new one among them
     pages: Tensor  # (B,) and
     offsets: Tensor  # (B,): where the new tokens go
-    # The torch path looks at pages 0 .. N-1 at once:
-    owners: Tensor | None  # (N,) the row of each page, any row for a page without one
-    hidden: Tensor | None  # (N K, 1, PAGE): 0 for the owner's tokens, else -inf
+    owners: Tensor  # (N,) the row of each page, any row for a page without one
+    hidden: Tensor  # (N K, 1, PAGE): 0 for the owner's tokens, else -inf
 
 
 class Cache:
@@ -78,18 +83,22 @@ class Cache:
         shape = (config.num_kv_heads, PAGE, config.head_dim)
         one = 2 * config.num_layers * math.prod(shape) * like.dtype.itemsize
         budget = _spare_bytes(like.device) if budget is None else budget
-        num_pages = min(wanted, budget // one)
+        self.with_kernel = uses_kernel(like.device)
+        num_pages = min(wanted, budget // one - self.with_kernel)
         if num_pages < pages_for(longest):
             raise UserError(
                 f"{budget / 2**30:.3g} GiB for keys and values are too few: a request of {longest} "
                 f"tokens takes {pages_for(longest) * one / 2**30:.3g} GiB"
             )
-        shape = (num_pages, *shape)
+        shape = (num_pages + self.with_kernel, *shape)  # the last is the spare row's
         self.keys = [like.new_empty(shape) for _ in range(config.num_layers)]
         self.values = [like.new_empty(shape) for _ in range(config.num_layers)]
-        self.touched = 0  # pages that were ever in use; those after them hold anything, NaN too
+        # Pages that torch may look at; those after them hold anything, NaN too.
+        self.touched = len(self.keys[0]) if self.with_kernel else 0
         self.free = list(range(num_pages))  # a heap
-        self.table = np.zeros((rows, pages_for(longest)), dtype=np.int64)
+        self.spare_row = rows
+        self.table = np.full((rows + 1, pages_for(longest)), num_pages)
+        self.changed: set[int] = set()  # rows whose pages are others than `take_changed` told
         self.lengths = np.zeros(rows, dtype=np.int64)  # tokens
         self.owners = np.full(num_pages, -1)  # row of each page; -1: none
         self.starts = np.zeros(num_pages, dtype=np.int64)  # place of its first token in the row
@@ -111,6 +120,7 @@ class Cache:
         for number in range(first, last):
             page = heapq.heappop(self.free)
             self.table[row, number], self.owners[page] = page, row
+            self.changed.add(row)
             self.starts[page] = number * PAGE
             if page >= self.touched:  # 0 x NaN is NaN, even for a token that nobody looks at
                 for tensor in (*self.keys, *self.values):
@@ -136,6 +146,7 @@ class Cache:
         self.table[to], self.lengths[to] = self.table[row], self.lengths[row]
         self.owners[self.pages_of(to)] = to
         self.lengths[row] = 0
+        self.changed.add(to)
 
     def copy(self, pages: np.ndarray, to: np.ndarray) -> None:
         """The contents of pages (n,) into other pages (n,)."""
@@ -155,25 +166,27 @@ class Cache:
 
     # ---- a step
 
-    def step(self, rows: list[int]) -> Step:
-        """Make room for one more token in each row, and say where all is."""
+    def append(self, rows: list[int]) -> None:
+        """Make room for one more token in each row."""
         rows = np.asarray(rows)
-        device = self.keys[0].device
-        if device.type != "cuda" and self._end() > 2 * self.used:
-            self.compact()
         full = self.lengths[rows] % PAGE == 0
         self.lengths[rows[~full]] += 1
         for row in rows[full].tolist():
             self.lengthen(row, 1)
+
+    def step(self, rows: list[int]) -> Step:
+        """Make room for one more token in each row, and say where all is."""
+        if self._end() > 2 * self.used:
+            self.compact()
+        self.append(rows)
+        rows = np.asarray(rows)
         lengths = self.lengths[rows]
         counts = -(-lengths // PAGE)
         present = np.arange(counts.max()) < counts[:, None]  # (B, M)
         table = self.table[rows, : counts.max()]
         table = np.where(present, table, table[:, :1])
         pages, offsets = table[np.arange(len(rows)), counts - 1], (lengths - 1) % PAGE
-        places = [torch.as_tensor(x, device=device) for x in (table, lengths, pages, offsets)]
-        if device.type == "cuda":
-            return Step(*places, None, None)
+        places = [torch.from_numpy(x) for x in (table, lengths, pages, offsets)]
         end = self._end()
         number = np.zeros(len(self.lengths), dtype=np.int64)
         number[rows] = np.arange(1, len(rows) + 1)  # row of the cache -> row of this step, from 1
@@ -199,10 +212,6 @@ class Cache:
         """One new token a row: query (B, H, d), key and value (B, K, d) -> (B, H, d)."""
         keys, values = self.keys[layer], self.values[layer]
         self.write(layer, step.pages, step.offsets, key, value)
-        if query.is_cuda:
-            from redi.eval.decode_kernel import decode_attention
-
-            return decode_attention(query, keys, values, step.table, step.lengths)
         return _attend(query, keys, values, step)
 
 

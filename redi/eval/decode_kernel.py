@@ -1,17 +1,19 @@
 """One new token a row over keys and values in pages: flash decoding in Triton, for CUDA.
 
     row of 200 tokens, 2 splits      program 0: tokens 0 .. 127     their softmax's parts, and
-    of 128 tokens                    program 1: tokens 128 .. 199   log-sum-exps: added up at last
+    in tiles of 64                   program 1: tokens 128 .. 199   log-sum-exps; a second kernel
+                                                                    adds them up
 
 A program owns a row, a kv head and a split of the row's tokens. It holds the queries of the whole
 group, so that keys and values are read once, and finds each token's page in the row's table. There
-are as many splits as fill the machine: few rows of long texts would leave most of it idle.
+are as many splits as fill the machine: few rows of long texts would leave most of it idle. A row's
+tokens are dealt to them evenly, by its own length, so the launch depends on no length: it can be
+captured in a CUDA graph.
 
 Beside it stands the torch function it must equal; tests hold the two together under Triton's
-interpreter. Left out: a kernel for adding the splits up (they are small), autotuning. Never run on
-a GPU yet.
-Letters: B rows, N pages, M pages of the longest row, H heads, K kv heads, G = H / K, d head size,
-S splits.
+interpreter. Left out: autotuning. Never run on a GPU yet.
+Letters: B rows, R rows of the table, N pages, M pages of a row of the table, H heads, K kv heads,
+G = H / K, d head size, S splits.
 """
 
 import torch
@@ -21,57 +23,68 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 64  # tokens that a program looks at at a time
-PROGRAMS = 1024  # enough for every multiprocessor of a large GPU, several times
+# Programs of a launch: a large GPU holds about a thousand at a time, and where rows differ in
+# length four times as many end more evenly.
+PROGRAMS = 4096
+MOST_SPLITS = 128
 
 
 def decode_attention(
-    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, rows: Tensor, lengths: Tensor
 ) -> Tensor:
-    """query (B, H, d); keys, values (N, K, PAGE, d); table (B, M), lengths (B,) -> (B, H, d).
+    """query (B, H, d); keys, values (N, K, PAGE, d); table (R, M) int64; rows, lengths (B,) int64
+    -> (B, H, d).
 
-    Row b attends to its first lengths[b] tokens, at least 1; they lie in pages table[b]. Scores are
-    scaled by d ** -0.5.
+    Query b attends to the first lengths[b] tokens, at least 1, that lie in pages table[rows[b]].
+    Scores are scaled by d ** -0.5. Keys, values and the table are contiguous.
     """
     batch, heads, size = query.shape
     kv_heads, page = keys.shape[1], keys.shape[2]
-    tiles = triton.cdiv(table.shape[1] * page, TILE)  # of the longest row
-    splits = max(1, min(tiles, PROGRAMS // (batch * kv_heads)))
-    tiles = triton.cdiv(tiles, splits)  # of a split
+    tiles = triton.cdiv(table.shape[1] * page, TILE)  # of the longest row there can be
+    splits = max(1, min(tiles, MOST_SPLITS, PROGRAMS // (batch * kv_heads)))
     parts = query.new_empty(batch, heads, splits, size, dtype=torch.float32)
     log_sums = query.new_empty(batch, heads, splits, dtype=torch.float32)
+    width = max(16, triton.next_power_of_2(size))
     _split[(batch, kv_heads, splits)](
         query.contiguous(),
         keys,
         values,
-        table.contiguous(),
+        table,
+        rows,
         lengths,
         parts,
         log_sums,
         size**-0.5,
         table.shape[1],
         splits,
-        tiles,
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),  # the least that tl.dot takes
         SIZE=size,
-        WIDTH=max(16, triton.next_power_of_2(size)),
+        WIDTH=width,
         PAGE=page,
         TILE=TILE,
+        num_warps=4,
+        # Tiles in flight: two of 64 x 128 numbers of 2 bytes take 64 KiB, which every GPU has.
+        num_stages=2 if query.element_size() <= 2 else 1,
     )
-    shares = log_sums.softmax(dim=2)
-    return (parts * shares[..., None]).sum(dim=2).to(query.dtype)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _add_up[(batch * heads,)](
+        parts, log_sums, out, splits, SIZE=size, WIDTH=width, CHUNK=16, num_warps=4
+    )
+    return out
 
 
 def decode_attention_reference(
-    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, rows: Tensor, lengths: Tensor
 ) -> Tensor:
     batch, _, size = query.shape
     keys, values = (
-        t[table].transpose(1, 2).reshape(batch, keys.shape[1], -1, size) for t in (keys, values)
+        t[table[rows]].transpose(1, 2).reshape(batch, keys.shape[1], -1, size)
+        for t in (keys, values)
     )  # (B, K, M PAGE, d)
     seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None]
-    grouped = query.view(batch, keys.shape[1], -1, size)  # (B, K, G, d)
+    grouped = query.reshape(batch, keys.shape[1], -1, size)  # (B, K, G, d)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None])
     return out.reshape(query.shape)
 
@@ -82,13 +95,13 @@ def _split(
     keys,
     values,
     table,
+    rows,
     lengths,
     parts,
     log_sums,
     scale,
     table_width,
     splits,
-    tiles,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -105,18 +118,20 @@ def _split(
     head = row * KV_HEADS * GROUP + kv_head * GROUP + members  # of all rows
     inside = (members[:, None] < GROUP) & (columns[None, :] < SIZE)
     q = tl.load(query + head[:, None] * SIZE + columns[None, :], mask=inside, other=0.0)
+    own_pages = table + tl.load(rows + row) * table_width
 
     # ---- softmax over the split's tokens, with a running maximum
-    length = tl.load(lengths + row)
-    start = split * tiles * TILE
-    end = tl.minimum(start + tiles * TILE, length)
+    length = tl.load(lengths + row).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(length, TILE), splits) * TILE  # tokens of a split
+    start = split * share
+    end = tl.minimum(start + share, length)
     maximum = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     summed = tl.zeros((ROWS, WIDTH), tl.float32)
     for first in range(start, end, TILE):
         token = first + tl.arange(0, TILE)
         seen = token < end
-        page = tl.load(table + row * table_width + token // PAGE, mask=seen, other=0).to(tl.int64)
+        page = tl.load(own_pages + token // PAGE, mask=seen, other=0).to(tl.int64)
         place = ((page * KV_HEADS + kv_head) * PAGE + token % PAGE) * SIZE
         there = seen[:, None] & (columns[None, :] < SIZE)
         k = tl.load(keys + place[:, None] + columns[None, :], mask=there, other=0.0)
@@ -131,10 +146,40 @@ def _split(
         summed += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         maximum = larger
 
-    # ---- a split past the row's end has no tokens: its share will be exp(-inf)
+    # ---- a split past the row's end says so, and writes no part
     place = head * splits + split
-    empty = total == 0.0
-    log_sum = tl.where(empty, -float("inf"), maximum + tl.log(tl.where(empty, 1.0, total)))
-    tl.store(log_sums + place, log_sum, mask=members < GROUP)
-    share = summed / tl.where(empty, 1.0, total)[:, None]
-    tl.store(parts + place[:, None] * SIZE + columns[None, :], share, mask=inside)
+    if start < length:
+        tl.store(log_sums + place, maximum + tl.log(total), mask=members < GROUP)
+        part = summed / total[:, None]
+        tl.store(parts + place[:, None] * SIZE + columns[None, :], part, mask=inside)
+    else:
+        nothing = tl.full((ROWS,), -float("inf"), tl.float32)
+        tl.store(log_sums + place, nothing, mask=members < GROUP)
+
+
+@triton.jit
+def _add_up(
+    parts, log_sums, out, splits, SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
+):
+    """The parts of a head of a row, weighted by the mass that each stands for."""
+    head = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    maximum = tl.load(log_sums + head * splits)  # the first split has tokens
+    for first in range(0, splits, CHUNK):
+        split = first + tl.arange(0, CHUNK)
+        log_sum = tl.load(log_sums + head * splits + split, mask=split < splits, other=-1e38)
+        maximum = tl.maximum(maximum, tl.max(log_sum, 0))
+    total = 0.0
+    summed = tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, splits, CHUNK):
+        split = first + tl.arange(0, CHUNK)
+        inside = split < splits
+        log_sum = tl.load(log_sums + head * splits + split, mask=inside, other=-float("inf"))
+        mass = tl.exp(log_sum - maximum)  # 0 where there is no part
+        total += tl.sum(mass, 0)
+        place = (head * splits + split)[:, None] * SIZE + columns[None, :]
+        written = (mass > 0.0)[:, None] & (columns[None, :] < SIZE)
+        part = tl.load(parts + place, mask=written, other=0.0)
+        summed += tl.sum(part * mass[:, None], 0)
+    value = (summed / total).to(out.dtype.element_ty)
+    tl.store(out + head * SIZE + columns, value, mask=columns < SIZE)

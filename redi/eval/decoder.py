@@ -65,6 +65,14 @@ class Decoder:
 
     def logits(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """tokens (B,) at positions (B,) -> (B, V), at least fp32."""
+        return self.project(self.hidden(tokens, positions, attend))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(B, D) -> (B, V), at least fp32."""
+        return wide_logits(hidden, self.head)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """tokens (B,) at positions (B,) -> (B, D)."""
         config = self.config
         heads, kv_heads = config.num_heads, config.num_kv_heads
         x = self.embedding[tokens]  # (B, D)
@@ -80,7 +88,7 @@ class Decoder:
             x = torch.addmm(x, attended.reshape(len(x), -1), layer.out)
             gate, up = (self._normalise(x, layer.mlp_norm) @ layer.gate_up).chunk(2, dim=1)
             x = torch.addmm(x, F.silu(gate) * up, layer.down)
-        return wide_logits(self._normalise(x, self.norm), self.head)
+        return self._normalise(x, self.norm)
 
     def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
@@ -94,6 +102,13 @@ class Unfused:
 
     def logits(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """tokens (B,) at positions (B,) -> (B, V)."""
-        layers = [partial(attend, layer=i) for i in range(self.model.config.num_layers)]
-        hidden = self.model.model(tokens, positions, layers)  # (B, D)
+        return self.project(self.hidden(tokens, positions, attend))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(B, D) -> (B, V)."""
         return wide_logits(hidden, self.model.output_weight.T)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """tokens (B,) at positions (B,) -> (B, D)."""
+        layers = [partial(attend, layer=i) for i in range(self.model.config.num_layers)]
+        return self.model.model(tokens, positions, layers)

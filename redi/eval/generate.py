@@ -15,7 +15,7 @@ whichever other requests share the batch (sampling.py). Temperature 0 is greedy.
 
 A model may run in circles until its limit: that is reported (loops.py), never stopped.
 
-Left out: beam search, penalties, CUDA graphs.
+Left out: beam search, penalties; a next step launched before this one's tokens are read.
 Letters: B rows of a step, T packed tokens, D hidden, V vocabulary.
 """
 
@@ -35,6 +35,7 @@ from redi.config import UserError
 from redi.eval.cache import Cache, pages_for, spread
 from redi.eval.decoder import Decoder, Unfused
 from redi.eval.sampling import Draws, Sampling, sample
+from redi.eval.transfer import to_device
 from redi.logprobs import wide_logits
 from redi.model import Transformer
 
@@ -178,6 +179,11 @@ class _Engine:
         pages = _pages_needed(texts, slots)
         self.cache = Cache(model.config, weight, pages, cache_bytes, 2 * slots, longest)
         usage.cache_bytes = self.cache.num_bytes
+        self.kernel_steps = None
+        if self.cache.with_kernel:
+            from redi.eval.kernel_steps import KernelSteps  # needs triton
+
+            self.kernel_steps = KernelSteps(self.cache, decoder)
         self.free = list(range(slots))[::-1]
         self.free_holders = list(range(slots, 2 * slots))[::-1]
         self.live: dict[int, _Text] = {}  # row -> text, in the order of admission
@@ -294,6 +300,7 @@ class _Engine:
         pages, offsets = (self._tensor(np.concatenate(part)) for part in zip(*places))
         positions = self._tensor(np.concatenate([np.arange(length) for length in lengths]))
         ends = np.cumsum(lengths)
+        last = self._tensor(ends - 1)
         cu_seqlens = self._tensor(np.concatenate([[0], ends])).to(torch.int32)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
@@ -304,18 +311,22 @@ class _Engine:
         layers = [partial(attend, layer=i) for i in range(self.model.config.num_layers)]
         hidden = self.model.model(tokens, positions, layers)  # (T, D)
         self.usage.prefilled_tokens += len(tokens)
-        return wide_logits(hidden[self._tensor(ends - 1)], self.model.output_weight.T)
+        return wide_logits(hidden[last], self.model.output_weight.T)
 
     def decode(self) -> tuple[Tensor, list[int]]:
         """One more token for every row: logits (B, V), and the rows."""
         while self.cache.missing(list(self.live)) > len(self.cache.free):
             self._set_aside()
         rows = list(self.live)
-        step = self.cache.step(rows)
-        tokens = self._tensor([text.token_ids[-1] for text in self.live.values()])
-        attend = partial(self.cache.attend, step=step)
+        tokens = [text.token_ids[-1] for text in self.live.values()]
+        if self.kernel_steps:
+            logits = self.kernel_steps.logits(rows, tokens)
+        else:
+            step = self.cache.step(rows)
+            attend = partial(self.cache.attend, step=step)
+            logits = self.decoder.logits(torch.tensor(tokens), step.lengths - 1, attend)
         self.usage.count_step(len(rows), self.cache.used, bool(self.queue))
-        return self.decoder.logits(tokens, step.lengths - 1, attend), rows
+        return logits, rows
 
     def advance(self, logits: Tensor, rows: list[int], stop_ids: set[int]) -> Iterator[Generated]:
         """Draw the next token of `rows` from logits (n, V); give up the rows that are done."""
@@ -336,7 +347,7 @@ class _Engine:
                 yield _finished(text, stopped)
 
     def _tensor(self, values) -> Tensor:
-        return torch.as_tensor(values, device=self.device)
+        return to_device(values, self.device)
 
 
 def _pages_needed(texts: list[_Text], slots: int) -> int:

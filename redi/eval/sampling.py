@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redi.eval.transfer import to_device
+
 BLOCK = 64  # tokens whose weights are summed before the search
 ATTEMPTS = 8  # then sort: only a small top_p comes that far, for it refuses most draws
 
@@ -80,7 +82,7 @@ def sample(logits: Tensor, draws: Draws, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(dim=1)
     weights = token_weights(logits, sampling.temperature)  # (B, V)
-    drawn = invert(weights, draws.uniforms(0).to(weights.device))
+    drawn = invert(weights, to_device(draws.uniforms(0), weights.device))
     if sampling.top_p >= 1:
         return drawn
     left = refused(weights, drawn, sampling.top_p)  # rows without a token
@@ -88,11 +90,11 @@ def sample(logits: Tensor, draws: Draws, sampling: Sampling) -> Tensor:
     for attempt in range(1, ATTEMPTS):
         if not len(left):
             return drawn
-        tokens = invert(weights, draws.uniforms(attempt).to(weights.device)[left])
+        tokens = invert(weights, to_device(draws.uniforms(attempt), weights.device)[left])
         drawn[left] = tokens
         rows = refused(weights, tokens, sampling.top_p)
         left, weights = left[rows], weights[rows]
-    uniforms = draws.uniforms(ATTEMPTS).to(weights.device)[left]
+    uniforms = to_device(draws.uniforms(ATTEMPTS), weights.device)[left]
     drawn[left] = by_sorting(weights, uniforms, sampling.top_p)
     return drawn
 
@@ -138,6 +140,8 @@ def refused(weights: Tensor, tokens: Tensor, top_p: float) -> Tensor:
     least = torch.ge(weights, own, out=torch.empty_like(weights)).mul_(weights).sum(dim=1)
     near = least - own[:, 0] >= (top_p - 1e-4) * weights.sum(dim=1)
     rows = near.nonzero()[:, 0]
+    if not len(rows):
+        return rows
     wide = weights[rows].double()
     return rows[mass_before(wide, tokens[rows]) >= top_p * wide.sum(dim=1)]
 

@@ -1,0 +1,129 @@
+"""Decode steps on CUDA: attention in Triton, and steps of few rows played back from a recording.
+
+A step of few rows is hundreds of small kernels, and the host takes longer to launch them than the
+device to run them. So the launches are recorded once, as a CUDA graph, for each of a few sizes:
+
+    3 rows to write   tokens    7  2  9  0     one transfer to the inputs of size 4, then the graph
+                      rows      0  4  1  8     of size 4 is played back, and the hidden states of
+                      lengths  31  8 64  1     its first 3 rows count
+
+What a recording reads and writes lies at fixed addresses: the weights, the pages, these inputs, and
+the table of pages, a copy of the cache's that learns at every step which rows have new pages. A
+step is filled up with the spare row (8 above), whose one token goes to a page that no text has.
+
+Only hidden states are recorded: the head makes logits of the rows that count. Steps of more than
+SIZES[-1] rows, whose kernels are long enough, are not recorded, nor are those of `Unfused`:
+training shards its weights through hooks. Left out: prefills, whose shapes never come twice.
+
+Tests play back by calling the function again, on a CPU; nothing here has run on a GPU yet.
+Letters: B rows, D hidden, H heads, K kv heads, d head size, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redi.eval.cache import Cache
+from redi.eval.decode_kernel import decode_attention
+from redi.eval.decoder import Decoder, Unfused
+from redi.eval.transfer import to_device
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a recorded step
+
+
+class KernelSteps:
+    def __init__(self, cache: Cache, decoder: Decoder | Unfused):
+        self.cache, self.decoder = cache, decoder
+        self.device = cache.keys[0].device
+        self.page = cache.keys[0].shape[2]
+        self.table = torch.from_numpy(cache.table.copy()).to(self.device)
+        cache.changed.clear()
+        self.sizes = SIZES if isinstance(decoder, Decoder) else ()
+        self.recordings: dict[int, Recording] = {}
+
+    def logits(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """One more token for each of these rows of the cache -> (B, V). There must be room."""
+        self.cache.append(rows)
+        self._update_table()
+        count = len(rows)
+        size = next((size for size in self.sizes if size >= count), None)
+        inputs = self._filled_up(rows, tokens, size or count)
+        if size is None:
+            hidden = self._hidden(inputs)
+        else:
+            if size not in self.recordings:
+                spare = self._filled_up([], [], size)
+                self.recordings[size] = Recording(self._hidden, spare)
+            hidden = self.recordings[size](inputs)
+        return self.decoder.project(hidden[:count])
+
+    def _update_table(self) -> None:
+        if rows := sorted(self.cache.changed):
+            pages = to_device(self.cache.table[rows], self.device)
+            self.table.index_copy_(0, to_device(rows, self.device), pages)
+            self.cache.changed.clear()
+
+    def _filled_up(self, rows: Sequence[int], tokens: Sequence[int], size: int) -> Tensor:
+        """(3, size): tokens, rows, lengths; after the given rows the spare one."""
+        inputs = np.empty((3, size), dtype=np.int64)
+        inputs[:] = [[0], [self.cache.spare_row], [1]]
+        inputs[:, : len(rows)] = tokens, rows, self.cache.lengths[np.asarray(rows, dtype=int)]
+        return to_device(inputs, self.device)
+
+    def _hidden(self, inputs: Tensor) -> Tensor:
+        """(3, B) -> (B, D). Asks the device nothing, so that it can be recorded."""
+        tokens, rows, lengths = inputs
+        last = lengths - 1
+        pages, offsets = self.table[rows, last // self.page], last % self.page
+        attend = partial(self._attend, rows=rows, lengths=lengths, pages=pages, offsets=offsets)
+        return self.decoder.hidden(tokens, last, attend)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layer: int,
+        rows: Tensor,
+        lengths: Tensor,
+        pages: Tensor,
+        offsets: Tensor,
+    ) -> Tensor:
+        """query (B, H, d), key and value (B, K, d), each the new token's -> (B, H, d)."""
+        self.cache.write(layer, pages, offsets, key, value)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return decode_attention(query, keys, values, self.table, rows, lengths)
+
+
+class Recording:
+    """A function of a tensor, played back on other numbers of the same shape."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], inputs: Tensor):
+        """Runs the function on `inputs`, which are kept; what that writes must do no harm."""
+        self.inputs = inputs
+        self.output, self.play = record(partial(function, inputs), inputs.device)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The result stands until the next call."""
+        self.inputs.copy_(inputs)
+        self.play()
+        return self.output
+
+
+def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+    """The tensor that `run` makes, and what runs it again into the same tensor: a CUDA graph.
+
+    The first run, before the recording, compiles kernels and lets libraries choose theirs."""
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        run()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # Of this thread alone: under torchrun another one asks the device about collectives meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = run()
+    return output, graph.replay
