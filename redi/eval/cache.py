@@ -98,7 +98,7 @@ class Cache:
         self.free = list(range(num_pages))  # a heap
         self.spare_row = rows
         self.table = np.full((rows + 1, pages_for(longest)), num_pages)
-        self.changed: set[int] = set()  # rows whose pages are others than `take_changed` told
+        self.changed: set[int] = set()  # rows whose pages are others than kernel_steps knows
         self.lengths = np.zeros(rows, dtype=np.int64)  # tokens
         self.owners = np.full(num_pages, -1)  # row of each page; -1: none
         self.starts = np.zeros(num_pages, dtype=np.int64)  # place of its first token in the row
