@@ -178,8 +178,13 @@ def test_on_several_gpus_torchrun_starts_what_trains_and_what_samples(write_stud
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "recipes").glob("study_*.toml")), ids=lambda p: p.stem
 )
-def test_the_recipes_can_be_read(path):
-    assert jobs(read_study(path))
+def test_the_recipes_can_be_read_and_start_programs_that_are_there(path):
+    commands = [command for job in jobs(read_study(path)) for command in job.commands]
+    programs = {part for command in commands for part in command if part.endswith(".py")}
+    assert {Path(program).resolve().name for program in programs} == {
+        "train_sft.py", "train_redi.py", "evaluate.py",
+    }  # fmt: skip
+    assert all(Path(program).is_file() for program in programs)
 
 
 # ---------------------------------------------------------------- statistics

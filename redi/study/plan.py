@@ -42,7 +42,7 @@ from redi.toy import ToyConfig
 from train_redi import REDIConfig
 from train_sft import SFTConfig
 
-ROOT = Path(__file__).resolve().parent.parent  # where the programs are
+ROOT = Path(__file__).resolve().parents[2]  # where the programs are
 # What a study sets itself: for each run, or because a run's result must not depend on it.
 OF_RUNS = {"out", "seed", "cache", "resume", "dry_run"}
 TAKEN: dict[type, set[str]] = {
