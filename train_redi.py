@@ -12,7 +12,9 @@ Reads the stage-1 model and pairs {"prompt": [messages], "chosen": [message], "r
     dpo         -log sigmoid(beta [(S_w - S_w_ref) - (S_l - S_l_ref)])
     simpo       -log sigmoid(beta (M_w - M_l) - gamma)
 
-with M the mean and S the sum of a response's log-probs. Writes a Hugging Face folder.
+with M the mean and S the sum of a response's log-probs, or an objective of redi/related_losses.py:
+positives, dpo_norm, irpo, dpop, ipo, apo_zero, orpo, npo, topr, dft, redi_weighted. Writes a
+Hugging Face folder.
 """
 
 import inspect
@@ -26,17 +28,23 @@ from redi.train import TrainConfig
 
 # The paper's values (Section 4). REDI's is the default; the others are quoted when missing.
 PUBLISHED = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.001}, "simpo": {"beta": 2.0, "gamma": 1.0}}
+# Those of the papers that the other objectives are from, where they settled on one; quoted too.
+SOURCES = {
+    "dpo_norm": {"beta": 5.0}, "irpo": {"beta": 0.1, "alpha": 1.0}, "orpo": {"alpha": 0.1},
+    "dpop": {"beta": 0.3, "alpha": 50.0}, "npo": {"beta": 0.1, "alpha": 1.0},
+}  # fmt: skip
 PARAMETERS = ("alpha", "beta", "gamma")
+SHARES = ("redi", "redi_weighted")  # their alpha is a share of the chosen trace's weight
 
 
 @dataclass(kw_only=True)
 class REDIConfig(TrainConfig):
     objective: Annotated[Literal[tuple(OBJECTIVES)], "what is minimised"] = "redi"
     alpha: Annotated[
-        float | None, "weight of the rejected trace, in [0, 1]; redi only, none = 0.8"
+        float | None, "weight of the rejected trace, in [0, 1]; redi: none = 0.8; or of a 2nd term"
     ] = None
-    beta: Annotated[float | None, "sharpness of the sigmoid; dpo and simpo"] = None
-    gamma: Annotated[float | None, "target margin; simpo only"] = None
+    beta: Annotated[float | None, "sharpness of the sigmoid; dpo, simpo and their kin"] = None
+    gamma: Annotated[float | None, "target margin (simpo), or an exponent (redi_weighted)"] = None
     model: str = "out/sft"
     data: str = "data/pairs.jsonl"
     out: str = "out/redi"
@@ -51,18 +59,26 @@ class REDIConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        published = PUBLISHED.get(self.objective, {})
         if self.objective == "redi" and self.alpha is None:
-            self.alpha = published["alpha"]
+            self.alpha = PUBLISHED["redi"]["alpha"]
         takes = inspect.signature(OBJECTIVES[self.objective]).parameters
         for name in PARAMETERS:
             given = getattr(self, name)
             require(name in takes or given is None, name, given, f"none with {self.objective}")
             if name in takes and given is None:
-                quoted = f" (the paper's is {published[name]:g})" if name in published else ""
+                quoted = self._quoted(name)
                 raise UserError(f"--{name} is missing: {self.objective} needs it{quoted}")
-        require(self.alpha is None or 0 <= self.alpha <= 1, "alpha", self.alpha, "within [0, 1]")
+        if self.alpha is not None:
+            share, alpha = self.objective in SHARES, self.alpha
+            expected = "within [0, 1]" if share else "at least 0"
+            require(alpha >= 0 and (alpha <= 1 or not share), "alpha", alpha, expected)
         require(self.beta is None or self.beta > 0, "beta", self.beta, "above 0")
+
+    def _quoted(self, name: str) -> str:
+        for whose, values in (("the paper's", PUBLISHED), ("its own paper's", SOURCES)):
+            if name in values.get(self.objective, {}):
+                return f" ({whose} is {values[self.objective][name]:g})"
+        return ""
 
     def make_objective(self) -> Objective:
         given = {name: getattr(self, name) for name in PARAMETERS}

@@ -149,13 +149,13 @@ def triton_kernels(
     targets[0], targets[-1] = 0, vocabulary - 1
     weights = torch.randn(rows, generator=draw).to(device)
     logits[0, 0] += 40.0  # a token that is nearly certain
-    right, right_logps = kernels.softmax_gradient_reference(
+    right, right_logps, _ = kernels.softmax_gradient_reference(
         logits.double(), targets, weights.double(), torch.float64
     )
     logps = [kernels.target_logps(logits, targets)]
     found = {}
     for name, dtype, goal in (("fp32", torch.float32, 1e-5), ("bf16", torch.bfloat16, 2e-3)):
-        gradient, again = kernels.softmax_gradient_(logits.clone(), targets, weights, dtype)
+        gradient, again, _ = kernels.softmax_gradient_(logits.clone(), targets, weights, dtype)
         logps.append(again)
         error = relative_error(gradient, right)
         found[f"G9_kernel_{name}"] = result([error], goal, "its torch twin in float64")

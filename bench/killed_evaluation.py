@@ -4,8 +4,9 @@ r"""What does it cost to kill an evaluation ten times?
 
 One greedy evaluation runs through; another is killed (SIGKILL) at ten random moments and started
 again each time. Both must leave the same bytes in report, completions and verdicts; and the killed
-one may compute at most 1.1 times the tokens. Tokens are counted where they are embedded, so those
-of completions that a kill cut off count as well, and so do the prompts read again. Linux.
+one may compute at most 1.1 times the tokens. Tokens are counted where the model reads them, prompts
+and answers, so those of completions that a kill cut off count as well, and so do the prompts read
+again. Linux.
 """
 
 import os
@@ -14,7 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from bench.measure import result, write
 from redi.config import UserError, program
@@ -23,37 +28,50 @@ ROOT = Path(__file__).parent.parent
 KILLS = 10
 SAMPLES, SLOTS = 8, 16
 SEED = 1
+NEW_TOKENS = 96
 COMPARED = ("report.json", "report.md", "report.html", "completions", "problems", "verdicts")
-COUNTING = """
-import os, sys
-import torch
-from redi import checkpoint
-counter, sys.argv = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT), ["evaluate.py", *sys.argv[2:]]
-total = int(os.pread(counter, 20, 0) or 0)
-def count(module, arguments, output):
-    global total
-    total += arguments[0].numel()
-    os.pwrite(counter, b"%020d" % total, 0)
-load = checkpoint.load_model
-def load_counted(*arguments, **named):
-    model, source = load(*arguments, **named)
-    model.model.embed_tokens.register_forward_hook(count)
-    return model, source
-checkpoint.load_model = load_counted
-import evaluate
-evaluate.main()
-"""
+COUNTED = "from bench.killed_evaluation import evaluate_counted; evaluate_counted()"
+
+
+def evaluate_counted() -> None:
+    """evaluate.py, after a file's name among the arguments: in the file stands how many tokens the
+    model has read, in this process and in those before it."""
+    import evaluate
+    from redi.eval import decoder
+    from redi.model import Decoder
+
+    counter = os.open(sys.argv.pop(1), os.O_RDWR | os.O_CREAT)
+    total = int(os.pread(counter, 20, 0) or 0)
+
+    def counted(read: Callable[..., Any]) -> Callable[..., Any]:
+        def reading(self: object, tokens: Tensor, *rest: Any) -> Any:
+            nonlocal total
+            total += tokens.numel()
+            os.pwrite(counter, b"%020d" % total, 0)  # first: a kill comes within the pass
+            return read(self, tokens, *rest)
+
+        return reading
+
+    Decoder.forward = counted(Decoder.forward)  # prompts
+    decoder.Decoder.logits = counted(decoder.Decoder.logits)  # answers, a token a row
+    evaluate.main()
+
+
+def tokens_read(out: Path) -> int:
+    return int(out.with_suffix(".tokens").read_bytes())
+
+
+def command(model: str, benchmark: str, out: Path) -> list[str]:
+    flags = ["--model", model, "--benchmark", benchmark, "--out", out, "--temperature", 0,
+             "--samples", SAMPLES, "--slots", SLOTS, "--user-prompt", "plain",
+             "--max-new-tokens", NEW_TOKENS]  # fmt: skip
+    return [*map(str, [sys.executable, "-c", COUNTED, out.with_suffix(".tokens"), *flags])]
 
 
 def start(model: str, benchmark: str, out: Path) -> subprocess.Popen:
-    flags = ["--model", model, "--benchmark", benchmark, "--out", out, "--temperature", 0,
-             "--samples", SAMPLES, "--slots", SLOTS, "--user-prompt", "plain",
-             "--max-new-tokens", 96]  # fmt: skip
-    command = [sys.executable, "-c", COUNTING, out.with_suffix(".tokens"), *flags]
-    return subprocess.Popen(
-        [*map(str, command)],
-        cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    asked = command(model, benchmark, out)
+    return subprocess.Popen(asked, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
 
 
 def made(out: Path) -> int:
@@ -97,9 +115,7 @@ def main() -> None:
             kill_at(start(model, benchmark, killed), killed, place)
             print(f"killed with {made(killed)} of {count - 1} completions on disk")
         finish(start(model, benchmark, killed))
-        tokens = [int(out.with_suffix(".tokens").read_bytes()) for out in (whole, killed)]
-        if 0 in tokens:
-            raise RuntimeError("no token was counted")
+        tokens = [tokens_read(out) for out in (whole, killed)]
         before, after = contents(whole), contents(killed)
     different = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
     print(f"{len(before)} files, {len(different)} differ {different}")

@@ -75,9 +75,16 @@ class Task:
         for ids in step[self.place.rank]:
             yield self._load(ids, totals).to(self.place.device)
 
-    def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> tuple[Tensor, Tensor]:
-        """The pack's share of the step's loss, and its log-probs (R,) detached."""
-        return self.objective.loss(model, batch, totals, self.reference)
+    def loss(
+        self,
+        model: Transformer,
+        batch: PackedBatch,
+        totals: Totals,
+        entropies: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The pack's share of the step's loss, and its log-probs (R,) detached. entropies (R,):
+        memory for them; they are there once backward has run."""
+        return self.objective.loss(model, batch, totals, self.reference, entropies)
 
     def _load(self, ids: Pack, totals: Totals) -> PackedBatch:
         sequences = [self.dataset.sequence(i) for i in ids]
@@ -91,19 +98,25 @@ class Task:
 
 @dataclass(frozen=True)
 class SequenceLogps:
-    """Log-probs of a pack's sequences."""
+    """Log-probs of a pack's sequences, and the entropies they were drawn from."""
 
     ids: list[int]  # S, as packing.plan numbers sequences
     sums: Tensor  # (S,) on the device until somebody reads them
     largest: Tensor  # () of all tokens; above 0 only if something is broken
+    entropies: Tensor | None  # (S,) summed like the log-probs
 
     @classmethod
-    def of(cls, batch: PackedBatch, logps: Tensor, paired: bool) -> "SequenceLogps":
+    def of(
+        cls, batch: PackedBatch, logps: Tensor, paired: bool, entropies: Tensor | None = None
+    ) -> "SequenceLogps":
+        """logps (R,) and entropies (R,) of the pack's tokens; the latter after backward."""
         ids = batch.row_ids
         if paired:
             ids = [2 * row + (sign < 0) for row, sign in zip(batch.row_ids, batch.signs)]
         largest = logps.max() if len(logps) else logps.new_zeros(())
-        return cls(ids, sequence_sums(logps, batch.response_lengths), largest)
+        sums, lengths = sequence_sums(logps, batch.response_lengths), batch.response_lengths
+        summed = None if entropies is None else sequence_sums(entropies, lengths)
+        return cls(ids, sums, largest, summed)
 
 
 @dataclass(frozen=True)
@@ -113,22 +126,35 @@ class Reading:
     added: list[float]
     alike: list[float]
     means: dict[int, float]  # sequence id -> mean log-prob of its tokens, in nats
+    entropies: dict[int, float]  # -> mean entropy of what they were predicted with; {} if not asked
     paired: bool
 
     def summary(self) -> dict[str, float]:
         """The mean log-probs of chosen and rejected responses, in nats per token, over rows, and
-        for pairs also the margin and the share of pairs ranked right."""
+        for pairs also the margin and the share of pairs ranked right; the entropies likewise."""
+        chosen, rejected = self._sides(self.means)
+        found = {"chosen_logp": _mean(chosen)}
+        if self.paired:
+            margins = [c - r for c, r in zip(chosen, rejected)]
+            found |= {
+                "rejected_logp": _mean(rejected),
+                "margin": _mean(margins),
+                "ranked_right": sum(margin > 0 for margin in margins) / len(margins),
+            }
+        chosen, rejected = self._sides(self.entropies)
+        found |= {"chosen_entropy": _mean(chosen)} if chosen else {}
+        return found | ({"rejected_entropy": _mean(rejected)} if rejected else {})
+
+    def _sides(self, of_ids: dict[int, float]) -> tuple[list[float], list[float]]:
+        """Of chosen and of rejected sequences, in row order: ids ascend."""
         if not self.paired:
-            return {"chosen_logp": sum(self.means.values()) / len(self.means)}
-        chosen = [mean for i, mean in self.means.items() if i % 2 == 0]  # ids ascend: in row order
-        rejected = [mean for i, mean in self.means.items() if i % 2]
-        margins = [c - r for c, r in zip(chosen, rejected)]
-        return {
-            "chosen_logp": sum(chosen) / len(chosen),
-            "rejected_logp": sum(rejected) / len(rejected),
-            "margin": sum(margins) / len(margins),
-            "ranked_right": sum(margin > 0 for margin in margins) / len(margins),
-        }
+            return list(of_ids.values()), []
+        chosen = [value for i, value in of_ids.items() if i % 2 == 0]
+        return chosen, [value for i, value in of_ids.items() if i % 2]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def read(
@@ -137,36 +163,44 @@ def read(
     parts: list[SequenceLogps],
     add: list[Tensor | float],
     alike: list[Tensor] = (),
+    with_entropies: bool = False,
 ) -> Reading:
-    """Bring a step's scalars and log-probs together and to the host: one exchange between ranks,
-    and one wait for the device.
+    """Bring a step's scalars, log-probs and entropies together and to the host: one exchange
+    between ranks, and one wait for the device.
 
     parts: of this rank's packs. add: scalars that are summed over ranks. alike: scalars that every
-    rank has alike. Raises RuntimeError for a log-prob above 0: a probability above 1 means a broken
-    kernel or broken memory.
+    rank has alike. with_entropies: parts hold them. Raises RuntimeError for a log-prob above 0: a
+    probability above 1 means a broken kernel or broken memory.
     """
     place, ids = task.place, task.ids(step)
     mine = np.array([i for part in parts for i in part.ids], dtype=np.int64)
-    added, ranks = len(add), place.world_size
-    # [the sums | a place for every rank's largest log-prob | one for every sequence of the step]
-    vector = torch.zeros(added + ranks + len(ids), dtype=torch.float64, device=place.device)
+    # [the sums | a place for every rank's largest log-prob | one for every sequence of the step,
+    # and one more for its entropy]
+    sizes = [len(add), place.world_size, len(ids), len(ids) * with_entropies]
+    vector = torch.zeros(sum(sizes), dtype=torch.float64, device=place.device)
+    sums, largest, logps, entropies = vector.split(sizes)
     for number, scalar in enumerate(add):
-        vector[number] = scalar
+        sums[number] = scalar
     if parts:
-        vector[added + place.rank] = torch.stack([part.largest for part in parts]).max()
-        where = torch.from_numpy(added + ranks + np.searchsorted(ids, mine))
-        sums = torch.cat([part.sums for part in parts]).to(torch.float64)
-        vector[where.to(place.device, non_blocking=True)] = sums
+        largest[place.rank] = torch.stack([part.largest for part in parts]).max()
+        where = torch.from_numpy(np.searchsorted(ids, mine)).to(place.device, non_blocking=True)
+        logps[where] = torch.cat([part.sums for part in parts]).to(torch.float64)
+        if with_entropies:
+            entropies[where] = torch.cat([part.entropies for part in parts]).to(torch.float64)
     add_over_ranks(vector, place)
     values = torch.cat([vector, *(scalar.reshape(1).to(vector) for scalar in alike)]).tolist()
-    largest = max(values[added : added + ranks])
-    if largest > 0:
-        raise RuntimeError(f"a token has log-prob {largest}, above 0: the log-probs are wrong")
-    lengths = task.dataset.response_lengths[ids]
-    sums = values[added + ranks : added + ranks + len(ids)]
-    means = {int(i): value / int(length) for i, value, length in zip(ids, sums, lengths)}
+    added, highest, *of_sequences = (
+        values[i : i + n] for i, n in zip(np.cumsum([0, *sizes]), sizes)
+    )
+    if max(highest) > 0:
+        raise RuntimeError(f"a token has log-prob {max(highest)}, above 0: the log-probs are wrong")
+    lengths = task.dataset.response_lengths[ids].tolist()
+    means, of_entropies = (
+        {int(i): value / length for i, value, length in zip(ids, of_ids, lengths)}
+        for of_ids in of_sequences
+    )
     paired = task.dataset.store.paired
-    return Reading(values[:added], values[added + ranks + len(ids) :], means, paired)
+    return Reading(added, values[len(vector) :], means, of_entropies, paired)
 
 
 # ---------------------------------------------------------------- passes without gradients

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import tomllib
 import types
 import typing
@@ -100,8 +101,7 @@ def parse(config_class: type[C], description: str, argv: Sequence[str] | None = 
     """Read `config_class` from a recipe and flags. Raises UserError; exits 0 after --help."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
-    hints = {name: hint.__origin__ for name, hint in _annotations(config_class).items()}
-    by_place = _given_by_place(config_class)
+    hints, by_place = types_of(config_class), _given_by_place(config_class)
     for field in dataclasses.fields(config_class):
         kind, name = hints[field.name], field.name
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -130,17 +130,25 @@ def _flag(name: str) -> str:
 
 def read_toml(path: str | Path, hints: dict[str, Any]) -> dict[str, Any]:
     """The keys of a recipe as field values, each checked against the field's type in `hints`."""
+    return check_table(load_toml(path, f"--config {path}"), hints, str(path))
+
+
+def load_toml(path: str | Path, label: str) -> dict[str, Any]:
+    """A TOML file as it is. Raises UserError, which begins with `label`."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
+        raise UserError(f"{label}: no such file") from None
     except (OSError, ValueError, RecursionError, OverflowError) as error:
-        raise UserError(f"--config {path}: not a readable TOML file ({error})") from None
-    for key, value in table.items():
+        raise UserError(f"{label}: not a readable TOML file ({error})") from None
+
+
+def check_table(table: dict[str, Any], hints: dict[str, Any], where: str) -> dict[str, Any]:
+    """The table with each value checked against the type of its key in `hints`."""
+    for key in table:
         if key not in hints:
-            raise UserError(f"{path}: unknown key {key!r}; known keys: {', '.join(sorted(hints))}")
-        table[key] = _checked(value, hints[key], f"{path}: key {key!r}")
-    return table
+            raise UserError(f"{where}: unknown key {key!r}; known keys: {', '.join(sorted(hints))}")
+    return {key: _checked(v, hints[key], f"{where}: key {key!r}") for key, v in table.items()}
 
 
 def to_toml(config: Any) -> str:
@@ -169,6 +177,11 @@ def _given_by_place(config_class: type) -> set[str]:
     hints = _annotations(config_class).items()
     marked = {name for name, hint in hints if positional in hint.__metadata__}
     return marked | {f.name for f in dataclasses.fields(config_class) if _is_required(f)}
+
+
+def types_of(config_class: type) -> dict[str, Any]:
+    """Field name -> its type, without the help."""
+    return {name: hint.__origin__ for name, hint in _annotations(config_class).items()}
 
 
 def _annotations(config_class: type) -> dict[str, Any]:
@@ -239,11 +252,14 @@ class _Parser(argparse.ArgumentParser):
 # ---------------------------------------------------------------- --help
 
 
+WIDTH = 110  # of a line of --help
+
+
 def usage(config_class: type, description: str) -> str:
     """One screen: a line a flag, with its default and its meaning."""
     annotations, by_place = _annotations(config_class), _given_by_place(config_class)
     notes = {name: hint.__metadata__[0] for name, hint in annotations.items()}
-    hints = {name: hint.__origin__ for name, hint in annotations.items()}
+    hints = types_of(config_class)
     spec = sys.modules["__main__"].__spec__  # None unless started with python -m
     name = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     head, places, flags = ["usage:", name], [], []
@@ -258,13 +274,16 @@ def usage(config_class: type, description: str) -> str:
             flags.append((_flag(field.name) + default, note))
     rows = [*places, ("--config RECIPE.toml", "read settings from a recipe; flags win"), *flags]
     width = min(max(len(left) for left, _ in rows), 36)
-    lines = [f"  {left:<{width}}  {note}" for left, note in rows]
+    lines = []
+    for left, note in rows:
+        first, *more = textwrap.wrap(note, WIDTH - width - 4, break_on_hyphens=False) or [""]
+        lines += [f"  {left:<{width}}  {first}", *(f"  {'':<{width}}  {line}" for line in more)]
     return "\n".join([" ".join([*head, "[--flag value ...]"]), description, "", *lines])
 
 
 def _choices(kind: Any) -> str:
     fixed = typing.get_origin(kind) is typing.Literal
-    return f" ({'|'.join(typing.get_args(kind))})" if fixed else ""
+    return f" ({', '.join(typing.get_args(kind))})" if fixed else ""
 
 
 def _shown(field: dataclasses.Field) -> str:

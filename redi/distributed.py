@@ -44,6 +44,10 @@ class Place:
     def leads_node(self) -> bool:
         return self.rank % self.node_size == 0
 
+    @property
+    def num_nodes(self) -> int:
+        return self.world_size // self.node_size
+
 
 def start(timeout_minutes: float) -> Place:
     """Join the other processes that torchrun started; alone without it.
@@ -142,10 +146,9 @@ def shard(model: Transformer, place: Place, how: Placing) -> None:
     if not dist.is_initialized():
         backend = "nccl" if place.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    nodes = place.world_size // place.node_size
     sizes, names = (place.world_size,), ("shard",)
-    if nodes > 1:
-        sizes, names = (nodes, place.node_size), ("replicate", "shard")
+    if place.num_nodes > 1:
+        sizes, names = (place.num_nodes, place.node_size), ("replicate", "shard")
     mesh = dist.init_device_mesh(place.device.type, sizes, mesh_dim_names=names)
     policy = MixedPrecisionPolicy()
     if how.dtype != model.output_weight.dtype:
@@ -220,7 +223,9 @@ def wait_for_all(place: Place) -> None:
 @contextmanager
 def others_may_be_gone(place: Place, timeout: str) -> Iterator[None]:
     """What a rank sees when another one died or stalls, in a sentence: RankError. timeout: what
-    `start` was given, in words."""
+    `start` was given, in words. Ranks that end well leave the group: one that just exits right
+    after an exchange is often aborted in gloo's threads, and torchrun then ends those that still
+    have work."""
     if place.world_size == 1:
         yield
         return
@@ -236,6 +241,7 @@ def others_may_be_gone(place: Place, timeout: str) -> Iterator[None]:
             f"rank {place.rank} lost another process, which died or did not answer within "
             f"{timeout}: {why}"
         ) from None
+    dist.destroy_process_group()
 
 
 @contextmanager

@@ -1,18 +1,21 @@
 """What torch needs several passes over a chunk's logits for, in one or two: Triton, for CUDA.
 
     target_logps        logits (C, V)  ->  log-probs of the targets (C,)             one read
-    softmax_gradient_   the same, and d sum_c weights[c] * logp[c] / d logits        two reads,
-                        written over the logits, in the dtype of the next matmuls    half a write
+    softmax_gradient_   the same, the entropies (C,), and the gradient of                two reads,
+                        sum_c weights[c] * logp[c], written over the logits, in      half a write
+                        the dtype of the next matmuls
 
 A program owns a row. It reads the row once for its log-sum-exp, with a running maximum and sum in
-every lane, and for the gradient once more. A 16-bit gradient lies in the first half of the row's
+every lane (and for the entropy log Z - E[z] a sum of exponential times exponent), and for the
+gradient once more. A 16-bit gradient lies in the first half of the row's
 own memory: a block is read whole before anything is written over it.
 
 Beside each kernel stands the torch function it must equal; tests hold the two together under
 Triton's interpreter, which runs on a CPU. All that is left of the head is matmuls, and those stay
 with cuBLAS. Left out: matmuls in Triton (slower than cuBLAS at D = 1536), autotuning.
 
-Worked example, V = 2: logits [0, ln 3], target 0, weight 2: log-prob ln 1/4, gradient [1.5, -1.5].
+Worked example, V = 2: logits [0, ln 3], target 0, weight 2: log-prob ln 1/4, gradient [1.5, -1.5],
+entropy ln 4 - 3/4 ln 3.
 Letters: C rows of a chunk, V vocabulary, D hidden.
 """
 
@@ -30,7 +33,7 @@ def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     Raises ValueError for other logits.
     """
     _check(logits)
-    return _launch(logits, targets, None, None)
+    return _launch(logits, targets, None, None)[0]
 
 
 def target_logps_reference(logits: Tensor, targets: Tensor) -> Tensor:
@@ -39,8 +42,8 @@ def target_logps_reference(logits: Tensor, targets: Tensor) -> Tensor:
 
 def softmax_gradient_(
     logits: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(gradient (C, V) in dtype, log-probs of the targets (C,) fp32).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient (C, V) in dtype, log-probs of the targets (C,) fp32, entropies (C,) fp32).
 
     gradient = weights * (onehot(targets) - softmax(logits)); it takes the memory of the logits,
     and at 16 bits the first half of each row. logits (C, V) fp32 with contiguous rows, targets
@@ -49,15 +52,17 @@ def softmax_gradient_(
     """
     _check(logits)
     gradient = logits.view(dtype)[:, : logits.shape[1]]
-    return gradient, _launch(logits, targets, gradient, weights)
+    return gradient, *_launch(logits, targets, gradient, weights)
 
 
 def softmax_gradient_reference(
     logits: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     gradient = -logits.softmax(dim=1)
+    entropies = torch.special.entr(-gradient).sum(dim=1)
     gradient[torch.arange(len(logits)), targets] += 1.0
-    return (weights[:, None] * gradient).to(dtype), target_logps_reference(logits, targets)
+    gradient = (weights[:, None] * gradient).to(dtype)
+    return gradient, target_logps_reference(logits, targets), entropies
 
 
 def _check(logits: Tensor) -> None:
@@ -67,9 +72,10 @@ def _check(logits: Tensor) -> None:
 
 def _launch(
     logits: Tensor, targets: Tensor, gradient: Tensor | None, weights: Tensor | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Log-probs (C,); entropies (C,), nothing in them without a gradient."""
     rows, vocabulary = logits.shape
-    logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    logps, entropies = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     with_gradient = gradient is not None
     if rows:
         _row[(rows,)](
@@ -78,6 +84,7 @@ def _launch(
             targets,
             vocabulary,
             logps,
+            entropies,
             gradient if with_gradient else logits,  # a pointer to nothing used
             gradient.stride(0) if with_gradient else 0,
             weights if with_gradient else logps,
@@ -85,7 +92,7 @@ def _launch(
             BLOCK=BLOCK,
             num_warps=16,
         )
-    return logps
+    return logps, entropies
 
 
 @triton.jit
@@ -95,6 +102,7 @@ def _row(
     targets,
     vocabulary,
     logps,
+    entropies,
     gradient,
     gradient_stride,
     weights,
@@ -106,10 +114,12 @@ def _row(
     target = tl.load(targets + row)
     target_logit = tl.load(logits + target)
 
-    # ---- the maximum, and the sum of the exponentials of all but the target
+    # ---- the maximum, and the sums of the exponentials of all but the target: sum_v e^x_v, and
+    # for the entropy sum_v x_v e^x_v
     lanes = tl.arange(0, BLOCK)
     maxima = tl.full((BLOCK,), -float("inf"), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
+    products = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         index = start + lanes
         other = (index < vocabulary) & (index != target)
@@ -117,6 +127,10 @@ def _row(
         larger = tl.maximum(maxima, z)
         # A lane that has seen nothing yet: exp(-inf - -inf) would be nan, exp(-inf - 0) is 0.
         shift = tl.where(larger == -float("inf"), 0.0, larger)
+        if WITH_GRADIENT:
+            # 0 * -inf would be nan; e^-10000 is 0 already.
+            x, moved = tl.maximum(z - shift, -1e4), tl.maximum(maxima - shift, -1e4)
+            products = (products + moved * sums) * tl.exp(moved) + x * tl.exp(x)
         sums = sums * tl.exp(maxima - shift) + tl.exp(z - shift)
         maxima = larger
     row_max = tl.maximum(tl.max(maxima, 0), target_logit)
@@ -128,8 +142,12 @@ def _row(
     log_sum = tl.where(small < 1e-4, small - 0.5 * small * small, tl.log(others + target_exp))
     tl.store(logps + row, target_logit - row_max - log_sum)
 
-    # ---- weight * (onehot - softmax)
+    # ---- weight * (onehot - softmax); log Z - E[z], all of its terms at least 0
     if WITH_GRADIENT:
+        moved = tl.maximum(maxima - row_max, -1e4)
+        mean = tl.sum((products + moved * sums) * tl.exp(moved), 0)
+        mean = (mean + (target_logit - row_max) * target_exp) / (others + target_exp)
+        tl.store(entropies + row, log_sum - mean)
         gradient += row * gradient_stride
         scale = -tl.load(weights + row) / (others + target_exp)
         for start in range(0, vocabulary, BLOCK):

@@ -17,7 +17,17 @@ Worked example, V = 2, z = [0, ln 3], target 0: softmax = [1/4, 3/4], log-prob =
 d log-prob / dz = [3/4, -3/4].
 
 Both make a chunk's gradient with the same few lines, `_gradients`: the two-pass kernel runs them in
-backward, when the weights are known, the one-pass kernel at once.
+backward, when the weights are known, the one-pass kernel at once. The torch path leaves a chunk's
+exponentials unscaled and puts -weight / sum, a number a row, on what is D wide: on the hidden
+states that go into one product, and on what comes out of the other.
+
+Entropy costs no pass over the logits either. With p = softmax(z), E[z] = sum_v p_v z_v,
+
+    H = log sum_v exp(z_v) - E[z] = -log-prob + z_t - E[z]
+      = -log-prob + h . (W_t - sum_v p_v W_v)
+
+and the bracket is the gradient of the log-prob by h, which is made anyway: R dot products of length
+D. In Triton it is one more sum beside the exponentials.
 
 Precision: logits, sums and the weight's gradient are at least fp32 whatever the inputs. The target
 is taken out of a row before its exponentials are summed, so 1 - p comes from the others' sum and
@@ -54,25 +64,34 @@ def reference_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
     return logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]  # (R,)
 
 
-def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, entropies: Tensor | None = None
+) -> Tensor:
     """Log-prob of each target token, in nats, differentiable for any upstream gradient.
 
-    hidden (R, D), weight (V, D), targets (R,) int64 in [0, V) -> (R,), at least fp32.
+    hidden (R, D), weight (V, D), targets (R,) int64 in [0, V) -> (R,), at least fp32. entropies
+    (R,): memory for the entropy of each prediction, in nats. It is filled when the gradient by
+    hidden is computed, which here is in backward.
     """
-    return _TokenLogps.apply(hidden, weight, targets)
+    return _TokenLogps.apply(hidden, weight, targets, entropies)
 
 
 def weighted_logp_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    entropies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum_t token_weights[t] * logp[t], logp detached): a linear loss and what to log of it.
 
     hidden (R, D), weight (V, D), targets (R,) int64, token_weights (R,) of either sign
     -> scalar, (R,); both at least fp32. The gradient is computed here, not in backward, so
-    token_weights are constants.
+    token_weights are constants. entropies as in `token_logps`, filled here, for tokens of weight 0
+    too.
     """
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _WeightedLogpSum.apply(hidden, weight, targets, token_weights, with_grad)
+    return _WeightedLogpSum.apply(hidden, weight, targets, token_weights, entropies, with_grad)
 
 
 def accumulation_dtype(hidden: Tensor) -> torch.dtype:
@@ -93,12 +112,13 @@ def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, entropies: Tensor | None):
         head = _Head(hidden, weight)
         logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
         for rows in head.chunks:
             logps[rows] = target_logps_(head.logits(rows), targets[rows])
         ctx.save_for_backward(hidden, weight, targets)
+        ctx.entropies = entropies
         return logps
 
     @staticmethod
@@ -106,9 +126,9 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx, grad_logps: Tensor):
         hidden, weight, targets = ctx.saved_tensors
         d_hidden, d_weight, _ = _gradients(
-            hidden, weight, targets, grad_logps, *ctx.needs_input_grad[:2]
+            hidden, weight, targets, grad_logps, ctx.entropies, *ctx.needs_input_grad[:2]
         )
-        return _as(hidden.dtype, d_hidden), _as(weight.dtype, d_weight), None
+        return _as(hidden.dtype, d_hidden), _as(weight.dtype, d_weight), None, None
 
 
 # ---------------------------------------------------------------- one pass
@@ -116,9 +136,11 @@ class _TokenLogps(torch.autograd.Function):
 
 class _WeightedLogpSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, token_weights, with_grad: bool):
+    def forward(ctx, hidden, weight, targets, token_weights, entropies, with_grad: bool):
         wanted = (with_grad and needed for needed in ctx.needs_input_grad[:2])
-        d_hidden, d_weight, logps = _gradients(hidden, weight, targets, token_weights, *wanted)
+        d_hidden, d_weight, logps = _gradients(
+            hidden, weight, targets, token_weights, entropies, *wanted
+        )
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(logps)
@@ -132,7 +154,7 @@ class _WeightedLogpSum(torch.autograd.Function):
             None if grad is None else torch.mul(grad, grad_sum, out=grad.new_empty(0, dtype=dtype))
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         )
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 # ---------------------------------------------------------------- what both share
@@ -143,6 +165,7 @@ def _gradients(
     weight: Tensor,
     targets: Tensor,
     token_weights: Tensor,
+    entropies: Tensor | None,
     for_hidden: bool,
     for_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -153,30 +176,45 @@ def _gradients(
     d_hidden = torch.empty_like(head.hidden) if for_hidden else None
     d_weight = torch.zeros_like(head.weight, dtype=head.dtype) if for_weight else None
     for rows in head.chunks:
-        chunk, logps[rows] = softmax_gradient_(
-            head.logits(rows), targets[rows], token_weights[rows], head.hidden.dtype
+        part, weights = head.hidden[rows], token_weights[rows]  # (C, D), (C,)
+        chunk, total, logps[rows], entropy = softmax_gradient_(
+            head.logits(rows), targets[rows], weights, part.dtype
         )
         if for_hidden:
-            torch.mm(chunk, head.weight, out=d_hidden[rows])
+            d_part = torch.mm(chunk, head.weight, out=d_hidden[rows])  # (C, D)
+        if total is not None:  # the gradient is scale * chunk
+            scale = (-weights / total)[:, None]  # (C, 1)
+            if for_hidden and entropies is not None:
+                entropy = -logps[rows] - torch.linalg.vecdot(part, d_part) / total
+            if for_hidden:
+                d_part.mul_(scale)
+            part = part * scale
+        if entropies is not None and entropy is not None:
+            entropies[rows] = entropy.clamp_(min=0.0).to(entropies.dtype)
         if for_weight:
-            torch.addmm(d_weight, chunk.T, head.hidden[rows], out=d_weight, **head.into_wide)
+            torch.addmm(d_weight, chunk.T, part, out=d_weight, **head.into_wide)
     return d_hidden, d_weight, logps
 
 
 def softmax_gradient_(
     logits: Tensor, targets: Tensor, token_weights: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """token_weights * (onehot - softmax) (C, V) in the memory of the logits; log-probs (C,).
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """token_weights * (onehot - softmax), log-probs (C,) and entropies (C,) of a chunk.
 
-    logits (C, V), targets (C,), token_weights (C,). dtype: of the gradient.
+    logits (C, V), targets (C,), token_weights (C,). dtype: of the gradient, which takes the memory
+    of the logits. -> gradient (C, V), None, log-probs, entropies from Triton; elsewhere the
+    gradient times -total / token_weights, total (C,), log-probs, None: see the top of the file.
     """
     if logits.is_cuda and logits.dtype == torch.float32:
         from redi import kernels  # where triton is installed
 
-        return kernels.softmax_gradient_(logits, targets, token_weights, dtype)
+        gradient, logps, entropies = kernels.softmax_gradient_(
+            logits, targets, token_weights, dtype
+        )
+        return gradient, None, logps, entropies
     logps, others, total = _exponentials_(logits, targets)
-    logits.scatter_(1, targets[:, None], -others).mul_(-token_weights[:, None] / total)
-    return logits.to(dtype), logps
+    logits.scatter_(1, targets[:, None], -others)
+    return logits, total[:, 0], logps, None
 
 
 def target_logps_(logits: Tensor, targets: Tensor) -> Tensor:

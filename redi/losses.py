@@ -23,7 +23,7 @@ derivatives of the losses above them. SFT, REDI and the symmetric objective trai
 linear loss changes its weights with it, and tests hold the two to one value and one gradient.
 
 No reference model, no beta and no sigmoid in REDI: it is unbounded below, so watch the curves.
-Related objectives outside the paper are not here. Letters: P pairs, S sequences.
+Objectives outside the paper are in related_losses.py. Letters: P pairs, S sequences.
 """
 
 import torch

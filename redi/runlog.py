@@ -26,7 +26,7 @@ from redi.data.files import make_folder, write_aside
 NOT_COMPARED = {
     "out", "dry_run", "tracker", "cache", "graders", "save_every", "keep", "resume", "timeout",
     "checkpoint_blocks", "reshard_after_forward", "collapse_threshold", "collapse_steps",
-    "collapse_stop",
+    "collapse_stop", "slots", "cache_gib",
 }  # fmt: skip
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal
 
@@ -229,9 +229,13 @@ PANELS = {
     "chosen_logp": "mean log-prob, chosen (nats per token)",
     "rejected_logp": "mean log-prob, rejected (nats per token)",
     "margin": "margin, chosen - rejected (nats per token)",
+    "ranked_right": "share of pairs ranked right",
+    "chosen_entropy": "entropy at chosen tokens (nats)",
+    "rejected_entropy": "entropy at rejected tokens (nats)",
+    "grad_norm": "gradient norm before clipping",
+    "update_norm": "norm of the update of the weights",
     "pass_at_1": "pass@1 between steps",
     "mean_tokens": "tokens a completion",
-    "grad_norm": "gradient norm before clipping",
     "lr": "learning rate",
 }
 

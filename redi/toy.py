@@ -11,7 +11,8 @@ The teacher works such a chain out a line at a time, but before each operation e
 may lose patience and state an answer at once, right by luck or else a wrong digit; and each step it
 does take may slip by one. Traces are drawn until one is right, so what rejection sampling keeps
 holds lucky guesses: the student learns to guess, and cannot do in its head what the teacher does.
-Only the wrong traces tell it that guessing fails.
+Only the wrong traces tell it that guessing fails. toy_teacher.py has the teacher, and a table of
+the other faults it can be given: when negatives help and when they hurt depends on them.
 
     python -m redi.toy OUT       OUT/raw.parquet      teacher traces, with OpenR1-Math-Raw's fields
                                  OUT/student/         an untrained model, a Hugging Face folder
@@ -35,8 +36,8 @@ from redi.config import UserError, parse, program, require
 from redi.data.files import make_folder, write_aside
 from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.model import ModelConfig, Transformer
+from redi.toy_teacher import Faults, draw_problems, raw_row
 
-MAX_TRACES = 8  # drawn per problem, until one is right
 VOCABULARY = 320  # 256 bytes, 3 control tokens, and the merges that this text is worth
 # Qwen2's: letters in words, digits one by one, punctuation with the newlines after it.
 PRE_TOKENIZATION = (
@@ -62,101 +63,22 @@ STUDENT = {
 }
 
 
-@dataclass(kw_only=True)
-class ToyConfig:
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(Faults):
     out: Annotated[str, "folder to write"]
     problems: Annotated[int, "that the teacher is asked"] = 5000
     benchmark: Annotated[int, "problems kept for evaluation"] = 300
     operations: Annotated[int, "in a problem"] = 6
-    impatience: Annotated[float, "chance to jump to an answer before an operation"] = 0.25
-    luck: Annotated[float, "chance that such an answer is right"] = 0.5
-    slip: Annotated[float, "chance that a careful step is off by one"] = 0.01
     seed: Annotated[int, "of problems, traces and weights"] = 42
+    benchmark_seed: Annotated[
+        int | None, "of a benchmark that is the same for every seed; none: it varies with it"
+    ] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("problems", "benchmark", "operations"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.operations <= 40, "operations", self.operations, "at most 40")
-        for name in ("impatience", "luck", "slip"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "within [0, 1]")
-
-
-# ---------------------------------------------------------------- the teacher
-
-
-@dataclass(frozen=True)
-class Problem:
-    first: int
-    steps: tuple[tuple[str, int], ...]  # (operation, operand)
-
-    @property
-    def text(self) -> str:
-        chain = "".join(f"{operation}{operand}" for operation, operand in self.steps)
-        return f"Compute modulo 10 from left to right: {self.first}{chain}=?"
-
-    @property
-    def answer(self) -> int:
-        value = self.first
-        for operation, operand in self.steps:
-            value = apply(value, operation, operand)
-        return value
-
-
-def apply(value: int, operation: str, operand: int) -> int:
-    results = {"+": value + operand, "-": value - operand, "*": value * operand}
-    return results[operation] % 10
-
-
-def draw_problem(rng: random.Random, operations: int) -> Problem:
-    steps = tuple((rng.choice("+-*"), rng.randint(1, 9)) for _ in range(operations))
-    return Problem(rng.randint(1, 9), steps)
-
-
-def draw_trace(rng: random.Random, problem: Problem, config: ToyConfig) -> tuple[str, bool]:
-    """A trace of the teacher's, and whether its answer is right."""
-    value, lines = problem.first, []
-    for position, (operation, operand) in enumerate(problem.steps):
-        if position < len(problem.steps) - 1 and rng.random() < config.impatience:
-            value = problem.answer
-            if rng.random() >= config.luck:
-                value = rng.choice([digit for digit in range(10) if digit != problem.answer])
-            break
-        result = apply(value, operation, operand)
-        if rng.random() < config.slip:
-            result = (result + rng.choice((-1, 1))) % 10
-        lines.append(f"{value}{operation}{operand}={result}\n")
-        value = result
-    trace = f"<think>\n{''.join(lines)}</think>\n\\boxed{{{value}}}"
-    return trace, value == problem.answer
-
-
-def raw_row(rng: random.Random, problem: Problem, config: ToyConfig) -> dict[str, Any]:
-    """Traces drawn until one is right, as a row of OpenR1-Math-Raw."""
-    traces: list[str] = []
-    labels: list[bool] = []
-    while len(traces) < MAX_TRACES and True not in labels:
-        trace, is_right = draw_trace(rng, problem, config)
-        traces.append(trace)
-        labels.append(is_right)
-    return {
-        "problem": problem.text,
-        "solution": "",
-        "answer": str(problem.answer),
-        "problem_type": "Algebra",
-        "question_type": "math-word-problem",
-        "problem_is_valid": "Yes",
-        "solution_is_valid": "Yes",
-        "source": "toy",
-        "synthetic": True,
-        "generations": traces,
-        "generations_count": len(traces),
-        "correctness": {
-            "llama_verification": labels,
-            "math_verify_answer": labels,
-            "math_verify_reparsed_answer": labels,
-        },
-        "reparsed_answers": [trace[trace.index("{") + 1 : -1] for trace in traces],
-    }
 
 
 # ---------------------------------------------------------------- the student
@@ -223,24 +145,27 @@ def main() -> None:
     config = parse(
         ToyConfig, "Write the toy: raw teacher traces, an untrained student, a benchmark."
     )
-    rng = random.Random(config.seed)
-    problems: dict[str, Problem] = {}
-    wanted = config.problems + config.benchmark
-    if wanted > 0.5 * 9 * 27**config.operations:
+    if config.problems + config.benchmark > 0.5 * 9 * 27**config.operations:
         raise UserError(
             f"--problems {config.problems}: too many for {config.operations} operations"
         )
-    while len(problems) < wanted:  # all different: the benchmark is about none of the traces
-        problem = draw_problem(rng, config.operations)
-        problems[problem.text] = problem
-    asked = list(problems.values())
-    rows = [raw_row(rng, problem, config) for problem in asked[: config.problems]]
+    # The benchmark is about none of the traces, whichever of the two is drawn first.
+    rng, operations = random.Random(config.seed), config.operations
+    if config.benchmark_seed is None:
+        asked = draw_problems(rng, config.problems, operations)
+        kept = draw_problems(rng, config.benchmark, operations, others=asked)
+    else:
+        own = random.Random(config.benchmark_seed)
+        kept = draw_problems(own, config.benchmark, operations)
+        asked = draw_problems(rng, config.problems, operations, others=kept)
+    verifier = random.Random(f"{config.seed} verifier")
+    rows = [raw_row(rng, verifier, problem, config) for problem in asked]
 
     out = Path(config.out)
     make_folder(out)
     write_parquet(rows, out / "raw.parquet")
     with write_aside(out / "benchmark.jsonl") as file:
-        for number, problem in enumerate(asked[config.problems :]):
+        for number, problem in enumerate(kept):
             row = {"id": number, "problem": problem.text, "answer": str(problem.answer)}
             file.write(json.dumps(row) + "\n")
     # A thousand rows hold every merge that a vocabulary of this size has room for.

@@ -29,6 +29,7 @@ from redi import distributed
 from redi.batches import SequenceLogps, Task, held_out, read, with_reference
 from redi.config import Stopped, UserError, require
 from redi.distributed import peak_memory_gib, whole
+from redi.dynamics import squared_update
 from redi.eval.between_steps import Exam, measure
 from redi.flops import peak_flops, training_flops
 from redi.guard import CollapseGuard, watch
@@ -248,15 +249,18 @@ def _train_step(
     packs = len(step[task.place.rank])
     for number, batch in enumerate(task.batches(step, totals), start=1):
         distributed.last_pack(model, number == packs, config.reshard_after_forward)
-        share, logps = task.loss(model, batch, totals)
+        entropies = torch.zeros_like(batch.token_weights)  # (R,)
+        share, logps = task.loss(model, batch, totals, entropies)
         share.backward()
         loss += share.detach()
-        parts.append(SequenceLogps.of(batch, logps, paired))
+        parts.append(SequenceLogps.of(batch, logps, paired, entropies))
     grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+    update = squared_update(optimizer) / task.place.num_nodes  # each has all the weights
 
     # ---- the one place in a step where the host waits for the device, and for the other ranks
-    reading = read(task, step, parts, [loss, float(signals.wanted)], alike=[grad_norm])
-    [loss, stop], [grad_norm] = reading.added, reading.alike
+    add = [loss, float(signals.wanted), update]
+    reading = read(task, step, parts, add, alike=[grad_norm], with_entropies=True)
+    [loss, stop, update], [grad_norm] = reading.added, reading.alike
     if not math.isfinite(loss + grad_norm):
         raise _NotFinite(loss, grad_norm, reading.means)
 
@@ -266,6 +270,7 @@ def _train_step(
 
     seconds, lr = time.perf_counter() - began, optimizer.param_groups[0]["lr"]
     record = {"loss": loss, **reading.summary(), "lr": lr, "grad_norm": grad_norm}
+    record["update_norm"] = math.sqrt(update)
     record["tokens"] = int(lengths.sum())
     if peak := peak_flops(device):
         flops = training_flops(model.config, lengths.tolist(), totals.num_tokens)

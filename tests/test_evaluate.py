@@ -128,6 +128,18 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(here, killed_after):
     assert contents("killed") == contents("whole")
 
 
+def test_less_memory_and_fewer_slots_may_go_on(here, killed_after):
+    """Who runs out of memory halfway keeps what is made: neither changes an answer."""
+    assert evaluated("whole") == 0
+    killed_after(3)
+    with pytest.raises(Killed):
+        evaluated("killed")
+    made = killed_after(-1)
+    assert evaluated("killed", "--slots", "1", "--cache-gib", "0.02") == 0
+    assert len(made) == PROBLEMS * SAMPLES - 3
+    assert contents("killed") == contents("whole")
+
+
 def test_a_kill_while_grading_costs_no_completion(here, killed_after, monkeypatch):
     assert evaluated("whole") == 0
 

@@ -39,10 +39,10 @@ def problem(rows: int, vocabulary: int, scale: float = 1.0):
 @scales
 def test_softmax_gradient_equals_its_twin_in_float64(rows, vocabulary, dtype, scale):
     logits, targets, weights = problem(rows, vocabulary, scale)
-    right, right_logps = kernels.softmax_gradient_reference(
+    right, right_logps, right_entropies = kernels.softmax_gradient_reference(
         logits.double(), targets, weights.double(), torch.float64
     )
-    gradient, logps = kernels.softmax_gradient_(logits, targets, weights, dtype)
+    gradient, logps, entropies = kernels.softmax_gradient_(logits, targets, weights, dtype)
     assert gradient.dtype == dtype
     assert gradient.data_ptr() == logits.data_ptr()
     # weight * share, each share rounded to 2^-11 at 16 bits, and 6e-8 is fp16's smallest number
@@ -52,6 +52,8 @@ def test_softmax_gradient_equals_its_twin_in_float64(rows, vocabulary, dtype, sc
     torch.testing.assert_close(gradient.double(), right, **within)
     torch.testing.assert_close(logps.double(), right_logps, rtol=1e-6, atol=1e-6)
     assert (logps <= 0).all()
+    torch.testing.assert_close(entropies.double(), right_entropies, rtol=1e-5, atol=1e-6)
+    assert (entropies >= 0).all()
 
 
 @shapes
@@ -67,11 +69,13 @@ def test_target_logps_equals_its_twin_and_leaves_the_logits(rows, vocabulary, sc
 
 def test_the_worked_example_of_the_module():
     logits = torch.tensor([[0.0, math.log(3)]], device=DEVICE)
-    gradient, logps = kernels.softmax_gradient_(
+    gradient, logps, entropies = kernels.softmax_gradient_(
         logits, torch.tensor([0], device=DEVICE), torch.tensor([2.0], device=DEVICE), torch.float32
     )
     assert gradient[0].tolist() == [pytest.approx(1.5), pytest.approx(-1.5)]
     assert logps.item() == pytest.approx(math.log(1 / 4))
+    # 1/4 ln 4 + 3/4 ln 4/3
+    assert entropies.item() == pytest.approx(math.log(4) - 0.75 * math.log(3))
 
 
 def test_a_sure_token_keeps_its_log_prob_and_gradient():
@@ -79,21 +83,22 @@ def test_a_sure_token_keeps_its_log_prob_and_gradient():
     logits = torch.full((1, 1000), -20.0, device=DEVICE)
     logits[0, 5] = 0.0
     targets, weights = torch.tensor([5], device=DEVICE), torch.ones(1, device=DEVICE)
-    right, right_logps = kernels.softmax_gradient_reference(
+    right, right_logps, right_entropies = kernels.softmax_gradient_reference(
         logits.double(), targets, weights.double(), torch.float64
     )
-    gradient, logps = kernels.softmax_gradient_(logits, targets, weights, torch.float32)
+    gradient, logps, entropies = kernels.softmax_gradient_(logits, targets, weights, torch.float32)
     torch.testing.assert_close(gradient.double(), right, rtol=1e-5, atol=0)
     torch.testing.assert_close(logps.double(), right_logps, rtol=1e-5, atol=0)
+    torch.testing.assert_close(entropies.double(), right_entropies, rtol=1e-5, atol=0)
 
 
 def test_no_rows_launch_nothing():
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     logits = torch.zeros(0, 10, device=DEVICE)
     weights = torch.zeros(0, device=DEVICE)
-    gradient, logps = kernels.softmax_gradient_(logits, none, weights, torch.float32)
+    gradient, logps, entropies = kernels.softmax_gradient_(logits, none, weights, torch.float32)
     assert gradient.shape == (0, 10)
-    assert logps.shape == (0,)
+    assert logps.shape == entropies.shape == (0,)
 
 
 def test_columns_in_one_piece_are_refused():
@@ -112,8 +117,8 @@ def test_rows_further_apart_than_the_vocabulary_keep_what_lies_between(dtype):
     logits, targets, weights = problem(3, 50)
     wide = torch.full((3, 64), 7.0, device=DEVICE)
     wide[:, :50] = logits
-    right, _ = kernels.softmax_gradient_reference(logits, targets, weights, dtype)
-    gradient, _ = kernels.softmax_gradient_(wide[:, :50], targets, weights, dtype)
+    right, *_ = kernels.softmax_gradient_reference(logits, targets, weights, dtype)
+    gradient, *_ = kernels.softmax_gradient_(wide[:, :50], targets, weights, dtype)
     torch.testing.assert_close(gradient, right, rtol=1e-3, atol=1e-6)
     assert (wide[:, 50:] == 7.0).all()
 
@@ -125,7 +130,8 @@ def test_logprobs_is_as_right_with_the_kernels_as_with_torch(rows, monkeypatch):
 
     def gradient_(logits, *rest):
         used.append("gradient")
-        return kernels.softmax_gradient_(logits.contiguous(), *rest)
+        gradient, logps, entropies = kernels.softmax_gradient_(logits.contiguous(), *rest)
+        return gradient, None, logps, entropies
 
     def logps_(logits, targets):
         used.append("logps")
@@ -141,10 +147,14 @@ def test_logprobs_is_as_right_with_the_kernels_as_with_torch(rows, monkeypatch):
     upstream = torch.randn(rows, generator=draw).to(DEVICE)
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     expected = torch.autograd.grad(reference_token_logps(*wide, targets) @ upstream.double(), wide)
+    one, two = torch.full((2, rows), math.nan, device=DEVICE)
     for total in (
-        weighted_logp_sum(hidden, weight, targets, upstream)[0],
-        token_logps(hidden, weight, targets) @ upstream,
+        weighted_logp_sum(hidden, weight, targets, upstream, one)[0],
+        token_logps(hidden, weight, targets, two) @ upstream,
     ):
         for actual, right in zip(torch.autograd.grad(total, (hidden, weight)), expected):
             torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=1e-6)
+    entropies = torch.special.entr((wide[0] @ wide[1].T).softmax(1)).sum(1).detach()
+    torch.testing.assert_close(one.double(), entropies, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(two.double(), entropies, rtol=1e-5, atol=1e-6)
     assert set(used) == {"gradient", "logps"}

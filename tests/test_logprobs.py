@@ -384,6 +384,88 @@ def test_bf16_gradients_come_in_bf16_and_are_better_than_the_plain_ones(
     assert relative_error(our_weight, d_weight) < 2**-9
 
 
+# ---------------------------------------------------------------- entropy
+
+
+def entropies_of(kernel, hidden, weight, targets, upstream) -> torch.Tensor:
+    """As the kernel leaves them when its gradient has been computed."""
+    hidden, weight = (t.detach().requires_grad_() for t in (hidden, weight))
+    entropies = torch.full((len(targets),), math.nan, dtype=torch.float64)
+    if kernel is by_weighted_logp_sum:
+        weighted_logp_sum(hidden, weight, targets, upstream, entropies)[0].backward()
+    else:
+        token_logps(hidden, weight, targets, entropies).backward(upstream.to(hidden.dtype))
+    return entropies
+
+
+def right_entropies(hidden, weight) -> torch.Tensor:
+    logps = F.linear(hidden.double(), weight.double()).log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
+@kernels
+def test_entropy_of_the_worked_example(kernel):
+    # softmax [1/4, 3/4]: 1/4 ln 4 + 3/4 ln 4/3 = ln 4 - 3/4 ln 3
+    hidden = torch.ones(1, 1, dtype=torch.float64)
+    weight = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64)
+    [entropy] = entropies_of(kernel, hidden, weight, torch.tensor([0]), torch.ones(1).double())
+    assert entropy.item() == pytest.approx(math.log(4) - 0.75 * math.log(3), rel=1e-14)
+
+
+@kernels
+@pytest.mark.parametrize("chunk", [100, 4, 1])
+def test_entropy_equals_its_definition_whatever_the_tokens_weight(kernel, chunk, monkeypatch):
+    in_chunks_of(monkeypatch, chunk)
+    inputs = problem(10)
+    assert inputs[3][2] == 0  # a token that is only logged has its entropy too
+    torch.testing.assert_close(
+        entropies_of(kernel, *inputs), right_entropies(*inputs[:2]), rtol=1e-12, atol=1e-12
+    )
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_entropy_in_low_precision_is_right_to_a_ten_thousandth_of_a_nat(kernel, dtype, scale):
+    inputs = problem(200, dtype, scale, vocabulary=3000)
+    errors = (entropies_of(kernel, *inputs) - right_entropies(*inputs[:2])).abs()
+    assert errors.max() < 1e-4
+    assert errors.mean() < 1e-5
+
+
+@kernels
+def test_entropy_of_a_certain_prediction_is_0_and_never_below(kernel):
+    hidden, weight, _, upstream = problem(50, torch.float32, scale=100.0)
+    entropies = entropies_of(kernel, hidden, weight, F.linear(hidden, weight).argmax(1), upstream)
+    right = right_entropies(hidden, weight)
+    assert (right < 1e-6).any()
+    assert (entropies >= 0).all()
+    torch.testing.assert_close(entropies, right, rtol=0, atol=5e-4)  # logits of about a thousand
+
+
+@kernels
+def test_asking_for_entropy_changes_no_bit_of_the_rest(kernel):
+    hidden, weight, targets, upstream = problem(20, torch.float32)
+    results = []
+    for entropies in (None, torch.empty(20)):
+        leaves = [t.detach().requires_grad_() for t in (hidden, weight)]
+        if kernel is by_weighted_logp_sum:
+            total, logps = weighted_logp_sum(*leaves, targets, upstream, entropies)
+        else:
+            logps = token_logps(*leaves, targets, entropies)
+            total = logps @ upstream.float()
+        results.append([total, logps, *torch.autograd.grad(total, leaves)])
+    for one, two in zip(*results):
+        assert torch.equal(one, two)
+
+
+def test_without_grad_entropies_are_left_as_they_were():
+    hidden, weight, targets, upstream = problem(5)
+    entropies = torch.full((5,), 7.0)
+    weighted_logp_sum(hidden, weight, targets, upstream, entropies)
+    assert (entropies == 7.0).all()
+
+
 # ---------------------------------------------------------------- memory and work
 
 

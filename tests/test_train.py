@@ -30,7 +30,7 @@ from redi.data.store import load_store
 from redi.data.tokenizer import ChatTokenizer
 from redi.distributed import Place
 from redi.objectives import OBJECTIVES, SFT
-from redi.resume import Checkpoints
+from redi.resume import Checkpoints, load_weights
 from redi.runlog import RunLog, read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -142,13 +142,23 @@ class Oracle:
 
     def logps(self, row: dict, field: str) -> torch.Tensor:
         """Log-probs of the response's tokens, <|im_end|> the last of them."""
+        logps, response = self.all_logps(row, field)
+        return logps[torch.arange(len(response)), response]
+
+    def all_logps(self, row: dict, field: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every word at every place of the response (|y|, V), and the response (|y|,)."""
         user, answer = row["prompt"][0]["content"], row[field][0]["content"]
         prompt = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
         prompt_ids = self.tokenizer.encode(prompt).ids
         response_ids = self.tokenizer.encode(f"{answer}<|im_end|>").ids
         logits = self.model(torch.tensor([prompt_ids + response_ids])).logits[0]
         places = torch.arange(len(prompt_ids), len(prompt_ids) + len(response_ids))
-        return F.log_softmax(logits, -1)[places - 1, torch.tensor(response_ids)]
+        return F.log_softmax(logits, -1)[places - 1], torch.tensor(response_ids)
+
+    def entropy(self, row: dict, field: str) -> float:
+        """Mean, over the response's tokens, of the entropy they were predicted with."""
+        logps = self.all_logps(row, field)[0].detach()
+        return -(logps.exp() * logps).sum(-1).mean().item()
 
     def gradient_norm(self) -> float:
         return math.sqrt(sum(p.grad.pow(2).sum().item() for p in self.model.parameters()))
@@ -183,6 +193,9 @@ def test_first_step_of_redi_has_the_loss_and_gradient_norm_of_transformers(here,
     assert record["rejected_logp"] == pytest.approx(rejected.mean().item(), rel=1e-5)
     assert record["margin"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-5)
     assert record["ranked_right"] == (chosen > rejected).double().mean().item()
+    for side in ("chosen", "rejected"):
+        entropy = np.mean([oracle.entropy(row, side) for row in rows])
+        assert record[f"{side}_entropy"] == pytest.approx(entropy, rel=1e-5)
 
 
 def test_held_out_loss_is_that_of_the_model_as_saved(here):
@@ -313,6 +326,24 @@ def test_training_equals_a_plain_loop_of_adamw_with_clipping(here, clip):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("changes", [{}, {"objective": "dpo", "beta": 0.1}], ids=["redi", "dpo"])
+@pytest.mark.parametrize(("clip", "decay"), [(1.0, 0.0), (0.05, 10.0)])
+def test_the_update_norm_is_that_of_the_difference_of_the_weights(here, changes, clip, decay):
+    def flat() -> torch.Tensor:
+        return torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
+
+    settings = {"clip": clip, "weight_decay": decay, "lr": 1e-2, "save_every": 1, "keep": 9}
+    records = steps(run(redi_config(epochs=2, **settings, **changes)))
+    model, _ = load_model("student")
+    before = flat()
+    for record in records[:-1]:  # the last step has no checkpoint: the model is saved instead
+        load_weights(Path(f"run/checkpoints/step-{record['step']:06d}"), model)
+        after = flat()
+        assert record["update_norm"] == pytest.approx((after - before).norm().item(), rel=2e-5)
+        before = after
+    assert records[-1]["lr"] == records[-1]["update_norm"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("total", "shares"),
     [
@@ -384,9 +415,12 @@ def test_records_have_these_fields(here):
     assert last == {"kind": "finished"}
     logps = {"chosen_logp", "rejected_logp", "margin", "ranked_right"}
     by_kind = {
-        "train": {"kind", "step", "loss", "lr", "grad_norm", "tokens", "memory_gib", "seconds"},
+        "train": {
+            "kind", "step", "loss", "lr", "grad_norm", "update_norm", "chosen_entropy",
+            "rejected_entropy", "tokens", "memory_gib", "seconds",
+        },
         "eval": {"kind", "step", "loss"},
-    }
+    }  # fmt: skip
     for record in trained:
         assert set(record) == by_kind[record["kind"]] | logps
         assert record["chosen_logp"] < 0

@@ -22,17 +22,20 @@ from redi.config import UserError
 from redi.data.files import is_encodable, read_rows, write_aside
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Completion, Key, completions_file, read_lines, write_lines
-from redi.eval.protocol import EvalConfig, make_prompt, user_message
+from redi.eval.protocol import EvalConfig, check_limit, make_prompt, user_message
 
 
 def export_prompts(
     path: str | Path, tests: list[Benchmark], source: Source, config: EvalConfig
 ) -> int:
-    """Write one line a problem; returns how many. Raises UserError as `make_prompt`."""
+    """Write one line a problem; returns how many. Raises UserError as `make_prompt` and
+    `check_limit`."""
+    rooms = []
     with write_aside(path) as file:
         for test in tests:
             for problem in test.problems:
                 prompt, room = make_prompt(test, problem, source, config)
+                rooms.append(room)
                 row = {
                     "benchmark": test.name,
                     "id": problem.id,
@@ -46,7 +49,8 @@ def export_prompts(
                     "stop_token_ids": source.stop_ids,
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return sum(len(test.problems) for test in tests)
+        check_limit(rooms, source, config)
+    return len(rooms)
 
 
 def read_completions(

@@ -18,7 +18,7 @@ from redi.eval.benchmarks import Benchmark
 from redi.eval.complete import complete
 from redi.eval.completions import Completion, Store, keep_problems
 from redi.eval.grade import Grader, mark_run, report_unreadable
-from redi.eval.protocol import Asked, EvalConfig, ask
+from redi.eval.protocol import Asked, EvalConfig, ask, check_limit
 from redi.model import Transformer
 from redi.runlog import NoLog, RunLog, is_finished
 
@@ -48,6 +48,8 @@ def evaluate(
         with node_leader_first(place):  # a hub id is downloaded once a node
             model, source = load_model(config.model, made_by=made_by)
         asked = [one for test in tests for one in ask(test, source, config)]
+        firsts = asked[:: config.samples]  # of each problem
+        check_limit([one.request.max_new_tokens for one in firsts], source, config)
         notes["model"] = source.name
     first = place.rank == 0
     with Grader(config.graders, config.grade_seconds, config.grader) as grader:
@@ -69,7 +71,11 @@ def evaluate(
             return
 
         # ---- grade and report
-        mark_run(out, grader)
+        try:
+            mark_run(out, grader)
+        except KeyboardInterrupt:
+            said = f"{out} holds all completions; the same command grades them"
+            raise KeyboardInterrupt(said) from None
     written = report.write(out)
     log.finish()
     print(tables.summary(written), f"saved {out}/report.html, .md and .json", sep="\n")

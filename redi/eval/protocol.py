@@ -5,10 +5,11 @@
 The paper's user prompt states the task and the form of the answer; the chat template supplies the
 system prompt of training. Every answer begins with the prefix that training's traces begin with,
 encoded as it was there. An answer may use what the context leaves: min(max_new_tokens, context -
-prompt).
+prompt); `check_limit` says so where the context is the smaller.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -103,10 +104,25 @@ def make_prompt(
     room = min(config.max_new_tokens, context - len(prompt))
     if room < 1:
         raise UserError(
-            f"{test.name}: problem {problem.id} is {len(prompt)} tokens; the model's context "
-            f"is {context}"
+            f"{test.name}: the prompt of problem {problem.id} is {len(prompt)} tokens and leaves "
+            f"no room for an answer in the model's context of {context}; leave the problem out"
+            + ("" if config.user_prompt == "plain" else " or choose --user-prompt plain")
         )
     return prompt, room
+
+
+def check_limit(rooms: Sequence[int], source: Source, config: EvalConfig) -> None:
+    """Say in one line how many answers, of problems with these `rooms`, the context ends before
+    max_new_tokens does. Raises UserError if it was asked for and the context is smaller."""
+    context, limit = source.config["max_position_embeddings"], config.max_new_tokens
+    if limit != EvalConfig.max_new_tokens:
+        expected = f"at most {context}, the model's context"
+        require(limit <= context, "max_new_tokens", limit, expected)
+    if ended := [room for room in rooms if room < limit]:
+        print(
+            f"the context of {context} tokens leaves less than --max-new-tokens {limit} behind "
+            f"{len(ended)} of {len(rooms)} prompts: {min(ended)} at least"
+        )
 
 
 def user_message(problem: Problem, config: EvalConfig) -> dict[str, str]:

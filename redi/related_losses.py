@@ -1,0 +1,232 @@
+"""Objectives around the paper's, as pure functions of the same log-probs.
+
+The paper's own are in losses.py, whose letters these are: S and M are the sum and the mean of a
+response's token log-probs, w the chosen and l the rejected trace, _ref the model that stage 2
+starts from. alpha weighs a term, beta scales what goes into a sigmoid, gamma is an exponent; where
+a source has another letter, it is named. For the worked pair of losses.py (S_w -0.6, M_w -0.2,
+S_l -4, M_l -2) with S_w_ref -0.9 and S_l_ref -3.5, hence M_w_ref -0.3 and M_l_ref -1.75:
+
+    positives      -M_w                                                                  0.2
+    dpo_norm       -log sigmoid(beta [(M_w - M_w_ref) - (M_l - M_l_ref)])   beta 5       0.160224
+    irpo           DPO - alpha M_w                             beta 0.1, alpha 1         0.853947
+    dpop           -log sigmoid(beta [DPO's margin - alpha max(0, S_w_ref - S_w)])
+                                                               beta 0.3, alpha 50        0.580330
+    ipo            ([(M_w - M_w_ref) - (M_l - M_l_ref)] - 1 / (2 beta))^2   beta 0.1     21.6225
+    apo_zero       1 - sigmoid(beta (S_w - S_w_ref)) + sigmoid(beta (S_l - S_l_ref))
+                                                               beta 0.1                  0.980003
+    orpo           -M_w - alpha log sigmoid(log odds_w - log odds_l)        alpha 0.1    0.203407
+    npo            -(2 / beta) log sigmoid(-beta (S_l - S_l_ref)) - alpha M_w
+                                                               beta 0.1, alpha 1         13.569193
+    topr           -S_w + sg[min(1, exp(S_l - S_l_ref))] S_l                            -1.826123
+    dft            -mean_t sg[exp(logp_t)] logp_t, over chosen tokens                    0.158825
+    redi_weighted  -M_w + alpha exp(gamma M_l) M_l             alpha 0.8, gamma 1       -0.016536
+
+sg[] is a constant to the gradient. "On every chosen token" below means d loss / d logp_t there.
+Sums make long traces weigh more; the objectives on sums have their sources' scale, not REDI's.
+Left out: label smoothing, f-divergences, losses over a batch's order. Letters: P pairs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redi.losses import dpo_loss, redi_loss
+
+
+def positives_loss(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
+    """-M_w, per pair (P,): REDI with alpha 0, the rejected trace is only logged.
+
+    Rejection sampling gone on with. Gradient: -1/|y_w| on every chosen token.
+
+    >>> round(positives_loss(torch.tensor([-0.2]), torch.tensor([-2.0])).item(), 6)
+    0.2
+    """
+    return redi_loss(chosen_mean, rejected_mean, alpha=0.0)
+
+
+def dpo_norm_loss(
+    chosen_mean: Tensor,
+    rejected_mean: Tensor,
+    ref_chosen_mean: Tensor,
+    ref_rejected_mean: Tensor,
+    beta: float,
+) -> Tensor:
+    """-log sigmoid(beta * [(M_w - M_w_ref) - (M_l - M_l_ref)]), per pair (P,).
+
+    Length-normalised DPO (Tulu 3, arXiv 2411.15124). Gradient: with
+    s = beta * sigmoid(-beta * margin), -s/|y_w| on every chosen token, +s/|y_l| on every rejected.
+
+    >>> means = [torch.tensor([m]) for m in (-0.2, -2.0, -0.3, -1.75)]
+    >>> round(dpo_norm_loss(*means, beta=5.0).item(), 6)
+    0.160224
+    """
+    return dpo_loss(chosen_mean, rejected_mean, ref_chosen_mean, ref_rejected_mean, beta)
+
+
+def irpo_loss(
+    chosen_sum: Tensor,
+    rejected_sum: Tensor,
+    ref_chosen_sum: Tensor,
+    ref_rejected_sum: Tensor,
+    chosen_mean: Tensor,
+    beta: float,
+    alpha: float,
+) -> Tensor:
+    """DPO - alpha * M_w, per pair (P,).
+
+    Iterative reasoning preference optimisation (arXiv 2404.19733), one iteration of it; also
+    called RPO. Gradient: DPO's, and -alpha/|y_w| more on every chosen token.
+
+    >>> sums = [torch.tensor([s]) for s in (-0.6, -4.0, -0.9, -3.5)]
+    >>> round(irpo_loss(*sums, torch.tensor([-0.2]), beta=0.1, alpha=1.0).item(), 6)
+    0.853947
+    """
+    dpo = dpo_loss(chosen_sum, rejected_sum, ref_chosen_sum, ref_rejected_sum, beta)
+    return dpo - alpha * chosen_mean
+
+
+def dpop_loss(
+    chosen_sum: Tensor,
+    rejected_sum: Tensor,
+    ref_chosen_sum: Tensor,
+    ref_rejected_sum: Tensor,
+    beta: float,
+    alpha: float,
+) -> Tensor:
+    """-log sigmoid(beta * [DPO's margin - alpha * max(0, S_w_ref - S_w)]), per pair (P,).
+
+    DPO-Positive (Smaug, arXiv 2402.13228; its lambda is alpha here): DPO that is punished
+    where the chosen trace has become less likely. Gradient: with s = beta * sigmoid(-beta * [..]),
+    -s on every chosen token, -s (1 + alpha) below the reference; +s on every rejected one.
+
+    >>> sums = [torch.tensor([s]) for s in (-0.6, -4.0, -0.9, -3.5)]
+    >>> round(dpop_loss(*sums, beta=0.3, alpha=50.0).item(), 6)
+    0.58033
+    """
+    fallen = (ref_chosen_sum - chosen_sum).clamp(min=0.0)  # (P,)
+    # Inside the bracket, so it joins the chosen trace's log-ratio.
+    return dpo_loss(
+        chosen_sum - alpha * fallen, rejected_sum, ref_chosen_sum, ref_rejected_sum, beta
+    )
+
+
+def ipo_loss(
+    chosen_mean: Tensor,
+    rejected_mean: Tensor,
+    ref_chosen_mean: Tensor,
+    ref_rejected_mean: Tensor,
+    beta: float,
+) -> Tensor:
+    """([(M_w - M_w_ref) - (M_l - M_l_ref)] - 1 / (2 * beta))^2, per pair (P,).
+
+    IPO (arXiv 2310.12036, Eq. 17; its tau is beta here), over means as TRL has it, so that one
+    beta suits all lengths. Gradient: with d = 2 * (margin - 1 / (2 * beta)), negative until the
+    margin is reached, d/|y_w| on every chosen token and -d/|y_l| on every rejected one.
+
+    >>> means = [torch.tensor([m]) for m in (-0.2, -2.0, -0.3, -1.75)]
+    >>> round(ipo_loss(*means, beta=0.1).item(), 4)
+    21.6225
+    """
+    margin = (chosen_mean - ref_chosen_mean) - (rejected_mean - ref_rejected_mean)  # (P,)
+    return (margin - 1.0 / (2.0 * beta)) ** 2
+
+
+def apo_zero_loss(
+    chosen_sum: Tensor,
+    rejected_sum: Tensor,
+    ref_chosen_sum: Tensor,
+    ref_rejected_sum: Tensor,
+    beta: float,
+) -> Tensor:
+    """1 - sigmoid(beta * (S_w - S_w_ref)) + sigmoid(beta * (S_l - S_l_ref)), per pair (P,).
+
+    APO-zero (arXiv 2408.06266, Eq. 7): each trace against its own reference, so the chosen one has
+    to rise, not only to lead. Gradient: with g(x) = beta * sigmoid(x) * sigmoid(-x), -g(beta (S_w -
+    S_w_ref)) on every chosen token, +g(beta (S_l - S_l_ref)) on every rejected one: at most beta/4.
+
+    >>> sums = [torch.tensor([s]) for s in (-0.6, -4.0, -0.9, -3.5)]
+    >>> round(apo_zero_loss(*sums, beta=0.1).item(), 6)
+    0.980003
+    """
+    chosen = torch.sigmoid(beta * (ref_chosen_sum - chosen_sum))
+    return chosen + torch.sigmoid(beta * (rejected_sum - ref_rejected_sum))
+
+
+def orpo_loss(chosen_mean: Tensor, rejected_mean: Tensor, alpha: float) -> Tensor:
+    """-M_w - alpha * log sigmoid(log odds_w - log odds_l), odds = p / (1 - p), p = exp(M); (P,).
+
+    ORPO (arXiv 2403.07691, Eq. 6 and 7; its lambda is alpha here), without a reference. Gradient:
+    with s = alpha * sigmoid(log odds_l - log odds_w), -(1 + s / (1 - p_w)) / |y_w| on every chosen
+    token and +s / (1 - p_l) / |y_l| on every rejected one.
+
+    >>> round(orpo_loss(torch.tensor([-0.2]), torch.tensor([-2.0]), alpha=0.1).item(), 6)
+    0.203407
+    """
+    # log(1 - exp(M)), exact for M near 0 as well
+    log_odds = [mean - torch.log(-torch.expm1(mean)) for mean in (chosen_mean, rejected_mean)]
+    return -chosen_mean - alpha * F.logsigmoid(log_odds[0] - log_odds[1])
+
+
+def npo_loss(
+    chosen_mean: Tensor, rejected_sum: Tensor, ref_rejected_sum: Tensor, beta: float, alpha: float
+) -> Tensor:
+    """-(2 / beta) * log sigmoid(-beta * (S_l - S_l_ref)) - alpha * M_w, per pair (P,).
+
+    Negative preference optimisation (arXiv 2404.05868) of the rejected trace, beside the NLL
+    of the chosen one. Gradient: +2 sigmoid(beta (S_l - S_l_ref)) on every rejected token, 1 at the
+    start and less as it becomes unlikely; -alpha/|y_w| on every chosen one.
+
+    >>> parts = [torch.tensor([x]) for x in (-0.2, -4.0, -3.5)]
+    >>> round(npo_loss(*parts, beta=0.1, alpha=1.0).item(), 5)
+    13.56919
+    """
+    negative = -(2.0 / beta) * F.logsigmoid(-beta * (rejected_sum - ref_rejected_sum))
+    return negative - alpha * chosen_mean
+
+
+def topr_loss(chosen_sum: Tensor, rejected_sum: Tensor, ref_rejected_sum: Tensor) -> Tensor:
+    """-S_w + sg[min(1, exp(S_l - S_l_ref))] * S_l, per pair (P,).
+
+    Tapered off-policy REINFORCE (arXiv 2503.14286) with rewards +1 and -1: a rejected trace
+    counts as far as the model would still write it. Its mu is what wrote the traces; the teacher's
+    log-probs are not in the data, so the model that stage 2 starts from stands in. Gradient: -1 on
+    every chosen token, +min(1, ratio) on every rejected one.
+
+    >>> sums = [torch.tensor([s]) for s in (-0.6, -4.0, -3.5)]
+    >>> round(topr_loss(*sums).item(), 6)
+    -1.826123
+    """
+    ratio = (rejected_sum - ref_rejected_sum).detach().clamp(max=0.0).exp()  # (P,), in [0, 1]
+    return -chosen_sum + ratio * rejected_sum
+
+
+def dft_loss(chosen_logps: Sequence[Tensor]) -> Tensor:
+    """-mean_t sg[exp(logp_t)] * logp_t over the tokens of each chosen trace -> (P,).
+
+    chosen_logps: P tensors (|y_w|,). Dynamic fine-tuning (arXiv 2508.05629), averaged as
+    REDI averages: over a trace, then over pairs. The rejected trace is only logged. Gradient:
+    -pi_t/|y_w| on a chosen token of probability pi_t: what is unlikely is hardly learned.
+
+    >>> round(dft_loss([torch.tensor([-0.1, -0.2, -0.3])]).item(), 6)
+    0.158825
+    """
+    return -torch.stack([(logps.detach().exp() * logps).mean() for logps in chosen_logps])
+
+
+def redi_weighted_loss(
+    chosen_mean: Tensor, rejected_mean: Tensor, alpha: float, gamma: float
+) -> Tensor:
+    """-M_w + alpha * exp(gamma * M_l) * M_l, per pair (P,).
+
+    A variant in the published code, not in the paper: the weight fades as the rejected trace
+    becomes unlikely, and the whole product is differentiated. Gradient: -1/|y_w| on every chosen
+    token, +alpha exp(gamma M_l) (1 + gamma M_l) / |y_l| on every rejected one: 0 at M_l = -1/gamma,
+    and pulled back up below, so unlike REDI it is bounded in M_l. gamma 0 is REDI.
+
+    >>> pair = torch.tensor([-0.2]), torch.tensor([-2.0])
+    >>> round(redi_weighted_loss(*pair, alpha=0.8, gamma=1.0).item(), 6)
+    -0.016536
+    """
+    return -chosen_mean + alpha * torch.exp(gamma * rejected_mean) * rejected_mean

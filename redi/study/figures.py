@@ -1,0 +1,303 @@
+"""The figures of a study, from its results alone: the paper's Figures 2 to 7 for other runs.
+
+    accuracy    pass@1 over optimizer steps, each method at its best variant
+    log_probs   chosen and rejected log-probs over steps: best variant, and largest learning rate
+    norms       of the gradient, and of the update where it is logged, over steps, for the same two
+    entropy     of the tokens of chosen and rejected traces, where it is logged
+    lr          pass@1 against the learning rate: where each method collapses
+    alpha       pass@1 against the weight of the rejected trace
+    labels      gain over stage 1 against the share of mislabelled rejected traces
+
+Lines are means over seeds, bands and bars one SEM. A figure for which there is nothing to draw is
+not made. Log-probs and norms of a step are of that step's rows, so they jitter together.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from redi.study.results import STAGE_1, Results, Row, Run, sem
+
+COLUMNS = 4
+WINDOWS = 12  # a point of a log-prob or a norm is the mean of so small a part of the run
+GREY = "0.45"
+WEIGHTED = ("redi", "symmetric", "positives_only")  # objectives that are points of one line: alpha
+
+
+def figures(results: Results) -> dict[str, bytes]:
+    """Name -> PNG, of every figure that there is something to draw for."""
+    drawn = {name: draw(results) for name, draw in FIGURES.items()}
+    return {name: _png(figure) for name, figure in drawn.items() if figure}
+
+
+def _png(figure: Figure) -> bytes:
+    figure.savefig(raw := io.BytesIO(), dpi=90, format="png")
+    Image.open(raw).convert("RGB").quantize(64).save(small := io.BytesIO(), "png")
+    return small.getvalue()  # a third of the bytes
+
+
+def name_of(settings: dict) -> str:
+    """A variant's settings beside its method's name: "lr 1e-4, beta 0.1"."""
+    parts = {k: v for k, v in settings.items() if k != "objective"}
+    return ", ".join(f"{k} {number(v)}" for k, v in parts.items())
+
+
+def number(value: object) -> str:
+    """A setting as one writes it: 1e-4, not 0.0001."""
+    if isinstance(value, float) and 0 < abs(value) < 1e-2:
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ---------------------------------------------------------------- what is drawn
+
+
+def first_place(rows: Sequence[Row]) -> list[Row]:
+    """Those of the study's first setting with the fewest mislabelled traces: curves show one."""
+    setting = rows[0].setting
+    share = min((row.mislabelled for row in rows if row.method != STAGE_1), default=0.0)
+    return [
+        row for row in rows
+        if row.setting == setting and (row.method == STAGE_1 or row.mislabelled == share)
+    ]  # fmt: skip
+
+
+def stage_1_of(rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if row.method == STAGE_1), None)
+
+
+def runs_of(results: Results, row: Row) -> list[Run]:
+    return [
+        run for run in results.runs
+        if (run.setting, run.mislabelled, run.method, run.settings)
+        == (row.setting, row.mislabelled, row.method, row.settings)
+    ]  # fmt: skip
+
+
+def fastest(results: Results, best: Row) -> Row:
+    """The variant of a method with the largest learning rate."""
+
+    def of(row: Row) -> tuple:
+        return row.setting, row.mislabelled, row.method
+
+    same = [row for row in results.grid if of(row) == of(best)]
+    return max(same, key=lambda row: row.settings["lr"])
+
+
+def curve(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, means over seeds and a window of steps), up to the last step that all have."""
+    curves = [run.curves[key] for run in runs if key in run.curves]
+    shortest = min(map(len, curves), default=0)
+    if not shortest:
+        return np.empty(0), np.empty(0)
+    mean = np.mean([values[:shortest] for values in curves], axis=0)
+    window = max(1, shortest // WINDOWS)
+    means = np.convolve(mean, np.ones(window) / window, "valid")
+    return np.arange(len(means)) + (window + 1) / 2, means
+
+
+def _panels(count: int, height: float = 3.1, share_y: bool = True) -> tuple[Figure, list]:
+    columns = min(COLUMNS, count)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(max(4.6, 3.4 * columns), height * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=share_y).flat
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, list(axes[:count])
+
+
+def _methods(results: Results) -> list[Row]:
+    return [row for row in first_place(results.table) if row.method != STAGE_1]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def accuracy(results: Results) -> Figure | None:
+    rows = _methods(results)
+    if not any(run.on_the_way for row in rows for run in runs_of(results, row)):
+        return None
+    figure, [axis] = _panels(1, 4.2)
+    for place, row in enumerate(rows):
+        _line(axis, on_the_way(results, row), f"{row.method} ({name_of(row.settings)})", place)
+        fast = fastest(results, row)
+        if fast.settings != row.settings:
+            points = on_the_way(results, fast)
+            means = [np.mean(points[step]) for step in sorted(points)]
+            axis.plot(sorted(points), means, ":", color=f"C{place % 10}", lw=1.2)
+    axis.set(title="accuracy", xlabel="optimizer step", ylabel="pass@1")
+    return _finished(figure, [axis])
+
+
+def on_the_way(results: Results, row: Row) -> dict[float, list[float]]:
+    """Step -> a score a seed: of the stage-1 model, during training, and at the end."""
+    runs, stage_1 = runs_of(results, row), stage_1_of(first_place(results.table))
+    steps = set.intersection(*({step for step, _ in run.on_the_way} for run in runs))
+    points = {step: [dict(run.on_the_way)[step] for run in runs] for step in steps}
+    if stage_1:
+        points[0] = [run.pass_at_1 for run in runs_of(results, stage_1)]
+    last = max(len(next(iter(run.curves.values()), [])) for run in runs)
+    points[last] = [run.pass_at_1 for run in runs]
+    return points
+
+
+def _line(axis, points: dict[float, list[float]], label: str, place: int) -> None:
+    """Means over seeds with a band of one SEM; points: x -> values."""
+    x = sorted(points)
+    mean = np.array([np.mean(points[at]) for at in x])
+    error = np.array([sem(points[at]) or 0.0 for at in x])
+    axis.plot(x, mean, "o-", color=f"C{place % 10}", lw=1.4, ms=3.5, label=label)
+    axis.fill_between(x, mean - error, mean + error, color=f"C{place % 10}", alpha=0.15, lw=0)
+
+
+def _finished(figure: Figure, axes: Sequence) -> Figure:
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="x-small", framealpha=0.8)
+    return figure
+
+
+def _over_steps(
+    results: Results, lines: dict[str, tuple[str, str]], label: str, log: bool = False
+) -> Figure | None:
+    """A panel a method; lines: curve -> (name, colour). Solid at its best, dotted at its largest
+    learning rate."""
+    logged = {key for run in results.runs if run.method != STAGE_1 for key in run.curves}
+    rows = _methods(results)
+    if logged.isdisjoint(lines) or not rows:
+        return None
+    figure, axes = _panels(len(rows))
+    for axis, row in zip(axes, rows):
+        fast = fastest(results, row)
+        shown = [(row, "-", 1.4)] + ([(fast, ":", 1.2)] if fast.settings != row.settings else [])
+        for variant, style, width in shown:
+            for key, (name, color) in lines.items():
+                steps, values = curve(runs_of(results, variant), key)
+                if len(values):
+                    said = f"{name}, lr {number(variant.settings['lr'])}"
+                    axis.plot(steps, values, style, color=color, lw=width, label=said)
+        axis.set_title(row.method, fontsize="medium")
+        axis.set_xlabel("optimizer step")
+        axis.legend(fontsize="x-small", framealpha=0.8)
+        if log:
+            axis.set_yscale("log")
+    axes[0].set_ylabel(label)
+    return _finished(figure, axes)
+
+
+def log_probs(results: Results) -> Figure | None:
+    lines = {"chosen_logp": ("chosen", "C0"), "rejected_logp": ("rejected", "C3")}
+    return _over_steps(results, lines, "mean log-prob (nats per token)")
+
+
+def norms(results: Results) -> Figure | None:
+    lines = {"grad_norm": ("gradient", "C2"), "update_norm": ("update", "C4")}
+    return _over_steps(results, lines, "norm", log=True)
+
+
+def entropy(results: Results) -> Figure | None:
+    lines = {"chosen_entropy": ("chosen", "C0"), "rejected_entropy": ("rejected", "C3")}
+    return _over_steps(results, lines, "entropy (nats per token)")
+
+
+def lr(results: Results) -> Figure | None:
+    """A line for each method and its parameters, where it was run at several learning rates."""
+    groups: dict[str, list[Row]] = {}
+    for row in first_place(results.grid):
+        if row.method != STAGE_1:
+            others = name_of({k: v for k, v in row.settings.items() if k != "lr"})
+            groups.setdefault(f"{row.method} ({others})" if others else row.method, []).append(row)
+    groups = {name: rows for name, rows in groups.items() if len(rows) > 1}
+    if not groups:
+        return None
+    figure, [axis] = _panels(1, 4.2)
+    for place, (name, rows) in enumerate(groups.items()):
+        points = {
+            row.settings["lr"]: [run.pass_at_1 for run in runs_of(results, row)] for row in rows
+        }
+        _line(axis, points, name, place)
+    _level(axis, results)
+    axis.set(title="accuracy against learning rate", xlabel="peak learning rate", ylabel="pass@1")
+    axis.set_xscale("log")
+    return _finished(figure, [axis])
+
+
+def _level(axis, results: Results) -> None:
+    stage_1 = stage_1_of(first_place(results.table))
+    if stage_1:
+        axis.axhline(stage_1.mean, color=GREY, ls="--", lw=1, label="stage 1")
+
+
+def alpha_of(row: Row) -> float | None:
+    """The weight of the rejected trace, of objectives that have one and no sigmoid."""
+    if row.settings.get("objective") not in WEIGHTED:
+        return None
+    fixed = {"symmetric": 1.0, "positives_only": 0.0}
+    return fixed.get(row.settings["objective"], row.settings.get("alpha", 0.8))
+
+
+def alpha(results: Results) -> Figure | None:
+    groups: dict[float, dict[float, list[float]]] = {}
+    for row in first_place(results.grid):
+        at = alpha_of(row)
+        if at is not None:
+            values = [run.pass_at_1 for run in runs_of(results, row)]
+            groups.setdefault(row.settings["lr"], {})[at] = values
+    groups = {rate: points for rate, points in groups.items() if len(points) > 1}
+    if not groups:
+        return None
+    figure, [axis] = _panels(1, 4.2)
+    for place, rate in enumerate(sorted(groups)):
+        _line(axis, groups[rate], f"lr {number(rate)}", place)
+    _level(axis, results)
+    axis.set(title="the weight of the rejected trace", xlabel="alpha", ylabel="pass@1")
+    return _finished(figure, [axis])
+
+
+def labels(results: Results) -> Figure | None:
+    """A panel a method, a line a setting: gain of the method's best variant at each share."""
+    rows = [row for row in results.table if row.method != STAGE_1]
+    if len({row.mislabelled for row in rows}) < 2:
+        return None
+    methods = list(dict.fromkeys(row.method for row in rows))
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    figure, axes = _panels(len(methods), 3.6)
+    for axis, method in zip(axes, methods):
+        for place, setting in enumerate(settings):
+            points = {
+                row.mislabelled: gains(results, row)
+                for row in rows
+                if (row.method, row.setting) == (method, setting)
+            }
+            _line(axis, {at: g for at, g in points.items() if g}, setting or "the toy", place)
+        axis.axhline(0, color=GREY, ls="--", lw=1)
+        axis.set_title(method, fontsize="medium")
+        axis.set_xlabel("share of rejected traces that are right")
+    axes[0].set_ylabel("gain of pass@1 over stage 1")
+    return _finished(figure, axes)
+
+
+def gains(results: Results, row: Row) -> list[float]:
+    """A value a seed."""
+    stage_1 = {
+        run.seed: run.pass_at_1
+        for run in results.runs
+        if run.method == STAGE_1 and run.setting == row.setting
+    }
+    runs = runs_of(results, row)
+    return [run.pass_at_1 - stage_1[run.seed] for run in runs if run.seed in stage_1]
+
+
+FIGURES: dict[str, Callable[[Results], Figure | None]] = {
+    "accuracy": accuracy,
+    "log_probs": log_probs,
+    "norms": norms,
+    "entropy": entropy,
+    "lr": lr,
+    "alpha": alpha,
+    "labels": labels,
+}

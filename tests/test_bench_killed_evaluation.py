@@ -1,0 +1,42 @@
+"""The bench of killed evaluations counts every token that the model reads."""
+
+import json
+import os
+import sys
+
+from bench.killed_evaluation import command, evaluate_counted, tokens_read
+from redi import toy
+from redi.checkpoint import open_model
+from redi.eval import decoder
+from redi.eval.benchmarks import load
+from redi.eval.protocol import EvalConfig, make_prompt
+from redi.model import Decoder
+
+
+def test_the_tokens_counted_are_those_of_prompts_and_answers(tmp_path, monkeypatch):
+    """A problem's prompt is read once, and of each answer every token but the last: that one ends
+    it. A second evaluation counts on."""
+    monkeypatch.setattr(sys, "argv", ["toy", str(tmp_path), "--problems", "20", "--benchmark", "3"])
+    toy.main()
+    model, benchmark = str(tmp_path / "student"), str(tmp_path / "benchmark.jsonl")
+    test, (_, source) = load(benchmark), open_model(model)
+    config = EvalConfig(user_prompt="plain")
+    prompts = sum(len(make_prompt(test, p, source, config)[0]) for p in test.problems)
+
+    monkeypatch.setattr(Decoder, "forward", Decoder.forward)  # as they are: put back at the end
+    monkeypatch.setattr(decoder.Decoder, "logits", decoder.Decoder.logits)
+    whole = tmp_path / "whole"
+    monkeypatch.setattr(sys, "argv", command(model, benchmark, whole)[2:])
+    evaluate_counted()
+    lines = (whole / "completions" / "benchmark.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["num_tokens"] for line in lines]
+    assert tokens_read(whole) == prompts + sum(answers) - len(answers) > 0
+
+    monkeypatch.undo()
+    again = tmp_path / "again"
+    os.replace(whole.with_suffix(".tokens"), again.with_suffix(".tokens"))
+    monkeypatch.setattr(Decoder, "forward", Decoder.forward)
+    monkeypatch.setattr(decoder.Decoder, "logits", decoder.Decoder.logits)
+    monkeypatch.setattr(sys, "argv", command(model, benchmark, again)[2:])
+    evaluate_counted()
+    assert tokens_read(again) == 2 * (prompts + sum(answers) - len(answers))
