@@ -261,7 +261,7 @@ def decoding(device: torch.device, config: ModelConfig = DECODER) -> Entries:
         expected = forward_logits(model, [*request.prompt_ids, *answer])[-len(answer) - 1 : -1]
         own = torch.stack([seen[request.key, place] for place in range(len(answer))])
         errors.append(relative_error(own, expected))
-    found["G9_decode_logits"] = result([max(errors)], 3e-2, "the training forward in fp32")
+    found["G9_decode_logits"] = result([max(errors)], 4e-2, "the training forward in fp32")
     return found
 
 
