@@ -30,8 +30,9 @@ demo: .venv/core
 	@echo "curves:      out/demo/sft/curves.png, out/demo/redi/curves.png"
 	@echo "completions: out/demo/eval/{base,sft,redi}/completions/benchmark.jsonl"
 
+# A process a core, each with whole files of tests: what a file's tests share is made once.
 test: .venv/dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check .
