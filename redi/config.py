@@ -23,6 +23,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import tomllib
 import types
 import typing
@@ -240,7 +241,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def usage(config_class: type, description: str) -> str:
-    """One screen: a line a flag, with its default and its meaning."""
+    """One screen: a flag a line, with its default and its meaning."""
     annotations, by_place = _annotations(config_class), _given_by_place(config_class)
     notes = {name: hint.__metadata__[0] for name, hint in annotations.items()}
     hints = {name: hint.__origin__ for name, hint in annotations.items()}
@@ -258,8 +259,16 @@ def usage(config_class: type, description: str) -> str:
             flags.append((_flag(field.name) + default, note))
     rows = [*places, ("--config RECIPE.toml", "read settings from a recipe; flags win"), *flags]
     width = min(max(len(left) for left, _ in rows), 36)
-    lines = [f"  {left:<{width}}  {note}" for left, note in rows]
+    lines = []
+    for left, note in rows:
+        first, *rest = _wrapped(note, 108 - width)
+        lines += [f"  {left:<{width}}  {first}", *(f"  {'':<{width}}  {line}" for line in rest)]
     return "\n".join([" ".join([*head, "[--flag value ...]"]), description, "", *lines])
+
+
+def _wrapped(note: str, width: int) -> list[str]:
+    """The lines of a note; one that is too long has room made between its choices."""
+    return textwrap.wrap(note if len(note) <= width else note.replace("|", " | "), width)
 
 
 def _choices(kind: Any) -> str:
