@@ -41,7 +41,7 @@ SHARES = ("redi", "redi_weighted")  # their alpha is a share of the chosen trace
 class REDIConfig(TrainConfig):
     objective: Annotated[Literal[tuple(OBJECTIVES)], "what is minimised"] = "redi"
     alpha: Annotated[
-        float | None, "weight of the rejected trace, in [0, 1]; redi: none = 0.8; or of a 2nd term"
+        float | None, "weight of the rejected trace (redi: none = 0.8), or of a second term"
     ] = None
     beta: Annotated[float | None, "sharpness of the sigmoid; dpo, simpo and their kin"] = None
     gamma: Annotated[float | None, "target margin (simpo), or an exponent (redi_weighted)"] = None

@@ -15,6 +15,7 @@ Letters: N rows, R supervised tokens, S sequences of a pack.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from redi.logprobs import token_logps
 from redi.model import Transformer
 from redi.objectives import Objective, Totals, sequence_sums
 from redi.packing import Pack, PackedBatch, Step, pack, plan
+from redi.reference import load_reference, save_reference
 from redi.runlog import Progress
 
 
@@ -38,6 +40,7 @@ class Task:
     place: Place
     pack_tokens: int
     reference: Tensor | None = None  # (N, 2), see objectives.Objective
+    kept_in: Path | None = None  # where it is kept between runs: reference.py
 
     def plan(self, rows_per_step: int, seed: int, epoch: int) -> list[Step]:
         return plan(
@@ -220,9 +223,24 @@ def held_out(model: Transformer, task: Task) -> dict[str, float]:
 
 
 def with_reference(model: Transformer, task: Task) -> Task:
-    """`task` with the log-probs of `model` as it is, if its objective wants them."""
+    """`task` with the log-probs of `model` as it is, if its objective wants them: from
+    `task.kept_in` where they are there, else computed and kept."""
     if not task.objective.needs_reference:
         return task
+    if task.kept_in:
+        kept = load_reference(task.kept_in, len(task.dataset), task.place)
+        if kept is not None:
+            if task.place.rank == 0:
+                print(f"reference log-probs of {len(kept):,} pairs: {task.kept_in}", flush=True)
+            return replace(task, reference=kept)
+    reference = _score(model, task)
+    if task.kept_in:
+        save_reference(task.kept_in, reference, task.place)
+    return replace(task, reference=reference)
+
+
+def _score(model: Transformer, task: Task) -> Tensor:
+    """Summed log-probs (N, 2) of every row's chosen and rejected sequence."""
     step, parts = task.everything(), []
     packs = step[task.place.rank]
     shown = task.place.rank == 0
@@ -240,4 +258,4 @@ def with_reference(model: Transformer, task: Task) -> Task:
     for part in parts:
         sums[part.ids] = part.sums.to("cpu", torch.float64)
     add_over_ranks(sums, task.place)
-    return replace(task, reference=sums.reshape(-1, 2))
+    return sums.reshape(-1, 2)

@@ -256,7 +256,7 @@ WIDTH = 110  # of a line of --help
 
 
 def usage(config_class: type, description: str) -> str:
-    """One screen: a line a flag, with its default and its meaning."""
+    """One screen: a flag a line, with its default and its meaning."""
     annotations, by_place = _annotations(config_class), _given_by_place(config_class)
     notes = {name: hint.__metadata__[0] for name, hint in annotations.items()}
     hints = types_of(config_class)

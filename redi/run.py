@@ -6,6 +6,7 @@ Letters: N rows.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from redi.eval.between_steps import prepare
 from redi.hub import CARD, dataset_files, is_hub_id
 from redi.memory import blocks_to_checkpoint
 from redi.objectives import Objective
+from redi.reference import reference_path
 from redi.resume import Checkpoints
 from redi.runlog import NoLog, RunLog, is_finished, read_metrics
 from redi.train import StopSignals, TrainConfig, num_steps, train
@@ -79,6 +81,10 @@ def _run(
     print(describe(dataset, source.chat), describe_plan(task, config), why, sep="\n", flush=True)
     if config.dry_run:
         return
+    if objective.needs_reference:
+        where = partial(reference_path, config.cache, source.folder, model.config, dtype)
+        task = replace(task, kept_in=where(dataset))
+        eval_task = replace(eval_task, kept_in=where(eval_rows)) if eval_task else None
 
     # ---- train and save
     checkpoints = Checkpoints(Path(config.out), place, compared(facts), config.keep)

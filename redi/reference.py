@@ -1,0 +1,83 @@
+"""Reference log-probs, kept on disk: the model that stage 2 starts from scores its pairs once.
+
+The file CACHE/reference-KEY.bin is the sha256 of what follows, then (N, 2) float64: the summed
+log-probs of each row's chosen and rejected sequence. KEY is a hash of all that they depend on: the
+bytes of the model's weights and its configuration (the rotary base may be overridden), the token
+store (data, tokenizer and template), the rows chosen from it, and the dtype of the compute. Any run
+that agrees in these takes them from there, whatever its objective, learning rate or number of
+ranks, and a run that goes on trains on the same bits as before.
+
+A file that is short or damaged is computed again, with a notice. Ranks use it only if all of them
+read the same bytes: on several nodes a cache may be on one and not on another.
+Left out: a limit to the folder's size (16 bytes a row).
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redi.config import UserError
+from redi.data.dataset import Dataset
+from redi.data.files import make_folder, write_aside
+from redi.data.store import hash_files
+from redi.distributed import Place, add_over_ranks
+from redi.model import ModelConfig
+from redi.weights import weight_files
+
+DIGEST = hashlib.sha256().digest_size
+
+
+def reference_path(
+    cache: str, folder: Path, config: ModelConfig, dtype: torch.dtype, dataset: Dataset
+) -> Path:
+    """Where the reference log-probs of this model folder on these rows are kept."""
+    rows = hashlib.sha256(np.ascontiguousarray(dataset.rows, dtype=np.int64).tobytes())
+    made_from = [
+        hash_files(weight_files(folder)), asdict(config), dataset.store.folder.name,
+        rows.hexdigest(), str(dtype),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+    return Path(cache) / f"reference-{key}.bin"
+
+
+def load_reference(path: Path, num_rows: int, place: Place) -> Tensor | None:
+    """The (N, 2) float64 in `path`, or None, on all ranks alike."""
+    digest, sums = _read(path, num_rows, place)
+    # 40 bits of everybody's sha256, exact in float64; 0 for a rank that has none.
+    seen = torch.zeros(place.world_size, dtype=torch.float64)
+    seen[place.rank] = int.from_bytes(digest[:5], "big") + 1 if sums is not None else 0
+    add_over_ranks(seen, place)
+    return sums if seen[0] > 0 and (seen == seen[0]).all() else None
+
+
+def save_reference(path: Path, sums: Tensor, place: Place) -> None:
+    """Keep `sums` (N, 2) for other runs: the first rank of each node writes. A disk that does not
+    take them is a warning: this run has what it needs."""
+    if not place.leads_node:
+        return
+    data = sums.numpy().tobytes()
+    try:
+        make_folder(path.parent)
+        with write_aside(path, binary=True) as file:
+            file.write(hashlib.sha256(data).digest() + data)
+    except UserError as error:
+        print(f"warning: reference log-probs are not kept: {error}", file=sys.stderr)
+
+
+def _read(path: Path, num_rows: int, place: Place) -> tuple[bytes, Tensor | None]:
+    """The digest in the file and what follows it, if it is whole."""
+    if not path.is_file():
+        return b"", None
+    content = path.read_bytes()
+    digest, data = content[:DIGEST], content[DIGEST:]
+    if len(data) == 16 * num_rows and hashlib.sha256(data).digest() == digest:
+        return digest, torch.frombuffer(bytearray(data), dtype=torch.float64).reshape(-1, 2)
+    if place.rank == 0:
+        print(f"{path}: is not what was written; computed again", file=sys.stderr)
+    return b"", None
