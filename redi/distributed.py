@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -146,10 +146,7 @@ def shard(model: Transformer, place: Place, how: Placing) -> None:
     if not dist.is_initialized():
         backend = "nccl" if place.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    sizes, names = (place.world_size,), ("shard",)
-    if place.num_nodes > 1:
-        sizes, names = (place.num_nodes, place.node_size), ("replicate", "shard")
-    mesh = dist.init_device_mesh(place.device.type, sizes, mesh_dim_names=names)
+    mesh = _mesh(place)
     policy = MixedPrecisionPolicy()
     if how.dtype != model.output_weight.dtype:
         policy = MixedPrecisionPolicy(param_dtype=how.dtype, reduce_dtype=torch.float32)
@@ -164,6 +161,17 @@ def shard(model: Transformer, place: Place, how: Placing) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # and not by a product with 1
+
+
+@cache
+def _mesh(place: Place):
+    """One for all models of a process: every mesh brings groups of its own, with their threads."""
+    import torch.distributed as dist
+
+    sizes, names = (place.world_size,), ("shard",)
+    if place.num_nodes > 1:
+        sizes, names = (place.num_nodes, place.node_size), ("replicate", "shard")
+    return dist.init_device_mesh(place.device.type, sizes, mesh_dim_names=names)
 
 
 def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None:
