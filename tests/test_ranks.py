@@ -33,7 +33,7 @@ CASES = [
     for dtype in BETWEEN_CUTS
     for rows in (7, 1)
 ]
-# Ways of their own through objectives.py. Every case costs each rank threads of its own.
+# Ways of their own through objectives.py.
 CASES += [("dpo_norm", True, torch.float64, 7), ("dft", True, torch.float64, 1)]
 
 
