@@ -360,7 +360,7 @@ def test_help_states_every_flag_its_default_and_its_meaning(flag, capsys):
     shown = capsys.readouterr().out
     assert "A program." in shown
     assert "--config RECIPE.toml" in shown
-    for text in ("--count 1", "--rate 0.5", "--limit none", "--fast false", "(red|blue)"):
+    for text in ("--count 1", "--rate 0.5", "--limit none", "--fast false", "(red, blue)"):
         assert text in shown
     with pytest.raises(SystemExit):
         read("--help", config=Placed)
