@@ -32,7 +32,7 @@ from redi.objectives import OBJECTIVES, Objective, Totals
 from redi.packing import PackedBatch, Sequence
 
 PAIRS, PROMPT, LENGTH = 32, 8, 64
-ROUNDS = 11
+ROUNDS = 7
 GOAL = 1.02
 WITHOUT = "the step without them"
 MODEL = ModelConfig(

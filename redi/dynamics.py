@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redi.distributed import local
 
-BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}  # weights at a time
+BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # weights at a time
 
 
 @torch.no_grad()
@@ -47,13 +47,16 @@ def _squared(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor
         mean = square = weight.new_zeros(()).expand_as(weight)
         step = torch.ones_like(total)
     root = (1.0 - beta2**step).sqrt()  # on the device: the host does not wait
-    size = BLOCK[weight.device.type]
-    for at in range(0, len(weight), size):
+    eps, times = group["eps"] * root, root / (1.0 - beta1**step)
+    size = min(BLOCK[weight.device.type], len(weight))
+    buffers = weight.new_empty(2, size)  # fresh memory for every block would cost more than its use
+    for at in range(0, len(weight), max(1, size)):
         block = slice(at, at + size)
         g = gradient[block]
-        update = mean[block].lerp(g, 1.0 - beta1)
-        scale = (square[block] * beta2).addcmul_(g, g, value=1.0 - beta2).sqrt_()
-        update.div_(scale.add_(group["eps"] * root)).mul_(root / (1.0 - beta1**step))
+        update, scale = buffers[:, : len(g)]
+        torch.lerp(mean[block], g, 1.0 - beta1, out=update)
+        torch.mul(square[block], beta2, out=scale).addcmul_(g, g, value=1.0 - beta2).sqrt_()
+        update.div_(scale.add_(eps)).mul_(times)
         if group["weight_decay"]:
             update.add_(weight[block], alpha=group["weight_decay"])
         total += update.dot(update)
