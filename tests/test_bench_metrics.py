@@ -27,7 +27,7 @@ def test_a_wrong_entropy_is_not_timed(monkeypatch):
     training = metrics.Training(TINY, metrics.OBJECTIVE["M1"], pairs=3)
     metrics.compare(training)
     monkeypatch.setattr(metrics.Training, "entropy", lambda self: 4.0)
-    with pytest.raises(AssertionError, match="of the whole logits 4.0"):
+    with pytest.raises(AssertionError, match="of the whole logits"):
         metrics.compare(training)
 
 
