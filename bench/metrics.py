@@ -1,11 +1,12 @@
 """What the curves of training dynamics cost: a step with entropy and update norm over one without.
 
-    python -m bench.metrics            about three minutes
+    python -m bench.metrics            about six minutes
 
 M1: a Qwen2 of 12.6 M parameters (4 layers, hidden 256, 32,768 words, tied, fp32) takes redi's own
 optimizer step, data to update, on 32 pairs of two traces of 64 tokens in one pack, with REDI (the
 one-pass kernel). That is a small step: the update norm costs the same for a step of a hundred times
-as many tokens. M1_entropy and M1_update have one of the two only. M2 is M1 with SimPO (the two-pass
+as many tokens. M1_entropy and M1_update have one of the two only; M1_update_alone is the time of
+the update norm by itself over that of the step without it. M2 is M1 with SimPO (the two-pass
 kernel).
 
 Interleaved, CPU time, one thread; the ratio of each round's step to its step without either. What
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure import CPUSeconds, interleave, result, write
+from bench.measure import CPUSeconds, cpu_seconds, interleave, result, write
 from redi import batches, toy, train
 from redi.batches import Task
 from redi.distributed import Place
@@ -91,6 +92,12 @@ class Training:
             )  # fmt: skip
         return record
 
+    def update_alone(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = parameter.detach()  # any numbers
+        train.squared_update(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+
     def entropy(self) -> float:
         """Of the model as it is at the chosen tokens: whole logits, a trace at a time, float64."""
         means = []
@@ -144,24 +151,27 @@ def share(seconds: dict[str, list[CPUSeconds]], which: str) -> list[float]:
 def measured(
     name: str, config: ModelConfig, objective: Objective, pairs: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """{name: ..., name_entropy: ..., name_update: ...}"""
+    """{name: ..., name_entropy: ..., name_update: ..., name_update_alone: ...}"""
     training = Training(config, objective, pairs)
     compare(training)
     steps = {which: partial(training, **asked) for which, asked in VARIANTS.items()}
     seconds = interleave(steps, rounds)
     keys = {"both": name, "entropy": f"{name}_entropy", "update": f"{name}_update"}
+    alone = [cpu_seconds(training.update_alone).total for _ in range(rounds)]
+    shares = [a / b.total for a, b in zip(alone, seconds["neither"])]
     found = {
         key: result(share(seconds, which), GOAL if which == "both" else None, WITHOUT)
         for which, key in keys.items()
     }
+    found[f"{name}_update_alone"] = result(shares, None, WITHOUT)
     for key, entry in found.items():
-        print(f"{key:<12}{entry['median']:>8.4f}{entry['min']:>8.4f}{entry['max']:>8.4f}")
+        print(f"{key:<16}{entry['median']:>8.4f}{entry['min']:>8.4f}{entry['max']:>8.4f}")
     return found
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"{'step over':<12}{'median':>8}{'min':>8}{'max':>8}   {WITHOUT}")
+    print(f"{'step over':<16}{'median':>8}{'min':>8}{'max':>8}   {WITHOUT}")
     found = {}
     for name, objective in OBJECTIVE.items():
         found |= measured(name, MODEL, objective, PAIRS, ROUNDS)
