@@ -151,8 +151,8 @@ def describe_plan(task: Task, config: TrainConfig) -> str:
     return (
         f"{num_steps(task, config):,} optimizer steps of {config.rows_per_step} rows "
         f"({len(epoch):,} an epoch, {config.epochs} epoch{'s' * (config.epochs > 1)}); an epoch "
-        f"is {tokens:,} tokens in {packs:,} pack{'s' * (packs != 1)} of {config.pack_tokens:,}{dealt} "
-        "(a longer row has its own), no padding"
+        f"is {tokens:,} tokens in {packs:,} pack{'s' * (packs != 1)} of {config.pack_tokens:,}"
+        f"{dealt} (a longer row has its own), no padding"
     )
 
 
