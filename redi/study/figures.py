@@ -24,7 +24,7 @@ from redi.study.results import STAGE_1, Results, Row, Run, sem
 COLUMNS = 4
 WINDOWS = 12  # a point of a log-prob or a norm is the mean of so small a part of the run
 GREY = "0.45"
-WEIGHTED = ("redi", "symmetric", "positives_only")  # objectives that are points of one line: alpha
+WEIGHTED = ("redi", "symmetric", "positives")  # objectives that are points of one line: alpha
 
 
 def figures(results: Results) -> dict[str, bytes]:
@@ -236,7 +236,7 @@ def alpha_of(row: Row) -> float | None:
     """The weight of the rejected trace, of objectives that have one and no sigmoid."""
     if row.settings.get("objective") not in WEIGHTED:
         return None
-    fixed = {"symmetric": 1.0, "positives_only": 0.0}
+    fixed = {"symmetric": 1.0, "positives": 0.0}
     return fixed.get(row.settings["objective"], row.settings.get("alpha", 0.8))
 
 
