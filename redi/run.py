@@ -18,6 +18,7 @@ from redi.config import UserError, to_toml
 from redi.data.dataset import Dataset, Limits, describe, hash_files, load_store, select
 from redi.distributed import DTYPES, Place, Placing, node_leader_first, others_may_be_gone
 from redi.eval.between_steps import prepare
+from redi.eval.protocol import EvalConfig
 from redi.hub import CARD, dataset_files, is_hub_id
 from redi.memory import blocks_to_checkpoint
 from redi.objectives import Objective
@@ -64,9 +65,7 @@ def _run(
             print(f"held out, {config.eval_data}: {describe(eval_rows, source.chat)}\n")
         exam = None
         if config.eval_benchmark:
-            longest = config.max_response
-            asked = config.eval_benchmark, config.eval_samples, longest, config.seed
-            exam = prepare(*asked, source, place)
+            exam = prepare(exam_config(config), source, place)
     facts = facts_of(source, dataset, config.data)
     if finished:
         check_facts(config, facts)
@@ -140,6 +139,18 @@ def load_data(
     store = load_store(files, source.chat, paired, config.cache, verify)
     limits = Limits(config.max_prompt, config.max_response, config.max_length)
     return select(store, limits, config.over_length, path)
+
+
+def exam_config(config: TrainConfig) -> EvalConfig:
+    """How the benchmark is asked between steps: like the training rows are."""
+    return EvalConfig(
+        benchmark=[config.eval_benchmark],
+        samples=config.eval_samples,
+        temperature=config.eval_temperature,
+        user_prompt="plain",
+        max_new_tokens=config.max_response,
+        seed=config.seed,
+    )
 
 
 def describe_plan(task: Task, config: TrainConfig) -> str:

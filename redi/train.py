@@ -72,6 +72,7 @@ class TrainConfig:
     eval_data: Annotated[str | None, "held-out rows: their loss is logged"] = None
     eval_benchmark: Annotated[str | None, "benchmark, name or file: pass@1 on it is logged"] = None
     eval_samples: Annotated[int, "completions of each of its problems"] = 4
+    eval_temperature: Annotated[float, "of their sampling; 0 is greedy"] = 0.6
     eval_every: Annotated[int, "optimizer steps between held-out losses, and between scores"] = 100
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], "of the compute; auto: bf16 on CUDA, fp32 on a CPU"
@@ -113,7 +114,8 @@ class TrainConfig:
         require(self.clip > 0, "clip", self.clip, "above 0")
         for name in ("timeout", "collapse_threshold"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        for name in ("weight_decay", "eval_temperature"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
         for name in ("rope_theta", "max_position_embeddings"):
             value = getattr(self, name)

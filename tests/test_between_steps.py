@@ -18,8 +18,14 @@ from redi.config import UserError
 
 made, here, one_thread = test_train.made, test_train.here, test_resume.one_thread
 PROBLEMS = 5
-EXAM = {"eval_benchmark": "benchmark.jsonl", "eval_samples": 3, "eval_every": 2}
-FLAGS = ["--eval-benchmark", "benchmark.jsonl", "--eval-samples", "3", "--eval-every", "2"]
+EXAM = {
+    "eval_benchmark": "benchmark.jsonl",
+    "eval_samples": 3,
+    "eval_temperature": 0.8,
+    "eval_every": 2,
+}
+FLAGS = ["--eval-benchmark", "benchmark.jsonl", "--eval-samples", "3",
+         "--eval-temperature", "0.8", "--eval-every", "2"]  # fmt: skip
 
 
 def write_benchmark(folder: Path) -> None:
@@ -43,7 +49,7 @@ def test_scores_are_those_of_evaluate_and_training_does_not_notice(here, monkeyp
     assert len({score["mean_tokens"] for score in scores}) == 3  # the model has changed
 
     arguments = ["--model", "asked", "--benchmark", "benchmark.jsonl", "--samples", 3,
-                 "--user-prompt", "plain", "--max-new-tokens", 100]  # fmt: skip
+                 "--temperature", 0.8, "--user-prompt", "plain", "--max-new-tokens", 100]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     evaluate.main()
     [of_saved] = json.loads(Path("asked/eval/report.json").read_text())["benchmarks"]

@@ -8,7 +8,7 @@ import pytest
 from test_study import a_run, results_of
 
 from redi.study.figures import figures
-from redi.study.page import to_markdown
+from redi.study.page import Table, to_markdown
 from redi.study.results import STAGE_1, Results
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,8 @@ def test_the_share_of_wrong_labels_up_to_which_negatives_help(labels):
 def test_the_page_shows_the_pictures_that_there_are(labels):
     results = toy([0.3, 0.31, 0.32, 0.33], [0.1, 0.2, 0.1, 0.2], [-0.4] * 4)
     drawn = {"toy": list(figures(results)), "labels": list(figures(labels))}
-    blocks = make_study.page(results, labels, drawn)
+    turning = Table(["beta", "cosine"], [["2", "0.9"]])
+    blocks = make_study.page(results, labels, turning, drawn)
     text = to_markdown(blocks, "study")
     for name in (
         "toy_accuracy",

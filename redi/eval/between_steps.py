@@ -35,18 +35,10 @@ class Exam:
     place: Place
 
 
-def prepare(
-    benchmark: str, samples: int, max_new_tokens: int, seed: int, source: Source, place: Place
-) -> Exam:
-    """Raises UserError: no such benchmark, a broken row, a prompt that fills the context."""
-    test = load(benchmark)
-    config = EvalConfig(
-        benchmark=[benchmark],
-        samples=samples,
-        user_prompt="plain",
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    )
+def prepare(config: EvalConfig, source: Source, place: Place) -> Exam:
+    """config: with one benchmark. Raises UserError: no such benchmark, a broken row, a prompt that
+    fills the context."""
+    test = load(config.benchmark[0])
     if place.rank == 0:
         with make_grader(config) as grader:
             report_unreadable(grader, [test])
