@@ -49,7 +49,8 @@ def test_scores_are_those_of_evaluate_and_training_does_not_notice(here, monkeyp
     assert len({score["mean_tokens"] for score in scores}) == 3  # the model has changed
 
     arguments = ["--model", "asked", "--benchmark", "benchmark.jsonl", "--samples", 3,
-                 "--temperature", 0.8, "--user-prompt", "plain", "--max-new-tokens", 100]  # fmt: skip
+                 "--temperature", 0.8, "--user-prompt", "plain",
+                 "--max-new-tokens", 100]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     evaluate.main()
     [of_saved] = json.loads(Path("asked/eval/report.json").read_text())["benchmarks"]
