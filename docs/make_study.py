@@ -14,16 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its folder
 
-from redi.batches import Task
-from redi.checkpoint import load_model
+from appendix_b import AngleConfig, cosines
+
 from redi.data.files import make_folder, write_aside
-from redi.distributed import Place
-from redi.objectives import OBJECTIVES, Objective
-from redi.run import load_data
 from redi.study.figures import alpha_of, curve, figures, name_of, number, runs_of
 from redi.study.page import (
     CAPTIONS,
@@ -40,13 +35,11 @@ from redi.study.page import (
     to_markdown,
 )
 from redi.study.results import STAGE_1, Results, Row
-from train_redi import REDIConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURES = Path("docs/study.md"), Path("docs/study")
 STUDIES = {"toy": "study_toy", "labels": "study_labels"}
 REDI, POSITIVES, SYMMETRIC, DPO = "REDI, alpha 0.8", "positives only", "symmetric", "DPO"
-BETAS = (10.0, 2.0, 0.1, 0.01, 0.001)
 SURE = 0.01  # a difference with a larger p value is not called one
 # The paper's Table 2: mean pass@1 over five benchmarks, in percent, after three epochs of SFT.
 PUBLISHED = {STAGE_1: 41.9, DPO: 47.2, "SimPO": 47.2, SYMMETRIC: 47.7, REDI: 48.3}
@@ -215,33 +208,9 @@ def steepest(results: Results) -> str:
     )
 
 
-def simpo_and_symmetric(folder: Path) -> Table:
-    """Appendix B: the angle between the gradients of SimPO, gamma 1, and of the symmetric
-    objective, over all pairs of a toy at its stage-1 model, in float64. folder: of one seed."""
-    config = REDIConfig(
-        model=str(folder / "sft"),
-        data=str(folder / "data/pairs.jsonl"),
-        cache=str(folder.parent / "tokens"),
-        max_length=256,
-    )
-    model, source = load_model(config.model)
-    model.double()
-    dataset = load_data(config.data, config, source, paired=True)
-
-    def gradient(objective: Objective) -> torch.Tensor:
-        task = Task(dataset, objective, Place(0, 1, torch.device("cpu")), config.pack_tokens)
-        step = task.everything()
-        totals = task.totals(step)
-        model.zero_grad()
-        for batch in task.batches(step, totals):
-            task.loss(model, batch, totals)[0].backward()
-        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-    symmetric, rows = gradient(OBJECTIVES["symmetric"]()), []
-    for beta in BETAS:
-        simpo = gradient(OBJECTIVES["simpo"](beta, 1.0))
-        cosine = torch.cosine_similarity(simpo, symmetric, dim=0).item()
-        rows.append([number(beta), f"{cosine:.9f}", f"{1 - cosine:.1e}"])
+def angles(found: dict[float, float]) -> Table:
+    """found: appendix_b.cosines."""
+    rows = [[number(beta), f"{value:.9f}", f"{1 - value:.1e}"] for beta, value in found.items()]
     return Table(["beta", "cosine", "1 - cosine"], rows)
 
 
@@ -287,9 +256,12 @@ WHY_SIMPO = (
 
 
 def page(
-    toy: Results, labels: Results, turning: Table, drawn: dict[str, Sequence[str]]
+    toy: Results,
+    labels: Results,
+    turning: dict[float, float],
+    drawn: dict[str, Sequence[str]],
 ) -> list[Block]:
-    """turning: of simpo_and_symmetric. drawn: study -> names of its figures."""
+    """turning: appendix_b.cosines. drawn: study -> names of its figures."""
 
     def pictures(study: str, *names: str) -> list[Block]:
         return [Picture(f"{study}_{n}", CAPTIONS[n]) for n in names if n in drawn[study]]
@@ -311,7 +283,7 @@ def page(
         Text(dpo_beside_redi(toy)),
         Heading("SimPO, as beta falls"),
         Text(WHY_SIMPO),
-        turning,
+        angles(turning),
         Heading("Learning rates, and collapse"),
         Text(WHY_LR),
         Text(collapses(toy)),
@@ -339,8 +311,9 @@ def main() -> None:
         results[short] = Results.load(ROOT / "out" / name / "study.json")
         drawn[short] = figures(results[short])
     make_folder(ROOT / PICTURES)
-    first_seed = ROOT / "out" / STUDIES["toy"] / f"seed-{results['toy'].runs[0].seed}"
-    turning = simpo_and_symmetric(first_seed)
+    seed = ROOT / "out" / STUDIES["toy"] / f"seed-{results['toy'].runs[0].seed}"
+    paths = {"model": "sft", "data": "data/pairs.jsonl", "cache": "../tokens"}
+    turning = cosines(AngleConfig(**{key: str(seed / path) for key, path in paths.items()}))
     names = {short: list(pictures) for short, pictures in drawn.items()}
     blocks = page(results["toy"], results["labels"], turning, names)
     wanted = {block.name for block in blocks if isinstance(block, Picture)}

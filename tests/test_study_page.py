@@ -1,6 +1,7 @@
 """docs/make_study.py: what the page says follows from the numbers, whichever way they fall."""
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 from test_study import a_run, results_of
 
 from redi.study.figures import figures
-from redi.study.page import Table, to_markdown
+from redi.study.page import to_markdown
 from redi.study.results import STAGE_1, Results
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))  # as for a script there
 spec = importlib.util.spec_from_file_location("make_study", ROOT / "docs" / "make_study.py")
 make_study = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_study)
@@ -113,9 +115,9 @@ def test_the_share_of_wrong_labels_up_to_which_negatives_help(labels):
 def test_the_page_shows_the_pictures_that_there_are(labels):
     results = toy([0.3, 0.31, 0.32, 0.33], [0.1, 0.2, 0.1, 0.2], [-0.4] * 4)
     drawn = {"toy": list(figures(results)), "labels": list(figures(labels))}
-    turning = Table(["beta", "cosine"], [["2", "0.9"]])
-    blocks = make_study.page(results, labels, turning, drawn)
+    blocks = make_study.page(results, labels, {0.001: 0.99999}, drawn)
     text = to_markdown(blocks, "study")
+    assert "| 1e-3 | 0.999990000 | 1.0e-05 |" in text
     for name in (
         "toy_accuracy",
         "toy_log_probs",
