@@ -17,13 +17,14 @@
 | a bad verifier | `mislabelled_*` | a right trace among the wrong ones, or the other way round |
 
 Traces are drawn until one is right, and the first wrong one is kept beside it: the shape of the
-paper's data. The verifier's faults come from random numbers of their own and replace traces one by
-one: with more of them, problems, pairs and all other traces stay as they are, so that what changes
-between two such sets is the labels alone.
+paper's data. The verifier's faults come from random numbers of their own: with a larger share of
+them, those of a smaller one are there still, and problems and all other traces stay as they are. A
+trace that takes another's place is none that was drawn before, so that no pair is lost: beside a
+careful right trace, of which there is one, it is a lucky guess.
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -175,10 +176,12 @@ def raw_row(
         trace, is_right = draw_trace(rng, problem, faults)
         traces.append(trace)
         labels.append(is_right)
+    drawn = tuple(traces)
     for place, label in enumerate(labels):
         share = faults.mislabelled_chosen if label else faults.mislabelled_rejected
-        if happens(verifier, share):
-            traces[place] = trace_that_is(not label, verifier, problem, faults)
+        draw, own = verifier.random(), random.Random(verifier.getrandbits(64))
+        if draw < share:
+            traces[place] = another_trace(not label, own, problem, faults, drawn)
     return {
         "problem": problem.text,
         "solution": "",
@@ -200,14 +203,17 @@ def raw_row(
     }
 
 
-def trace_that_is(right: bool, rng: random.Random, problem: Problem, faults: Faults) -> str:
-    """Raises UserError if this teacher never writes one."""
+def another_trace(
+    right: bool, rng: random.Random, problem: Problem, faults: Faults, known: Sequence[str]
+) -> str:
+    """One that is right, or wrong, and none of those known. Raises UserError if this teacher never
+    writes such a trace."""
     for _ in range(MAX_TRIES):
         trace, is_right = draw_trace(rng, problem, faults)
-        if is_right == right:
+        if is_right == right and trace not in known:
             return trace
     flag, kind = ("rejected", "right") if right else ("chosen", "wrong")
     raise UserError(
-        f"--mislabelled-{flag}: this teacher writes no {kind} trace of {problem.text!r} in "
+        f"--mislabelled-{flag}: this teacher writes no other {kind} trace of {problem.text!r} in "
         f"{MAX_TRIES:,} tries; change its other faults"
     )

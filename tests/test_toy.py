@@ -103,14 +103,34 @@ def test_mislabelled_rejected_traces_are_right_and_nothing_else_changes():
     assert abs(changed / total - 0.3) < 0.054
 
 
+def test_larger_shares_of_mislabelled_traces_hold_the_smaller_ones_and_lose_no_pair():
+    shares = (0.0, 0.15, 0.3, 0.5, 1.0)
+    sets = [rows_of(300, 3, mislabelled_rejected=share) for share in shares]
+    counts = []
+    for before, after in zip(sets, sets[1:]):
+        for clean, row, worse in zip(sets[0], before, after):
+            for a, b, c in zip(clean["generations"], row["generations"], worse["generations"]):
+                assert b in (a, c)  # once replaced, by the same trace for good
+            *rejected, _ = worse["generations"]
+            if worse["correctness"]["math_verify_answer"][-1]:
+                assert worse["generations"][-1] not in rejected
+        counts.append(sum(row["answer"] == boxed(row["generations"][0]) for row in after))
+    assert counts == sorted(counts)
+    assert counts[-1] == 300
+
+
 def test_mislabelled_chosen_traces_are_wrong():
     for row in rows_of(50, 3, mislabelled_chosen=1.0):
         assert row["answer"] not in map(boxed, row["generations"])
 
 
 def test_a_trace_that_the_teacher_never_writes_is_an_error():
-    with pytest.raises(UserError, match="--mislabelled-chosen: this teacher writes no wrong trace"):
+    with pytest.raises(UserError, match="--mislabelled-chosen: this teacher writes no other wrong"):
         rows_of(1, 0, **CAREFUL, mislabelled_chosen=1.0)
+    # Its one right trace is there already, so a rejected one that is right would be that again.
+    two_ways = {**CAREFUL, "precedence": 0.5}
+    with pytest.raises(UserError, match="--mislabelled-rejected: this teacher writes no other"):
+        rows_of(50, 0, **two_ways, mislabelled_rejected=1.0)
 
 
 @pytest.mark.parametrize(
