@@ -62,6 +62,11 @@ class REDIConfig(TrainConfig):
         if self.objective == "redi" and self.alpha is None:
             self.alpha = PUBLISHED["redi"]["alpha"]
         takes = inspect.signature(OBJECTIVES[self.objective]).parameters
+        for name in set(takes) - set(PARAMETERS):
+            raise UserError(
+                f"{self.objective} takes {name!r}: REDIConfig needs a field of that name, and "
+                "PARAMETERS a word (train_redi.py)"
+            )
         for name in PARAMETERS:
             given = getattr(self, name)
             require(name in takes or given is None, name, given, f"none with {self.objective}")

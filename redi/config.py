@@ -261,7 +261,7 @@ def usage(config_class: type, description: str) -> str:
     notes = {name: hint.__metadata__[0] for name, hint in annotations.items()}
     hints = types_of(config_class)
     spec = sys.modules["__main__"].__spec__  # None unless started with python -m
-    name = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    name = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     head, places, flags = ["usage:", name], [], []
     for field in dataclasses.fields(config_class):
         default = "" if _is_required(field) else " " + _shown(field)

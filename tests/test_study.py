@@ -231,14 +231,14 @@ def test_time_by_the_wall_leaves_out_pauses_and_counts_what_ran_together_once():
 def a_run(
     method: str, seed: int, score: float, setting: str = "", share: float = 0.0, **settings
 ) -> Run:
-    scores = {"pass_at_1": score, "pass_at_n": 1.0, "mean_tokens": 10.0, "truncated": 0.0}
+    scores = {"pass_at_1": score, "pass_at_n": 1.0, "mean_tokens": 10.0}
     steps = [] if method == STAGE_1 else [(1, score / 2)]
     fall = [-0.1 - 0.2 * k for k in range(3)]
     return Run(
         setting=setting, mislabelled=share, seed=seed, method=method, settings=settings,
         pass_at_1=score, benchmarks={"benchmark": scores}, on_the_way=steps,
         curves={"chosen_logp": fall, "rejected_logp": fall, "grad_norm": [1.0] * 3},
-        collapsed_at=None, seconds=1.0,
+        collapsed_at=None,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -107,7 +108,7 @@ def test_larger_shares_of_mislabelled_traces_hold_the_smaller_ones_and_lose_no_p
     shares = (0.0, 0.15, 0.3, 0.5, 1.0)
     sets = [rows_of(300, 3, mislabelled_rejected=share) for share in shares]
     counts = []
-    for before, after in zip(sets, sets[1:]):
+    for before, after in pairwise(sets):
         for clean, row, worse in zip(sets[0], before, after):
             for a, b, c in zip(clean["generations"], row["generations"], worse["generations"]):
                 assert b in (a, c)  # once replaced, by the same trace for good

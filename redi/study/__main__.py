@@ -34,7 +34,7 @@ class StudyConfig:
     study: Annotated[str, "STUDY.toml", positional] = "recipes/study_toy.toml"
     out: Annotated[str | None, "folder for everything; none: out/NAME of the file"] = None
     workers: Annotated[int | None, "jobs at a time; none: one on GPUs, else one a core"] = None
-    dry_run: Annotated[bool, "print the command lines that are to be run, and stop"] = False
+    dry_run: Annotated[bool, "print all command lines of the study, and stop"] = False
 
     def __post_init__(self) -> None:
         if self.workers is not None:
@@ -43,7 +43,11 @@ class StudyConfig:
 
 @program
 def main() -> None:
-    config = parse(StudyConfig, "Compare methods: train, evaluate, test and draw a whole grid.")
+    config = parse(
+        StudyConfig,
+        "Compare methods: train, evaluate, test and draw the whole grid that STUDY.toml states "
+        "(redi/study/plan.py says how).",
+    )
     study, gpus = read_study(config.study, config.out), torch.cuda.device_count()
     wanted = jobs(study, gpus)
     if config.dry_run:

@@ -19,7 +19,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from redi.study.results import STAGE_1, Results, Row, Run, sem
+from redi.study.plan import STAGE_1
+from redi.study.results import Results, Row, Run, sem
+from train_redi import PUBLISHED
 
 COLUMNS = 4
 WINDOWS = 12  # a point of a log-prob or a norm is the mean of so small a part of the run
@@ -79,10 +81,11 @@ def runs_of(results: Results, row: Row) -> list[Run]:
 
 
 def fastest(results: Results, best: Row) -> Row:
-    """The variant of a method with the largest learning rate."""
+    """A method's best variant, at the largest learning rate it was tried with."""
 
     def of(row: Row) -> tuple:
-        return row.setting, row.mislabelled, row.method
+        others = {key: value for key, value in row.settings.items() if key != "lr"}
+        return row.setting, row.mislabelled, row.method, others
 
     same = [row for row in results.grid if of(row) == of(best)]
     return max(same, key=lambda row: row.settings["lr"])
@@ -237,7 +240,8 @@ def alpha_of(row: Row) -> float | None:
     if row.settings.get("objective") not in WEIGHTED:
         return None
     fixed = {"symmetric": 1.0, "positives": 0.0}
-    return fixed.get(row.settings["objective"], row.settings.get("alpha", 0.8))
+    published = PUBLISHED["redi"]["alpha"]
+    return fixed.get(row.settings["objective"], row.settings.get("alpha", published))
 
 
 def alpha(results: Results) -> Figure | None:

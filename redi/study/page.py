@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from redi.study.figures import name_of, number
-from redi.study.results import STAGE_1, Results, Row
+from redi.study.plan import STAGE_1
+from redi.study.results import Results, Row
 
 CAPTIONS = {
     "accuracy": "pass@1 over optimizer steps, from the stage-1 model at 0: each method at its best "
-    "(solid, with one SEM) and at its largest learning rate (dotted).",
+    "(solid, with one SEM) and at its largest learning rate (dotted). The first and the last point "
+    "are the final evaluation's, those between of the smaller one during training.",
     "log_probs": "Chosen and rejected log-probs over steps: each method at its best (solid) and at "
     "its largest learning rate (dotted).",
     "norms": "Norm of the gradient before clipping and, where logged, of the update. The last step "

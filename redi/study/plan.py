@@ -54,6 +54,7 @@ TAKEN: dict[type, set[str]] = {
 BY_TOY = {"model", "data", "benchmark", "eval_benchmark"}
 TABLES = ("toy", "stage1", "stage2", "evaluation")
 BENCHMARK_SEED = 42
+STAGE_1 = "stage 1"  # among methods, the name of what all start from
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,8 @@ def _variants(
         name = row.get("name")
         if not isinstance(name, str) or not slug(name):
             raise UserError(f"{where}: [[method]] {number}: key 'name': expected a name")
+        if slug(name) == slug(STAGE_1):
+            raise UserError(f"{where}: [[method]] {number}: key 'name': {name!r} is taken")
         label = f"{where}: [[method]] {name!r}"
         for key in ("objective", "lr"):
             if not grid.get(key):

@@ -29,18 +29,18 @@ import torch
 import redi
 from redi.config import UserError
 from redi.data.files import write_aside
+from redi.eval.protocol import EvalConfig
 from redi.guard import CollapseGuard
 from redi.runlog import read_metrics
 from redi.study.jobs import read_journal
-from redi.study.plan import Model, Study
+from redi.study.plan import STAGE_1, Model, Study
 from train_redi import REDIConfig
 
-STAGE_1 = "stage 1"
 ROUNDING = 1e-12  # two scores that differ at all differ by one completion, some 1e-5
 # Of metrics.jsonl, in the order of the figures; a run that does not log one lacks it.
 CURVES = (
-    "chosen_logp", "rejected_logp", "ranked_right", "grad_norm", "update_norm",
-    "chosen_entropy", "rejected_entropy",
+    "chosen_logp", "rejected_logp", "grad_norm", "update_norm", "chosen_entropy",
+    "rejected_entropy",
 )  # fmt: skip
 
 
@@ -54,11 +54,10 @@ class Run:
     method: str  # STAGE_1, or one of the study's
     settings: dict[str, Any]  # objective, lr, parameters; empty for stage 1
     pass_at_1: float  # mean over benchmarks
-    benchmarks: dict[str, dict[str, float]]  # name -> pass@1, pass@n, tokens, truncated
+    benchmarks: dict[str, dict[str, float]]  # name -> pass@1, pass@n, tokens
     on_the_way: list[tuple[int, float]]  # (step, pass@1) during training
     curves: dict[str, list[float]]  # a value a step
     collapsed_at: int | None  # the step at which the guard warned
-    seconds: float  # of training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +123,7 @@ def collect(study: Study, failed: dict[str, str]) -> Results:
     for model in study.models():
         report = model.folder / "eval" / "report.json"
         if str(model.folder / "eval") not in failed:
-            seconds = journal.get(str(model.folder), {}).get("seconds", 0.0)
-            runs.append(_run(model, report, seconds))
+            runs.append(_run(study, model, report))
     grid, done = grid_of(runs), [e for e in journal.values() if e["status"] == 0]
     if not grid:
         first, why = next(iter(failed.items()))
@@ -138,7 +136,7 @@ def collect(study: Study, failed: dict[str, str]) -> Results:
         versions={"redi": redi.__version__, **versions()},
         wall_seconds=busy_seconds([(e["ended"] - e["seconds"], e["ended"]) for e in done]),
         job_seconds=sum(e["seconds"] for e in done),
-        samples=study.evaluation.get("samples", 16),
+        samples=EvalConfig(**study.evaluation).samples,
         missing=failed,
         runs=runs,
         grid=grid,
@@ -171,7 +169,7 @@ def _in_full(study: Study) -> dict[str, str]:
     return {n: file.read_text(encoding="utf-8") for n, file in files.items() if file.is_file()}
 
 
-def _run(model: Model, report: Path, seconds: float) -> Run:
+def _run(study: Study, model: Model, report: Path) -> Run:
     mean, benchmarks = _scores(report)
     metrics = list(read_metrics(model.folder))
     records = [record for record in metrics if record["kind"] == "train"]
@@ -187,8 +185,7 @@ def _run(model: Model, report: Path, seconds: float) -> Run:
         benchmarks=benchmarks,
         on_the_way=[(r["step"], r["pass_at_1"]) for r in scored[:-1]],  # the last is the end's
         curves={key: [float(f"{r[key]:.5g}") for r in records] for key in keys},
-        collapsed_at=_collapse(records) if model.variant else None,
-        seconds=seconds,
+        collapsed_at=_collapse(records, study, model) if model.variant else None,
     )
 
 
@@ -201,7 +198,6 @@ def _scores(path: Path) -> tuple[float, dict[str, dict[str, float]]]:
                 "pass_at_1": score["pass_at_1"],
                 "pass_at_n": score["pass_at_k"][-1],
                 "mean_tokens": score["mean_tokens"],
-                "truncated": score["truncated"],
             }
             for score in content["benchmarks"]
         }
@@ -210,9 +206,9 @@ def _scores(path: Path) -> tuple[float, dict[str, dict[str, float]]]:
         raise UserError(f"{path}: not a report of evaluate.py ({error})") from None
 
 
-def _collapse(records: list[dict[str, Any]]) -> int | None:
-    defaults = REDIConfig()
-    guard = CollapseGuard(defaults.collapse_threshold, defaults.collapse_steps)
+def _collapse(records: list[dict[str, Any]], study: Study, model: Model) -> int | None:
+    config = REDIConfig(**{**study.stage2, **model.variant.settings})
+    guard = CollapseGuard(config.collapse_threshold, config.collapse_steps)
     return next((r["step"] for r in records if guard.look(r)), None)
 
 
