@@ -344,7 +344,10 @@ def test_positives_is_redi_with_alpha_0_to_the_bit(here):  # noqa: F811
 
 
 # A gamma of 0.3 pulls rejected traces up below -1 / 0.3 nats a token, where this student is.
-WIDENS = {name: PARAMETERS[name] for name in RELATED if name not in ("positives", "dft")}
+WIDENS = {
+    name: PARAMETERS[name]
+    for name in ("dpo_norm", "irpo", "dpop", "ipo", "apo_zero", "orpo", "npo", "topr")
+}
 WIDENS["redi_weighted"] = {"alpha": 0.8, "gamma": 0.05}
 
 

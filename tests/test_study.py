@@ -21,10 +21,11 @@ from redi.config import Stopped, UserError
 from redi.runlog import read_metrics
 from redi.study import __main__ as study
 from redi.study import jobs as study_jobs
+from redi.study.commands import Job, jobs
 from redi.study.figures import figures, number
 from redi.study.jobs import read_journal, run_jobs
 from redi.study.page import report, table, to_html, to_markdown
-from redi.study.plan import Job, jobs, read_study
+from redi.study.plan import read_study
 from redi.study.results import (
     STAGE_1,
     Results,
@@ -105,6 +106,11 @@ def write_study(tmp_path):
         ("epochs = 1", "data = 'x'", "[stage1]: key 'data': the study sets it itself"),
         ("max_new_tokens = 12", "top_p = 2", "[evaluation]: --top-p: expected within (0, 1]"),
         ('name = "REDI"', "", "[[method]] 1: key 'name': expected a name"),
+        ('name = "REDI"', 'name = "..."', "1: key 'name': expected a name with a letter"),
+        ('name = "REDI"', 'name = "Stage 1"', "[[method]] 1: key 'name': 'Stage 1' is taken"),
+        ("lr = [1e-4, 1e-3]", "lr = []", "'REDI': key 'lr': expected at least one value"),
+        ("[toy]", "mislabelled = [0.3, 0.30000001]\n[toy]", "'mislabelled': expected different"),
+        ("[toy]", "setting = []\n[toy]", "'setting': expected at least one [[setting]]"),
         ("[[method]]", "[method]", "'method': expected tables, [[method]]"),
         ("lr = [1e-4, 1e-3]", "", "[[method]] 'REDI': key 'lr' is missing"),
         ("lr = [1e-4, 1e-3]", "lr = [1e-4, 1e-4]", "[[method]]: 'redi-lr-0.0001' is there twice"),
@@ -128,6 +134,17 @@ def test_settings_need_a_toy(write_study):
     path.write_text(path.read_text().split("[toy]")[0] + path.read_text().split("0.5\n", 1)[1])
     with pytest.raises(UserError, match=r"\[\[setting\]\] and 'mislabelled' need \[toy\]"):
         read_study(path)
+
+
+def test_a_path_among_the_settings_of_a_method_stays_within_a_folder_s_name(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(
+        'seeds = [1]\n[[method]]\nname = "a"\nobjective = "dft"\nlr = 1e-4\n'
+        'data = ["../x/pairs.jsonl", "../x-pairs.jsonl"]\n'
+    )
+    made = [job for job in jobs(read_study(path, "o")) if job.kind == "stage 2"]
+    assert len({job.name for job in made}) == 2
+    assert all(str(Path(job.name).parent) == "o/seed-1" for job in made)
 
 
 def test_lists_of_a_method_are_multiplied_and_tables_of_one_name_are_one_method(write_study):
@@ -406,6 +423,13 @@ def test_a_study_that_was_killed_waits_for_the_program_it_left_and_then_goes_on(
     assert run_jobs(found, tmp_path / "work", 1) == {}
     assert order(tmp_path) == ["a", "b", "b"]  # a is in the journal; b was not yet
     assert "another study, or what one left behind, is at work; waiting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [b'{"job": "a"}\n', b"[]\n", b"3\n"])
+def test_a_journal_line_of_something_else_is_named(tmp_path, line):
+    (tmp_path / "journal.jsonl").write_bytes(b"\xff\xfe no JSON\n" + line)
+    with pytest.raises(UserError, match=r"journal.jsonl:2: not a record of a study; delete"):
+        read_journal(tmp_path)
 
 
 def test_a_journal_line_that_a_kill_cut_short_is_left_out(tmp_path):

@@ -23,9 +23,10 @@ import torch
 
 from redi.config import UserError, parse, positional, program, require
 from redi.data.files import make_folder, write_aside
+from redi.study.commands import jobs
 from redi.study.jobs import run_jobs, shown
 from redi.study.page import report, summary, table, to_html, to_markdown
-from redi.study.plan import Study, jobs, read_study
+from redi.study.plan import Study, read_study
 from redi.study.results import Results, collect
 
 

@@ -153,8 +153,13 @@ def _line(axis, points: dict[float, list[float]], label: str, place: int) -> Non
     x = sorted(points)
     mean = np.array([np.mean(points[at]) for at in x])
     error = np.array([sem(points[at]) or 0.0 for at in x])
-    axis.plot(x, mean, "o-", color=f"C{place % 10}", lw=1.4, ms=3.5, label=label)
+    axis.plot(x, mean, "o-", color=f"C{place % 10}", lw=1.4, ms=3.5, label=_plain(label))
     axis.fill_between(x, mean - error, mean + error, color=f"C{place % 10}", alpha=0.15, lw=0)
+
+
+def _plain(text: str) -> str:
+    """Dollars are dollars, not formulas."""
+    return text.replace("$", r"\$")
 
 
 def _finished(figure: Figure, axes: Sequence) -> Figure:
@@ -183,7 +188,7 @@ def _over_steps(
                 if len(values):
                     said = f"{name}, lr {number(variant.settings['lr'])}"
                     axis.plot(steps, values, style, color=color, lw=width, label=said)
-        axis.set_title(row.method, fontsize="medium")
+        axis.set_title(_plain(row.method), fontsize="medium")
         axis.set_xlabel("optimizer step")
         axis.legend(fontsize="x-small", framealpha=0.8)
         if log:
@@ -279,7 +284,7 @@ def labels(results: Results) -> Figure | None:
             }
             _line(axis, {at: g for at, g in points.items() if g}, setting or "the toy", place)
         axis.axhline(0, color=GREY, ls="--", lw=1)
-        axis.set_title(method, fontsize="medium")
+        axis.set_title(_plain(method), fontsize="medium")
         axis.set_xlabel("share of rejected traces that are right")
     axes[0].set_ylabel("gain of pass@1 over stage 1")
     return _finished(figure, axes)

@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 from redi.config import Stopped, UserError
 from redi.data.files import make_folder
-from redi.study.plan import ROOT, Job
+from redi.study.commands import ROOT, Job
 from redi.train import StopSignals
 
 LOOK_SECONDS = 0.1
+ENTRY = {"job", "kind", "key", "status", "seconds", "ended"}  # of a line of the journal
 GRACE_SECONDS = 120.0  # to end the step at hand and save a checkpoint, when asked to stop
 
 
@@ -215,11 +216,11 @@ def read_journal(out: Path) -> dict[str, dict[str, Any]]:
     """The last entry of each job. A line that a kill cut short is left out."""
     path, entries = out / "journal.jsonl", {}
     if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
             with suppress(ValueError):
                 entry = json.loads(line)
-                if not isinstance(entry, dict) or "job" not in entry:
-                    raise UserError(f"{path}:{number}: not a record of a study; choose another out")
+                if not isinstance(entry, dict) or not ENTRY.issubset(entry):
+                    raise UserError(f"{path}:{number}: not a record of a study; delete the line")
                 entries[entry["job"]] = entry
     return entries
 

@@ -1,4 +1,4 @@
-"""STUDY.toml -> the models of a study, and the command lines that make and evaluate them.
+"""STUDY.toml -> the settings, methods and models of a study. commands.py makes them jobs.
 
     seeds = [1, 2, 3, 4, 5]               # of the shuffles and, with [toy], of data and student
     mislabelled = [0.0, 0.2, 0.4]         # with [toy]: shares of wrong traces that are right
@@ -27,10 +27,9 @@ Accuracy on the way is measured inside training, on the weights at hand, so that
 writes no checkpoints but those it resumes from. Left out: a search; a grid is what it says.
 """
 
+import hashlib
 import itertools
-import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,6 @@ from redi.toy import ToyConfig
 from train_redi import REDIConfig
 from train_sft import SFTConfig
 
-ROOT = Path(__file__).resolve().parents[2]  # where the programs are
 # What a study sets itself: for each run, or because a run's result must not depend on it.
 OF_RUNS = {"out", "seed", "cache", "resume", "dry_run"}
 TAKEN: dict[type, set[str]] = {
@@ -54,6 +52,8 @@ TAKEN: dict[type, set[str]] = {
 BY_TOY = {"model", "data", "benchmark", "eval_benchmark"}
 TABLES = ("toy", "stage1", "stage2", "evaluation")
 BENCHMARK_SEED = 42
+OWN_FILES = {"journal.jsonl", "logs", "tokens", "figures", "study.json", "study.lock", "report.md",
+             "report.html"}  # fmt: skip
 STAGE_1 = "stage 1"  # among methods, the name of what all start from
 
 
@@ -75,7 +75,7 @@ class Variant:
     @property
     def slug(self) -> str:
         numbers = {k: v for k, v in self.settings.items() if k != "objective"}
-        return "-".join([slug(self.method), *(f"{k}-{_text(v)}" for k, v in numbers.items())])
+        return "-".join([slug(self.method), *(f"{k}-{_in_path(v)}" for k, v in numbers.items())])
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,6 @@ class Model:
     mislabelled: float
     variant: Variant | None
     folder: Path
-
-
-@dataclass(frozen=True)
-class Job:
-    """Commands that are run one after another. They can be run again; done, `product` is there."""
-
-    name: str
-    kind: str  # jobs of a kind take about equally long
-    commands: list[list[str]]
-    needs: list[str]  # names of jobs that are to be done before
-    product: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +132,8 @@ def read_study(path: str | Path, out: str | None = None) -> Study:
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"{where}: key 'seeds': expected different whole numbers; got {seeds}")
     shares = plain.get("mislabelled", [0.0])
-    if not shares or len(set(shares)) < len(shares) or not all(0 <= s <= 1 for s in shares):
+    named = {f"{share:g}" for share in shares}  # as folders are
+    if not shares or len(named) < len(shares) or not all(0 <= s <= 1 for s in shares):
         raise UserError(f"{where}: key 'mislabelled': expected different numbers within [0, 1]")
     if not is_toy and ("setting" in tables or "mislabelled" in tables):
         raise UserError(f"{where}: [[setting]] and 'mislabelled' need [toy]")
@@ -190,11 +180,14 @@ def _settings(tables: dict[str, Any], where: str) -> list[Setting]:
         return [Setting("", None)]
     shared = {"benchmark_seed": BENCHMARK_SEED, **tables["toy"]}
     settings = []
-    for number, row in enumerate(tables.get("setting", [{"name": ""}]), start=1):
+    rows = tables.get("setting", [{"name": ""}])
+    if not rows:
+        raise UserError(f"{where}: 'setting': expected at least one [[setting]], or none named")
+    for number, row in enumerate(rows, start=1):
         table = dict(row)
         name = table.pop("name", None)
-        if not isinstance(name, str) or ("setting" in tables and not slug(name)):
-            raise UserError(f"{where}: [[setting]] {number}: key 'name': expected a name")
+        if "setting" in tables:
+            _check_name(name, OWN_FILES, f"{where}: [[setting]] {number}")
         label = f"{where}: [[setting]] {name!r}" if name else f"{where}: [toy]"
         # `benchmark` is redi.toy's number of problems, not evaluate.py's files.
         toy = _checked_settings({**shared, **table}, ToyConfig, label, is_toy=False)
@@ -210,14 +203,14 @@ def _variants(
     for number, row in enumerate(rows, start=1):
         grid = {key: value if isinstance(value, list) else [value] for key, value in row.items()}
         name = row.get("name")
-        if not isinstance(name, str) or not slug(name):
-            raise UserError(f"{where}: [[method]] {number}: key 'name': expected a name")
-        if slug(name) == slug(STAGE_1):
-            raise UserError(f"{where}: [[method]] {number}: key 'name': {name!r} is taken")
+        _check_name(name, {slug(STAGE_1)}, f"{where}: [[method]] {number}")
         label = f"{where}: [[method]] {name!r}"
         for key in ("objective", "lr"):
-            if not grid.get(key):
+            if key not in grid:
                 raise UserError(f"{label}: key {key!r} is missing")
+        for key, values in grid.items():
+            if not values:
+                raise UserError(f"{label}: key {key!r}: expected at least one value")
         del grid["name"]
         for values in itertools.product(*grid.values()):
             table = dict(zip(grid, values))
@@ -229,6 +222,13 @@ def _variants(
     return variants
 
 
+def _check_name(name: object, taken: set[str], where: str) -> None:
+    if not isinstance(name, str) or not slug(name):
+        raise UserError(f"{where}: key 'name': expected a name with a letter of a-z or a digit")
+    if slug(name) in taken:
+        raise UserError(f"{where}: key 'name': {name!r} is taken")
+
+
 def _without(table: dict[str, Any], keys: Any) -> dict[str, Any]:
     return {key: value for key, value in table.items() if key not in keys}
 
@@ -236,107 +236,27 @@ def _without(table: dict[str, Any], keys: Any) -> dict[str, Any]:
 def _refuse_alike(names: list[str], where: str) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{where}: {name!r} is there twice")
+            raise UserError(
+                f"{where}: {name!r} is there twice; what differs in its objective alone needs "
+                "another name"
+            )
 
 
 def slug(text: str) -> str:
     """A name as part of a path: lower case, and a dash for everything else."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
-# ---------------------------------------------------------------- the commands
+def _in_path(value: Any) -> str:
+    """A setting as part of a path; no two alike."""
+    text = as_text(value)
+    if re.fullmatch(r"[\w.+-]+", text, re.ASCII):
+        return text
+    return f"{slug(text)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def jobs(study: Study, gpus: int = 0) -> list[Job]:
-    """Everything that there is to do, in an order in which it can be done."""
-    found: list[Job] = []
-    for model in study.models():
-        if model.variant is None:
-            if model.setting.toy is not None:
-                found += [_data(model, share) for share in sorted({0.0, *study.mislabelled})]
-            found.append(_stage1(study, model, gpus))
-        else:
-            found.append(_stage2(study, model, gpus))
-        found.append(_evaluation(study, model, gpus))
-    return found
-
-
-def _data(model: Model, share: float) -> Job:
-    folder = _data_folder(model.folder.parent, share)
-    toy = {**model.setting.toy, "seed": model.seed, "mislabelled_rejected": share}
-    commands = [
-        [*_module("redi.toy"), str(folder), *flags(toy)],
-        [*_module("redi.prepare"), str(folder / "raw.parquet"), "--out", str(folder)],
-    ]
-    return Job(str(folder), "data", commands, [], folder / "pairs.jsonl")
-
-
-def _data_folder(base: Path, share: float) -> Path:
-    return base / (f"data-mislabelled-{share:g}" if share else "data")
-
-
-def _stage1(study: Study, model: Model, gpus: int) -> Job:
-    data = _data_folder(model.folder.parent, 0.0)
-    paths = {"model": str(data / "student"), "data": str(data / "positives.jsonl")}
-    is_toy = model.setting.toy is not None
-    settings = {**study.stage1, **(paths if is_toy else {}), **_of_run(study, model)}
-    command = [*_program("train_sft.py", gpus), *flags(settings)]
-    needs = [str(data)] if is_toy else []
-    return Job(str(model.folder), "stage 1", [command], needs, model.folder / "config.json")
-
-
-def _stage2(study: Study, model: Model, gpus: int) -> Job:
-    base = model.folder.parent
-    data = _data_folder(base, model.mislabelled)
-    settings = {**study.stage2, **model.variant.settings, "model": str(base / "sft")}
-    needs = [str(base / "sft")]
-    if model.setting.toy is not None:
-        settings["data"] = str(data / "pairs.jsonl")
-        needs.append(str(data))
-        if "eval_every" in settings:
-            settings["eval_benchmark"] = str(_benchmark(base))
-    command = [*_program("train_redi.py", gpus), *flags(settings | _of_run(study, model))]
-    return Job(str(model.folder), "stage 2", [command], needs, model.folder / "config.json")
-
-
-def _of_run(study: Study, model: Model) -> dict[str, Any]:
-    return {"out": str(model.folder), "seed": model.seed, "cache": str(study.out / "tokens")}
-
-
-def _evaluation(study: Study, model: Model, gpus: int) -> Job:
-    out = model.folder / "eval"
-    settings = {**study.evaluation, "model": str(model.folder), "out": str(out)}
-    if model.setting.toy is not None:
-        settings["benchmark"] = str(_benchmark(model.folder.parent))
-    command = [*_program("evaluate.py", gpus), *flags(settings)]
-    return Job(str(out), "evaluation", [command], [str(model.folder)], out / "report.json")
-
-
-def _benchmark(base: Path) -> Path:
-    return _data_folder(base, 0.0) / "benchmark.jsonl"
-
-
-def _module(name: str) -> list[str]:
-    return [sys.executable, "-m", name]
-
-
-def _program(name: str, gpus: int) -> list[str]:
-    """gpus: that it runs on; above 1 torchrun starts a process for each."""
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-    return [sys.executable, *(several if gpus > 1 else []), os.path.relpath(ROOT / name)]
-
-
-def flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as the flags that `redi.config.parse` reads."""
-    found: list[str] = []
-    for key, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        if values:
-            found += [f"--{key.replace('_', '-')}", *map(_text, values)]
-    return found
-
-
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A setting as a flag has it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None:

@@ -203,7 +203,10 @@ def _scores(path: Path) -> tuple[float, dict[str, dict[str, float]]]:
         }
         return content["mean_pass_at_1"], scores
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a report of evaluate.py ({error})") from None
+        raise UserError(
+            f"{path}: not a report of evaluate.py ({error}); delete it, and the same command makes "
+            "it again"
+        ) from None
 
 
 def _collapse(records: list[dict[str, Any]], study: Study, model: Model) -> int | None:
