@@ -50,13 +50,17 @@ def test_claims_agree_with_the_paper_where_the_numbers_do():
     assert "above stage 1 by 0.315" in lines[0]
     assert lines[1].startswith("- **As in the paper**: REDI is above DPO")
     assert "above DPO by 0.205" in lines[1]
-    assert "chosen -0.10 to -0.50, rejected -0.10 to -0.50" in lines[2]
-    assert lines[2].startswith("- **As in the paper**")
-    assert lines[3].startswith("- **As in the paper**")
-    assert "3e-4 gives 0.120 against 0.530 after stage 1" in lines[3]
-    assert "warned in 4 of 4 runs" in lines[3]
-    assert lines[4].startswith("- **Not as in the paper**: a small alpha stays near SFT")
-    assert "alpha 0.2 is below stage 1 by 0.207" in lines[4]
+    assert "REDI is above the symmetric objective (48.3 against 47.7 there)" in lines[2]
+    assert "above symmetric by 0.305" in lines[2]  # 0.315 - 0.01
+    assert "REDI bears" in lines[3]
+    assert "at 1e-4 it is above symmetric by 0.305" in lines[3]
+    assert "chosen -0.10 to -0.50, rejected -0.10 to -0.50" in lines[4]
+    assert lines[4].startswith("- **As in the paper**")
+    assert lines[5].startswith("- **As in the paper**")
+    assert "3e-4 gives 0.120 against 0.530 after stage 1" in lines[5]
+    assert "warned in 4 of 4 runs" in lines[5]
+    assert lines[6].startswith("- **Not as in the paper**: a small alpha stays near SFT")
+    assert "alpha 0.2 is below stage 1 by 0.207" in lines[6]
 
 
 def test_claims_do_not_agree_where_the_numbers_do_not():
@@ -64,8 +68,8 @@ def test_claims_do_not_agree_where_the_numbers_do_not():
     lines = make_study.claims(toy([-0.30, -0.31, -0.3, -0.32], [0.1, 0.2, 0.1, 0.2], risen))
     assert all(line.startswith("- **Not as in the paper**") for line in lines[:2])
     assert "below stage 1 by 0.307 (p" in lines[0]
-    assert lines[3].startswith("- **Not as in the paper**")
-    assert "warned in 0 of 4 runs" in lines[3]
+    assert lines[5].startswith("- **Not as in the paper**")
+    assert "warned in 0 of 4 runs" in lines[5]
 
 
 def test_a_difference_that_cannot_be_told_decides_nothing():
@@ -79,13 +83,6 @@ def test_the_learning_rates_at_which_a_method_falls_below_stage_1_are_named():
     assert "- symmetric (lr tried: 1e-4, 3e-4): below stage 1 with lr 3e-4; guard warned: " in said
     assert "lr 3e-4 (4 of 4 runs)." in said
     assert "- DPO (lr tried: 1e-4): below stage 1 with none; guard warned: none." in said
-
-
-def test_dpo_beside_redi():
-    said = make_study.dpo_beside_redi(toy([0.3] * 4, [0.1] * 4, [0.0] * 4))
-    assert "-0.200 here, -0.011 in the paper (the same sign)" in said
-    said = make_study.dpo_beside_redi(toy([0.1] * 4, [0.3] * 4, [0.0] * 4))
-    assert "+0.200 here, -0.011 in the paper (not the same sign)" in said
 
 
 @pytest.fixture

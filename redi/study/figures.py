@@ -133,7 +133,10 @@ def accuracy(results: Results) -> Figure | None:
             means = [np.mean(points[step]) for step in sorted(points)]
             axis.plot(sorted(points), means, ":", color=f"C{place % 10}", lw=1.2)
     axis.set(title="accuracy", xlabel="optimizer step", ylabel="pass@1")
-    return _finished(figure, [axis])
+    _finished(figure, [axis])
+    figure.set_figwidth(8.4)
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+    return figure
 
 
 def on_the_way(results: Results, row: Row) -> dict[float, list[float]]:
