@@ -233,12 +233,12 @@ def angles(found: dict[float, float]) -> Table:
 
 INTRO = (
     "This page is made by `python docs/make_study.py` from the results of two studies on the toy "
-    "of `make demo`, made harder; nothing on it is typed by hand but the reasons, and what the "
-    "paper reports. `python -m redi.study recipes/study_toy.toml` makes the first again. pass@1 is "
-    "the mean over seeds; a seed shapes the data, the untrained student, and the order of the "
-    "rows, and the benchmark is the same for all. 'Above' and 'below' are said where a paired "
-    f"t-test over seeds has p below {SURE}; the section on wrong labels, with its fewer seeds, "
-    "goes by the sign of means."
+    "of `make demo`, made harder and sampled at temperature 1 (the paper: 0.6); nothing on it is "
+    "typed by hand but the reasons, and what the paper reports. `python -m redi.study "
+    "recipes/study_toy.toml` makes the first again. pass@1 is the mean over seeds; a seed shapes "
+    "the data, the untrained student, and the order of the rows, and the benchmark is the same for "
+    "all. 'Above' and 'below' are said where a paired t-test over seeds has p below "
+    f"{SURE}; the section on wrong labels, with its fewer seeds, goes by the sign of means."
 )
 WHY_ALPHA = (
     "The objective takes a mean per trace, so a token of a short trace weighs more than one of a "
