@@ -206,20 +206,20 @@ def label_lines(results: Results) -> str:
     return "\n".join(lines)
 
 
-def steepest(results: Results) -> str:
-    """Which method loses most between the cleanest and the worst labels, over all settings."""
+def on_average(results: Results) -> str:
+    """A method's gain at the cleanest and at the worst labels, over all settings."""
     rows = [row for row in results.table if row.method != STAGE_1]
     low, high = (pick(row.mislabelled for row in rows) for pick in (min, max))
-    lost = {}
+    said = []
     for method in dict.fromkeys(row.method for row in rows):
-        of = {share: [r.gain for r in rows if (r.method, r.mislabelled) == (method, share)]
-              for share in (low, high)}  # fmt: skip
-        lost[method] = fmean(of[low]) - fmean(of[high])
-    most = max(lost, key=lost.get)
-    said = ", ".join(f"{method} {value:.3f}" for method, value in lost.items())
+        first, last = (
+            fmean(r.gain for r in rows if (r.method, r.mislabelled) == (method, share))
+            for share in (low, high)
+        )
+        said.append(f"{method} from {signed(first)} to {signed(last)}")
     return (
-        f"From {low:g} to {high:g}, averaged over the settings, the gain falls by {said}: {most} "
-        "loses most."
+        f"Averaged over the settings, gains go from a share of {low:g} to one of {high:g} like "
+        f"this: {', '.join(said)}."
     )
 
 
@@ -261,13 +261,16 @@ WHY_LR = (
 )
 WHY_LABELS = (
     "A rejected trace that is right in truth (a verifier's false negative) teaches the model to "
-    "avoid what is right. Positives, stage 1 and all other traces are the same at every share; the "
-    "pairs alone change. Look for where a line crosses zero: beyond it, stage 1 alone is better."
+    "avoid what is right. Three teachers: the impatient one of the first study, one that also goes "
+    "over its chain again (so that length tells little), and one that also does multiplications "
+    "first at times, a wrong strategy. Positives, stage 1 and all other traces are the same at "
+    "every share; a rising part of the rejected ones is replaced. Look for where a line crosses "
+    "zero: beyond it, stage 1 alone is better."
 )
 WHY_SIMPO = (
     "SimPO's gradient is that of the symmetric objective, each pair weighed by a sigmoid of its "
     "margin. The smaller beta, the more alike are these weights: what is left is a learning rate "
-    "(Appendix B). Measured on all pairs of the first seed, at its stage-1 model:"
+    "(Appendix B). At a large beta a few pairs have all the weight. Measured on all pairs of the first seed, at its stage-1 model:"
 )
 
 
@@ -307,7 +310,7 @@ def page(
         Text(WHY_LABELS),
         Text(summary(labels)),
         Text(label_lines(labels)),
-        Text(steepest(labels)),
+        Text(on_average(labels)),
         *pictures("labels", "labels"),
         table(labels, labels.table),
         Heading("Settings, and the whole grid"),
