@@ -270,7 +270,8 @@ WHY_LABELS = (
 WHY_SIMPO = (
     "SimPO's gradient is that of the symmetric objective, each pair weighed by a sigmoid of its "
     "margin. The smaller beta, the more alike are these weights: what is left is a learning rate "
-    "(Appendix B). At a large beta a few pairs have all the weight. Measured on all pairs of the first seed, at its stage-1 model:"
+    "(Appendix B). At a large beta a few pairs have all the weight. Measured on all pairs of the "
+    "first seed, at its stage-1 model:"
 )
 
 
