@@ -52,8 +52,8 @@ def test_claims_agree_with_the_paper_where_the_numbers_do():
     assert "above DPO by 0.205" in lines[1]
     assert "REDI is above the symmetric objective (48.3 against 47.7 there)" in lines[2]
     assert "above symmetric by 0.305" in lines[2]  # 0.315 - 0.01
-    assert "REDI bears" in lines[3]
-    assert "at 1e-4 it is above symmetric by 0.305" in lines[3]
+    assert "at a large learning rate REDI is above the symmetric objective" in lines[3]
+    assert "at 1e-4, the largest of both, it is above symmetric by 0.305" in lines[3]
     assert "chosen -0.10 to -0.50, rejected -0.10 to -0.50" in lines[4]
     assert lines[4].startswith("- **As in the paper**")
     assert lines[5].startswith("- **As in the paper**")
