@@ -51,7 +51,7 @@ from safetensors.torch import load_file
 
 from bench.killed_runs import EPOCH_STEPS, SAVE_EVERY, STEPS, Failed, Run, make_toy
 from bench.measure import result, write
-from redi.resume import damage
+from redi.checkpoint.resume import damage
 
 SEED = 0
 RUNS = {  # moment -> killed runs on 1 rank, on 2

@@ -25,7 +25,7 @@ import torch
 
 from bench.inputs import FIRST_WORD, VOCABULARY, lengths, write_model
 from bench.measure import CPUSeconds, interleave, result, write
-from redi.checkpoint import load_model
+from redi.checkpoint.folder import load_model
 from redi.eval.generate import Request, Usage, generate
 from redi.eval.sampling import Sampling
 

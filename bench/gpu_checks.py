@@ -36,7 +36,7 @@ from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
 from redi.model import ModelConfig, Transformer
 from redi.objectives import SFT, Totals
 from redi.packing import PackedBatch, Sequence, pack
-from redi.toy import initialise
+from redi.toy.student import initialise
 
 FLOAT64 = "float64"
 R, D, V = 4096, 256, 8192

@@ -45,12 +45,12 @@ from bench.plan import (
 from bench.projection import QWEN
 from redi import memory, objectives
 from redi.batches import Task
+from redi.checkpoint.resume import Checkpoints
 from redi.data.dataset import Dataset, TokenStore
 from redi.distributed import Place, Placing, compute_dtype, place_model
-from redi.flops import training_flops
 from redi.model import ModelConfig, Transformer
+from redi.monitor import training_flops
 from redi.objectives import Objective
-from redi.resume import Checkpoints
 from redi.train import TrainConfig, train
 
 SHAPE = replace(QWEN, max_positions=TOKENS)

@@ -56,10 +56,10 @@ def write_model(folder: Path, **sizes: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from redi.checkpoint import Source, save_model
+    from redi.checkpoint.folder import Source, save_model
     from redi.data.tokenizer import chatml
     from redi.model import ModelConfig, Transformer
-    from redi.toy import STUDENT, initialise
+    from redi.toy.student import STUDENT, initialise
 
     config = {**STUDENT, **sizes}
     model = Transformer(ModelConfig.from_json(config, "bench"))

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from bench.measure import CPUSeconds, cpu_seconds, interleave, result, write
-from redi import batches, toy, train
+from redi import batches, train
 from redi.batches import Task
 from redi.distributed import Place
 from redi.model import ModelConfig, Transformer
 from redi.objectives import OBJECTIVES, Objective, Totals
 from redi.packing import PackedBatch, Sequence
+from redi.toy import student as toy
 
 PAIRS, PROMPT, LENGTH = 32, 8, 64
 ROUNDS = 7

@@ -25,8 +25,8 @@ import bench.plan as law
 from bench.measure import RESULTS
 from redi.config import UserError, program
 from redi.data.files import make_folder, write_aside
-from redi.flops import PEAK_FLOPS, training_flops
 from redi.model import ModelConfig
+from redi.monitor import PEAK_FLOPS, training_flops
 from redi.packing import Step, plan
 
 QWEN = ModelConfig(  # Qwen2.5-Math-1.5B

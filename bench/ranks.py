@@ -47,12 +47,13 @@ import numpy as np
 import torch
 
 from bench.measure import CPUSeconds, cpu_now, peak_bytes, result, write
-from redi import distributed, memory, toy, train
+from redi import distributed, memory, train
 from redi.batches import Task
 from redi.distributed import Place
 from redi.model import ModelConfig, Transformer
 from redi.objectives import SFT
 from redi.packing import Sequence, Step
+from redi.toy import student as toy
 
 RANKS = 2
 ROWS = 4  # of a pack

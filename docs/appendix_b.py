@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its folder
 
 from redi.batches import Task
-from redi.checkpoint import load_model
+from redi.checkpoint.folder import load_model
 from redi.config import parse, positional, program
 from redi.distributed import Place
 from redi.objectives import OBJECTIVES, Objective

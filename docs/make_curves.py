@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from redi.data.files import make_folder, write_aside
-from redi.guard import CollapseGuard
+from redi.monitor import CollapseGuard
 from redi.runlog import read_metrics
 from train_redi import REDIConfig
 

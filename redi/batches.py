@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redi.checkpoint.reference import load_reference, save_reference
 from redi.data.dataset import Dataset
 from redi.distributed import Place, add_over_ranks, without_gradients
 from redi.logprobs import token_logps
 from redi.model import Transformer
 from redi.objectives import Objective, Totals, sequence_sums
 from redi.packing import Pack, PackedBatch, Step, pack, plan
-from redi.reference import load_reference, save_reference
 from redi.runlog import Progress
 
 

@@ -13,20 +13,20 @@ import torch
 
 from redi import __version__, distributed
 from redi.batches import Task
-from redi.checkpoint import Source, open_model, save_model
+from redi.checkpoint.folder import Source, open_model, save_model
+from redi.checkpoint.reference import reference_path
+from redi.checkpoint.resume import Checkpoints
+from redi.checkpoint.weights import fill, fingerprint
 from redi.config import UserError, to_toml
 from redi.data.dataset import Dataset, Limits, describe, hash_files, load_store, select
 from redi.distributed import DTYPES, Place, Placing, node_leader_first, others_may_be_gone
-from redi.eval.between_steps import prepare
+from redi.eval.in_training import prepare
 from redi.eval.protocol import EvalConfig
 from redi.hub import CARD, dataset_files, is_hub_id
 from redi.memory import blocks_to_checkpoint
 from redi.objectives import Objective
-from redi.reference import reference_path
-from redi.resume import Checkpoints
 from redi.runlog import NoLog, RunLog, is_finished, read_metrics
 from redi.train import StopSignals, TrainConfig, num_steps, train
-from redi.weights import fill, fingerprint
 
 
 def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: str | None) -> None:

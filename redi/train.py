@@ -27,15 +27,13 @@ from torch import nn
 
 from redi import distributed
 from redi.batches import SequenceLogps, Task, held_out, read, with_reference
+from redi.checkpoint.resume import Checkpoints
 from redi.config import Stopped, UserError, require
 from redi.distributed import peak_memory_gib, whole
-from redi.dynamics import squared_update
-from redi.eval.between_steps import Exam, measure
-from redi.flops import peak_flops, training_flops
-from redi.guard import CollapseGuard, watch
+from redi.eval.in_training import Exam, measure
 from redi.model import Transformer
+from redi.monitor import CollapseGuard, peak_flops, squared_update, training_flops, watch
 from redi.packing import Step
-from redi.resume import Checkpoints
 from redi.runlog import NoLog, Progress, RunLog
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, and the paper's

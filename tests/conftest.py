@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from redi.data.tokenizer import chatml
-from redi.toy import train_tokenizer
+from redi.toy.student import train_tokenizer
 
 # Without a GPU, Triton kernels run in its interpreter; triton reads this when it is imported.
 if not torch.cuda.is_available():

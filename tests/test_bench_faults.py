@@ -31,7 +31,8 @@ from bench.faults import (
     report,
 )
 from bench.killed_runs import EPOCH_STEPS, SAVE_EVERY, Failed, Run, lives, started_by
-from redi import prepare, toy
+from redi.prepare import __main__ as prepare
+from redi.toy import student as toy
 
 STEPS = EPOCH_STEPS
 

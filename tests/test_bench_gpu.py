@@ -24,8 +24,8 @@ from bench.gpu_steps import Run, pair_lengths, trace_lengths, train_steps
 from bench.measure import result
 from redi import memory
 from redi.distributed import Place
-from redi.flops import training_flops
 from redi.model import ModelConfig, Transformer
+from redi.monitor import training_flops
 
 CPU = torch.device("cpu")
 # Where there is no GPU, Triton runs in its interpreter (see conftest.py).

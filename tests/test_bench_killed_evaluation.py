@@ -5,12 +5,12 @@ import os
 import sys
 
 from bench.killed_evaluation import command, evaluate_counted, tokens_read
-from redi import toy
-from redi.checkpoint import open_model
+from redi.checkpoint.folder import open_model
 from redi.eval import decoder
 from redi.eval.benchmarks import load
 from redi.eval.protocol import EvalConfig, make_prompt
 from redi.model import Decoder
+from redi.toy import student as toy
 
 
 def test_the_tokens_counted_are_those_of_prompts_and_answers(tmp_path, monkeypatch):

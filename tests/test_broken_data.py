@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import make
 
-from redi import prepare
 from redi.config import UserError
 from redi.data.dataset import Dataset, load_store
 from redi.data.tokenizer import chatml
 from redi.hub import CARD
+from redi.prepare import __main__ as prepare
 
 EACH = 500  # mutated files of each of four kinds
 MANY = settings(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from redi.attention import packed_attention
-from redi.checkpoint import load_model
+from redi.checkpoint.folder import load_model
 from redi.config import UserError
 from redi.eval import cache
 from redi.eval import generate as engine

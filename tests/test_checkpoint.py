@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from redi import checkpoint
-from redi.checkpoint import load_model, save_model
+from redi.checkpoint import folder as checkpoint
+from redi.checkpoint.folder import load_model, save_model
+from redi.checkpoint.resume import Checkpoints
 from redi.config import UserError
 from redi.data.tokenizer import chatml
 from redi.distributed import Place, Placing, place_model
 from redi.model import read_rope_theta
 from redi.objectives import SFT, Totals
 from redi.packing import Sequence, pack
-from redi.resume import Checkpoints
 
 PLACE = Place(0, 1, torch.device("cpu"))
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train_redi
 import train_sft
-from redi import prepare, toy
 from redi.eval import report
+from redi.prepare import __main__ as prepare
 from redi.runlog import read_metrics
+from redi.toy import student as toy
 
 ROOT = Path(__file__).parent.parent
 LIMITS = ["--max-length", "256"]

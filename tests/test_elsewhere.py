@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from redi.checkpoint import open_model
+from redi.checkpoint.folder import open_model
 from redi.config import UserError
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.elsewhere import export_prompts, read_completions

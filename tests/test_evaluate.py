@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import evaluate
-from redi import toy
 from redi.distributed import Place
 from redi.eval import complete, grade
 from redi.eval.completions import Completion, read_lines
 from redi.eval.generate import Request
 from redi.eval.protocol import Asked
+from redi.toy import student as toy
 
 ROOT = Path(__file__).parent.parent
 PROBLEMS, SAMPLES = 6, 2

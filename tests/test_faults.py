@@ -38,15 +38,17 @@ from test_resume import (
 from test_train import as_positive, conversation, run, sft_config, steps, write_jsonl
 from tokenizers import Tokenizer
 
-from redi import checkpoint, toy, train
+from redi import train
 from redi.batches import Task
-from redi.checkpoint import open_model
+from redi.checkpoint import folder as checkpoint
+from redi.checkpoint.folder import open_model
+from redi.checkpoint.resume import damage
 from redi.config import UserError
 from redi.distributed import Place
 from redi.objectives import SFT as SFT_OBJECTIVE
-from redi.resume import damage
 from redi.run import load_data
 from redi.runlog import read_metrics
+from redi.toy import student as toy
 
 ROOT = Path(__file__).parent.parent
 made, here, one_thread = test_train.made, test_train.here, test_resume.one_thread
@@ -144,7 +146,7 @@ def test_a_full_disk_where_a_checkpoint_gets_its_name_leaves_nothing_of_it(alone
 
 
 def state_does_not_fit() -> None:
-    from redi import resume
+    from redi.checkpoint import resume
 
     write = resume._write_synced
 

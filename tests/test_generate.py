@@ -12,7 +12,7 @@ from test_sampling import chi_square, nucleus
 from torch import Tensor
 
 from redi.attention import packed_attention
-from redi.checkpoint import load_model
+from redi.checkpoint.folder import load_model
 from redi.eval import cache
 from redi.eval.decoder import Decoder
 from redi.eval.generate import Generated, Request, Usage, generate

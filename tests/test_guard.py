@@ -18,10 +18,10 @@ from test_resume import assert_same_bits, saved
 from test_train import redi_config, run, steps
 
 import train_redi
+from redi.checkpoint.resume import Checkpoints
 from redi.config import UserError
 from redi.distributed import Place
-from redi.guard import CollapseGuard, watch
-from redi.resume import Checkpoints
+from redi.monitor import CollapseGuard, watch
 from redi.runlog import read_metrics
 
 made, here, one_thread = test_train.made, test_train.here, test_resume.one_thread

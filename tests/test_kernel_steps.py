@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from redi.checkpoint import load_model
+from redi.checkpoint.folder import load_model
 from redi.eval import cache
 from redi.eval.cache import Cache
 from redi.eval.decoder import Decoder

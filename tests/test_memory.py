@@ -9,10 +9,10 @@ import torch
 from redi import memory
 from redi.config import UserError
 from redi.distributed import Place, Placing, place_model
-from redi.flops import peak_flops, training_flops
 from redi.logprobs import CHUNK_BYTES
 from redi.memory import blocks_to_checkpoint, fixed_parts, saved_bytes_per_token, step_bytes
 from redi.model import ModelConfig, Transformer
+from redi.monitor import peak_flops, training_flops
 from redi.objectives import SFT, Totals
 from redi.packing import Sequence, pack
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import redi.attention
 from redi.attention import packed_attention
-from redi.checkpoint import load_model
+from redi.checkpoint.folder import load_model
 from redi.config import UserError
 from redi.logprobs import reference_token_logps
 from redi.model import ModelConfig

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from redi.data.overlap import Index, Match, Seen, tokens
+from redi.prepare.overlap import Index, Match, Seen, tokens
 
 BENCHMARK = [
     "What is the value of $\\frac{3}{7} + 12$?",  # fewer than 16 words: a sentence, whole

@@ -16,7 +16,7 @@ import pytest
 
 from redi.config import UserError
 from redi.eval.grade import Grader
-from redi.prepare import PrepareConfig, prepare
+from redi.prepare.__main__ import PrepareConfig, prepare
 
 ROOT = Path(__file__).parent.parent
 BOTH = [False, True, True]
@@ -260,7 +260,7 @@ def test_the_bytes_are_the_same_however_many_workers_grade(tmp_path):
 
 
 def test_a_trace_whose_grading_times_out_is_neither_correct_nor_incorrect(tmp_path, monkeypatch):
-    monkeypatch.setattr("redi.prepare.Grader", lambda workers: Grader(workers, limit_s=2.0))
+    monkeypatch.setattr("redi.prepare.__main__.Grader", lambda workers: Grader(workers, limit_s=2.0))
     hangs = "</think>\\boxed{5^{5^{5^{5^5}}}}"
     row = unlabelled("1+1?", "\\frac{1}{2}", texts=[(hangs, None), ("</think>\\boxed{.5}", None)])
     counts, card = prepared(json_lines(tmp_path / "raw.jsonl", [row]), tmp_path, workers=1)

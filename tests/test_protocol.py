@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from redi.checkpoint import open_model
+from redi.checkpoint.folder import open_model
 from redi.config import UserError, parse
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
 from redi.eval.elsewhere import export_prompts

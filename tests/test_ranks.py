@@ -24,7 +24,7 @@ from test_invariance import (
 from redi import distributed
 from redi.batches import SequenceLogps, Task, read, with_reference
 from redi.distributed import Place, Placing, place_model, whole
-from redi.dynamics import squared_update
+from redi.monitor import squared_update
 
 CASES = [
     (name, tied, dtype, rows)

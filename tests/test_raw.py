@@ -6,8 +6,8 @@ import random
 import pytest
 
 from redi.config import UserError
-from redi.data.raw import HEAD, RawRow, read, recognise
-from redi.data.traces import Rules, choose
+from redi.prepare.raw import HEAD, RawRow, read, recognise
+from redi.prepare.traces import Rules, choose
 
 PROBLEM, WRONG, RIGHT = "1+1?", "It is 3.", "It is 2."
 

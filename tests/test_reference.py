@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train import here, made, redi_config, run, steps, weights  # noqa: F401 (fixtures)
 
-from redi import batches, reference
+from redi import batches
 from redi import run as run_room
-from redi.checkpoint import load_model
+from redi.checkpoint import reference
+from redi.checkpoint.folder import load_model
+from redi.checkpoint.reference import load_reference, reference_path, save_reference
 from redi.distributed import Place
-from redi.reference import load_reference, reference_path, save_reference
 
 ALONE = Place(0, 1, torch.device("cpu"))
 SUMS = torch.tensor([[-1.5, -2.25], [-1e-9, -3e4]], dtype=torch.float64)

@@ -24,7 +24,7 @@ import train_redi
 from redi import objectives, related_losses
 from redi import run as run_room
 from redi.batches import Task
-from redi.checkpoint import load_model
+from redi.checkpoint.folder import load_model
 from redi.config import UserError
 from redi.distributed import Place
 from redi.objectives import OBJECTIVES, Totals

@@ -43,8 +43,8 @@ from test_train import (
 
 import train_redi
 import train_sft
+from redi.checkpoint.resume import Checkpoints, damage, tensors_of
 from redi.config import Stopped, UserError
-from redi.resume import Checkpoints, damage, tensors_of
 from redi.runlog import NoLog, RunLog, read_metrics
 from redi.train import make_optimizer
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 import train_redi
 import train_sft
-from redi import show
 from redi.config import UserError
 from redi.data.dataset import Limits
 from redi.data.tokenizer import ChatTokenizer
 from redi.packing import ATTENTION, Sequence
-from redi.show_facts import Training, about_tokens, about_training, padding
-from redi.show_page import Section, Stretch, _tokens, as_text, stretches, visible
+from redi.show import __main__ as show
+from redi.show.facts import Training, about_tokens, about_training, padding
+from redi.show.page import Section, Stretch, _tokens, as_text, stretches, visible
 
 
 def messages(role: str, text: str) -> list[dict[str, str]]:

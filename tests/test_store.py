@@ -215,7 +215,7 @@ def new_template(here: Path) -> dict:
 
 
 def new_tokenizer(here: Path) -> dict:
-    from redi.toy import train_tokenizer
+    from redi.toy.student import train_tokenizer
 
     shutil.copytree(here / "student", here / "other")
     train_tokenizer(["other text altogether", chatml()]).save("other/tokenizer.json")

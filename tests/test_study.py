@@ -16,8 +16,8 @@ import pytest
 import evaluate
 import train_redi
 import train_sft
-from redi import prepare, toy
 from redi.config import Stopped, UserError
+from redi.prepare import __main__ as prepare
 from redi.runlog import read_metrics
 from redi.study import __main__ as study
 from redi.study import jobs as study_jobs
@@ -37,6 +37,7 @@ from redi.study.results import (
     sem,
     t_tail,
 )
+from redi.toy import student as toy
 
 ROOT = Path(__file__).parent.parent
 STUDY = """

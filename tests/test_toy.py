@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from redi.config import UserError
-from redi.toy import ToyConfig
-from redi.toy_teacher import Faults, Problem, draw_problems, draw_trace, raw_row
+from redi.toy.student import ToyConfig
+from redi.toy.teacher import Faults, Problem, draw_problems, draw_trace, raw_row
 
 CAREFUL = {"impatience": 0.0, "slip": 0.0}
 # Of the rows below, made by the program as it was before the teacher had a file of its own.

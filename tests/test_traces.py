@@ -8,8 +8,8 @@ import random
 import pytest
 
 from redi.config import UserError
-from redi.data.raw import FIELDS, RAW, RawRow
-from redi.data.traces import NO_PAIR, NO_POSITIVE, Rules, build, choose
+from redi.prepare.raw import FIELDS, RAW, RawRow
+from redi.prepare.traces import NO_PAIR, NO_POSITIVE, Rules, build, choose
 
 DELETE = object()
 

@@ -21,17 +21,18 @@ from safetensors.torch import load_file
 
 import train_redi
 import train_sft
-from redi import batches, toy, train
+from redi import batches, train
 from redi import run as run_room
-from redi.checkpoint import load_model
+from redi.checkpoint.folder import load_model
+from redi.checkpoint.resume import Checkpoints, load_weights
 from redi.config import UserError
 from redi.data.dataset import Limits, describe, select
 from redi.data.store import load_store
 from redi.data.tokenizer import ChatTokenizer
 from redi.distributed import Place
 from redi.objectives import OBJECTIVES, SFT
-from redi.resume import Checkpoints, load_weights
 from redi.runlog import RunLog, read_metrics
+from redi.toy import student as toy
 
 ROOT = Path(__file__).parent.parent
 PAIRS = 10

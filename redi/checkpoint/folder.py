@@ -18,22 +18,21 @@ Left out: remote code.
 import json
 import os
 import shutil
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redi.config import UserError, parse, program
+from redi.checkpoint.weights import INDEX, WEIGHTS, check_weights, fill, read_json
+from redi.config import UserError
 from redi.data.tokenizer import ChatTokenizer
-from redi.distributed import DTYPES, whole
+from redi.distributed import whole
 from redi.hub import TOKENIZER_FILES, model_folder
 from redi.model import ModelConfig, Transformer, read_rope_theta
-from redi.weights import INDEX, WEIGHTS, check_weights, fill, read_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 KEEP = "keep"  # for the overrides: as the checkpoint has it
@@ -241,41 +240,3 @@ def _publish(aside: Path, folder: Path) -> None:
         old.unlink(missing_ok=True)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
-
-
-# ---------------------------------------------------------------- a checkpoint as a folder
-
-
-@dataclass(kw_only=True)
-class ExportConfig:
-    action: Annotated[Literal["export"], "make a model folder of a checkpoint"]
-    checkpoint: Annotated[str, "RUN/checkpoints/step-NNNNNN"]
-    out: Annotated[str, "folder for the model"] = "out/exported"
-
-
-@program
-def main() -> None:
-    from redi.resume import load_weights  # above this file: only the command needs it
-
-    asked = parse(ExportConfig, "Make a Hugging Face folder of a checkpoint of a run.")
-    folder, out = Path(asked.checkpoint), Path(asked.out)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected RUN/checkpoints/step-NNNNNN")
-    recorded = folder.parent.parent / "config.toml"
-    try:
-        run = tomllib.loads(recorded.read_text(encoding="utf-8"))
-        settings = [run[name] for name in ("model", "rope_theta", "max_position_embeddings")]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{recorded}: not the settings of a run ({error})") from None
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out}: is not empty; choose another folder")
-    model, source = open_model(*settings)
-    model.to_empty(device="cpu")
-    load_weights(folder, model)
-    save_dtype = run.get("save_dtype", "source")
-    save_model(model, out, source, None if save_dtype == "source" else DTYPES[save_dtype])
-    print(f"saved {out}: a Hugging Face folder, {folder.name} of {recorded.parent}")
-
-
-if __name__ == "__main__":
-    main()

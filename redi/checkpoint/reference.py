@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redi.checkpoint.weights import weight_files
 from redi.config import UserError
 from redi.data.dataset import Dataset
 from redi.data.files import make_folder, write_aside
 from redi.data.store import hash_files
 from redi.distributed import Place, add_over_ranks
 from redi.model import ModelConfig
-from redi.weights import weight_files
 
 DIGEST = hashlib.sha256().digest_size
 

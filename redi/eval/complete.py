@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from redi.checkpoint import Source
+from redi.checkpoint.folder import Source
 from redi.distributed import Place
 from redi.eval.completions import Completion
 from redi.eval.generate import Usage, generate

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from redi.checkpoint import Source
+from redi.checkpoint.folder import Source
 from redi.config import UserError
 from redi.data.files import is_encodable, read_rows, write_aside
 from redi.eval.benchmarks import Benchmark

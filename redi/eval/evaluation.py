@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from redi import distributed
-from redi.checkpoint import Source, load_model, open_model
+from redi.checkpoint.folder import Source, load_model, open_model
 from redi.config import UserError
 from redi.distributed import Place, node_leader_first, wait_for_all
 from redi.eval import elsewhere, report, tables

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from redi.checkpoint import Source
+from redi.checkpoint.folder import Source
 from redi.distributed import Place, add_over_ranks, gathered
 from redi.eval.benchmarks import Benchmark, load
 from redi.eval.complete import complete

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from redi.checkpoint import Source
+from redi.checkpoint.folder import Source
 from redi.config import UserError, require
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
 from redi.eval.generate import Request

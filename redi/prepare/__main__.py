@@ -43,14 +43,14 @@ from tqdm import tqdm
 
 import redi
 from redi.config import UserError, parse, positional, program, require
-from redi.data import overlap, raw, traces
 from redi.data.files import make_folder, write_aside
-from redi.data.raw import Form, RawRow
-from redi.data.traces import Choice, Rules
 from redi.eval import benchmarks
 from redi.eval.grade import Grader
 from redi.hub import CARD, dataset_files
-from redi.labels import NO_ANSWER, Labels
+from redi.prepare import overlap, raw, traces
+from redi.prepare.labels import NO_ANSWER, Labels
+from redi.prepare.raw import Form, RawRow
+from redi.prepare.traces import Choice, Rules
 
 POSITIVES, PAIRS = "positives.jsonl", "pairs.jsonl"
 CONTAMINATED = "contaminated.jsonl"

@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import get_args
 
-from redi.data import traces
-from redi.data.raw import RawRow
-from redi.data.traces import Rules
 from redi.eval.grade import Grader, Verdict, extract
+from redi.prepare import traces
+from redi.prepare.raw import RawRow
+from redi.prepare.traces import Rules
 
 NO_ANSWER = "no answer to grade by"
 GIVEN = ("correct", "disputed", "incorrect", "none")

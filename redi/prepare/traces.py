@@ -33,9 +33,9 @@ from itertools import islice
 from typing import Annotated, Literal, TypedDict
 
 from redi.config import require
-from redi.data import raw
 from redi.data.files import Row
-from redi.data.raw import RawRow
+from redi.prepare import raw
+from redi.prepare.raw import RawRow
 
 # Why a row has no positive under the paper's rules, in the order in which it is asked. Null and
 # absent are the same.

@@ -28,7 +28,7 @@ from redi.data.dataset import Dataset, Limits, TokenStore, load_store, select
 from redi.data.files import write_aside
 from redi.data.tokenizer import ChatTokenizer
 from redi.hub import TOKENIZER_FILES, dataset_files, model_folder
-from redi.show_facts import (
+from redi.show.facts import (
     Training,
     about_card,
     about_files,
@@ -41,7 +41,7 @@ from redi.show_facts import (
     read_card,
     read_texts,
 )
-from redi.show_page import (
+from redi.show.page import (
     Section,
     as_text,
     draw_histograms,

@@ -24,7 +24,7 @@ from redi.data.formats import FORMATS, Example, to_example
 from redi.eval.grade import extract
 from redi.hub import CARD
 from redi.packing import ATTENTION, plan
-from redi.show_page import Section, visible
+from redi.show.page import Section, visible
 
 TOP_SOURCES = 10
 FEW = 12  # a field of at most so many values is taken for a label

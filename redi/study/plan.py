@@ -37,7 +37,7 @@ from typing import Any
 
 from redi.config import UserError, check_table, load_toml, types_of
 from redi.eval.protocol import EvalConfig
-from redi.toy import ToyConfig
+from redi.toy.student import ToyConfig
 from train_redi import REDIConfig
 from train_sft import SFTConfig
 

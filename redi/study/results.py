@@ -30,7 +30,7 @@ import redi
 from redi.config import UserError
 from redi.data.files import write_aside
 from redi.eval.protocol import EvalConfig
-from redi.guard import CollapseGuard
+from redi.monitor import CollapseGuard
 from redi.runlog import read_metrics
 from redi.study.jobs import read_journal
 from redi.study.plan import STAGE_1, Model, Study

@@ -31,12 +31,12 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from redi.checkpoint import Source, save_model
+from redi.checkpoint.folder import Source, save_model
 from redi.config import UserError, parse, program, require
 from redi.data.files import make_folder, write_aside
 from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.model import ModelConfig, Transformer
-from redi.toy_teacher import Faults, draw_problems, raw_row
+from redi.toy.teacher import Faults, draw_problems, raw_row
 
 VOCABULARY = 320  # 256 bytes, 3 control tokens, and the merges that this text is worth
 # Qwen2's: letters in words, digits one by one, punctuation with the newlines after it.
