@@ -16,7 +16,7 @@ from pathlib import Path
 
 from redi import distributed
 from redi.config import parse, program
-from redi.distributed import Place, node_leader_first, others_may_be_gone
+from redi.distributed import World, local_rank_zero_first, report_lost_ranks
 from redi.eval import benchmarks, elsewhere
 from redi.eval.evaluation import evaluate, export
 from redi.eval.protocol import EvalConfig
@@ -29,14 +29,14 @@ WEEK = 60.0 * 24 * 7  # minutes
 @program
 def main() -> None:
     config = parse(EvalConfig, "Sample a model on benchmarks, and grade its answers.")
-    place = distributed.start(timeout_minutes=WEEK)
-    with others_may_be_gone(place, "a week"):
-        run(config, place)
+    world = distributed.start(timeout_minutes=WEEK)
+    with report_lost_ranks(world, "a week"):
+        run(config, world)
 
 
-def run(config: EvalConfig, place: Place) -> None:
+def run(config: EvalConfig, world: World) -> None:
     made_by, given = "python train_redi.py" if config.model == EvalConfig.model else None, None
-    with node_leader_first(place):  # what is on the hub is downloaded once a node
+    with local_rank_zero_first(world):  # what is on the hub is downloaded once a node
         tests = benchmarks.load_all(config.benchmark)
     if config.export_prompts:
         return export(config, tests, made_by)
@@ -47,7 +47,7 @@ def run(config: EvalConfig, place: Place) -> None:
             config.model = config.completions
     elif config.out is None:
         config.out = ("out/eval/{}" if is_hub_id(config.model) else "{}/eval").format(config.model)
-    evaluate(config, place, tests, given, made_by)
+    evaluate(config, world, tests, given, made_by)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ from torch import Tensor
 from bench.gpu_meter import Entries, has, relative_error
 from bench.measure import result
 from redi.attention import packed_attention
-from redi.distributed import Place, Placing, place_model, whole
+from redi.distributed import Parallelism, World, full_tensor, parallelize
 from redi.eval import generate as engine
 from redi.eval.generate import Request, generate
 from redi.eval.sampling import Draws, Sampling
 from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
 from redi.model import ModelConfig, Transformer
 from redi.objectives import SFT, Totals
-from redi.packing import PackedBatch, Sequence, pack
+from redi.packing import PackedBatch, TokenSequence, pack
 from redi.toy.student import initialise
 
 FLOAT64 = "float64"
@@ -208,17 +208,17 @@ def loss_and_gradients(
     """SFT's loss over a pack, and all gradients in one row, on the host."""
     model = Transformer(config)
     initialise(model, seed=0)
-    place_model(model, Place(0, 1, device), Placing(dtype))
+    parallelize(model, World(0, 1, device), Parallelism(dtype))
     loss, _ = SFT.loss(model, sft_pack(config, lengths).to(device), None, None)
     loss.backward()
-    gradients = [whole(p.grad).reshape(-1).float().cpu() for p in model.parameters()]
+    gradients = [full_tensor(p.grad).reshape(-1).float().cpu() for p in model.parameters()]
     return loss.detach().cpu(), torch.cat(gradients)
 
 
 def sft_pack(config: ModelConfig, lengths: list[int]) -> PackedBatch:
     rng = np.random.default_rng(0)
     sequences = [
-        Sequence(rng.integers(config.vocab_size, size=length), length // 4, row, 1)
+        TokenSequence(rng.integers(config.vocab_size, size=length), length // 4, row, 1)
         for row, length in enumerate(lengths)
     ]
     responses = torch.tensor([s.response_length for s in sequences])
@@ -259,7 +259,7 @@ def decoding(device: torch.device, config: ModelConfig = DECODER) -> Entries:
     errors = []
     for request, answer in zip(asked, answers):
         expected = forward_logits(model, [*request.prompt_ids, *answer])[-len(answer) - 1 : -1]
-        own = torch.stack([seen[request.key, place] for place in range(len(answer))])
+        own = torch.stack([seen[request.key, world] for world in range(len(answer))])
         errors.append(relative_error(own, expected))
     found["G9_decode_logits"] = result([max(errors)], 4e-2, "the training forward in fp32")
     return found

@@ -1,7 +1,7 @@
 """G4, G5, G6: redi's own training steps at Qwen2.5-Math-1.5B's size.
 
 Random weights, made on the device; random tokens with the lengths of traces. The loop is
-redi.train.train on a model that redi.distributed.place_model placed, so all is there that a run
+redi.train.train on a model that redi.distributed.parallelize placed, so all is there that a run
 has: bf16 from fp32 weights, packs of 32,768 tokens, clipping, AdamW, the log-probs' record. Left
 out of it is what stands before and after: tokenising, loading, saving.
 
@@ -44,10 +44,10 @@ from bench.plan import (
 )
 from bench.projection import QWEN
 from redi import memory, objectives
-from redi.batches import Task
+from redi.batches import TrainData
 from redi.checkpoint.resume import Checkpoints
 from redi.data.dataset import Dataset, TokenStore
-from redi.distributed import Place, Placing, compute_dtype, place_model
+from redi.distributed import Parallelism, World, compute_dtype, parallelize
 from redi.model import ModelConfig, Transformer
 from redi.monitor import training_flops
 from redi.objectives import Objective
@@ -174,19 +174,19 @@ def settings(run: Run, folder: Path) -> tuple[TrainConfig, Objective]:
 
 def train_steps(run: Run, device: torch.device) -> tuple[Clock, int]:
     """The steps' records, and how many blocks were checkpointed. What it prints is lost."""
-    place = Place(0, 1, device)
-    dtype = compute_dtype("auto", place)
+    world = World(0, 1, device)
+    dtype = compute_dtype("auto", world)
     model = random_model(run.model, device)
-    checkpointed, _ = memory.blocks_to_checkpoint(run.blocks, model, run.longest_pack, place, dtype)
-    place_model(model, place, Placing(dtype, checkpointed, run.compiled))
+    checkpointed, _ = memory.blocks_to_checkpoint(run.blocks, model, run.longest_pack, world, dtype)
+    parallelize(model, world, Parallelism(dtype, checkpointed, run.compiled))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config, objective = settings(run, folder)
         dataset = random_rows(folder, run.lengths, run.model.vocab_size)
-        task = Task(dataset, objective, place, run.pack_tokens)
+        task = TrainData(dataset, objective, world, run.pack_tokens)
         log = Clock(folder)
         with redirect_stdout(sys.stderr):
-            train(model, task, config, log, Checkpoints(folder / "run", place, {}, config.keep))
+            train(model, task, config, log, Checkpoints(folder / "run", world, {}, config.keep))
     return log, checkpointed
 
 
@@ -237,17 +237,17 @@ def peaks(
 ) -> Entries:
     """Two steps for each setting, of one pack; in the second the optimizer's state is there."""
     lengths = lengths or pack_lengths(TOKENS)
-    place, tokens = Place(0, 1, device), sum(lengths)
-    dtype = compute_dtype("auto", place)
+    world, tokens = World(0, 1, device), sum(lengths)
+    dtype = compute_dtype("auto", world)
     with torch.device("meta"):
         sizes = Transformer(config)
     found: Entries = {}
     print(f"{'blocks checkpointed':<22}{'peak GiB':>10}{'formula':>10}{'ratio':>8}")
     for setting in ("all", "auto", "none"):
         free(device)
-        count, _ = memory.blocks_to_checkpoint(setting, sizes, tokens, place, dtype)
-        expected = memory.step_bytes(sizes, tokens, place, dtype, count)
-        if expected > 0.97 * memory.total_memory(place):
+        count, _ = memory.blocks_to_checkpoint(setting, sizes, tokens, world, dtype)
+        expected = memory.step_bytes(sizes, tokens, world, dtype, count)
+        if expected > 0.97 * memory.total_memory(world):
             print(f"{setting:<22} skipped: {expected / 2**30:.1f} GiB by the formula do not fit")
             continue
         run = Run(config, np.array(lengths), tokens, steps=2, blocks=setting)

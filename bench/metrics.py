@@ -26,11 +26,11 @@ from torch import Tensor
 
 from bench.measure import CPUSeconds, cpu_seconds, interleave, result, write
 from redi import batches, train
-from redi.batches import Task
-from redi.distributed import Place
+from redi.batches import TrainData
+from redi.distributed import World
 from redi.model import ModelConfig, Transformer
 from redi.objectives import OBJECTIVES, Objective, Totals
-from redi.packing import PackedBatch, Sequence
+from redi.packing import PackedBatch, TokenSequence
 from redi.toy import student as toy
 
 PAIRS, PROMPT, LENGTH = 32, 8, 64
@@ -54,7 +54,7 @@ class Rows:
         draw = np.random.default_rng(0)
         rows = draw.integers(0, vocabulary, (2 * pairs, LENGTH))
         self.sequences = [
-            Sequence(row, PROMPT, number // 2, -1 if number % 2 else +1)
+            TokenSequence(row, PROMPT, number // 2, -1 if number % 2 else +1)
             for number, row in enumerate(rows)
         ]
         self.lengths = np.full((pairs, 2), LENGTH)
@@ -63,7 +63,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def sequence(self, number: int) -> Sequence:
+    def sequence(self, number: int) -> TokenSequence:
         return self.sequences[number]
 
 
@@ -74,8 +74,8 @@ class Training:
         self.model = Transformer(config)
         toy.initialise(self.model, seed=0)
         self.optimizer = train.make_optimizer(self.model, SETTINGS)
-        rows, place = Rows(pairs, config.vocab_size), Place(0, 1, torch.device("cpu"))
-        self.task = Task(rows, objective, place, pack_tokens=2 * pairs * LENGTH)
+        rows, world = Rows(pairs, config.vocab_size), World(0, 1, torch.device("cpu"))
+        self.task = TrainData(rows, objective, world, pack_tokens=2 * pairs * LENGTH)
         self.step = self.task.everything()
 
     def __call__(self, entropy: bool = True, update: bool = True, lr: float = 1e-5) -> dict:
@@ -83,7 +83,7 @@ class Training:
             group["lr"] = lr
         with ExitStack() as stack:
             if not entropy:
-                stack.enter_context(mock.patch.object(Task, "loss", no_entropies))
+                stack.enter_context(mock.patch.object(TrainData, "loss", no_entropies))
                 stack.enter_context(mock.patch.object(train, "read", read_no_entropies))
             if not update:
                 stack.enter_context(mock.patch.object(train, "squared_update", no_update))
@@ -96,7 +96,7 @@ class Training:
     def update_alone(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = parameter.detach()  # any numbers
-        train.squared_update(self.optimizer)
+        train.squared_update_norm(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
 
     def entropy(self) -> float:
@@ -113,11 +113,13 @@ class Training:
         return sum(means) / len(means)
 
 
-def no_entropies(task: Task, model: Transformer, batch: PackedBatch, totals: Totals, _: Tensor):
+def no_entropies(
+    task: TrainData, model: Transformer, batch: PackedBatch, totals: Totals, _: Tensor
+):
     return task.objective.loss(model, batch, totals, task.reference)
 
 
-def read_no_entropies(*given: Any, with_entropies: bool, **named: Any) -> batches.Reading:
+def read_no_entropies(*given: Any, with_entropies: bool, **named: Any) -> batches.StepStats:
     return batches.read(*given, **named)
 
 

@@ -24,7 +24,7 @@ import math
 import numpy as np
 
 from bench.measure import cpu_seconds, result, write
-from redi.packing import Step, plan
+from redi.packing import StepPlan, plan
 
 RANKS, PACK_TOKENS = 8, 32_768
 TRACES, ROWS_PER_STEP = 77_629, 128
@@ -52,7 +52,7 @@ def round_robin(ids: np.ndarray, group: int) -> list[np.ndarray]:
     return [rows[rank::RANKS].reshape(-1) for rank in range(RANKS)]
 
 
-def check(steps: list[Step], lengths: np.ndarray, piece: int) -> None:
+def check(steps: list[StepPlan], lengths: np.ndarray, piece: int) -> None:
     """Raises AssertionError unless the plan keeps its promises. lengths: of every sequence id."""
     packs = [ids for step in steps for rank in step for ids in rank]
     used = np.sort(np.concatenate(packs))
@@ -62,14 +62,14 @@ def check(steps: list[Step], lengths: np.ndarray, piece: int) -> None:
     assert all(len({len(rank) for rank in step}) == 1 for step in steps), "uneven ranks"
 
 
-def plan_sft(traces: np.ndarray) -> list[Step]:
+def plan_sft(traces: np.ndarray) -> list[StepPlan]:
     return plan(traces, ROWS_PER_STEP, PACK_TOKENS, RANKS)
 
 
 # ---------------------------------------------------------------- measures
 
 
-def above_bound(steps: list[Step], lengths: np.ndarray) -> list[int]:
+def above_bound(steps: list[StepPlan], lengths: np.ndarray) -> list[int]:
     """Micro-batches of every step over what its tokens need at least."""
     tokens = [sum(lengths[ids].sum() for rank in step for ids in rank) for step in steps]
     bounds = [math.ceil(total / (RANKS * PACK_TOKENS)) for total in tokens]
@@ -83,7 +83,7 @@ def balances(steps: list[list[np.ndarray]], lengths: np.ndarray) -> np.ndarray:
     return per_rank.mean(axis=1) / per_rank.max(axis=1)
 
 
-def by_rank(steps: list[Step]) -> list[list[np.ndarray]]:
+def by_rank(steps: list[StepPlan]) -> list[list[np.ndarray]]:
     return [[np.concatenate(rank) for rank in step] for step in steps]
 
 
@@ -95,7 +95,7 @@ def dealt_round_robin(count: int, per_step: int, group: int) -> list[list[np.nda
     return [round_robin(ids[start : start + size], group) for start in range(0, len(ids), size)]
 
 
-def show(name: str, steps: list[Step], lengths: np.ndarray) -> None:
+def show(name: str, steps: list[StepPlan], lengths: np.ndarray) -> None:
     """Packs and the worst step, in two lines."""
     above, found = above_bound(steps, lengths), balances(by_rank(steps), lengths)
     counts = np.array([len(step[0]) for step in steps])

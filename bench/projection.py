@@ -27,7 +27,7 @@ from redi.config import UserError, program
 from redi.data.files import make_folder, write_aside
 from redi.model import ModelConfig
 from redi.monitor import PEAK_FLOPS, training_flops
-from redi.packing import Step, plan
+from redi.packing import StepPlan, plan
 
 QWEN = ModelConfig(  # Qwen2.5-Math-1.5B
     vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
@@ -101,7 +101,7 @@ def draw_stages() -> dict[str, Stage]:
     }
 
 
-def _stage(lengths: np.ndarray, steps: list[Step], epochs: int) -> Stage:
+def _stage(lengths: np.ndarray, steps: list[StepPlan], epochs: int) -> Stage:
     tokens = int(lengths.sum())
     flops = training_flops(QWEN, lengths.tolist(), supervised=tokens)
     balance = law.balances(law.by_rank(steps), lengths).mean()

@@ -48,11 +48,11 @@ import torch
 
 from bench.measure import CPUSeconds, cpu_now, peak_bytes, result, write
 from redi import distributed, memory, train
-from redi.batches import Task
-from redi.distributed import Place
+from redi.batches import TrainData
+from redi.distributed import World
 from redi.model import ModelConfig, Transformer
 from redi.objectives import SFT
-from redi.packing import Sequence, Step
+from redi.packing import StepPlan, TokenSequence
 from redi.toy import student as toy
 
 RANKS = 2
@@ -71,7 +71,7 @@ WEIGHED = ModelConfig(
 )  # fmt: skip
 TINY = replace(WEIGHED, hidden_size=64, intermediate_size=64, num_heads=1, num_kv_heads=1)
 SETTINGS = SimpleNamespace(lr=0.0, weight_decay=1e-4, clip=1.0, reshard_after_forward=False)
-Work = Callable[[Place, list[int]], Callable[[Any], Any]]  # the rows of which processes to take
+Work = Callable[[World, list[int]], Callable[[Any], Any]]  # the rows of which processes to take
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
@@ -113,14 +113,14 @@ class Rows:
     def __init__(self, count: int, config: ModelConfig):
         draw, length = np.random.default_rng(0), config.max_positions
         rows = draw.integers(0, config.vocab_size, (count, length))
-        self.sequences = [Sequence(row, 1, number, +1) for number, row in enumerate(rows)]
+        self.sequences = [TokenSequence(row, 1, number, +1) for number, row in enumerate(rows)]
         self.lengths, self.response_lengths = np.full(count, length), np.full(count, length - 1)
 
-    def sequence(self, number: int) -> Sequence:
+    def sequence(self, number: int) -> TokenSequence:
         return self.sequences[number]
 
 
-def step_of(numbers: list[int], packs: int) -> Step:
+def step_of(numbers: list[int], packs: int) -> StepPlan:
     """Packs of ROWS rows for each of the processes `numbers`, whatever the others get."""
     rows = np.arange(RANKS * packs * ROWS).reshape(RANKS, packs, ROWS)
     return [list(rows[number]) for number in numbers]
@@ -130,19 +130,19 @@ class Training:
     """redi's training of a random model, as run.py puts it together: ask it for a Turn."""
 
     def __init__(
-        self, config: ModelConfig, place: Place, numbers: list[int], checkpointed: int = 0
+        self, config: ModelConfig, world: World, numbers: list[int], checkpointed: int = 0
     ):
-        self.config, self.place, self.numbers = config, place, numbers
+        self.config, self.world, self.numbers = config, world, numbers
         self.model = Transformer(config)
         toy.initialise(self.model, seed=0)
-        how = distributed.Placing(checkpointed=checkpointed)
-        distributed.place_model(self.model, place, how)
+        how = distributed.Parallelism(checkpointed=checkpointed)
+        distributed.parallelize(self.model, world, how)
         self.optimizer = train.make_optimizer(self.model, SETTINGS)
 
     def __call__(self, turn: Turn) -> Taken:
         pack_tokens = ROWS * self.config.max_positions
         rows = Rows(RANKS * turn.packs * ROWS, self.config)
-        task = Task(rows, SFT, self.place, pack_tokens)
+        task = TrainData(rows, SFT, self.world, pack_tokens)
         step, signals = step_of(self.numbers, turn.packs), SimpleNamespace(wanted=False)
         for group in self.optimizer.param_groups:
             group["lr"] = turn.lr
@@ -157,8 +157,8 @@ class Training:
 class Weighing:
     """The peak of a training: ask it for how many blocks are checkpointed, get the ratio."""
 
-    def __init__(self, config: ModelConfig, place: Place, numbers: list[int]):
-        self.config, self.place, self.numbers = config, place, numbers
+    def __init__(self, config: ModelConfig, world: World, numbers: list[int]):
+        self.config, self.world, self.numbers = config, world, numbers
         self.train(TINY, TINY.num_layers)  # imports, and what libraries make once
 
     def __call__(self, checkpointed: int) -> Weighed:
@@ -166,11 +166,11 @@ class Weighing:
         with torch.device("meta"):
             model = Transformer(self.config)
         tokens, fp32 = ROWS * self.config.max_positions, torch.float32
-        formula = memory.step_bytes(model, tokens, self.place, fp32, checkpointed)
+        formula = memory.step_bytes(model, tokens, self.world, fp32, checkpointed)
         return Weighed(peak, formula)
 
     def train(self, config: ModelConfig, checkpointed: int) -> None:
-        Training(config, self.place, self.numbers, checkpointed)(Turn(packs=2, steps=2))
+        Training(config, self.world, self.numbers, checkpointed)(Turn(packs=2, steps=2))
 
 
 # ---------------------------------------------------------------- groups of processes
@@ -223,11 +223,11 @@ def serve(work: Work, numbers: list[int], pipe: Connection, log: Path) -> None:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
-    place = distributed.start(timeout_minutes=2.0)
-    answer = work(place, numbers)
+    world = distributed.start(timeout_minutes=2.0)
+    answer = work(world, numbers)
     while (what := pipe.recv()) is not None:
         pipe.send(answer(what))
-    if place.world_size > 1:
+    if world.world_size > 1:
         torch.distributed.destroy_process_group()
 
 

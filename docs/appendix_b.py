@@ -15,10 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script finds only its folder
 
-from redi.batches import Task
+from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
 from redi.config import parse, positional, program
-from redi.distributed import Place
+from redi.distributed import World
 from redi.objectives import OBJECTIVES, Objective
 from redi.run import load_data
 from train_redi import REDIConfig
@@ -42,7 +42,7 @@ def cosines(config: AngleConfig) -> dict[float, float]:
     dataset = load_data(config.data, rows, source, paired=True)
 
     def gradient(objective: Objective) -> torch.Tensor:
-        task = Task(dataset, objective, Place(0, 1, torch.device("cpu")), rows.pack_tokens)
+        task = TrainData(dataset, objective, World(0, 1, torch.device("cpu")), rows.pack_tokens)
         step = task.everything()
         totals = task.totals(step)
         model.zero_grad()

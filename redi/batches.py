@@ -23,60 +23,60 @@ from torch import Tensor
 
 from redi.checkpoint.reference import load_reference, save_reference
 from redi.data.dataset import Dataset
-from redi.distributed import Place, add_over_ranks, without_gradients
+from redi.distributed import World, sum_over_ranks, without_gradients
 from redi.logprobs import token_logps
 from redi.model import Transformer
 from redi.objectives import Objective, Totals, sequence_sums
-from redi.packing import Pack, PackedBatch, Step, pack, plan
+from redi.packing import Pack, PackedBatch, StepPlan, pack, plan
 from redi.runlog import Progress
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainData:
     """Rows to train on or to score, and the objective."""
 
     dataset: Dataset
     objective: Objective
-    place: Place
+    world: World
     pack_tokens: int
     reference: Tensor | None = None  # (N, 2), see objectives.Objective
-    kept_in: Path | None = None  # where it is kept between runs: reference.py
+    cache_path: Path | None = None  # where it is kept between runs: reference.py
 
-    def plan(self, rows_per_step: int, seed: int, epoch: int) -> list[Step]:
+    def plan(self, rows_per_step: int, seed: int, epoch: int) -> list[StepPlan]:
         return plan(
             self.dataset.lengths,
             rows_per_step,
             self.pack_tokens,
-            self.place.world_size,
+            self.world.world_size,
             seed=seed,
             epoch=epoch,
             keep_pairs=self.objective.keep_pairs,
         )
 
-    def everything(self) -> Step:
+    def everything(self) -> StepPlan:
         """All rows as one step, for passes that do not train."""
         [step] = self.plan(rows_per_step=len(self.dataset), seed=0, epoch=0)
         return step
 
-    def read_ahead(self, step: Step) -> None:
+    def read_ahead(self, step: StepPlan) -> None:
         """Start to bring in from disk what this rank will need for a step."""
-        for ids in step[self.place.rank]:
+        for ids in step[self.world.rank]:
             self.dataset.read_ahead(ids)
 
-    def ids(self, step: Step) -> np.ndarray:
+    def ids(self, step: StepPlan) -> np.ndarray:
         """Of all the step's sequences, ascending."""
         return np.sort(np.concatenate([ids for packs in step for ids in packs]))
 
-    def totals(self, step: Step) -> Totals:
+    def totals(self, step: StepPlan) -> Totals:
         """Counts over all packs and ranks of a step."""
         ids = self.ids(step)
         rows = len(ids) // 2 if self.dataset.store.paired else len(ids)
         return Totals(rows, int(self.dataset.response_lengths[ids].sum()))
 
-    def batches(self, step: Step, totals: Totals) -> Iterator[PackedBatch]:
+    def batches(self, step: StepPlan, totals: Totals) -> Iterator[PackedBatch]:
         """This rank's packs of a step, read from disk and moved to the device."""
-        for ids in step[self.place.rank]:
-            yield self._load(ids, totals).to(self.place.device)
+        for ids in step[self.world.rank]:
+            yield self._load(ids, totals).to(self.world.device)
 
     def loss(
         self,
@@ -100,7 +100,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class SequenceLogps:
+class SequenceStats:
     """Log-probs of a pack's sequences, and the entropies they were drawn from."""
 
     ids: list[int]  # S, as packing.plan numbers sequences
@@ -111,7 +111,7 @@ class SequenceLogps:
     @classmethod
     def of(
         cls, batch: PackedBatch, logps: Tensor, paired: bool, entropies: Tensor | None = None
-    ) -> "SequenceLogps":
+    ) -> "SequenceStats":
         """logps (R,) and entropies (R,) of the pack's tokens; the latter after backward."""
         ids = batch.row_ids
         if paired:
@@ -123,11 +123,11 @@ class SequenceLogps:
 
 
 @dataclass(frozen=True)
-class Reading:
+class StepStats:
     """What all ranks together have of a step, on the host of each."""
 
     added: list[float]
-    alike: list[float]
+    replicated: list[float]
     means: dict[int, float]  # sequence id -> mean log-prob of its tokens, in nats
     entropies: dict[int, float]  # -> mean entropy of what they were predicted with; {} if not asked
     paired: bool
@@ -161,13 +161,13 @@ def _mean(values: list[float]) -> float:
 
 
 def read(
-    task: Task,
-    step: Step,
-    parts: list[SequenceLogps],
-    add: list[Tensor | float],
-    alike: list[Tensor] = (),
+    task: TrainData,
+    step: StepPlan,
+    parts: list[SequenceStats],
+    scalars: list[Tensor | float],
+    replicated: list[Tensor] = (),
     with_entropies: bool = False,
-) -> Reading:
+) -> StepStats:
     """Bring a step's scalars, log-probs and entropies together and to the host: one exchange
     between ranks, and one wait for the device.
 
@@ -175,23 +175,23 @@ def read(
     rank has alike. with_entropies: parts hold them. Raises RuntimeError for a log-prob above 0: a
     probability above 1 means a broken kernel or broken memory.
     """
-    place, ids = task.place, task.ids(step)
+    world, ids = task.world, task.ids(step)
     mine = np.array([i for part in parts for i in part.ids], dtype=np.int64)
     # [the sums | a place for every rank's largest log-prob | one for every sequence of the step,
     # and one more for its entropy]
-    sizes = [len(add), place.world_size, len(ids), len(ids) * with_entropies]
-    vector = torch.zeros(sum(sizes), dtype=torch.float64, device=place.device)
+    sizes = [len(scalars), world.world_size, len(ids), len(ids) * with_entropies]
+    vector = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
     sums, largest, logps, entropies = vector.split(sizes)
-    for number, scalar in enumerate(add):
+    for number, scalar in enumerate(scalars):
         sums[number] = scalar
     if parts:
-        largest[place.rank] = torch.stack([part.largest for part in parts]).max()
-        where = torch.from_numpy(np.searchsorted(ids, mine)).to(place.device, non_blocking=True)
+        largest[world.rank] = torch.stack([part.largest for part in parts]).max()
+        where = torch.from_numpy(np.searchsorted(ids, mine)).to(world.device, non_blocking=True)
         logps[where] = torch.cat([part.sums for part in parts]).to(torch.float64)
         if with_entropies:
             entropies[where] = torch.cat([part.entropies for part in parts]).to(torch.float64)
-    add_over_ranks(vector, place)
-    values = torch.cat([vector, *(scalar.reshape(1).to(vector) for scalar in alike)]).tolist()
+    sum_over_ranks(vector, world)
+    values = torch.cat([vector, *(scalar.reshape(1).to(vector) for scalar in replicated)]).tolist()
     added, highest, *of_sequences = (
         values[i : i + n] for i, n in zip(np.cumsum([0, *sizes]), sizes)
     )
@@ -203,13 +203,13 @@ def read(
         for of_ids in of_sequences
     )
     paired = task.dataset.store.paired
-    return Reading(added, values[len(vector) :], means, of_entropies, paired)
+    return StepStats(added, values[len(vector) :], means, of_entropies, paired)
 
 
 # ---------------------------------------------------------------- passes without gradients
 
 
-def held_out(model: Transformer, task: Task) -> dict[str, float]:
+def held_out(model: Transformer, task: TrainData) -> dict[str, float]:
     """The objective's loss over all rows of `task` as one step, and their mean log-probs."""
     step, shares, parts = task.everything(), [], []
     totals = task.totals(step)
@@ -217,33 +217,33 @@ def held_out(model: Transformer, task: Task) -> dict[str, float]:
         for batch in task.batches(step, totals):
             share, logps = task.loss(model, batch, totals)
             shares.append(share.to(torch.float64))
-            parts.append(SequenceLogps.of(batch, logps, task.dataset.store.paired))
+            parts.append(SequenceStats.of(batch, logps, task.dataset.store.paired))
     reading = read(task, step, parts, [torch.stack(shares).sum()])
     return {"loss": reading.added[0], **reading.summary()}
 
 
-def with_reference(model: Transformer, task: Task) -> Task:
+def with_reference(model: Transformer, task: TrainData) -> TrainData:
     """`task` with the log-probs of `model` as it is, if its objective wants them: from
     `task.kept_in` where they are there, else computed and kept."""
     if not task.objective.needs_reference:
         return task
-    if task.kept_in:
-        kept = load_reference(task.kept_in, len(task.dataset), task.place)
+    if task.cache_path:
+        kept = load_reference(task.cache_path, len(task.dataset), task.world)
         if kept is not None:
-            if task.place.rank == 0:
-                print(f"reference log-probs of {len(kept):,} pairs: {task.kept_in}", flush=True)
+            if task.world.rank == 0:
+                print(f"reference log-probs of {len(kept):,} pairs: {task.cache_path}", flush=True)
             return replace(task, reference=kept)
     reference = _score(model, task)
-    if task.kept_in:
-        save_reference(task.kept_in, reference, task.place)
+    if task.cache_path:
+        save_reference(task.cache_path, reference, task.world)
     return replace(task, reference=reference)
 
 
-def _score(model: Transformer, task: Task) -> Tensor:
+def _score(model: Transformer, task: TrainData) -> Tensor:
     """Summed log-probs (N, 2) of every row's chosen and rejected sequence."""
     step, parts = task.everything(), []
-    packs = step[task.place.rank]
-    shown = task.place.rank == 0
+    packs = step[task.world.rank]
+    shown = task.world.rank == 0
     with (
         Progress(len(packs), "reference log-probs", "pack", shown) as progress,
         without_gradients(model),
@@ -251,11 +251,11 @@ def _score(model: Transformer, task: Task) -> Tensor:
         for batch in task.batches(step, task.totals(step)):
             targets = batch.targets
             logps = model(batch, lambda h, w, targets=targets: token_logps(h, w, targets))
-            parts.append(SequenceLogps.of(batch, logps, paired=True))
+            parts.append(SequenceStats.of(batch, logps, paired=True))
             progress.update({})
     # On the host, where a pack's rows are looked up; float64, so that no model's sums are rounded.
     sums = torch.zeros(2 * len(task.dataset), dtype=torch.float64)
     for part in parts:
         sums[part.ids] = part.sums.to("cpu", torch.float64)
-    add_over_ranks(sums, task.place)
+    sum_over_ranks(sums, task.world)
     return sums.reshape(-1, 2)

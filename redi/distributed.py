@@ -9,7 +9,7 @@ sharded over the ranks of a node and, where there are several nodes, replicated 
 mesh: all-gathers stay inside a node). Ranks add up what they computed, they never average: losses
 hold the whole step's counts already.
 
-Each technique is a function that is applied to a plain model from outside; `place_model` states
+Each technique is a function that is applied to a plain model from outside; `parallelize` states
 the order. torch.distributed and fsdp cost 0.7 s to import: they are imported where they are used.
 """
 
@@ -32,41 +32,43 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Place:
+class World:
     """This process among all of them."""
 
     rank: int
     world_size: int
     device: torch.device
-    node_size: int = 1  # ranks on a node
+    local_world_size: int = 1  # ranks on a node
 
     @property
-    def leads_node(self) -> bool:
-        return self.rank % self.node_size == 0
+    def is_local_rank_zero(self) -> bool:
+        return self.rank % self.local_world_size == 0
 
     @property
     def num_nodes(self) -> int:
-        return self.world_size // self.node_size
+        return self.world_size // self.local_world_size
 
 
-def start(timeout_minutes: float) -> Place:
+def start(timeout_minutes: float) -> World:
     """Join the other processes that torchrun started; alone without it.
 
     timeout_minutes: how long a rank waits for the others before it gives up. What ranks other than
     the first print goes nowhere. Raises UserError if the ranks of the nodes are uneven.
     """
     rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    world_size, node_size = (
+    world_size, local_world_size = (
         int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
     )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if world_size == 1:
-        return Place(0, 1, device)
+        return World(0, 1, device)
     if "MASTER_ADDR" not in os.environ:
         raise UserError(f"WORLD_SIZE is {world_size}, but torchrun did not start this process")
-    if world_size % node_size:
-        raise UserError(f"{world_size} processes, {node_size} on this node: start as many on each")
+    if world_size % local_world_size:
+        raise UserError(
+            f"{world_size} processes, {local_world_size} on this node: start as many on each"
+        )
     import torch.distributed as dist
 
     if cuda:
@@ -76,13 +78,13 @@ def start(timeout_minutes: float) -> Place:
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it lives as long as the process)
-    return Place(rank, world_size, device, node_size)
+    return World(rank, world_size, device, local_world_size)
 
 
-def compute_dtype(name: str, place: Place) -> torch.dtype:
+def compute_dtype(name: str, world: World) -> torch.dtype:
     """The dtype of --dtype: auto is bf16 on CUDA and fp32 on a CPU."""
     if name == "auto":
-        name = "bfloat16" if place.device.type == "cuda" else "float32"
+        name = "bfloat16" if world.device.type == "cuda" else "float32"
     return DTYPES[name]
 
 
@@ -90,7 +92,7 @@ def compute_dtype(name: str, place: Place) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Placing:
+class Parallelism:
     """What is applied to a model beside moving it."""
 
     dtype: torch.dtype = torch.float32  # of the compute
@@ -99,7 +101,7 @@ class Placing:
     reshard_after_forward: bool = False  # ZeRO-3 instead of ZeRO-2
 
 
-def place_model(model: Transformer, place: Place, how: Placing) -> None:
+def parallelize(model: Transformer, world: World, how: Parallelism) -> None:
     """Apply in this order, in place: activation checkpointing of the first blocks; compilation;
     sharding, where there are several ranks or another compute dtype than the weights'; the device.
 
@@ -112,11 +114,11 @@ def place_model(model: Transformer, place: Place, how: Placing) -> None:
             compile_block(block)
     on_meta = model.output_weight.is_meta
     if not on_meta:
-        model.to(place.device)
-    if how.dtype != model.output_weight.dtype or place.world_size > 1:
-        shard(model, place, how)
+        model.to(world.device)
+    if how.dtype != model.output_weight.dtype or world.world_size > 1:
+        shard(model, world, how)
     if on_meta:
-        model.to_empty(device=place.device)
+        model.to_empty(device=world.device)
 
 
 def checkpoint_block(block: Block) -> None:
@@ -134,7 +136,7 @@ def compile_block(block: Block) -> None:
     block.after_attention = torch.compile(block.after_attention, dynamic=True)
 
 
-def shard(model: Transformer, place: Place, how: Placing) -> None:
+def shard(model: Transformer, world: World, how: Parallelism) -> None:
     """FSDP2, in place: every block a group, the rest (embedding, norm, head) in the root's.
 
     Gradients are summed, not averaged: losses already hold the whole step's counts. What says so
@@ -144,9 +146,9 @@ def shard(model: Transformer, place: Place, how: Placing) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if not dist.is_initialized():
-        backend = "nccl" if place.device.type == "cuda" else "gloo"
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = _mesh(place)
+    mesh = _mesh(world)
     policy = MixedPrecisionPolicy()
     if how.dtype != model.output_weight.dtype:
         policy = MixedPrecisionPolicy(param_dtype=how.dtype, reduce_dtype=torch.float32)
@@ -164,14 +166,14 @@ def shard(model: Transformer, place: Place, how: Placing) -> None:
 
 
 @cache
-def _mesh(place: Place):
+def _mesh(world: World):
     """One for all models of a process: every mesh brings groups of its own, with their threads."""
     import torch.distributed as dist
 
-    sizes, names = (place.world_size,), ("shard",)
-    if place.num_nodes > 1:
-        sizes, names = (place.num_nodes, place.node_size), ("replicate", "shard")
-    return dist.init_device_mesh(place.device.type, sizes, mesh_dim_names=names)
+    sizes, names = (world.world_size,), ("shard",)
+    if world.num_nodes > 1:
+        sizes, names = (world.num_nodes, world.local_world_size), ("replicate", "shard")
+    return dist.init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
 
 
 def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None:
@@ -215,26 +217,26 @@ def gathered(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
 # ---------------------------------------------------------------- between ranks
 
 
-def add_over_ranks(tensor: Tensor, place: Place) -> None:
+def sum_over_ranks(tensor: Tensor, world: World) -> None:
     """Sum over all ranks, in place."""
-    if place.world_size > 1:
+    if world.world_size > 1:
         import torch.distributed as dist
 
         dist.all_reduce(tensor)
 
 
-def wait_for_all(place: Place) -> None:
+def wait_for_all(world: World) -> None:
     """Return when every rank has come here."""
-    add_over_ranks(torch.zeros(()), place)
+    sum_over_ranks(torch.zeros(()), world)
 
 
 @contextmanager
-def others_may_be_gone(place: Place, timeout: str) -> Iterator[None]:
+def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
     """What a rank sees when another one died or stalls, in a sentence: RankError. timeout: what
     `start` was given, in words. Ranks that end well leave the group: one that just exits right
     after an exchange is often aborted in gloo's threads, and torchrun then ends those that still
     have work."""
-    if place.world_size == 1:
+    if world.world_size == 1:
         yield
         return
     import torch.distributed as dist
@@ -246,34 +248,34 @@ def others_may_be_gone(place: Place, timeout: str) -> Iterator[None]:
             raise
         why = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise RankError(
-            f"rank {place.rank} lost another process, which died or did not answer within "
+            f"rank {world.rank} lost another process, which died or did not answer within "
             f"{timeout}: {why}"
         ) from None
     dist.destroy_process_group()
 
 
 @contextmanager
-def node_leader_first(place: Place) -> Iterator[None]:
+def local_rank_zero_first(world: World) -> Iterator[None]:
     """The body runs on the first rank of every node, then on the others: what one of them makes on
     disk, the others find. Where it fails, the others end with it."""
-    if place.world_size == 1:
+    if world.world_size == 1:
         yield
         return
-    if not place.leads_node:
-        _all_well(place, True)
+    if not world.is_local_rank_zero:
+        _all_well(world, True)
     try:
         yield
     except BaseException:
-        if place.leads_node:
-            _all_well(place, False)
+        if world.is_local_rank_zero:
+            _all_well(world, False)
         raise
-    if place.leads_node:
-        _all_well(place, True)
+    if world.is_local_rank_zero:
+        _all_well(world, True)
 
 
-def _all_well(place: Place, well: bool) -> None:
+def _all_well(world: World, well: bool) -> None:
     failed = torch.tensor(0.0 if well else 1.0)
-    add_over_ranks(failed, place)
+    sum_over_ranks(failed, world)
     if well and failed:
         sys.exit(2)  # the rank that failed says why
 
@@ -287,12 +289,12 @@ def first_row(parameter: Tensor) -> int:
     return min(index * -(-len(parameter) // shards), len(parameter))
 
 
-def local(parameter: Tensor) -> Tensor:
+def local_shard(parameter: Tensor) -> Tensor:
     """This rank's rows of a parameter."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor put together, a plain one as it is. All ranks must ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

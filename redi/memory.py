@@ -32,7 +32,7 @@ from torch import Tensor
 
 from redi.attention import packed_attention
 from redi.config import UserError
-from redi.distributed import Place
+from redi.distributed import World
 from redi.logprobs import CHUNK_BYTES
 from redi.model import Block, ModelConfig, Transformer, rotary_tables
 
@@ -40,16 +40,16 @@ SHARE = 0.85  # of the memory is planned with; the rest is the allocator's and o
 
 
 def blocks_to_checkpoint(
-    setting: str, model: Transformer, tokens: int, place: Place, dtype: torch.dtype
+    setting: str, model: Transformer, tokens: int, world: World, dtype: torch.dtype
 ) -> tuple[int, str]:
     """(how many blocks to checkpoint; why, and what a step needs) for packs of T `tokens`.
 
     setting: "all", "none", a number, or "auto", as few as memory allows. Raises UserError.
     """
     blocks = len(model.model.layers)
-    parts = fixed_parts(model, tokens, place, dtype)
+    parts = fixed_parts(model, tokens, world, dtype)
     per_block = tokens * saved_bytes_per_token(model.config, dtype)
-    there = total_memory(place)
+    there = total_memory(world)
     if setting == "auto":
         free = SHARE * there - sum(parts.values())
         count, why = blocks - min(max(int(free // per_block), 0), blocks), "as few as memory allows"
@@ -112,19 +112,19 @@ def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
 
 
 def step_bytes(
-    model: Transformer, tokens: int, place: Place, dtype: torch.dtype, checkpointed: int
+    model: Transformer, tokens: int, world: World, dtype: torch.dtype, checkpointed: int
 ) -> float:
     """The most a process holds in a step over packs of T `tokens`."""
     held = blocks_held(checkpointed, len(model.model.layers))
     activations = held * tokens * saved_bytes_per_token(model.config, dtype)
-    return sum(fixed_parts(model, tokens, place, dtype).values()) + activations
+    return sum(fixed_parts(model, tokens, world, dtype).values()) + activations
 
 
 def fixed_parts(
-    model: Transformer, tokens: int, place: Place, dtype: torch.dtype
+    model: Transformer, tokens: int, world: World, dtype: torch.dtype
 ) -> dict[str, int]:
     """What a step needs besides the activations inside blocks: bytes by what they are for."""
-    config, ranks = model.config, place.node_size
+    config, ranks = model.config, world.local_world_size
     parameters = sum(p.numel() for p in model.parameters())
     wide = tokens * config.hidden_size  # numbers of a (T, D)
     over = f", over {ranks} ranks" if ranks > 1 else ""
@@ -132,12 +132,12 @@ def fixed_parts(
         f"weights and Adam's moments, 12 bytes a parameter{over}": 12 * parameters // ranks,
         "gradients, 4 bytes a parameter, whole until a step's last backward": 4 * parameters,
     }
-    if place.world_size > 1 or dtype != torch.float32:
+    if world.world_size > 1 or dtype != torch.float32:
         parts["whole weights to compute with"] = dtype.itemsize * parameters
     parts["every block's input"] = config.num_layers * wide * dtype.itemsize
     # Around the head five tensors (T, D): what the last norm saves, its output, the supervised
     # rows and their gradient.
-    chunk = min(CHUNK_BYTES[place.device.type], 4 * tokens * config.vocab_size)
+    chunk = min(CHUNK_BYTES[world.device.type], 4 * tokens * config.vocab_size)
     weight = config.vocab_size * config.hidden_size
     head = chunk + 4 * weight + 5 * 4 * wide
     # The gradient of a tied weight waits for the embedding's; then two (T, I), which meet where
@@ -147,8 +147,8 @@ def fixed_parts(
     return parts
 
 
-def total_memory(place: Place) -> int:
+def total_memory(world: World) -> int:
     """Bytes of the GPU, or this process's share of the machine."""
-    if place.device.type == "cuda":
-        return torch.cuda.get_device_properties(place.device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // place.node_size
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_world_size

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from redi.checkpoint.resume import Checkpoints
-from redi.distributed import local
+from redi.distributed import local_shard
 from redi.model import ModelConfig
 
 BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # weights at a time
 
 
 @torch.no_grad()
-def squared_update(optimizer: torch.optim.AdamW) -> Tensor:
+def squared_update_norm(optimizer: torch.optim.AdamW) -> Tensor:
     """Sum of squares of what the next `optimizer.step()` adds to this rank's weights: (), float64.
 
     Gradients are those at hand, clipped already. Exact but for the rounding of the sum into a
@@ -43,10 +43,10 @@ def squared_update(optimizer: torch.optim.AdamW) -> Tensor:
 def _squared(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor:
     """The same of one parameter, for a learning rate of 1."""
     beta1, beta2 = group["betas"]
-    weight, gradient = (local(t.detach()).reshape(-1) for t in (parameter, parameter.grad))
+    weight, gradient = (local_shard(t.detach()).reshape(-1) for t in (parameter, parameter.grad))
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     if state:
-        mean, square = (local(state[name]).reshape(-1) for name in ("exp_avg", "exp_avg_sq"))
+        mean, square = (local_shard(state[name]).reshape(-1) for name in ("exp_avg", "exp_avg_sq"))
         step = state["step"].double() + 1.0
     else:  # AdamW makes it in its first step
         mean = square = weight.new_zeros(()).expand_as(weight)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 Pack = np.ndarray  # the ids of the sequences in it
-Step = list[list[Pack]]  # rank -> packs, as many on every rank
+StepPlan = list[list[Pack]]  # rank -> packs, as many on every rank
 
 # Work of a sequence in units of one token: L + ATTENTION * L^2. The ratio of Qwen2.5-1.5B's
 # attention to its matmuls, forward and backward; other sizes are close enough for dealing.
@@ -50,7 +50,7 @@ def plan(
     seed: int = 42,
     epoch: int = 0,
     keep_pairs: bool = False,
-) -> list[Step]:
+) -> list[StepPlan]:
     """plan[step][rank] = list of packs, each an array of sequence ids.
 
     lengths (N,): tokens of each row, and its id is the row; or (N, 2): tokens of the chosen and
@@ -79,7 +79,7 @@ def plan(
     return steps
 
 
-def _plan_step(pieces: list[tuple[int, tuple]], pack_tokens: int, world_size: int) -> Step:
+def _plan_step(pieces: list[tuple[int, tuple]], pack_tokens: int, world_size: int) -> StepPlan:
     """Deal (length, sequence ids) pieces, longest first, to ranks and packs."""
     dealt: list[list] = [[] for _ in range(world_size)]
     work = [(0.0, rank) for rank in range(world_size)]  # a heap
@@ -139,7 +139,7 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """A rendered row: prompt then response, the stop token last."""
 
     tokens: np.ndarray  # (L,)
@@ -160,7 +160,7 @@ class Sequence:
         return places if self.learned is None else places[self.learned]
 
 
-def pack(sequences: list[Sequence], weights: Tensor) -> PackedBatch:
+def pack(sequences: list[TokenSequence], weights: Tensor) -> PackedBatch:
     """Lay sequences end to end. weights (S,): the token weight of each sequence.
 
     An empty list gives the pack of a rank that has nothing to do: one token, nothing supervised.

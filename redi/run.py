@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from redi import __version__, distributed
-from redi.batches import Task
+from redi.batches import TrainData
 from redi.checkpoint.folder import Source, open_model, save_model
 from redi.checkpoint.reference import reference_path
 from redi.checkpoint.resume import Checkpoints
 from redi.checkpoint.weights import fill, fingerprint
 from redi.config import UserError, to_toml
 from redi.data.dataset import Dataset, Limits, describe, hash_files, load_store, select
-from redi.distributed import DTYPES, Place, Placing, node_leader_first, others_may_be_gone
+from redi.distributed import DTYPES, Parallelism, World, local_rank_zero_first, report_lost_ranks
 from redi.eval.in_training import prepare
 from redi.eval.protocol import EvalConfig
 from redi.hub import CARD, dataset_files, is_hub_id
@@ -36,9 +36,9 @@ def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: 
     error if it is missing. Raises UserError for everything a user can mend, before anything is
     written to --out; config.Stopped if it was asked to stop.
     """
-    place = distributed.start(config.timeout)
-    with others_may_be_gone(place, f"--timeout {config.timeout:g} minutes"):
-        _run(config, objective, paired, model_made_by, place)
+    world = distributed.start(config.timeout)
+    with report_lost_ranks(world, f"--timeout {config.timeout:g} minutes"):
+        _run(config, objective, paired, model_made_by, world)
 
 
 def _run(
@@ -46,55 +46,57 @@ def _run(
     objective: Objective,
     paired: bool,
     model_made_by: str | None,
-    place: Place,
+    world: World,
 ) -> None:
     finished = not config.dry_run and is_finished(config.out, config)
 
     # ---- model and data; of the model only the sizes
     defaults = type(config)
     made_by = model_made_by if config.model == defaults.model else None
-    with node_leader_first(place):  # a hub id is downloaded, data is tokenised: once a node
+    with local_rank_zero_first(world):  # a hub id is downloaded, data is tokenised: once a node
         model, source = open_model(
             config.model, config.rope_theta, config.max_position_embeddings, made_by
         )
         made_by = "python -m redi.prepare" if config.data == defaults.data else None
-        dataset = load_data(config.data, config, source, paired, made_by, place.leads_node)
+        dataset = load_data(config.data, config, source, paired, made_by, world.is_local_rank_zero)
         eval_rows = None
         if config.eval_data:
-            eval_rows = load_data(config.eval_data, config, source, paired, verify=place.leads_node)
+            eval_rows = load_data(
+                config.eval_data, config, source, paired, verify=world.is_local_rank_zero
+            )
             print(f"held out, {config.eval_data}: {describe(eval_rows, source.chat)}\n")
         exam = None
         if config.eval_benchmark:
-            exam = prepare(exam_config(config), source, place)
+            exam = prepare(benchmark_config(config), source, world)
     facts = facts_of(source, dataset, config.data)
     if finished:
         check_facts(config, facts)
         print(f"{config.out} is finished: nothing to do")
         return
-    task = Task(dataset, objective, place, config.pack_tokens)
+    task = TrainData(dataset, objective, world, config.pack_tokens)
     eval_task = replace(task, dataset=eval_rows) if eval_rows else None
-    dtype = distributed.compute_dtype(config.dtype, place)
+    dtype = distributed.compute_dtype(config.dtype, world)
     checkpointed, why = blocks_to_checkpoint(
-        config.checkpoint_blocks, model, longest_pack(dataset, config), place, dtype
+        config.checkpoint_blocks, model, longest_pack(dataset, config), world, dtype
     )
     print(describe(dataset, source.chat), describe_plan(task, config), why, sep="\n", flush=True)
     if config.dry_run:
         return
     if objective.needs_reference:
         where = partial(reference_path, config.cache, source.folder, model.config, dtype)
-        task = replace(task, kept_in=where(dataset))
-        eval_task = replace(eval_task, kept_in=where(eval_rows)) if eval_task else None
+        task = replace(task, cache_path=where(dataset))
+        eval_task = replace(eval_task, cache_path=where(eval_rows)) if eval_task else None
 
     # ---- train and save
-    checkpoints = Checkpoints(Path(config.out), place, compared(facts), config.keep)
+    checkpoints = Checkpoints(Path(config.out), world, compared(facts), config.keep)
     history = [r for r in read_metrics(Path(config.out)) if r["kind"] == "train"]
     begin = checkpoints.newest_whole(len(history)) if config.resume == "auto" else 0
     log = NoLog()
-    if place.rank == 0:
+    if world.rank == 0:
         log = RunLog(config.out, config, facts, config.tracker, begin)
         checkpoints.forget_after(begin)
-    how = Placing(dtype, checkpointed, config.compile, config.reshard_after_forward)
-    distributed.place_model(model, place, how)
+    how = Parallelism(dtype, checkpointed, config.compile, config.reshard_after_forward)
+    distributed.parallelize(model, world, how)
     fill(model, source.folder)
     if begin:
         print(f"{config.out}: goes on after step {begin}", flush=True)
@@ -141,7 +143,7 @@ def load_data(
     return select(store, limits, config.over_length, path)
 
 
-def exam_config(config: TrainConfig) -> EvalConfig:
+def benchmark_config(config: TrainConfig) -> EvalConfig:
     """How the benchmark is asked between steps: like the training rows are."""
     return EvalConfig(
         benchmark=[config.eval_benchmark],
@@ -153,10 +155,10 @@ def exam_config(config: TrainConfig) -> EvalConfig:
     )
 
 
-def describe_plan(task: Task, config: TrainConfig) -> str:
+def describe_plan(task: TrainData, config: TrainConfig) -> str:
     """What training will do with the rows, in a line."""
     epoch = task.plan(config.rows_per_step, config.seed, epoch=0)
-    packs, ranks = sum(len(step[0]) for step in epoch), task.place.world_size
+    packs, ranks = sum(len(step[0]) for step in epoch), task.world.world_size
     dealt = f" on each of {ranks} processes" if ranks > 1 else ""
     tokens = int(task.dataset.lengths.sum())
     return (

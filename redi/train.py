@@ -26,14 +26,14 @@ import torch
 from torch import nn
 
 from redi import distributed
-from redi.batches import SequenceLogps, Task, held_out, read, with_reference
+from redi.batches import SequenceStats, TrainData, held_out, read, with_reference
 from redi.checkpoint.resume import Checkpoints
 from redi.config import Stopped, UserError, require
-from redi.distributed import peak_memory_gib, whole
+from redi.distributed import full_tensor, peak_memory_gib
 from redi.eval.in_training import Exam, measure
 from redi.model import Transformer
-from redi.monitor import CollapseGuard, peak_flops, squared_update, training_flops, watch
-from redi.packing import Step
+from redi.monitor import CollapseGuard, peak_flops, squared_update_norm, training_flops, watch
+from redi.packing import StepPlan
 from redi.runlog import NoLog, Progress, RunLog
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, and the paper's
@@ -149,7 +149,7 @@ def lr_factor(step: int, total: int) -> float:
     return step / warmup if step <= warmup else (total - step) / (total - warmup)
 
 
-def num_steps(task: Task, config: TrainConfig) -> int:
+def num_steps(task: TrainData, config: TrainConfig) -> int:
     """Optimizer steps of the run. The last of an epoch may be smaller; it is run all the same."""
     steps = config.epochs * math.ceil(len(task.dataset) / config.rows_per_step)
     return min(steps, config.max_steps or steps)
@@ -157,11 +157,11 @@ def num_steps(task: Task, config: TrainConfig) -> int:
 
 def train(
     model: Transformer,
-    task: Task,
+    task: TrainData,
     config: TrainConfig,
     log: RunLog | NoLog,
     checkpoints: Checkpoints,
-    eval_task: Task | None = None,
+    eval_task: TrainData | None = None,
     exam: Exam | None = None,
     history: Sequence[dict[str, Any]] = (),
 ) -> None:
@@ -183,7 +183,7 @@ def train(
         if warning and config.collapse_stop:
             raise UserError(f"--collapse-stop: {warning}; without the flag the run goes on")
     steps = enumerate(islice(_steps(task, config), begin, total), start=begin + 1)
-    shown = task.place.rank == 0
+    shown = task.world.rank == 0
     with (
         Progress(total, Path(config.out).name, "step", shown, begin) as progress,
         StopSignals() as signals,
@@ -221,7 +221,7 @@ def train(
                 raise Stopped(f"after step {number} of {total}; {left}; the same command goes on")
 
 
-def _steps(task: Task, config: TrainConfig) -> Iterator[Step]:
+def _steps(task: TrainData, config: TrainConfig) -> Iterator[StepPlan]:
     """All steps of the run, in order; the one after the one at hand is read ahead."""
     for epoch in range(config.epochs):
         steps = task.plan(config.rows_per_step, config.seed, epoch)
@@ -234,33 +234,33 @@ def _steps(task: Task, config: TrainConfig) -> Iterator[Step]:
 def _train_step(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    task: Task,
-    step: Step,
+    task: TrainData,
+    step: StepPlan,
     config: TrainConfig,
     signals: "StopSignals",
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step: its record for the log, and whether any rank was asked to stop."""
     began = time.perf_counter()
-    device, paired = task.place.device, task.dataset.store.paired
+    device, paired = task.world.device, task.dataset.store.paired
     loss, parts = torch.zeros((), device=device, dtype=torch.float64), []
     totals, lengths = task.totals(step), task.dataset.lengths.reshape(-1)[task.ids(step)]
 
     # ---- forward and backward, pack by pack: gradients add up in .grad
-    packs = len(step[task.place.rank])
+    packs = len(step[task.world.rank])
     for number, batch in enumerate(task.batches(step, totals), start=1):
         distributed.last_pack(model, number == packs, config.reshard_after_forward)
         entropies = torch.zeros_like(batch.token_weights)  # (R,)
         share, logps = task.loss(model, batch, totals, entropies)
         share.backward()
         loss += share.detach()
-        parts.append(SequenceLogps.of(batch, logps, paired, entropies))
-    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-    update = squared_update(optimizer) / task.place.num_nodes  # each has all the weights
+        parts.append(SequenceStats.of(batch, logps, paired, entropies))
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+    update = squared_update_norm(optimizer) / task.world.num_nodes  # each has all the weights
 
     # ---- the one place in a step where the host waits for the device, and for the other ranks
     add = [loss, float(signals.wanted), update]
-    reading = read(task, step, parts, add, alike=[grad_norm], with_entropies=True)
-    [loss, stop, update], [grad_norm] = reading.added, reading.alike
+    reading = read(task, step, parts, add, replicated=[grad_norm], with_entropies=True)
+    [loss, stop, update], [grad_norm] = reading.added, reading.replicated
     if not math.isfinite(loss + grad_norm):
         raise _NotFinite(loss, grad_norm, reading.means)
 
@@ -274,7 +274,7 @@ def _train_step(
     record["tokens"] = int(lengths.sum())
     if peak := peak_flops(device):
         flops = training_flops(model.config, lengths.tolist(), totals.num_tokens)
-        record["mfu"] = flops / seconds / peak / task.place.world_size
+        record["mfu"] = flops / seconds / peak / task.world.world_size
     return record | {"memory_gib": peak_memory_gib(device), "seconds": seconds}, stop > 0
 
 
@@ -308,8 +308,8 @@ class _NotFinite(Exception):
 def _refused(
     broken: _NotFinite,
     number: int,
-    task: Task,
-    step: Step,
+    task: TrainData,
+    step: StepPlan,
     config: TrainConfig,
     checkpoints: Checkpoints,
 ) -> UserError:

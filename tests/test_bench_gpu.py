@@ -23,14 +23,14 @@ from bench.gpu import Part, Session, in_process, missed, ratios, table, told
 from bench.gpu_steps import Run, pair_lengths, trace_lengths, train_steps
 from bench.measure import result
 from redi import memory
-from redi.distributed import Place
+from redi.distributed import World
 from redi.model import ModelConfig, Transformer
 from redi.monitor import training_flops
 
 CPU = torch.device("cpu")
 # Where there is no GPU, Triton runs in its interpreter (see conftest.py).
 TRITON = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PLACE = Place(0, 1, CPU)
+PLACE = World(0, 1, CPU)
 TINY = ModelConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=3, num_heads=4,
     num_kv_heads=2, head_dim=16, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=512,
@@ -294,7 +294,7 @@ def test_memory_is_measured_for_each_setting_that_fits(monkeypatch, capsys):
     json.dumps(found)
     assert {"G6_all", "G6_auto", "G6_none"} <= found.keys()
     assert found["G6_all"]["goal"] == 0.15
-    monkeypatch.setattr(memory, "total_memory", lambda place: 1 << 20)
+    monkeypatch.setattr(memory, "total_memory", lambda world: 1 << 20)
     assert gpu_steps.peaks(CPU, TINY, [30, 20]) == {}
     assert capsys.readouterr().out.count("skipped") == 3
 

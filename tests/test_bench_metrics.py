@@ -33,9 +33,9 @@ def test_a_wrong_entropy_is_not_timed(monkeypatch):
 
 def test_without_means_without(monkeypatch):
     asked = []
-    squared_update = train.squared_update
+    squared_update_norm = train.squared_update_norm
     monkeypatch.setattr(
-        train, "squared_update", lambda o: asked.append("update") or squared_update(o)
+        train, "squared_update", lambda o: asked.append("update") or squared_update_norm(o)
     )
     training = metrics.Training(TINY, metrics.OBJECTIVE["M1"], pairs=3)
     neither = training(entropy=False, update=False, lr=1e-3)

@@ -16,12 +16,12 @@ from redi.checkpoint.folder import load_model, save_model
 from redi.checkpoint.resume import Checkpoints
 from redi.config import UserError
 from redi.data.tokenizer import chatml
-from redi.distributed import Place, Placing, place_model
+from redi.distributed import Parallelism, World, parallelize
 from redi.model import read_rope_theta
 from redi.objectives import SFT, Totals
-from redi.packing import Sequence, pack
+from redi.packing import TokenSequence, pack
 
-PLACE = Place(0, 1, torch.device("cpu"))
+PLACE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -213,12 +213,12 @@ def test_stop_ids_come_from_config_json_where_no_generation_config_names_them(fo
 
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
-def test_the_saved_tokenizer_is_transformers_own(folder, tmp_path, place):
+def test_the_saved_tokenizer_is_transformers_own(folder, tmp_path, world):
     from transformers import AutoTokenizer
 
-    if place == "chat_template.jinja":
+    if world == "chat_template.jinja":
         edit_json(folder / "tokenizer_config.json", chat_template=...)
-        (folder / place).write_text(chatml(system="You are terse."))
+        (folder / world).write_text(chatml(system="You are terse."))
     model, source = load_model(folder)
     save_model(model, tmp_path / "out", source)
     messages = [{"role": "user", "content": "6-1=?"}]
@@ -492,15 +492,17 @@ def sharded(save_qwen2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     save_qwen2(folder, tie_word_embeddings=True)
     plain, mixed = load_model(folder)[0], load_model(folder)[0]
-    place_model(plain, PLACE, Placing())
-    place_model(mixed, PLACE, Placing(torch.bfloat16))
+    parallelize(plain, PLACE, Parallelism())
+    parallelize(mixed, PLACE, Parallelism(torch.bfloat16))
     yield folder, plain, mixed
     torch.distributed.destroy_process_group()
 
 
 def sft_loss(model) -> torch.Tensor:
     rng = np.random.default_rng(0)
-    rows = [Sequence(rng.integers(0, 320, n), prompt_length=3, row=0, sign=1) for n in (9, 5, 20)]
+    rows = [
+        TokenSequence(rng.integers(0, 320, n), prompt_length=3, row=0, sign=1) for n in (9, 5, 20)
+    ]
     totals = Totals(num_rows=3, num_tokens=sum(row.response_length for row in rows))
     lengths = torch.tensor([row.response_length for row in rows])
     batch = pack(rows, SFT.token_weights(torch.ones(3), lengths, totals))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import evaluate
-from redi.distributed import Place
+from redi.distributed import World
 from redi.eval import complete, grade
 from redi.eval.completions import Completion, read_lines
 from redi.eval.generate import Request
@@ -187,7 +187,7 @@ def test_every_rank_gets_its_share_of_every_benchmark(world_size):
         for sample in range(3)
     ]
     device = torch.device("cpu")
-    shares = [complete.deal(asked, Place(r, world_size, device)) for r in range(world_size)]
+    shares = [complete.deal(asked, World(r, world_size, device)) for r in range(world_size)]
     assert sorted(map(asked.index, itertools.chain(*shares))) == list(range(len(asked)))
     for share in shares:
         problems = [key for key, _ in itertools.groupby((one.benchmark, one.id) for one in share)]

@@ -39,12 +39,12 @@ from test_train import as_positive, conversation, run, sft_config, steps, write_
 from tokenizers import Tokenizer
 
 from redi import train
-from redi.batches import Task
+from redi.batches import TrainData
 from redi.checkpoint import folder as checkpoint
 from redi.checkpoint.folder import open_model
 from redi.checkpoint.resume import damage
 from redi.config import UserError
-from redi.distributed import Place
+from redi.distributed import World
 from redi.objectives import SFT as SFT_OBJECTIVE
 from redi.run import load_data
 from redi.runlog import read_metrics
@@ -406,14 +406,14 @@ def nan_in_one_row(folder: Path) -> tuple[int, int, int]:
     dataset = load_data("positives.jsonl", sft_config(), source, paired=False)
     tokens = [dataset.sequence(row).tokens.tolist() for row in range(10)]
     assert [row for row in range(10) if broken in tokens[row]] == [MARKED]
-    plan = Task(dataset, SFT_OBJECTIVE, Place(0, 2, torch.device("cpu")), 32768).plan(4, 42, 0)
-    [place] = [
+    plan = TrainData(dataset, SFT_OBJECTIVE, World(0, 2, torch.device("cpu")), 32768).plan(4, 42, 0)
+    [world] = [
         (step, rank, MARKED + 1)
         for step, packs_of in enumerate(plan, start=1)
         for rank, packs in enumerate(packs_of)
         if MARKED in [int(i) for ids in packs for i in ids]
     ]
-    return place
+    return world
 
 
 def test_a_row_that_is_not_finite_is_named_with_step_and_rank(tmp_path, monkeypatch):

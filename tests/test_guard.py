@@ -20,7 +20,7 @@ from test_train import redi_config, run, steps
 import train_redi
 from redi.checkpoint.resume import Checkpoints
 from redi.config import UserError
-from redi.distributed import Place
+from redi.distributed import World
 from redi.monitor import CollapseGuard, watch
 from redi.runlog import read_metrics
 
@@ -87,7 +87,7 @@ PINS = {
 @pytest.mark.parametrize("name", PINS)
 def test_what_is_kept_from_before_the_fall(name, tmp_path):
     chosen, pinned = PINS[name]
-    checkpoints = Checkpoints(tmp_path, Place(0, 1, torch.device("cpu")), {}, keep=1)
+    checkpoints = Checkpoints(tmp_path, World(0, 1, torch.device("cpu")), {}, keep=1)
     guard, seen = CollapseGuard(0.5, 3), []
     for step, logp in enumerate(chosen, start=1):
         watch(guard, step, {"chosen_logp": logp}, checkpoints)

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from redi import logprobs
-from redi.batches import Task, held_out, with_reference
-from redi.distributed import Place
+from redi.batches import TrainData, held_out, with_reference
+from redi.distributed import World
 from redi.model import ModelConfig, Transformer
 from redi.objectives import OBJECTIVES, SFT, Totals
-from redi.packing import PackedBatch, Sequence, pack
+from redi.packing import PackedBatch, TokenSequence, pack
 
 ALPHA, BETA, GAMMA = 0.8, 0.7, 0.3
 PARAMETERS = {
@@ -70,7 +70,7 @@ def tiny(tied: bool, dtype: torch.dtype, seed: int = 0) -> Transformer:
 class Rows:
     """Rows of random tokens, with the fields of data.dataset.Dataset that a Task reads."""
 
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     store: SimpleNamespace
 
     @classmethod
@@ -82,7 +82,7 @@ class Rows:
             for sign in (1, -1) if paired else (1,):
                 response = rng.integers(0, VOCABULARY, rng.integers(1, 12))
                 tokens = np.concatenate([prompt, response])
-                sequences.append(Sequence(tokens, len(prompt), row, sign))
+                sequences.append(TokenSequence(tokens, len(prompt), row, sign))
         return cls(sequences, SimpleNamespace(paired=paired))
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class Rows:
     def response_lengths(self) -> np.ndarray:
         return np.array([s.response_length for s in self.sequences])
 
-    def sequence(self, sequence_id: int) -> Sequence:
+    def sequence(self, sequence_id: int) -> TokenSequence:
         return self.sequences[sequence_id]
 
 
@@ -105,15 +105,15 @@ def objective_of(name: str):
     return SFT if name == "sft" else OBJECTIVES[name](**PARAMETERS[name])
 
 
-def task_of(name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000) -> Task:
-    place = Place(rank, world_size, torch.device("cpu"))
-    return Task(Rows.draw(paired=name != "sft"), objective_of(name), place, pack_tokens)
+def task_of(name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000) -> TrainData:
+    world = World(rank, world_size, torch.device("cpu"))
+    return TrainData(Rows.draw(paired=name != "sft"), objective_of(name), world, pack_tokens)
 
 
 # ---------------------------------------------------------------- the oracle
 
 
-def row_logps(model: Transformer, sequence: Sequence) -> torch.Tensor:
+def row_logps(model: Transformer, sequence: TokenSequence) -> torch.Tensor:
     """Log-probs (|y|,) of a response, the sequence alone, from its whole logits."""
     tokens = torch.from_numpy(sequence.tokens)
     length = len(tokens)
@@ -132,7 +132,7 @@ def row_logps(model: Transformer, sequence: Sequence) -> torch.Tensor:
     logits = model(alone, lambda hidden, weight: hidden @ weight.T)  # (L, V)
     logps = F.log_softmax(logits, dim=-1)
     places = range(sequence.prompt_length, length)
-    return torch.stack([logps[place - 1, tokens[place]] for place in places])
+    return torch.stack([logps[world - 1, tokens[world]] for world in places])
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
@@ -234,7 +234,7 @@ def planned(name: str, model: Transformer, reference, world_size: int, pack_toke
     loss = 0.0
     for rank in range(world_size):
         task = task_of(name, rank, world_size, pack_tokens)
-        task = Task(task.dataset, task.objective, task.place, pack_tokens, reference)
+        task = TrainData(task.dataset, task.objective, task.world, pack_tokens, reference)
         step = task.everything()
         totals = task.totals(step)
         for batch in task.batches(step, totals):
@@ -378,7 +378,7 @@ def test_held_out_loss_is_the_papers_loss_over_all_rows(name, expected):
     model = tiny(True, torch.float64)
     task = task_of(name, pack_tokens=30)
     reference = reference_sums(name, True, torch.float64)
-    task = Task(task.dataset, task.objective, task.place, 30, reference)
+    task = TrainData(task.dataset, task.objective, task.world, 30, reference)
     assert held_out(model, task)["loss"] == pytest.approx(expected(name, True)[0], rel=1e-12)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -408,7 +408,7 @@ def test_a_packed_sequence_has_the_log_probs_it_has_alone():
 def test_alpha_0_has_no_gradient_from_rejected_traces_but_their_log_probs():
     model = tiny(True, torch.float64)
     objective = OBJECTIVES["redi"](alpha=0.0)
-    task = Task(Rows.draw(paired=True), objective, Place(0, 1, torch.device("cpu")), 1000)
+    task = TrainData(Rows.draw(paired=True), objective, World(0, 1, torch.device("cpu")), 1000)
     step = task.everything()
     totals = task.totals(step)
     [batch] = task.batches(step, totals)

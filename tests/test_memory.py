@@ -8,16 +8,16 @@ import torch
 
 from redi import memory
 from redi.config import UserError
-from redi.distributed import Place, Placing, place_model
+from redi.distributed import Parallelism, World, parallelize
 from redi.logprobs import CHUNK_BYTES
 from redi.memory import blocks_to_checkpoint, fixed_parts, saved_bytes_per_token, step_bytes
 from redi.model import ModelConfig, Transformer
 from redi.monitor import peak_flops, training_flops
 from redi.objectives import SFT, Totals
-from redi.packing import Sequence, pack
+from redi.packing import TokenSequence, pack
 
 CPU = torch.device("cpu")
-PLACE = Place(0, 1, CPU)
+PLACE = World(0, 1, CPU)
 TINY = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2,
     head_dim=8, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=64,
@@ -33,12 +33,14 @@ def loss_and_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = Transformer(TINY)
-    how = Placing(checkpointed=checkpointed, compiled=compiled)
-    place_model(model, PLACE, how)
+    how = Parallelism(checkpointed=checkpointed, compiled=compiled)
+    parallelize(model, PLACE, how)
     totals, sum_of_losses = Totals(num_rows=1, num_tokens=15), 0.0
     for lengths in packs:
         tokens = [torch.arange(length).numpy() for length in lengths]
-        sequences = [Sequence(t, prompt_length=5, row=row, sign=1) for row, t in enumerate(tokens)]
+        sequences = [
+            TokenSequence(t, prompt_length=5, row=row, sign=1) for row, t in enumerate(tokens)
+        ]
         responses = torch.tensor([s.response_length for s in sequences])
         weights = SFT.token_weights(torch.ones_like(responses), responses, totals)
         loss, _ = SFT.loss(model, pack(sequences, weights), totals, None)
@@ -85,7 +87,7 @@ def test_compiled_blocks_compute_the_same_without_a_new_graph_for_every_pack(
 def test_a_checkpointed_block_saves_only_what_goes_in():
     torch.manual_seed(0)
     model = Transformer(TINY)
-    place_model(model, PLACE, Placing(checkpointed=1))
+    parallelize(model, PLACE, Parallelism(checkpointed=1))
     saved = []
     x, cos = torch.ones(6, 32, requires_grad=True), torch.ones(6, 8)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -111,7 +113,7 @@ def qwen() -> Transformer:
     ("gib", "least", "most"), [(36, 28, 28), (40, 27, 27), (80, 10, 26), (140, 1, 9), (400, 0, 0)]
 )
 def test_auto_checkpoints_as_few_blocks_as_memory_needs(qwen, monkeypatch, gib, least, most):
-    monkeypatch.setattr(memory, "total_memory", lambda place: gib << 30)
+    monkeypatch.setattr(memory, "total_memory", lambda world: gib << 30)
     count, why = blocks_to_checkpoint("auto", qwen, 32_768, PLACE, torch.bfloat16)
     assert least <= count <= most
     assert f"{count} of 28 blocks" in why
@@ -129,7 +131,7 @@ def test_bytes_of_a_step_of_the_published_model_by_hand(qwen):
     assert step_bytes(*given, checkpointed=28) == pytest.approx(alone + t * saved)
     assert step_bytes(*given, checkpointed=27) == step_bytes(*given, checkpointed=28)
     assert step_bytes(*given, checkpointed=20) == pytest.approx(alone + 8 * t * saved)
-    eight = (qwen, t, Place(3, 16, CPU, 8), torch.bfloat16)  # two nodes of 8: sharded inside one
+    eight = (qwen, t, World(3, 16, CPU, 8), torch.bfloat16)  # two nodes of 8: sharded inside one
     assert step_bytes(*eight, 28) == pytest.approx(alone - 12 * n * 7 / 8 + t * saved)
 
 
@@ -143,7 +145,7 @@ def test_one_process_in_fp32_has_no_second_copy_of_the_weights():
 
 def test_the_table_adds_up_and_says_whether_it_fits(qwen, monkeypatch):
     for gib, fits in ((80, "within 85% of what there is, 68.000"), (30, "more than 85%")):
-        monkeypatch.setattr(memory, "total_memory", lambda place, gib=gib: gib << 30)
+        monkeypatch.setattr(memory, "total_memory", lambda world, gib=gib: gib << 30)
         count, why = blocks_to_checkpoint("auto", qwen, 32_768, PLACE, torch.bfloat16)
         *parts, total = [float(line.split()[0]) for line in why.splitlines()[2:]]
         assert total == pytest.approx(sum(parts), abs=0.01)

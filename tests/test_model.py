@@ -16,13 +16,13 @@ from redi.checkpoint.folder import load_model
 from redi.config import UserError
 from redi.logprobs import reference_token_logps
 from redi.model import ModelConfig
-from redi.packing import PackedBatch, Sequence, pack
+from redi.packing import PackedBatch, TokenSequence, pack
 
 LENGTHS = [7, 1, 12, 3]
 
 
-def sequence(tokens: np.ndarray, prompt_length: int = 1) -> Sequence:
-    return Sequence(tokens, prompt_length, row=0, sign=1)
+def sequence(tokens: np.ndarray, prompt_length: int = 1) -> TokenSequence:
+    return TokenSequence(tokens, prompt_length, row=0, sign=1)
 
 
 def documents(seed: int = 0) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redi.packing import Sequence, pack, plan
+from redi.packing import TokenSequence, pack, plan
 
 # ---------------------------------------------------------------- the plan, worked by hand
 
@@ -242,8 +242,8 @@ def test_ranks_run_at_most_one_pack_more_than_the_tokens_need():
 # ---------------------------------------------------------------- a pack as tensors
 
 
-def sequence(tokens: list[int], prompt_length: int, row: int = 0, sign: int = 1) -> Sequence:
-    return Sequence(np.array(tokens, dtype=np.int32), prompt_length, row, sign)
+def sequence(tokens: list[int], prompt_length: int, row: int = 0, sign: int = 1) -> TokenSequence:
+    return TokenSequence(np.array(tokens, dtype=np.int32), prompt_length, row, sign)
 
 
 # 5, 3 and 7 tokens; prompts of 2, 1 and 4.
@@ -330,7 +330,7 @@ def test_rows_and_targets_are_those_of_each_document_alone(shapes):
 
 def test_a_sequence_without_a_prompt_is_refused():
     """Its first token would be predicted by the last one of the document before it."""
-    headless = Sequence(tokens=np.arange(3), prompt_length=0, row=0, sign=1)
+    headless = TokenSequence(tokens=np.arange(3), prompt_length=0, row=0, sign=1)
     with pytest.raises(ValueError, match="prompt"):
         pack([headless], torch.ones(1))
 
@@ -360,8 +360,8 @@ def test_to_a_device_keeps_everything():
 def test_of_several_turns_only_the_answers_are_predicted():
     """Prompt 10 11, answer 12 13, a question 14 15, answer 16 17; after a document of 3 tokens."""
     learned = np.array([True, True, False, False, True, True])
-    turns = Sequence(np.arange(10, 18), prompt_length=2, row=1, sign=1, learned=learned)
-    first = Sequence(np.array([1, 2, 3]), prompt_length=1, row=0, sign=1)
+    turns = TokenSequence(np.arange(10, 18), prompt_length=2, row=1, sign=1, learned=learned)
+    first = TokenSequence(np.array([1, 2, 3]), prompt_length=1, row=0, sign=1)
     batch = pack([first, turns], torch.tensor([1.0, 0.5]))
     assert batch.targets.tolist() == [2, 3, 12, 13, 16, 17]
     assert batch.rows.tolist() == [0, 1, 3 + 1, 3 + 2, 3 + 5, 3 + 6]

@@ -260,7 +260,9 @@ def test_the_bytes_are_the_same_however_many_workers_grade(tmp_path):
 
 
 def test_a_trace_whose_grading_times_out_is_neither_correct_nor_incorrect(tmp_path, monkeypatch):
-    monkeypatch.setattr("redi.prepare.__main__.Grader", lambda workers: Grader(workers, limit_s=2.0))
+    monkeypatch.setattr(
+        "redi.prepare.__main__.Grader", lambda workers: Grader(workers, limit_s=2.0)
+    )
     hangs = "</think>\\boxed{5^{5^{5^{5^5}}}}"
     row = unlabelled("1+1?", "\\frac{1}{2}", texts=[(hangs, None), ("</think>\\boxed{.5}", None)])
     counts, card = prepared(json_lines(tmp_path / "raw.jsonl", [row]), tmp_path, workers=1)

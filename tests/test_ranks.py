@@ -22,9 +22,9 @@ from test_invariance import (
 )
 
 from redi import distributed
-from redi.batches import SequenceLogps, Task, read, with_reference
-from redi.distributed import Place, Placing, place_model, whole
-from redi.monitor import squared_update
+from redi.batches import SequenceStats, TrainData, read, with_reference
+from redi.distributed import Parallelism, World, full_tensor, parallelize
+from redi.monitor import squared_update_norm
 
 CASES = [
     (name, tied, dtype, rows)
@@ -37,7 +37,7 @@ CASES = [
 CASES += [("dpo_norm", True, torch.float64, 7), ("dft", True, torch.float64, 1)]
 
 
-def torchrun(program: list[str], ranks: int, node_size: int, **environment: str) -> list:
+def torchrun(program: list[str], ranks: int, local_world_size: int, **environment: str) -> list:
     """Start a program once a rank, as torchrun does: the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,8 +45,8 @@ def torchrun(program: list[str], ranks: int, node_size: int, **environment: str)
     processes = []
     for rank in range(ranks):
         settings = {
-            "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % node_size,
-            "LOCAL_WORLD_SIZE": node_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % local_world_size,
+            "LOCAL_WORLD_SIZE": local_world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             "OMP_NUM_THREADS": 1, "PYTHONPATH": os.pathsep.join(sys.path), **environment,
         }  # fmt: skip
         env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
@@ -65,7 +65,7 @@ def one_step(
     tied: bool,
     dtype: torch.dtype,
     rows: int,
-    place: Place,
+    world: World,
     pack_tokens: int = 1000,
     reshard: bool = False,
 ):
@@ -73,34 +73,34 @@ def one_step(
     reference = tiny(tied, dtype, seed=9)
     model = tiny(tied, dtype)
     for each in (reference, model):
-        place_model(each, place, Placing(dtype, 1, reshard_after_forward=reshard))
-    task = Task(Rows.draw(name != "sft", rows), objective_of(name), place, pack_tokens)
+        parallelize(each, world, Parallelism(dtype, 1, reshard_after_forward=reshard))
+    task = TrainData(Rows.draw(name != "sft", rows), objective_of(name), world, pack_tokens)
     task = with_reference(reference, task)
     step = task.everything()
     totals, parts, loss = task.totals(step), [], torch.zeros((), dtype=torch.float64)
-    packs = len(step[place.rank])
+    packs = len(step[world.rank])
     for number, batch in enumerate(task.batches(step, totals), start=1):
         distributed.last_pack(model, number == packs, reshard)
         entropies = torch.zeros_like(batch.token_weights)
         share, logps = task.loss(model, batch, totals, entropies)
         share.backward()
         loss += share.detach()
-        parts.append(SequenceLogps.of(batch, logps, name != "sft", entropies))
+        parts.append(SequenceStats.of(batch, logps, name != "sft", entropies))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-    update = squared_update(torch.optim.AdamW(model.parameters(), lr=1e-2)) / place.num_nodes
-    reading = read(task, step, parts, [loss, update], [whole(norm)], with_entropies=True)
-    grads = {name: whole(p.grad) for name, p in model.named_parameters()}
+    update = squared_update_norm(torch.optim.AdamW(model.parameters(), lr=1e-2)) / world.num_nodes
+    reading = read(task, step, parts, [loss, update], [full_tensor(norm)], with_entropies=True)
+    grads = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
     logged = reading.summary() | {"squared update": reading.added[1]}
-    return reading.added[0], reading.alike[0], logged, grads, packs
+    return reading.added[0], reading.replicated[0], logged, grads, packs
 
 
 def main(out: str) -> None:
-    place = distributed.start(timeout_minutes=2)
+    world = distributed.start(timeout_minutes=2)
     results = {}
     for case in CASES:
         for cut in CUTS:
-            results[case, cut] = one_step(*case, place, *cut)
-    if place.rank == 0:
+            results[case, cut] = one_step(*case, world, *cut)
+    if world.rank == 0:
         torch.save(results, out)
     torch.distributed.barrier()
 
@@ -110,9 +110,9 @@ def main(out: str) -> None:
 
 @pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["2 ranks", "2 nodes of 2"])
 def results(request, tmp_path_factory):
-    ranks, node_size = request.param
+    ranks, local_world_size = request.param
     out = tmp_path_factory.mktemp("ranks") / "results.pt"
-    processes = torchrun([__file__, str(out)], ranks, node_size)
+    processes = torchrun([__file__, str(out)], ranks, local_world_size)
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
@@ -121,7 +121,7 @@ def results(request, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ranks_together_give_the_loss_and_gradients_of_one_alone(results, case):
-    loss, norm, summary, gradients, _ = one_step(*case, Place(0, 1, torch.device("cpu")))
+    loss, norm, summary, gradients, _ = one_step(*case, World(0, 1, torch.device("cpu")))
     within = BETWEEN_CUTS[case[2]]
     for cut in CUTS:
         together = results[case, cut]
@@ -139,11 +139,11 @@ def test_a_rank_that_ends_well_leaves_the_group_and_one_that_breaks_does_not_wai
     """Left to the end of the process, gloo's threads abort it now and then."""
     import torch.distributed as dist
 
-    place = Place(0, 2, torch.device("cpu"))
+    world = World(0, 2, torch.device("cpu"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with pytest.raises(ZeroDivisionError), distributed.others_may_be_gone(place, "a week"):
+    with pytest.raises(ZeroDivisionError), distributed.report_lost_ranks(world, "a week"):
         1 / 0  # noqa: B018
     assert dist.is_initialized()
-    with distributed.others_may_be_gone(place, "a week"):
+    with distributed.report_lost_ranks(world, "a week"):
         pass
     assert not dist.is_initialized()

@@ -18,9 +18,9 @@ from redi import run as run_room
 from redi.checkpoint import reference
 from redi.checkpoint.folder import load_model
 from redi.checkpoint.reference import load_reference, reference_path, save_reference
-from redi.distributed import Place
+from redi.distributed import World
 
-ALONE = Place(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 SUMS = torch.tensor([[-1.5, -2.25], [-1e-9, -3e4]], dtype=torch.float64)
 DPO = {"objective": "dpo", "beta": 0.5, "lr": 3e-3}
 
@@ -164,7 +164,7 @@ def test_ranks_use_a_file_only_if_all_have_the_same(tmp_path, monkeypatch, other
     """Two nodes whose caches are not shared, one after another: the first notes what it says."""
     said = []
 
-    def add(tensor, place):
+    def add(tensor, world):
         said.append(tensor.clone())
         if len(said) == 2:
             tensor += said[0]
@@ -185,6 +185,6 @@ def test_ranks_use_a_file_only_if_all_have_the_same(tmp_path, monkeypatch, other
 
 
 def test_only_the_first_rank_of_a_node_writes(tmp_path):
-    place = SimpleNamespace(leads_node=False)
-    save_reference(tmp_path / "reference-0.bin", SUMS, place)
+    world = SimpleNamespace(is_local_rank_zero=False)
+    save_reference(tmp_path / "reference-0.bin", SUMS, world)
     assert list(tmp_path.iterdir()) == []

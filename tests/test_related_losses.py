@@ -23,12 +23,12 @@ from test_train import here, made, redi_config, run, steps, weights  # noqa: F40
 import train_redi
 from redi import objectives, related_losses
 from redi import run as run_room
-from redi.batches import Task
+from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
 from redi.config import UserError
-from redi.distributed import Place
+from redi.distributed import World
 from redi.objectives import OBJECTIVES, Totals
-from redi.packing import Sequence, pack
+from redi.packing import TokenSequence, pack
 
 PAPERS = ("redi", "symmetric", "dpo", "simpo")
 RELATED = [name for name in OBJECTIVES if name not in PAPERS]
@@ -115,7 +115,7 @@ def loss_of(name: str, logps, lengths, reference, **parameters) -> torch.Tensor:
     totals = Totals(len(lengths) // 2, sum(lengths))
     weights = objective.token_weights(signs, torch.tensor(lengths), totals)
     rows = [
-        Sequence(np.zeros(n + 1, dtype=np.int64), 1, i // 2, int(sign))
+        TokenSequence(np.zeros(n + 1, dtype=np.int64), 1, i // 2, int(sign))
         for i, (n, sign) in enumerate(zip(lengths, signs))
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -372,7 +372,7 @@ def test_the_gradient_of_simpo_turns_to_that_of_symmetric_as_beta_falls(here):  
     dataset = run_room.load_data(config.data, config, source, paired=True)
 
     def gradient(objective) -> torch.Tensor:
-        task = Task(dataset, objective, Place(0, 1, torch.device("cpu")), 10_000)
+        task = TrainData(dataset, objective, World(0, 1, torch.device("cpu")), 10_000)
         step = task.everything()
         totals = task.totals(step)
         model.zero_grad()

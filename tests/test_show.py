@@ -20,7 +20,7 @@ import train_sft
 from redi.config import UserError
 from redi.data.dataset import Limits
 from redi.data.tokenizer import ChatTokenizer
-from redi.packing import ATTENTION, Sequence
+from redi.packing import ATTENTION, TokenSequence
 from redi.show import __main__ as show
 from redi.show.facts import Training, about_tokens, about_training, padding
 from redi.show.page import Section, Stretch, _tokens, as_text, stretches, visible
@@ -296,7 +296,7 @@ def test_colours_are_for_terminals_that_want_them(shown, monkeypatch, terminal, 
 def test_a_row_is_cut_where_its_mask_changes():
     """A prompt of 2 tokens; of the 5 behind it, the 2nd and 3rd are another's turn."""
     learned = np.array([True, False, False, True, True])
-    sequence = Sequence(np.arange(10, 17), 2, row=0, sign=1, learned=learned)
+    sequence = TokenSequence(np.arange(10, 17), 2, row=0, sign=1, learned=learned)
     rows = SimpleNamespace(store=SimpleNamespace(paired=False), sequence=lambda number: sequence)
     assert stretches(rows, 0) == [
         Stretch("given", [10, 11], 0),

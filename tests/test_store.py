@@ -184,7 +184,7 @@ def test_no_more_than_a_few_blocks_are_read_ahead_of_what_is_written(monkeypatch
             yield number, Example([said("user", "x" * 50)], [[said("assistant", "y" * 50)]])
 
     written = 0
-    for block in blocks.tokenised(None, examples()):
+    for block in blocks.tokenize_blocks(None, examples()):
         assert read["rows"] - written <= 60  # 40 at work, and 10 on either side
         written += block
     assert written == 500
@@ -308,15 +308,15 @@ def test_whenever_it_dies_it_goes_on_to_the_same_bytes(here, monkeypatch, capsys
 def test_a_resumed_one_tokenises_only_what_is_missing(here, monkeypatch, capsys):
     assert load_and_die(monkeypatch, 9)  # with the fifth block's line of the journal
     capsys.readouterr()
-    tokenised, plain = [], blocks._tokenise
+    tokenize_blocks, plain = [], blocks._tokenise
     monkeypatch.setattr(
-        blocks, "_tokenise", lambda chat, rows: tokenised.extend(rows) or plain(chat, rows)
+        blocks, "_tokenise", lambda chat, rows: tokenize_blocks.extend(rows) or plain(chat, rows)
     )
     store = load()
     [said_so] = capsys.readouterr().out.splitlines()
     last = int(said_so.rsplit(" ", 1)[1])
     assert 5 < last < 40
-    assert sorted(number for number, _ in tokenised) == list(range(last + 1, 41))
+    assert sorted(number for number, _ in tokenize_blocks) == list(range(last + 1, 41))
     assert store.skipped == {"chosen equals rejected": 1}
 
 

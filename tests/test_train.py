@@ -29,14 +29,14 @@ from redi.config import UserError
 from redi.data.dataset import Limits, describe, select
 from redi.data.store import load_store
 from redi.data.tokenizer import ChatTokenizer
-from redi.distributed import Place
+from redi.distributed import World
 from redi.objectives import OBJECTIVES, SFT
 from redi.runlog import RunLog, read_metrics
 from redi.toy import student as toy
 
 ROOT = Path(__file__).parent.parent
 PAIRS = 10
-HERE = Place(0, 1, torch.device("cpu"))
+HERE = World(0, 1, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- a student and its rows

@@ -1,6 +1,6 @@
 """Make a model folder of a checkpoint that training saved (resume.py).
 
-    python -m redi.checkpoint export OUT/checkpoints/step-000200 --out DIR
+python -m redi.checkpoint export OUT/checkpoints/step-000200 --out DIR
 """
 
 import tomllib

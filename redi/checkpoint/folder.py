@@ -30,7 +30,7 @@ from torch import Tensor
 from redi.checkpoint.weights import INDEX, WEIGHTS, check_weights, fill, read_json
 from redi.config import UserError
 from redi.data.tokenizer import ChatTokenizer
-from redi.distributed import whole
+from redi.distributed import full_tensor
 from redi.hub import TOKENIZER_FILES, model_folder
 from redi.model import ModelConfig, Transformer, read_rope_theta
 
@@ -178,7 +178,7 @@ def _gathered(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     first = not sharded or torch.distributed.get_rank() == 0
     tensors = {}
     for name, tensor in model.state_dict().items():
-        tensor = whole(tensor)  # an exchange between ranks: all take part
+        tensor = full_tensor(tensor)  # an exchange between ranks: all take part
         if first:
             tensors[name] = tensor.to("cpu", dtype).contiguous()
     return tensors

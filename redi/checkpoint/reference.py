@@ -27,7 +27,7 @@ from redi.config import UserError
 from redi.data.dataset import Dataset
 from redi.data.files import make_folder, write_aside
 from redi.data.store import hash_files
-from redi.distributed import Place, add_over_ranks
+from redi.distributed import World, sum_over_ranks
 from redi.model import ModelConfig
 
 DIGEST = hashlib.sha256().digest_size
@@ -46,20 +46,20 @@ def reference_path(
     return Path(cache) / f"reference-{key}.bin"
 
 
-def load_reference(path: Path, num_rows: int, place: Place) -> Tensor | None:
+def load_reference(path: Path, num_rows: int, world: World) -> Tensor | None:
     """The (N, 2) float64 in `path`, or None, on all ranks alike."""
-    digest, sums = _read(path, num_rows, place)
+    digest, sums = _read(path, num_rows, world)
     # 40 bits of everybody's sha256, exact in float64; 0 for a rank that has none.
-    seen = torch.zeros(place.world_size, dtype=torch.float64)
-    seen[place.rank] = int.from_bytes(digest[:5], "big") + 1 if sums is not None else 0
-    add_over_ranks(seen, place)
+    seen = torch.zeros(world.world_size, dtype=torch.float64)
+    seen[world.rank] = int.from_bytes(digest[:5], "big") + 1 if sums is not None else 0
+    sum_over_ranks(seen, world)
     return sums if seen[0] > 0 and (seen == seen[0]).all() else None
 
 
-def save_reference(path: Path, sums: Tensor, place: Place) -> None:
+def save_reference(path: Path, sums: Tensor, world: World) -> None:
     """Keep `sums` (N, 2) for other runs: the first rank of each node writes. A disk that does not
     take them is a warning: this run has what it needs."""
-    if not place.leads_node:
+    if not world.is_local_rank_zero:
         return
     data = sums.numpy().tobytes()
     try:
@@ -70,7 +70,7 @@ def save_reference(path: Path, sums: Tensor, place: Place) -> None:
         print(f"warning: reference log-probs are not kept: {error}", file=sys.stderr)
 
 
-def _read(path: Path, num_rows: int, place: Place) -> tuple[bytes, Tensor | None]:
+def _read(path: Path, num_rows: int, world: World) -> tuple[bytes, Tensor | None]:
     """The digest in the file and what follows it, if it is whole."""
     if not path.is_file():
         return b"", None
@@ -78,6 +78,6 @@ def _read(path: Path, num_rows: int, place: Place) -> tuple[bytes, Tensor | None
     digest, data = content[:DIGEST], content[DIGEST:]
     if len(data) == 16 * num_rows and hashlib.sha256(data).digest() == digest:
         return digest, torch.frombuffer(bytearray(data), dtype=torch.float64).reshape(-1, 2)
-    if place.rank == 0:
+    if world.rank == 0:
         print(f"{path}: is not what was written; computed again", file=sys.stderr)
     return b"", None

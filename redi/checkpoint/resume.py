@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from redi.config import UserError, one_line
 from redi.data.dataset import hash_files
-from redi.distributed import Place, add_over_ranks
+from redi.distributed import World, sum_over_ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = "state.json"
@@ -42,7 +42,7 @@ class Checkpoints:
     """Those of one run. Every method is called by all ranks."""
 
     out: Path
-    place: Place
+    world: World
     facts: dict[str, str]  # what must not change under a run: the data, the tokenizer, ...
     keep: int  # newest ones that stay
     pinned: int = 0  # a step whose checkpoint stays whatever its age
@@ -62,7 +62,7 @@ class Checkpoints:
     def forget_after(self, begin: int) -> None:
         """Remove what lies beyond the step that the run goes on from: damaged checkpoints, those of
         an earlier run, and halves of killed saves."""
-        if self.place.rank == 0:
+        if self.world.rank == 0:
             beyond = [self.at(step) for step in self.steps() if step > begin]
             for path in [*beyond, *self.folder.glob(".writing-*")]:
                 shutil.rmtree(path, ignore_errors=True)
@@ -80,7 +80,7 @@ class Checkpoints:
         aside = self.folder / f".writing-{step:06d}"
         problem, told = "", True  # told: by this rank
         try:
-            if self.place.rank == 0:
+            if self.world.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)  # a killed run's
                 aside.mkdir(parents=True)
         except OSError as error:
@@ -89,10 +89,10 @@ class Checkpoints:
             try:
                 self._write(aside, tensors_of(model, optimizer))
             except CheckpointException as error:  # the same on every rank
-                problem, told = _cause(error), self.place.rank == 0
+                problem, told = _cause(error), self.world.rank == 0
             except Exception as error:
                 problem = _cause(error)
-        if self._all_well(not problem) and self.place.rank == 0:
+        if self._all_well(not problem) and self.world.rank == 0:
             problem = self._publish(aside, step)
         if problem and told:
             kept = f"step {self.steps()[0]}" if self.steps() else "none"
@@ -102,7 +102,7 @@ class Checkpoints:
                 file=sys.stderr,
             )
         saved = self._all_well(not problem)
-        if self.place.rank == 0:
+        if self.world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)  # what failed; otherwise it is not there
         return saved
 
@@ -111,17 +111,17 @@ class Checkpoints:
 
         writer = dcp.FileSystemWriter(aside, thread_count=1, sync_files=True)
         with _quiet():
-            dcp.save(tensors, storage_writer=writer, no_dist=self.place.world_size == 1)
-        mine = sorted(aside.glob(f"__{self.place.rank}_*"))
-        if self.place.rank == 0:
+            dcp.save(tensors, storage_writer=writer, no_dist=self.world.world_size == 1)
+        mine = sorted(aside.glob(f"__{self.world.rank}_*"))
+        if self.world.rank == 0:
             mine.append(aside / ".metadata")
         hashes = {file.name: hash_files([file]) for file in mine}
-        _write_synced(aside / f"hashes-{self.place.rank}.json", hashes)
+        _write_synced(aside / f"hashes-{self.world.rank}.json", hashes)
 
     def _publish(self, aside: Path, step: int) -> str:
         """Give a whole checkpoint its name, and remove old ones; -> what went wrong."""
         try:
-            ranks = self.place.world_size
+            ranks = self.world.world_size
             _write_synced(aside / STATE, {"step": step, "ranks": ranks, "facts": self.facts})
             _sync(aside)
             shutil.rmtree(self.at(step), ignore_errors=True)  # a damaged one, passed over
@@ -144,7 +144,7 @@ class Checkpoints:
         Raises UserError if its run was given other data or another tokenizer.
         """
         for step in (step for step in self.steps() if step <= recorded):
-            problem = damage(self.at(step), self.place.rank, self.place.world_size)
+            problem = damage(self.at(step), self.world.rank, self.world.world_size)
             if self._all_well(not problem):
                 self._refuse_changes(self.at(step))
                 return step
@@ -154,7 +154,7 @@ class Checkpoints:
 
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the checkpoint of `step` into model and optimizer."""
-        _read(self.at(step), tensors_of(model, optimizer), self.place.world_size)
+        _read(self.at(step), tensors_of(model, optimizer), self.world.world_size)
         for state in optimizer.state.values():
             state["step"].fill_(float(step))
 
@@ -170,7 +170,7 @@ class Checkpoints:
     def _all_well(self, well: bool) -> bool:
         """Whether it went well on every rank."""
         failed = torch.tensor(0.0 if well else 1.0)
-        add_over_ranks(failed, self.place)
+        sum_over_ranks(failed, self.world)
         return not failed
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from redi.config import UserError
-from redi.distributed import first_row, local
+from redi.distributed import first_row, local_shard
 from redi.model import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -71,12 +71,12 @@ def fill(model: Transformer, folder: Path) -> None:
     for path in weight_files(folder):
         with _opened(path) as tensors:
             for name in parameters.keys() & tensors.keys():
-                mine, start = local(parameters[name]), first_row(parameters[name])
+                mine, start = local_shard(parameters[name]), first_row(parameters[name])
                 mine.copy_(tensors.get_slice(name)[start : start + len(mine)])
     for path in weight_files(folder):  # now that the embedding is there to compare with
         with _opened(path) as tensors:
             if model.config.tied and HEAD in tensors.keys():  # noqa: SIM118 (not a dict)
-                mine, start = local(model.output_weight), first_row(model.output_weight)
+                mine, start = local_shard(model.output_weight), first_row(model.output_weight)
                 stored = tensors.get_slice(HEAD)
                 same_shape = stored.get_shape() == list(model.output_weight.shape)
                 if not same_shape or not torch.equal(

@@ -53,7 +53,7 @@ class Block:
     journal: bytes  # its line
 
 
-def tokenised(chat: ChatTokenizer, examples: Iterable[Numbered]) -> Iterator[Block]:
+def tokenize_blocks(chat: ChatTokenizer, examples: Iterable[Numbered]) -> Iterator[Block]:
     """Blocks, in the order of the rows; a few are worked on at once."""
     free = IN_FLIGHT_CHARS
     ahead: deque = deque()
@@ -117,7 +117,7 @@ def _sha256(*parts: bytes) -> bytes:
 # ---------------------------------------------------------------- blocks -> store
 
 
-class Making:
+class TokenWriter:
     """A store's folder while it grows, from the blocks that are whole in it already."""
 
     def __init__(self, folder: Path):
@@ -131,7 +131,7 @@ class Making:
             self._read_back()
             self._files = files.pop_all()
 
-    def __enter__(self) -> "Making":
+    def __enter__(self) -> "TokenWriter":
         return self
 
     def __exit__(self, *_: Any) -> None:

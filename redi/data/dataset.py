@@ -17,7 +17,7 @@ from redi.data.store import TokenStore
 from redi.data.store import hash_files as hash_files
 from redi.data.store import load_store as load_store
 from redi.data.tokenizer import ChatTokenizer
-from redi.packing import Sequence
+from redi.packing import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Dataset:
         """Of each sequence id (S,)."""
         return self._of_sequences(self.store.prompt_lengths)
 
-    def sequence(self, sequence_id: int) -> Sequence:
+    def sequence(self, sequence_id: int) -> TokenSequence:
         """The sequence that packing.plan names: row for SFT, 2 * row or 2 * row + 1 for pairs."""
         row, rejected, stored = self._locate(sequence_id)
         start, end = self.store.offsets[stored : stored + 2]
@@ -65,7 +65,7 @@ class Dataset:
         if self.store.response_lengths[stored] != len(tokens) - prompt:  # several turns
             learned = tokens[prompt:] >= 0
             tokens = np.where(tokens < 0, ~tokens, tokens)
-        return Sequence(tokens, prompt, row, -1 if rejected else 1, learned)
+        return TokenSequence(tokens, prompt, row, -1 if rejected else 1, learned)
 
     def read_ahead(self, sequence_ids: Iterable[int]) -> None:
         """Have the kernel bring these sequences in from disk; returns at once."""
@@ -157,7 +157,7 @@ def _lengths_by_part(dataset: Dataset) -> dict[str, np.ndarray]:
     return {**parts, "between": between} if between.any() else parts
 
 
-def _parts(sequence: Sequence) -> Iterator[tuple[str, np.ndarray]]:
+def _parts(sequence: TokenSequence) -> Iterator[tuple[str, np.ndarray]]:
     """(name, ids) of the prompt, the response, and what stands between answers."""
     prompt, after = np.split(sequence.tokens, [sequence.prompt_length])
     yield "prompt", prompt

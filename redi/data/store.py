@@ -41,7 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from redi.config import UserError
-from redi.data.blocks import JOURNAL, Making, to_disk, tokenised
+from redi.data.blocks import JOURNAL, TokenWriter, to_disk, tokenize_blocks
 from redi.data.formats import read_examples
 from redi.data.tokenizer import ChatTokenizer
 
@@ -173,7 +173,7 @@ def _locked(folder: Path) -> IO | None:
 def _write(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool) -> dict[str, Any]:
     """tokens.bin and index.npz; returns what store.json says of them."""
     skipped: Counter[str] = Counter()
-    with Making(folder) as making:
+    with TokenWriter(folder) as making:
         begin = making.last_row
         if begin:
             print(f"{folder}: goes on after row {begin:,}", flush=True)
@@ -189,7 +189,7 @@ def _write(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool) -
                 leave=False,
             ) as bar:
                 began, tokens = time.monotonic(), 0
-                for block in tokenised(chat, examples):
+                for block in tokenize_blocks(chat, examples):
                     making.add(block)
                     tokens += len(block.tokens) // 4
                     speed = tokens / (time.monotonic() - began)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from redi.checkpoint.folder import Source
-from redi.distributed import Place
+from redi.distributed import World
 from redi.eval.completions import Completion
 from redi.eval.generate import Usage, generate
 from redi.eval.loops import period
@@ -25,18 +25,18 @@ from redi.model import Transformer
 from redi.runlog import Progress
 
 
-def deal(asked: Sequence[Asked], place: Place) -> list[Asked]:
+def deal(asked: Sequence[Asked], world: World) -> list[Asked]:
     """This rank's share. Samples of a problem stay together, for they share a prefill; the longest
     come first, so that no long one is begun at the end."""
     problems = [list(group) for _, group in groupby(asked, key=lambda a: (a.benchmark, a.id))]
     problems.sort(key=_expected, reverse=True)
-    loads: list[Counter[str]] = [Counter() for _ in range(place.world_size)]
+    loads: list[Counter[str]] = [Counter() for _ in range(world.world_size)]
     share = []
     for samples in problems:
         name = samples[0].benchmark
         least = min(loads, key=lambda load: (load[name], load.total()))
         least[name] += _expected(samples)
-        if least is loads[place.rank]:
+        if least is loads[world.rank]:
             share += samples
     return share
 
@@ -50,13 +50,13 @@ def complete(
     source: Source,
     asked: Sequence[Asked],
     config: EvalConfig,
-    place: Place,
+    world: World,
     name: str,
     fused: bool = True,
 ) -> Iterator[tuple[Asked, Completion]]:
     """Sample this rank's share of `asked`; completions come as they are finished, behind a progress
     bar on the first rank. fused: see `generate`. Raises UserError as `generate` does."""
-    share = deal(asked, place)
+    share = deal(asked, world)
     by_key = {one.request.key: one for one in share}
     sampling = Sampling(config.temperature, config.top_p, config.seed)
     cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
@@ -71,7 +71,7 @@ def complete(
         usage,
         fused,
     )
-    with Progress(len(share), name, unit="response", shown=place.rank == 0) as progress:
+    with Progress(len(share), name, unit="response", shown=world.rank == 0) as progress:
         for result in written:
             one = by_key[result.key]
             text = config.prefix + source.chat.decode(result.token_ids)

@@ -12,7 +12,7 @@ import torch
 from redi import distributed
 from redi.checkpoint.folder import Source, load_model, open_model
 from redi.config import UserError
-from redi.distributed import Place, node_leader_first, wait_for_all
+from redi.distributed import World, local_rank_zero_first, wait_for_all
 from redi.eval import elsewhere, report, tables
 from redi.eval.benchmarks import Benchmark
 from redi.eval.complete import complete
@@ -25,7 +25,7 @@ from redi.runlog import NoLog, RunLog, is_finished
 
 def evaluate(
     config: EvalConfig,
-    place: Place,
+    world: World,
     tests: list[Benchmark],
     given: dict[str, list[Completion]] | None = None,
     made_by: str | None = None,
@@ -45,18 +45,18 @@ def evaluate(
     # ---- grader and model
     notes = {"torch": torch.__version__}
     if given is None:
-        with node_leader_first(place):  # a hub id is downloaded once a node
+        with local_rank_zero_first(world):  # a hub id is downloaded once a node
             model, source = load_model(config.model, made_by=made_by)
         asked = [one for test in tests for one in ask(test, source, config)]
         firsts = asked[:: config.samples]  # of each problem
         check_limit([one.request.max_new_tokens for one in firsts], source, config)
         notes["model"] = source.name
-    first = place.rank == 0
+    first = world.rank == 0
     with Grader(config.graders, config.grade_seconds, config.grader) as grader:
         if first:
             report_unreadable(grader, tests)  # now, not after hours of sampling
         log = RunLog(config.out, config, notes) if first else NoLog()
-        with node_leader_first(place):
+        with local_rank_zero_first(world):
             for test in tests:
                 keep_problems(out, test)
 
@@ -64,9 +64,9 @@ def evaluate(
         if given is not None:
             elsewhere.store_completions(out, given)
         else:
-            model.to(place.device, distributed.compute_dtype(config.dtype, place))
+            model.to(world.device, distributed.compute_dtype(config.dtype, world))
             model.requires_grad_(False)
-            sample(model, source, asked, tests, config, place)
+            sample(model, source, asked, tests, config, world)
         if not first:
             return
 
@@ -87,25 +87,25 @@ def sample(
     asked: list[Asked],
     tests: list[Benchmark],
     config: EvalConfig,
-    place: Place,
+    world: World,
 ) -> None:
     """Every completion that is not on disk yet, and each there as soon as it is finished."""
     out = Path(config.out)
-    stores = {test.name: Store(out, test, config.samples, place.rank) for test in tests}
+    stores = {test.name: Store(out, test, config.samples, world.rank) for test in tests}
     left = [one for one in asked if (one.id, one.sample) not in stores[one.benchmark].done]
-    wait_for_all(place)  # before one appends to what another still reads
+    wait_for_all(world)  # before one appends to what another still reads
     if done := len(asked) - len(left):
         print(f"{out} holds {done} of {len(asked)} completions; the rest are made now")
     name = tests[0].name if len(tests) == 1 else f"{len(tests)} benchmarks"
     try:
-        for one, completion in complete(model, source, left, config, place, name):
+        for one, completion in complete(model, source, left, config, world, name):
             stores[one.benchmark].append(completion)
     except KeyboardInterrupt:
         made = sum(len(store.done) for store in stores.values())
         said = f"{out} holds {made} of {len(asked)} completions; the same command goes on"
         raise KeyboardInterrupt(said) from None
-    wait_for_all(place)
-    if place.rank == 0:
+    wait_for_all(world)
+    if world.rank == 0:
         for store in stores.values():
             store.finish()
 

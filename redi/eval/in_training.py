@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from redi.checkpoint.folder import Source
-from redi.distributed import Place, add_over_ranks, gathered
+from redi.distributed import World, gathered, sum_over_ranks
 from redi.eval.benchmarks import Benchmark, load
 from redi.eval.complete import complete
 from redi.eval.grade import Grader, report_unreadable
@@ -32,28 +32,28 @@ class Exam:
     asked: list[Asked]
     config: EvalConfig
     source: Source
-    place: Place
+    world: World
 
 
-def prepare(config: EvalConfig, source: Source, place: Place) -> Exam:
+def prepare(config: EvalConfig, source: Source, world: World) -> Exam:
     """config: with one benchmark. Raises UserError: no such benchmark, a broken row, a prompt that
     fills the context."""
     test = load(config.benchmark[0])
-    if place.rank == 0:
+    if world.rank == 0:
         with make_grader(config) as grader:
             report_unreadable(grader, [test])
-    return Exam(test, ask(test, source, config), config, source, place)
+    return Exam(test, ask(test, source, config), config, source, world)
 
 
 def measure(model: Transformer, exam: Exam, step: int, reshard_after_forward: bool) -> dict:
     """The scores of `model`, as the ranks of a run hold it: fractions of 1, tokens per completion,
     seconds that it took. All ranks must ask."""
     began = time.perf_counter()
-    if exam.place.device.type == "cuda":
+    if exam.world.device.type == "cuda":
         torch.cuda.empty_cache()  # what the steps hold back is room for keys and values
     with gathered(model, reshard_after_forward):
         name = f"{exam.test.name} after step {step}"
-        made = complete(model, exam.source, exam.asked, exam.config, exam.place, name, fused=False)
+        made = complete(model, exam.source, exam.asked, exam.config, exam.world, name, fused=False)
         completions = [completion for _, completion in made]
     with make_grader(exam.config) as grader:
         marks = grader.marks(exam.test, completions)
@@ -66,7 +66,7 @@ def measure(model: Transformer, exam: Exam, step: int, reshard_after_forward: bo
         ],
         dtype=torch.float64,
     )
-    add_over_ranks(counts, exam.place)
+    sum_over_ranks(counts, exam.world)
     names = ("pass_at_1", "mean_tokens", "truncated", "no_answer")
     shares = dict(zip(names, (counts / len(exam.asked)).tolist()))
     return shares | {"seconds": time.perf_counter() - began}
