@@ -34,7 +34,7 @@ from redi.eval.generate import Request, generate
 from redi.eval.sampling import Draws, Sampling
 from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
 from redi.model import ModelConfig, Transformer
-from redi.objectives import SFT, Totals
+from redi.objectives import Totals, sft
 from redi.packing import PackedBatch, TokenSequence, pack
 from redi.toy.student import initialise
 
@@ -209,7 +209,7 @@ def loss_and_gradients(
     model = Transformer(config)
     initialise(model, seed=0)
     parallelize(model, World(0, 1, device), Parallelism(dtype))
-    loss, _ = SFT.loss(model, sft_pack(config, lengths).to(device), None, None)
+    loss, _ = sft().loss(model, sft_pack(config, lengths).to(device), None, None)
     loss.backward()
     gradients = [full_tensor(p.grad).reshape(-1).float().cpu() for p in model.parameters()]
     return loss.detach().cpu(), torch.cat(gradients)
@@ -223,7 +223,7 @@ def sft_pack(config: ModelConfig, lengths: list[int]) -> PackedBatch:
     ]
     responses = torch.tensor([s.response_length for s in sequences])
     totals = Totals(len(lengths), int(responses.sum()))
-    return pack(sequences, SFT.token_weights(torch.ones_like(responses), responses, totals))
+    return pack(sequences, sft().token_weights(torch.ones_like(responses), responses, totals))
 
 
 # ---------------------------------------------------------------- decoding

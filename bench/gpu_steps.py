@@ -28,8 +28,6 @@ import numpy as np
 import torch
 from torch import nn
 
-import train_redi
-import train_sft
 from bench.gpu_attention import TOKENS, pack_lengths
 from bench.gpu_loss import DENSE_FLOPS
 from bench.gpu_meter import Entries, free, peak
@@ -43,7 +41,7 @@ from bench.plan import (
     draw,
 )
 from bench.projection import QWEN
-from redi import memory, objectives
+from redi import memory, objectives, recipe
 from redi.batches import TrainData
 from redi.checkpoint.resume import Checkpoints
 from redi.data.dataset import Dataset, TokenStore
@@ -168,8 +166,8 @@ def settings(run: Run, folder: Path) -> tuple[TrainConfig, Objective]:
         "pack_tokens": run.pack_tokens,
     }
     if run.paired:
-        return train_redi.REDIConfig(**few, alpha=ALPHA), objectives.redi(ALPHA)
-    return train_sft.SFTConfig(**few), objectives.SFT
+        return recipe.REDIConfig(**few, alpha=ALPHA), objectives.redi(ALPHA)
+    return recipe.SFTConfig(**few), objectives.SFT
 
 
 def train_steps(run: Run, device: torch.device) -> tuple[Clock, int]:

@@ -29,7 +29,7 @@ from redi import batches, train
 from redi.batches import TrainData
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
-from redi.objectives import OBJECTIVES, Objective, Totals
+from redi.objectives import Objective, Totals, make_objective
 from redi.packing import PackedBatch, TokenSequence
 from redi.toy import student as toy
 
@@ -42,7 +42,7 @@ MODEL = ModelConfig(
     num_kv_heads=4, head_dim=64, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=LENGTH,
 )  # fmt: skip
 SETTINGS = SimpleNamespace(lr=1e-5, weight_decay=1e-4, clip=1.0, reshard_after_forward=False)
-OBJECTIVE = {"M1": OBJECTIVES["redi"](0.8), "M2": OBJECTIVES["simpo"](2.0, 1.0)}
+OBJECTIVE = {"M1": make_objective("redi", 0.8), "M2": make_objective("simpo", 2.0, 1.0)}
 
 
 class Rows:

@@ -51,7 +51,7 @@ from redi import distributed, memory, train
 from redi.batches import TrainData
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
-from redi.objectives import SFT
+from redi.objectives import sft
 from redi.packing import StepPlan, TokenSequence
 from redi.toy import student as toy
 
@@ -142,7 +142,7 @@ class Training:
     def __call__(self, turn: Turn) -> Taken:
         pack_tokens = ROWS * self.config.max_positions
         rows = Rows(RANKS * turn.packs * ROWS, self.config)
-        task = TrainData(rows, SFT, self.world, pack_tokens)
+        task = TrainData(rows, sft(), self.world, pack_tokens)
         step, signals = step_of(self.numbers, turn.packs), SimpleNamespace(wanted=False)
         for group in self.optimizer.param_groups:
             group["lr"] = turn.lr

@@ -19,9 +19,9 @@ from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
 from redi.config import parse, positional, program
 from redi.distributed import World
-from redi.objectives import OBJECTIVES, Objective
+from redi.objectives import Objective, make_objective
+from redi.recipe import REDIConfig
 from redi.run import load_data
-from train_redi import REDIConfig
 
 BETAS = (10.0, 2.0, 0.1, 0.01, 0.001)
 GAMMA = 1.0
@@ -50,10 +50,10 @@ def cosines(config: AngleConfig) -> dict[float, float]:
             task.loss(model, batch, totals)[0].backward()
         return torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
-    symmetric = gradient(OBJECTIVES["symmetric"]())
+    symmetric = gradient(make_objective("symmetric"))
     return {
         beta: torch.cosine_similarity(
-            gradient(OBJECTIVES["simpo"](beta, GAMMA)), symmetric, dim=0
+            gradient(make_objective("simpo", beta, GAMMA)), symmetric, dim=0
         ).item()
         for beta in BETAS
     }

@@ -23,8 +23,8 @@ from PIL import Image
 
 from redi.data.files import make_folder, write_aside
 from redi.monitor import CollapseGuard
+from redi.recipe import REDIConfig
 from redi.runlog import read_metrics
-from train_redi import REDIConfig
 
 WORK, PICTURES = "out/curves", Path("docs/curves")
 TOYS = {

@@ -33,7 +33,9 @@ from typing import Any, NoReturn, TypeVar
 
 C = TypeVar("C")
 STOPPED = 75  # exit status: "try again later" among the system's own
-positional = object()  # Annotated[str, "help", positional]: given by place, though it has a default
+# Marks of a field, as in Annotated[str, "help", positional].
+positional = object()  # a positional argument, though it has a default
+may_change = object()  # does not affect the result: may differ when a run resumes
 
 
 class UserError(Exception):
@@ -182,6 +184,11 @@ def _given_by_place(config_class: type) -> set[str]:
 def types_of(config_class: type) -> dict[str, Any]:
     """Field name -> its type, without the help."""
     return {name: hint.__origin__ for name, hint in _annotations(config_class).items()}
+
+
+def fields_that_may_change(config_class: type) -> set[str]:
+    hints = _annotations(config_class).items()
+    return {name for name, hint in hints if may_change in hint.__metadata__}
 
 
 def _annotations(config_class: type) -> dict[str, Any]:

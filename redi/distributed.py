@@ -261,23 +261,23 @@ def local_rank_zero_first(world: World) -> Iterator[None]:
     if world.world_size == 1:
         yield
         return
-    if not world.is_local_rank_zero:
-        _all_well(world, True)
+    if not world.is_local_rank_zero and not all_ranks_ok(True, world):
+        sys.exit(2)  # the rank that failed reports why
     try:
         yield
     except BaseException:
         if world.is_local_rank_zero:
-            _all_well(world, False)
+            all_ranks_ok(False, world)
         raise
-    if world.is_local_rank_zero:
-        _all_well(world, True)
+    if world.is_local_rank_zero and not all_ranks_ok(True, world):
+        sys.exit(2)
 
 
-def _all_well(world: World, well: bool) -> None:
-    failed = torch.tensor(0.0 if well else 1.0)
+def all_ranks_ok(ok: bool, world: World) -> bool:
+    """Whether something succeeded on every rank. All ranks must call it."""
+    failed = torch.tensor(0.0 if ok else 1.0)
     sum_over_ranks(failed, world)
-    if well and failed:
-        sys.exit(2)  # the rank that failed says why
+    return not failed
 
 
 def first_row(parameter: Tensor) -> int:

@@ -1,18 +1,18 @@
-"""What torch needs several passes over a chunk's logits for, in one or two: Triton, for CUDA.
+"""The passes over a chunk's logits, fused in Triton for CUDA.
 
     target_logps        logits (C, V)  ->  log-probs of the targets (C,)             one read
     softmax_gradient_   the same, the entropies (C,), and the gradient of                two reads,
-                        sum_c weights[c] * logp[c], written over the logits, in      half a write
-                        the dtype of the next matmuls
+                        sum_c weights[c] * logp[c], written over the logits in       half a write
+                        the dtype of the matmuls that follow
 
-A program owns a row. It reads the row once for its log-sum-exp, with a running maximum and sum in
-every lane (and for the entropy log Z - E[z] a sum of exponential times exponent), and for the
-gradient once more. A 16-bit gradient lies in the first half of the row's
-own memory: a block is read whole before anything is written over it.
+One program per row. It reads the row once for its log-sum-exp, with a running maximum and sum per
+lane (and for the entropy log Z - E[z] a sum of exponential times exponent), and once more for the
+gradient. A 16-bit gradient is written to the first half of the row's own memory: each block is read
+completely before anything is written over it.
 
-Beside each kernel stands the torch function it must equal; tests hold the two together under
-Triton's interpreter, which runs on a CPU. All that is left of the head is matmuls, and those stay
-with cuBLAS. Left out: matmuls in Triton (slower than cuBLAS at D = 1536), autotuning.
+Beside each kernel is the torch function that it must equal. Tests compare the two under Triton's
+interpreter, which runs on a CPU. The matmuls of the head stay with cuBLAS. Left out: matmuls in
+Triton (slower than cuBLAS at D = 1536), autotuning.
 
 Worked example, V = 2: logits [0, ln 3], target 0, weight 2: log-prob ln 1/4, gradient [1.5, -1.5],
 entropy ln 4 - 3/4 ln 3.
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # logits of a row that a program holds at a time
+BLOCK = 4096  # logits of a row in a program's registers at a time
 
 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -45,10 +45,9 @@ def softmax_gradient_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient (C, V) in dtype, log-probs of the targets (C,) fp32, entropies (C,) fp32).
 
-    gradient = weights * (onehot(targets) - softmax(logits)); it takes the memory of the logits,
-    and at 16 bits the first half of each row. logits (C, V) fp32 with contiguous rows, targets
-    (C,) int64, weights (C,) fp32 of either sign. Raises ValueError for other
-    logits.
+    gradient = weights * (onehot(targets) - softmax(logits)), written over the logits; a 16-bit one
+    fills the first half of each row. logits (C, V) fp32 with contiguous rows, targets (C,) int64,
+    weights (C,) fp32 of either sign. Raises ValueError for other logits.
     """
     _check(logits)
     gradient = logits.view(dtype)[:, : logits.shape[1]]
@@ -73,7 +72,7 @@ def _check(logits: Tensor) -> None:
 def _launch(
     logits: Tensor, targets: Tensor, gradient: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs (C,); entropies (C,), nothing in them without a gradient."""
+    """Log-probs (C,) and entropies (C,); the latter are not computed without a gradient."""
     rows, vocabulary = logits.shape
     logps, entropies = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     with_gradient = gradient is not None
@@ -85,7 +84,7 @@ def _launch(
             vocabulary,
             logps,
             entropies,
-            gradient if with_gradient else logits,  # a pointer to nothing used
+            gradient if with_gradient else logits,  # an unused pointer
             gradient.stride(0) if with_gradient else 0,
             weights if with_gradient else logps,
             WITH_GRADIENT=with_gradient,
@@ -97,35 +96,54 @@ def _launch(
 
 @triton.jit
 def _row(
-    logits,
-    logits_stride,
-    targets,
-    vocabulary,
-    logps,
-    entropies,
-    gradient,
-    gradient_stride,
-    weights,
-    WITH_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
+    logits, logits_stride, targets, vocabulary, logps, entropies, gradient, gradient_stride,
+    weights, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # row * stride exceeds 2^31
     logits += row * logits_stride
     target = tl.load(targets + row)
     target_logit = tl.load(logits + target)
+    row_max, others, weighted = _exponentials(
+        logits, target, target_logit, vocabulary, WITH_GRADIENT, BLOCK
+    )
+    target_exp = tl.exp(target_logit - row_max)
 
-    # ---- the maximum, and the sums of the exponentials of all but the target: sum_v e^x_v, and
-    # for the entropy sum_v x_v e^x_v
-    lanes = tl.arange(0, BLOCK)
+    # log(others + target_exp), exact also when the target holds nearly all the mass
+    small = others + (target_exp - 1.0)
+    log_sum = tl.where(small < 1e-4, small - 0.5 * small * small, tl.log(others + target_exp))
+    tl.store(logps + row, target_logit - row_max - log_sum)
+
+    if WITH_GRADIENT:
+        # log Z - E[z]: every term is at least 0
+        mean = (weighted + (target_logit - row_max) * target_exp) / (others + target_exp)
+        tl.store(entropies + row, log_sum - mean)
+        # weight * (onehot - softmax)
+        gradient += row * gradient_stride
+        scale = -tl.load(weights + row) / (others + target_exp)
+        for start in range(0, vocabulary, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            inside = index < vocabulary
+            z = tl.load(logits + index, mask=inside, other=-float("inf"))
+            share = tl.where(index == target, -others, tl.exp(z - row_max))
+            tl.debug_barrier()  # all lanes have read before one writes over the block
+            tl.store(gradient + index, (scale * share).to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _exponentials(
+    logits, target, target_logit, vocabulary, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The row's maximum, and over all tokens but the target, with x = z - maximum, sum e^x and (for
+    the entropy) sum x e^x."""
     maxima = tl.full((BLOCK,), -float("inf"), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     products = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
-        index = start + lanes
+        index = start + tl.arange(0, BLOCK)
         other = (index < vocabulary) & (index != target)
         z = tl.load(logits + index, mask=other, other=-float("inf"))
         larger = tl.maximum(maxima, z)
-        # A lane that has seen nothing yet: exp(-inf - -inf) would be nan, exp(-inf - 0) is 0.
+        # A lane that has seen no token yet: exp(-inf - -inf) would be nan, exp(-inf - 0) is 0.
         shift = tl.where(larger == -float("inf"), 0.0, larger)
         if WITH_GRADIENT:
             # 0 * -inf would be nan; e^-10000 is 0 already.
@@ -134,26 +152,8 @@ def _row(
         sums = sums * tl.exp(maxima - shift) + tl.exp(z - shift)
         maxima = larger
     row_max = tl.maximum(tl.max(maxima, 0), target_logit)
-    others = tl.sum(sums * tl.exp(maxima - row_max), 0)
-    target_exp = tl.exp(target_logit - row_max)
-
-    # ---- log(others + target_exp), exact as well when the target holds nearly all the mass
-    small = others + (target_exp - 1.0)
-    log_sum = tl.where(small < 1e-4, small - 0.5 * small * small, tl.log(others + target_exp))
-    tl.store(logps + row, target_logit - row_max - log_sum)
-
-    # ---- weight * (onehot - softmax); log Z - E[z], all of its terms at least 0
+    weighted = 0.0
     if WITH_GRADIENT:
         moved = tl.maximum(maxima - row_max, -1e4)
-        mean = tl.sum((products + moved * sums) * tl.exp(moved), 0)
-        mean = (mean + (target_logit - row_max) * target_exp) / (others + target_exp)
-        tl.store(entropies + row, log_sum - mean)
-        gradient += row * gradient_stride
-        scale = -tl.load(weights + row) / (others + target_exp)
-        for start in range(0, vocabulary, BLOCK):
-            index = start + lanes
-            inside = index < vocabulary
-            z = tl.load(logits + index, mask=inside, other=-float("inf"))
-            share = tl.where(index == target, -others, tl.exp(z - row_max))
-            tl.debug_barrier()  # every lane has read before one writes over the block
-            tl.store(gradient + index, (scale * share).to(gradient.dtype.element_ty), mask=inside)
+        weighted = tl.sum((products + moved * sums) * tl.exp(moved), 0)
+    return row_max, tl.sum(sums * tl.exp(maxima - row_max), 0), weighted

@@ -1,60 +1,65 @@
 """Hidden states -> log-probs of the target tokens, without ever holding the logits.
 
-One row of the problem: hidden h (D,), output weight W (V, D), target t.
+For one row with hidden state h (D,), output weight W (V, D) and target t:
 
     z = W h      log-prob = z_t - log sum_v exp(z_v)      d log-prob / dz = onehot(t) - softmax(z)
 
 Over R rows the logits would be (R, V): 18 GiB in fp32 for one 32k trace of Qwen2.5. Three ways:
 
-    reference_token_logps   the formula, logits and all. Three lines; tests compare against it.
-    token_logps             two passes: chunks of rows forward, logits made again in backward.
-                            Takes any upstream gradient. DPO and SimPO need this. 4 matmuls.
-    weighted_logp_sum       one pass: when the weight of every token is known beforehand (SFT, REDI:
-                            see losses.py) the gradient is formed while the chunk's logits are
-                            there. 3 matmuls, nothing of size (R, V) kept or made again.
+    reference_token_logps   the formula with all its logits, in three lines. Tests compare with it.
+    token_logps             two passes: rows in chunks forward, logits computed again in backward.
+                            Takes any upstream gradient, as DPO and SimPO need. 4 matmuls.
+    weighted_logp_sum       one pass: where every token's weight is known beforehand (SFT, REDI),
+                            the gradient is formed while the chunk's logits exist. 3 matmuls.
 
 Worked example, V = 2, z = [0, ln 3], target 0: softmax = [1/4, 3/4], log-prob = ln 1/4, and
 d log-prob / dz = [3/4, -3/4].
 
-Both make a chunk's gradient with the same few lines, `_gradients`: the two-pass kernel runs them in
-backward, when the weights are known, the one-pass kernel at once. The torch path leaves a chunk's
-exponentials unscaled and puts -weight / sum, a number a row, on what is D wide: on the hidden
-states that go into one product, and on what comes out of the other.
+Both kernels form a chunk's gradient in `_gradients`: the one-pass kernel at once, the two-pass
+kernel in backward, when the weights have arrived. The gradient of row i by its logits is
+token_weight[i] * (onehot - softmax). Scaling a (C, V) chunk by token_weight[i] / sum_exp[i] would
+cost a pass over memory, so the torch path scales the (C, D) operands of the two products instead.
 
-Entropy costs no pass over the logits either. With p = softmax(z), E[z] = sum_v p_v z_v,
+Entropy needs no further pass over the logits. With p = softmax(z), E[z] = sum_v p_v z_v,
 
     H = log sum_v exp(z_v) - E[z] = -log-prob + z_t - E[z]
       = -log-prob + h . (W_t - sum_v p_v W_v)
 
-and the bracket is the gradient of the log-prob by h, which is made anyway: R dot products of length
-D. In Triton it is one more sum beside the exponentials.
+and the bracket is the gradient of the log-prob by h, which is computed anyway. The remaining cost
+is R dot products of length D; in Triton, one more sum beside the exponentials.
 
-Precision: logits, sums and the weight's gradient are at least fp32 whatever the inputs. The target
-is taken out of a row before its exponentials are summed, so 1 - p comes from the others' sum and
-stays exact when p is nearly 1, and softmax - onehot sums to zero but for one sum's rounding.
+Precision: logits, sums and the weight's gradient are at least fp32. The target is left out of the
+row's sum of exponentials, so 1 - p is that sum over the total: exact when p is nearly 1.
 
-On CUDA the passes over a chunk are one Triton kernel (kernels.py), and bf16 operands are multiplied
-into fp32 logits; elsewhere it is torch, with operands in fp32.
+On CUDA one Triton kernel (kernels.py) does all passes over a chunk, and bf16 operands are
+multiplied into fp32 logits. Elsewhere torch does it, with fp32 operands.
 
-Left out: gradient filtering (biased for the mass REDI pushes into the tail), ignore_index (callers
-pass supervised rows only), z-loss. Letters: R rows, D hidden, V vocabulary, C rows of a chunk.
+Left out: gradient filtering (biased for the mass that REDI pushes into the tail), ignore_index
+(callers pass supervised rows only), z-loss. Letters: R supervised rows, D hidden, V vocabulary,
+C rows of a chunk.
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# fp32 logits alive at a time. Large chunks keep matmuls efficient; these are a few per cent of
-# what training needs anyway.
+# Bytes of fp32 logits in memory at a time. Large chunks keep matmuls efficient; these are a few per
+# cent of what training needs anyway.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": int(1.2 * (1 << 30))}
 
-# exp(-50) is 2e-22: invisible in a sum that holds a 1, and still a normal fp32 number after the
-# weight of one token in a million and the mean over a vocabulary are multiplied in. Below 1e-38
-# numbers are denormal, and many a CPU multiplies those thirty times slower.
+# exp(-50) is 2e-22: it changes no sum that contains a 1, and stays a normal fp32 number when it is
+# multiplied by a token weight of one in a million. Numbers below 1e-38 are denormal, and many CPUs
+# multiply those thirty times slower.
 MIN_EXPONENT = -50.0
 
-# The overloads of mm and addmm with an out_dtype.
-MULTIPLIES_INTO_FP32 = "dtype_out" in torch.ops.aten.addmm.overloads()
+
+class WeightedLogpSum(NamedTuple):
+    loss: Tensor  # (), sum_t token_weights[t] * token_logps[t]
+    token_logps: Tensor  # (R,), detached
+    entropies: Tensor | None  # (R,), in nats; None where the gradient by hidden is not computed
 
 
 def reference_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -64,47 +69,42 @@ def reference_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
     return logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]  # (R,)
 
 
-def token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, entropies: Tensor | None = None
-) -> Tensor:
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Log-prob of each target token, in nats, differentiable for any upstream gradient.
 
-    hidden (R, D), weight (V, D), targets (R,) int64 in [0, V) -> (R,), at least fp32. entropies
-    (R,): memory for the entropy of each prediction, in nats. It is filled when the gradient by
-    hidden is computed, which here is in backward.
+    hidden (R, D), weight (V, D), targets (R,) int64 in [0, V) -> (R,), at least fp32.
     """
-    return _TokenLogps.apply(hidden, weight, targets, entropies)
+    return _TokenLogps.apply(hidden, weight, targets, False)[0]
+
+
+def token_logps_and_entropies(
+    hidden: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`token_logps`, and the entropy (R,) of each prediction in nats, detached.
+
+    The entropies are computed with the gradient by hidden: their values are valid after backward.
+    Where no such gradient will be computed, None.
+    """
+    with_entropies = torch.is_grad_enabled() and hidden.requires_grad
+    return _TokenLogps.apply(hidden, weight, targets, with_entropies)
 
 
 def weighted_logp_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    entropies: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(sum_t token_weights[t] * logp[t], logp detached): a linear loss and what to log of it.
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
+) -> WeightedLogpSum:
+    """A linear loss, sum_t token_weights[t] * token_logps[t], and what is logged of its tokens.
 
-    hidden (R, D), weight (V, D), targets (R,) int64, token_weights (R,) of either sign
-    -> scalar, (R,); both at least fp32. The gradient is computed here, not in backward, so
-    token_weights are constants. entropies as in `token_logps`, filled here, for tokens of weight 0
-    too.
+    hidden (R, D), weight (V, D), targets (R,) int64, token_weights (R,) of either sign. The
+    gradient is computed here, not in backward, so token_weights are constants.
     """
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _WeightedLogpSum.apply(hidden, weight, targets, token_weights, entropies, with_grad)
+    return WeightedLogpSum(
+        *_WeightedLogpSum.apply(hidden, weight, targets, token_weights, with_grad)
+    )
 
 
 def accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
-
-
-def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden (R, D) times weight (D, V), the output weight turned round -> (R, V), at least fp32.
-    For sampling, which has few rows."""
-    dtype = accumulation_dtype(hidden)
-    if hidden.is_cuda and hidden.dtype == weight.dtype != dtype and MULTIPLIES_INTO_FP32:
-        return torch.mm(hidden, weight, out_dtype=dtype)
-    return hidden.to(dtype) @ weight.to(dtype)
 
 
 # ---------------------------------------------------------------- two passes
@@ -112,23 +112,25 @@ def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, entropies: Tensor | None):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_entropies: bool):
         head = _Head(hidden, weight)
         logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
         for rows in head.chunks:
             logps[rows] = target_logps_(head.logits(rows), targets[rows])
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.entropies = entropies
-        return logps
+        ctx.entropies = torch.zeros_like(logps) if with_entropies else None
+        if with_entropies:
+            ctx.mark_non_differentiable(ctx.entropies)
+        return logps, ctx.entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logps: Tensor):
+    def backward(ctx, grad_logps: Tensor, _):
         hidden, weight, targets = ctx.saved_tensors
-        d_hidden, d_weight, _ = _gradients(
-            hidden, weight, targets, grad_logps, ctx.entropies, *ctx.needs_input_grad[:2]
-        )
-        return _as(hidden.dtype, d_hidden), _as(weight.dtype, d_weight), None, None
+        gradients = _gradients(hidden, weight, targets, grad_logps, *ctx.needs_input_grad[:2])
+        if ctx.entropies is not None and gradients.entropies is not None:
+            ctx.entropies.copy_(gradients.entropies)
+        return *gradients.cast(hidden.dtype, weight.dtype), None, None
 
 
 # ---------------------------------------------------------------- one pass
@@ -136,28 +138,42 @@ class _TokenLogps(torch.autograd.Function):
 
 class _WeightedLogpSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, token_weights, entropies, with_grad: bool):
-        wanted = (with_grad and needed for needed in ctx.needs_input_grad[:2])
-        d_hidden, d_weight, logps = _gradients(
-            hidden, weight, targets, token_weights, entropies, *wanted
-        )
-        ctx.save_for_backward(d_hidden, d_weight)
+    def forward(ctx, hidden, weight, targets, token_weights, with_grad: bool):
+        needed = [with_grad and needs for needs in ctx.needs_input_grad[:2]]
+        gradients = _gradients(hidden, weight, targets, token_weights, *needed)
+        ctx.save_for_backward(gradients.hidden, gradients.weight)
         ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.mark_non_differentiable(logps)
-        return logps @ token_weights.to(logps.dtype), logps
+        outputs = gradients.token_logps, gradients.entropies
+        ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
+        return gradients.token_logps @ token_weights.to(gradients.token_logps.dtype), *outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_sum: Tensor, _):
-        # Scaled into new tensors of the inputs' dtype: the saved ones serve another backward.
+    def backward(ctx, grad_loss: Tensor, *_):
+        # Scaled into new tensors of the inputs' dtype: a second backward finds the saved ones
+        # intact.
         scaled = (
-            None if grad is None else torch.mul(grad, grad_sum, out=grad.new_empty(0, dtype=dtype))
+            None if grad is None else torch.mul(grad, grad_loss, out=grad.new_empty(0, dtype=dtype))
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         )
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None
 
 
-# ---------------------------------------------------------------- what both share
+# ---------------------------------------------------------------- shared by both
+
+
+@dataclass
+class _Gradients:
+    """d sum_t token_weights[t] * logp[t] by hidden (R, D) and by weight (V, D); logp (R,)."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    token_logps: Tensor
+    entropies: Tensor | None
+
+    def cast(self, *dtypes: torch.dtype) -> list[Tensor | None]:
+        gradients = self.hidden, self.weight
+        return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes)]
 
 
 def _gradients(
@@ -165,71 +181,69 @@ def _gradients(
     weight: Tensor,
     targets: Tensor,
     token_weights: Tensor,
-    entropies: Tensor | None,
     for_hidden: bool,
     for_weight: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """d sum_t token_weights[t] * logp[t] by hidden (R, D) and weight (V, D), and logp (R,)."""
+) -> _Gradients:
     head = _Head(hidden, weight)
     token_weights = token_weights.to(head.dtype)
     logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
+    entropies = torch.empty_like(logps) if for_hidden else None
     d_hidden = torch.empty_like(head.hidden) if for_hidden else None
     d_weight = torch.zeros_like(head.weight, dtype=head.dtype) if for_weight else None
     for rows in head.chunks:
         part, weights = head.hidden[rows], token_weights[rows]  # (C, D), (C,)
-        chunk, total, logps[rows], entropy = softmax_gradient_(
-            head.logits(rows), targets[rows], weights, part.dtype
-        )
-        if for_hidden:
-            d_part = torch.mm(chunk, head.weight, out=d_hidden[rows])  # (C, D)
-        if total is not None:  # the gradient is scale * chunk
-            scale = (-weights / total)[:, None]  # (C, 1)
-            if for_hidden and entropies is not None:
-                entropy = -logps[rows] - torch.linalg.vecdot(part, d_part) / total
+        logits = head.logits(rows)  # (C, V)
+        if _in_triton(logits):
+            from redi import kernels  # triton is installed with torch for CUDA
+
+            chunk, logps[rows], entropy = kernels.softmax_gradient_(
+                logits, targets[rows], weights, part.dtype
+            )
             if for_hidden:
+                torch.mm(chunk, head.weight, out=d_hidden[rows])
+                entropies[rows] = entropy
+        else:
+            chunk, total, logps[rows] = softmax_minus_onehot_(logits, targets[rows])
+            scale = (-weights / total)[:, None]  # (C, 1)
+            if for_hidden:
+                d_part = torch.mm(chunk, head.weight, out=d_hidden[rows])  # (C, D)
+                entropies[rows] = -logps[rows] - torch.linalg.vecdot(part, d_part) / total
                 d_part.mul_(scale)
             part = part * scale
-        if entropies is not None and entropy is not None:
-            entropies[rows] = entropy.clamp_(min=0.0).to(entropies.dtype)
         if for_weight:
             torch.addmm(d_weight, chunk.T, part, out=d_weight, **head.into_wide)
-    return d_hidden, d_weight, logps
+    if for_hidden:
+        entropies.clamp_(min=0.0)  # rounding
+    return _Gradients(d_hidden, d_weight, logps, entropies)
 
 
-def softmax_gradient_(
-    logits: Tensor, targets: Tensor, token_weights: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """token_weights * (onehot - softmax), log-probs (C,) and entropies (C,) of a chunk.
+def softmax_minus_onehot_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(softmax - onehot) * total (C, V), total (C,) and the log-probs of the targets (C,).
 
-    logits (C, V), targets (C,), token_weights (C,). dtype: of the gradient, which takes the memory
-    of the logits. -> gradient (C, V), None, log-probs, entropies from Triton; elsewhere the
-    gradient times -total / token_weights, total (C,), log-probs, None: see the top of the file.
+    logits (C, V) is overwritten, targets (C,). total is the row's sum of exp(z - max).
     """
-    if logits.is_cuda and logits.dtype == torch.float32:
-        from redi import kernels  # where triton is installed
-
-        gradient, logps, entropies = kernels.softmax_gradient_(
-            logits, targets, token_weights, dtype
-        )
-        return gradient, None, logps, entropies
     logps, others, total = _exponentials_(logits, targets)
     logits.scatter_(1, targets[:, None], -others)
-    return logits, total[:, 0], logps, None
+    return logits, total[:, 0], logps
 
 
 def target_logps_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probs (C,) of the targets (C,) under logits (C, V), whose memory is used up."""
-    if logits.is_cuda and logits.dtype == torch.float32:
+    """Log-probs (C,) of the targets (C,) under logits (C, V), which may be overwritten."""
+    if _in_triton(logits):
         from redi import kernels
 
         return kernels.target_logps(logits, targets)
     return _exponentials_(logits, targets)[0]
 
 
+def _in_triton(logits: Tensor) -> bool:
+    return logits.is_cuda and logits.dtype == torch.float32
+
+
 def _exponentials_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turn logits (C, V) in place into exp(z - max), with 0 at the target.
 
-    -> log-probs of the targets (C,); the sum of what stands there, and with the target's (C, 1).
+    -> log-probs of the targets (C,), the row's sum without the target and with it (C, 1).
     """
     targets = targets[:, None]  # (C, 1)
     row_max = logits.amax(dim=1, keepdim=True)  # (C, 1)
@@ -248,8 +262,8 @@ class _Head:
 
     def __init__(self, hidden: Tensor, weight: Tensor):
         self.dtype = accumulation_dtype(hidden)
-        # cuBLAS multiplies bf16 operands into an fp32 result; elsewhere the operands are widened.
-        native = hidden.is_cuda and hidden.dtype == weight.dtype and MULTIPLIES_INTO_FP32
+        # cuBLAS multiplies bf16 operands into an fp32 result; elsewhere the operands become fp32.
+        native = hidden.is_cuda and hidden.dtype == weight.dtype
         operands = hidden.dtype if native else self.dtype
         self.hidden, self.weight = hidden.to(operands), weight.to(operands)  # (R, D), (V, D)
         self.into_wide = {} if operands == self.dtype else {"out_dtype": self.dtype}
@@ -259,17 +273,13 @@ class _Head:
         starts = range(0, len(hidden), size)
         self.chunks = [slice(start, min(start + size, len(hidden))) for start in starts]
         longest = self.chunks[0].stop if self.chunks else 0
-        if hidden.is_cuda:  # a row in one piece, as the kernels want it
+        if hidden.is_cuda:  # row-major, as the Triton kernels need it
             self.buffer = hidden.new_empty(longest, len(weight), dtype=self.dtype)
-        else:  # a column in one piece, in whole cache lines: all three products are faster
+        else:  # column-major in whole cache lines: all three products are faster
             padded = -(-longest // 16) * 16
             self.buffer = hidden.new_empty(len(weight), padded, dtype=self.dtype).T[:longest]
 
     def logits(self, rows: slice) -> Tensor:
-        """(C, V), in memory that every chunk uses again."""
+        """(C, V), in memory that the next chunk overwrites."""
         out = self.buffer[: rows.stop - rows.start]
         return torch.mm(self.hidden[rows], self.weight.T, out=out, **self.into_wide)
-
-
-def _as(dtype: torch.dtype, grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else grad.to(dtype)

@@ -16,21 +16,16 @@ and, for one worked pair with log-probs [-.1, -.2, -.3] (chosen) and [-1, -3] (r
               SimPO      Eq. 3   -log sigmoid(beta (M_w - M_l) - gamma)
                                  beta 2, gamma 1                                     0.071645
 
-SFT and REDI are linear in the log-probs: each response token carries a signed weight that its
-sequence's length and sign alone decide. The second half of this file states those weights, the
-derivatives of the losses above them. SFT, REDI and the symmetric objective train on the weights
-(one fused pass, a pair need not stay together), DPO and SimPO on the losses; whoever changes a
-linear loss changes its weights with it, and tests hold the two to one value and one gradient.
+SFT, REDI and the symmetric objective are linear in the log-probs: their slopes are constants.
+Training derives the weight of every token from the functions below by autograd (objectives.py), so
+a change of an equation here changes what trains.
 
 No reference model, no beta and no sigmoid in REDI: it is unbounded below, so watch the curves.
-Objectives outside the paper are in related_losses.py. Letters: P pairs, S sequences.
+Objectives outside the paper are in related_losses.py. Letters: P pairs.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# ---------------------------------------------------------------- definitions (Section 3)
 
 
 def sft_loss(logp_sum: Tensor, num_tokens: int) -> Tensor:
@@ -96,34 +91,3 @@ def simpo_loss(chosen_mean: Tensor, rejected_mean: Tensor, beta: float, gamma: f
     0.071645
     """
     return -F.logsigmoid(beta * (chosen_mean - rejected_mean) - gamma)
-
-
-# ---------------------------------------------------------------- the linear ones as token weights
-#
-# loss = sum_t w_t * token_logps[t], where every token of a sequence has the same weight. Counts
-# are those of the whole optimizer step, over all ranks: nothing is averaged afterwards.
-
-
-def sft_token_weights(lengths: Tensor, num_tokens: int) -> Tensor:
-    """Eq. 1 as the weight of each token of each sequence (S,): -1 / N_tokens.
-
-    >>> sft_token_weights(torch.tensor([3, 2]), num_tokens=5).tolist()
-    [-0.2, -0.2]
-    """
-    return torch.full(lengths.shape, -1.0 / num_tokens, dtype=torch.float64)
-
-
-def redi_token_weights(
-    signs: Tensor, lengths: Tensor, num_pairs: int, alpha: float = 0.8
-) -> Tensor:
-    """Eq. 5 as the weight of each token of each sequence (S,).
-
-    signs (S,): +1 chosen, -1 rejected; lengths (S,): |y| in tokens; num_pairs: of the whole step.
-    -1 / (N_pairs |y_w|) on chosen tokens, +alpha / (N_pairs |y_l|) on rejected ones.
-
-    >>> redi_token_weights(torch.tensor([1, -1]), torch.tensor([4, 2]), num_pairs=1).tolist()
-    [-0.25, 0.4]
-    """
-    numerator = torch.full(signs.shape, alpha, dtype=torch.float64)
-    numerator[signs > 0] = -1.0
-    return numerator / (num_pairs * lengths)

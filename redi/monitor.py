@@ -1,35 +1,157 @@
-"""How far an optimizer step moves the weights, told before it is made.
+"""What is watched while training: log-probs and entropies of a step, the update's norm, collapse,
+MFU.
 
-    delta = -lr * (m / (1 - beta1^k) / (sqrt(v / (1 - beta2^k)) + eps) + decay * weight)
+    StepStats           mean log-probs and entropies of chosen and rejected traces, over all ranks
+    squared_update_norm how far an optimizer step will move the weights
+    CollapseGuard       warns when the chosen traces' log-prob falls with the rejected ones'
+    training_flops      model FLOPs of a step, for the share of the GPU's peak (MFU)
 
-with m and v AdamW's moments after the gradient at hand. The norm of delta over all weights is the
-update norm of the paper's Figures 4 and 5: it spikes when a run collapses, where the gradient's,
-once clipped, does not.
-
-It is worked out from the moments, so no copy of the weights is kept, and before the step, so that
-it travels with the loss in the step's one exchange between ranks. A block of a weight is small
-enough that what is made of it stays in the cache. Left out: other optimizers.
+Letters: R supervised tokens, S sequences.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from redi.batches import TrainData, sequence_ids
 from redi.checkpoint.resume import Checkpoints
-from redi.distributed import local_shard
+from redi.distributed import local_shard, sum_over_ranks
 from redi.model import ModelConfig
+from redi.objectives import PackLoss
+from redi.packing import PackedBatch, StepPlan
 
-BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # weights at a time
+# ---------------------------------------------------------------- log-probs and entropies of a step
+
+
+@dataclass(frozen=True)
+class SequenceStats:
+    """Sums over the tokens of each sequence of a pack. On the device until they are gathered."""
+
+    ids: list[int]  # S, as packing.plan numbers sequences
+    logp_sums: Tensor  # (S,)
+    entropy_sums: Tensor | None  # (S,); None without gradients
+    largest_logp: Tensor  # () of all tokens; above 0 only if something is broken
+
+    @classmethod
+    def of(cls, batch: PackedBatch, result: PackLoss, paired: bool) -> "SequenceStats":
+        """result: after backward, because entropies are valid only then."""
+        ids = batch.row_ids
+        if paired:
+            ids = [2 * row + (sign < 0) for row, sign in zip(batch.row_ids, batch.signs)]
+        logps, entropies = result.token_logps, result.entropies
+        return cls(
+            ids,
+            sum_by_sequence(logps, batch.response_lengths),
+            None if entropies is None else sum_by_sequence(entropies, batch.response_lengths),
+            logps.max() if len(logps) else logps.new_zeros(()),
+        )
+
+
+def sum_by_sequence(values: Tensor, lengths: list[int]) -> Tensor:
+    """(R,) -> (S,). The order of additions is fixed, so the result is repeatable."""
+    return torch.stack([part.sum() for part in values.split(lengths)]) if lengths else values
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """A step's statistics over all ranks, on the host of each rank."""
+
+    scalars: list[float]  # summed over ranks
+    replicated: list[float]
+    ids: np.ndarray  # (S,) ascending; of pairs: chosen, rejected, chosen, ...
+    mean_logps: np.ndarray  # (S,) over the tokens of each sequence, in nats
+    mean_entropies: np.ndarray  # (S,)
+    paired: bool
+
+    def logp_summary(self) -> dict[str, float]:
+        """Mean log-prob per token of chosen and rejected traces, averaged over rows; for pairs also
+        the margin between them and the share of pairs ranked right."""
+        if not self.paired:
+            return {"chosen_logp": float(self.mean_logps.mean())}
+        chosen, rejected = self.mean_logps[0::2], self.mean_logps[1::2]
+        return {
+            "chosen_logp": float(chosen.mean()),
+            "rejected_logp": float(rejected.mean()),
+            "margin": float((chosen - rejected).mean()),
+            "ranked_right": float((chosen > rejected).mean()),
+        }
+
+    def entropy_summary(self) -> dict[str, float]:
+        """Mean entropy of the predictions of chosen and rejected traces, averaged over rows."""
+        if not self.paired:
+            return {"chosen_entropy": float(self.mean_entropies.mean())}
+        return {
+            "chosen_entropy": float(self.mean_entropies[0::2].mean()),
+            "rejected_entropy": float(self.mean_entropies[1::2].mean()),
+        }
+
+
+def gather_step_stats(
+    data: TrainData,
+    step: StepPlan,
+    parts: list[SequenceStats],
+    scalars: list[Tensor | float],
+    replicated: list[Tensor] = (),
+) -> StepStats:
+    """Bring a step's statistics to the host of every rank: one exchange, one wait for the device.
+
+    parts: one per pack of this rank. scalars: are summed over ranks. replicated: scalars that are
+    the same on every rank. Raises RuntimeError for a log-prob above 0: a probability above 1 means
+    a broken kernel or broken memory.
+    """
+    world, ids = data.world, sequence_ids(step)
+    # Every rank fills its own places of one vector; the sum over ranks is the whole vector.
+    sizes = [len(scalars), world.world_size, len(ids), len(ids)]
+    vector = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
+    sums, largest_logps, logp_sums, entropy_sums = vector.split(sizes)
+    for i, scalar in enumerate(scalars):
+        sums[i] = scalar
+    for part in parts:
+        where = torch.from_numpy(np.searchsorted(ids, part.ids))
+        where = where.to(world.device, non_blocking=True)
+        logp_sums[where] = part.logp_sums.double()
+        if part.entropy_sums is not None:
+            entropy_sums[where] = part.entropy_sums.double()
+        largest = largest_logps[world.rank]
+        torch.maximum(largest, part.largest_logp.double(), out=largest)
+    sum_over_ranks(vector, world)
+    on_host = torch.cat([vector, *(scalar.reshape(1).to(vector) for scalar in replicated)]).tolist()
+    ends = np.cumsum(sizes)
+    largest = max(on_host[ends[0] : ends[1]])
+    if largest > 0:
+        raise RuntimeError(f"a token has log-prob {largest}, above 0: the log-probs are wrong")
+    lengths = data.dataset.response_lengths[ids]
+    return StepStats(
+        scalars=on_host[: ends[0]],
+        replicated=on_host[ends[3] :],
+        ids=ids,
+        mean_logps=np.array(on_host[ends[1] : ends[2]]) / lengths,
+        mean_entropies=np.array(on_host[ends[2] : ends[3]]) / lengths,
+        paired=data.dataset.store.paired,
+    )
+
+
+# ---------------------------------------------------------------- the update's norm
+#
+#     delta = -lr * (m / (1 - beta1^k) / (sqrt(v / (1 - beta2^k)) + eps) + decay * weight)
+#
+# with m and v AdamW's moments after the gradient of step k. The norm of delta over all weights is
+# the update norm of the paper's Figures 4 and 5. It spikes when a run collapses; the norm of a
+# clipped gradient does not. Computing it from the moments needs no copy of the weights, and
+# computing it before the step lets it share the step's one exchange between ranks.
+
+BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # weights at a time; on a CPU they stay in the cache
 
 
 @torch.no_grad()
 def squared_update_norm(optimizer: torch.optim.AdamW) -> Tensor:
-    """Sum of squares of what the next `optimizer.step()` adds to this rank's weights: (), float64.
+    """Sum of squares of what the next `optimizer.step()` will add to this rank's weights: ()
+    float64.
 
-    Gradients are those at hand, clipped already. Exact but for the rounding of the sum into a
-    weight.
+    Gradients must be clipped already. Exact up to the rounding of the addition to a weight.
     """
     parts = []
     for group in optimizer.param_groups:
@@ -41,20 +163,22 @@ def squared_update_norm(optimizer: torch.optim.AdamW) -> Tensor:
 
 
 def _squared(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor:
-    """The same of one parameter, for a learning rate of 1."""
+    """Sum of squares of one parameter's update at learning rate 1."""
     beta1, beta2 = group["betas"]
     weight, gradient = (local_shard(t.detach()).reshape(-1) for t in (parameter, parameter.grad))
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     if state:
         mean, square = (local_shard(state[name]).reshape(-1) for name in ("exp_avg", "exp_avg_sq"))
         step = state["step"].double() + 1.0
-    else:  # AdamW makes it in its first step
+    else:  # before AdamW's first step, which creates the moments as zeros
         mean = square = weight.new_zeros(()).expand_as(weight)
         step = torch.ones_like(total)
-    root = (1.0 - beta2**step).sqrt()  # on the device: the host does not wait
+    root = (1.0 - beta2**step).sqrt()  # a tensor: the host does not wait for the device
     eps, times = group["eps"] * root, root / (1.0 - beta1**step)
     size = min(BLOCK[weight.device.type], len(weight))
-    buffers = weight.new_empty(2, size)  # fresh memory for every block would cost more than its use
+    buffers = weight.new_empty(
+        2, size
+    )  # reused: allocating for every block costs more than the math
     for at in range(0, len(weight), max(1, size)):
         block = slice(at, at + size)
         g = gradient[block]
@@ -69,47 +193,56 @@ def _squared(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor
 
 
 # ---------------------------------------------------------------- collapse
+#
+# Minimizing the log-prob of rejected traces can pull that of the chosen ones down with it, and the
+# model with that (docs/curves.md; the paper's Figures 4 and 5).
+#
+#     chosen log-prob    -0.5  -0.6  -0.9  -1.2  -1.4  ...     threshold 0.5 below the first step
+#     low                   0     0     0     1     2          when low == steps: a warning
+#                                       ^ the last good model: its checkpoint is kept
+#
+# Only answers can tell whether a fall is a collapse, so this warns, and stops only if asked to.
 
 
 @dataclass
 class CollapseGuard:
-    """Watches the chosen traces' mean log-prob, a record a step.
+    """Watches the chosen traces' mean log-prob, one record per step.
 
-    threshold: nats per token below the first record. steps: in a row below that until it warns,
-    and again after a recovery.
+    threshold: nats per token below the first record. steps: consecutive steps below that before it
+    warns; after a recovery it can warn again.
     """
 
     threshold: float
     steps: int
-    began: float | None = None
-    low: int = 0  # steps in a row
+    first: float | None = None
+    low: int = 0  # consecutive steps
     warned: bool = False
 
-    def look(self, record: dict[str, Any]) -> str:
-        """The warning at the step where one is due."""
+    def check(self, record: dict[str, Any]) -> str:
+        """The warning, or "" at steps without one."""
         now = record["chosen_logp"]
-        self.began = now if self.began is None else self.began
-        fell = self.began - now
+        self.first = now if self.first is None else self.first
+        fell = self.first - now
         self.low = self.low + 1 if fell > self.threshold else 0
         if self.low != self.steps:
             return ""
         self.warned = True
         return (
-            f"collapse: chosen traces have been {self.threshold:g} nats a token less likely than "
-            f"at the start for {self.low} steps (now {fell:.2f}: {self.began:.2f} -> {now:.2f}); "
+            f"collapse: chosen traces have been {self.threshold:g} nats per token less likely than "
+            f"at the start for {self.low} steps (now {fell:.2f}: {self.first:.2f} -> {now:.2f}); "
             "a smaller --lr helps"
         )
 
 
 def watch(guard: CollapseGuard, step: int, record: dict[str, Any], checkpoints: Checkpoints) -> str:
-    """Show the guard a step's record; as long as the log-prob is low, and for good once it has
-    warned, the newest checkpoint from before the fall is kept. -> the warning, if one is due."""
-    settled = guard.warned
-    warning = guard.look(record)
-    if not settled and guard.low == 1:
-        # The record is of the model before the step's update: of that after step - 1.
+    """Check a step's record -> the warning, or "". While the log-prob is low, and for good after a
+    warning, the newest checkpoint from before the fall is kept."""
+    already_warned = guard.warned
+    warning = guard.check(record)
+    if not already_warned and guard.low == 1:
+        # The record is of the model before this step's update, that is after step - 1.
         checkpoints.pin_before(step - 2)
-    elif not settled and not guard.low:
+    elif not already_warned and not guard.low:
         checkpoints.pinned = 0
     if not warning:
         return ""
@@ -118,14 +251,18 @@ def watch(guard: CollapseGuard, step: int, record: dict[str, Any], checkpoints: 
 
 
 # ---------------------------------------------------------------- FLOPs and MFU
+#
+# Model FLOPs as the literature counts them: every matmul once forward and twice backward, nothing
+# for what activation checkpointing runs again. Attention counts per document: a pack of sixteen
+# traces of 2k tokens does a sixteenth of the attention of one trace of 32k.
 
-# Dense bf16, by the makers' data sheets; looked up in the device's name.
+# Dense bf16 FLOP/s from the data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def training_flops(config: ModelConfig, lengths: list[int], supervised: int) -> float:
-    """FLOPs of forward and backward over documents of `lengths` tokens, the head over `supervised`
-    rows: 6 per weight and token, and 6 * H * d * L^2 per layer for causal attention.
+    """FLOPs of forward and backward over documents of `lengths` tokens, with the head on
+    `supervised` rows: 6 per weight and token, and 6 * H * d * L^2 per layer for causal attention.
 
     Qwen2.5-Math-1.5B over one document of 8,192 tokens, all supervised: 11.4 GFLOP a token.
     """
@@ -139,7 +276,7 @@ def training_flops(config: ModelConfig, lengths: list[int], supervised: int) -> 
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's peak in FLOP/s, or None where it is not known (every CPU)."""
+    """The device's peak in FLOP/s, or None if unknown (every CPU)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

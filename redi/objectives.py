@@ -1,25 +1,52 @@
-"""How an objective of losses.py or related_losses.py meets the model: which log-prob kernel, which
-weights.
+"""How a loss function trains a model: which log-prob kernel runs, and what is divided by what.
 
-Two kinds. A *linear* objective (SFT, REDI, symmetric, positives) is a signed weight per response
-token, known before the forward pass from lengths alone: it runs through the one-pass kernel, and a
-pair's two sequences may lie in different packs. A *pairwise* one (DPO and the rest) is any function
-of a pair's log-probs: it needs the two-pass kernel, and both sequences in one pack.
+A loss is a pure function in losses.py or related_losses.py. Its argument names say what it needs of
+the P pairs of a pack (PAIR_ARGUMENTS below); every other argument is a parameter and a flag. So the
+objective NAME of `train_redi.py --objective NAME` is the function NAME_loss, looked up when a run
+starts, and there are two ways to train on it:
 
-To try another objective, write it as a function of its parameters and add it to OBJECTIVES:
-docs/new-objective.md does. Letters: P pairs, S sequences of a pack, R supervised tokens.
+    LinearObjective     the loss is linear in the log-probs. Its slopes are constants, so the weight
+                        of every token is known before the forward pass, and one fused pass computes
+                        loss and gradient. A pair's traces may be in different packs, on different
+                        ranks.
+    PairwiseObjective   any differentiable function of a pair's log-probs: two passes over the
+                        vocabulary, and both traces of a pair in one pack.
+
+Nothing is averaged over packs or ranks: each pack returns its share of the step's loss, already
+divided by the counts of the whole step. Shares add up.
+To add an objective: docs/new-objective.md. Letters: P pairs, S sequences, R supervised tokens,
+N rows of the data.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from redi import losses, related_losses
-from redi.logprobs import token_logps, weighted_logp_sum
+from redi.config import UserError
+from redi.logprobs import token_logps_and_entropies, weighted_logp_sum
 from redi.model import Transformer
 from redi.packing import PackedBatch
+
+# What --objective accepts. The linear ones have only means as arguments.
+LINEAR = ("redi", "symmetric", "positives")
+OBJECTIVES = (
+    *LINEAR, "dpo", "simpo", "dpo_norm", "irpo", "dpop", "ipo", "apo_zero", "orpo", "npo", "topr",
+    "dft", "redi_weighted",
+)  # fmt: skip
+
+# What a loss can ask for by naming an argument so: sums and means of a trace's token log-probs
+# (P,), the reference model's, and the log-probs token by token (P tensors of (|y|,)).
+PAIR_ARGUMENTS = (
+    "chosen_sum", "rejected_sum", "chosen_mean", "rejected_mean",
+    "ref_chosen_sum", "ref_rejected_sum", "ref_chosen_mean", "ref_rejected_mean",
+    "chosen_logps", "rejected_logps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,218 +57,150 @@ class Totals:
     num_tokens: int  # supervised
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The log-probs of a pack's pairs, as a pairwise loss needs them. All (P,) but the tokens'."""
-
-    chosen_logps: Sequence[Tensor]  # P of (|y_w|,), token by token
-    rejected_logps: Sequence[Tensor]  # P of (|y_l|,)
-    chosen_sum: Tensor
-    rejected_sum: Tensor
-    chosen_mean: Tensor
-    rejected_mean: Tensor
-    ref_chosen_sum: Tensor | None  # the reference's, where the objective asked for one
-    ref_rejected_sum: Tensor | None
-    ref_chosen_mean: Tensor | None
-    ref_rejected_mean: Tensor | None
-
-    @classmethod
-    def of(cls, logps: Tensor, batch: PackedBatch, reference: Tensor | None) -> "Pairs":
-        """logps (R,) of a pack whose sequences are chosen, rejected, chosen, ...; reference (N, 2),
-        see Objective."""
-        lengths = batch.response_lengths
-        tokens, sums = logps.split(lengths), sequence_sums(logps, lengths)  # S, (S,)
-        means = sequence_means(logps, lengths)
-        ref_sums = ref_means = None
-        if reference is not None:
-            ref_sums = reference[batch.row_ids[0::2]].reshape(-1).to(sums)  # (S,)
-            ref_means = ref_sums / torch.tensor(lengths).to(sums)
-        both = (tokens, sums, means, ref_sums, ref_means)
-        sides = (None if part is None else part[i::2] for part in both for i in (0, 1))
-        return cls(*sides)
+class PackLoss(NamedTuple):
+    loss: Tensor  # (), the pack's share of the step's loss
+    token_logps: Tensor  # (R,), detached
+    entropies: Tensor | None  # (R,), valid after backward; None where no gradient is computed
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What the train loop minimises.
-
-    token_weights(signs (S,), lengths (S,), totals) -> (S,) goes into every pack (zero for an
-    objective that is not linear). loss(model, batch, totals, reference, entropies) -> the pack's
-    share of the step's loss, and its log-probs (R,) detached; shares add up, nothing is averaged.
-    reference (N, 2), on the host: the starting model's summed log-probs of each row's chosen and
-    rejected sequence. entropies (R,) or None: memory for them, see logprobs.token_logps.
-    """
+class LinearObjective:
+    """loss = sum_t w_t logp_t. token_weights(signs (S,), lengths (S,), totals) -> (S,): w of the
+    tokens of each sequence, float64."""
 
     token_weights: Callable[[Tensor, Tensor, Totals], Tensor]
-    loss: Callable[..., tuple[Tensor, Tensor]]
-    keep_pairs: bool = False
-    needs_reference: bool = False
-
-
-def linear(token_weights: Callable[[Tensor, Tensor, Totals], Tensor]) -> Objective:
-    """loss = sum_t w_t logp_t, in one pass."""
+    keep_pairs = False  # both traces of a pair in one pack?
+    needs_reference = False
 
     def loss(
-        model: Transformer,
-        batch: PackedBatch,
-        totals: Totals,
-        reference: Tensor | None,
-        entropies: Tensor | None = None,
-    ):
-        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            return weighted_logp_sum(hidden, weight, batch.targets, batch.token_weights, entropies)
+        self, model: Transformer, batch: PackedBatch, totals: Totals, reference: Tensor | None
+    ) -> PackLoss:
+        def head(hidden: Tensor, weight: Tensor) -> tuple:
+            return weighted_logp_sum(hidden, weight, batch.targets, batch.token_weights)
 
-        return model(batch, head)
-
-    return Objective(token_weights, loss)
+        return PackLoss(*model(batch, head))
 
 
-def pairwise(pair_loss: Callable[[Pairs], Tensor], needs_reference: bool = False) -> Objective:
-    """loss = sum over pairs of pair_loss (P,), divided by the step's number of pairs."""
+@dataclass(frozen=True)
+class PairwiseObjective:
+    """loss = sum over pairs of pair_loss(...) (P,), divided by the step's number of pairs."""
 
-    def no_weights(signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
+    pair_loss: Callable[..., Tensor]  # called with the PAIR_ARGUMENTS in `arguments`
+    arguments: Sequence[str]
+    keep_pairs = True
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(name.startswith("ref_") for name in self.arguments)
+
+    def token_weights(self, signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
+        """Zeros (S,): the weights follow from the forward pass."""
         return torch.zeros(signs.shape, dtype=torch.float64)
 
     def loss(
-        model: Transformer,
-        batch: PackedBatch,
-        totals: Totals,
-        reference: Tensor | None,
-        entropies: Tensor | None = None,
-    ):
-        logps = model(batch, lambda h, w: token_logps(h, w, batch.targets, entropies))  # (R,)
-        if not batch.row_ids:  # a rank without work: its backward is waited for all the same
-            return logps.sum(), logps.detach()
-        pairs = Pairs.of(logps, batch, reference)
-        return pair_loss(pairs).sum() / totals.num_rows, logps.detach()
+        self, model: Transformer, batch: PackedBatch, totals: Totals, reference: Tensor | None
+    ) -> PackLoss:
+        """reference (N, 2), on the host: summed log-probs of each row's chosen and rejected trace
+        under the reference model."""
 
-    return Objective(no_weights, loss, keep_pairs=True, needs_reference=needs_reference)
+        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+            return token_logps_and_entropies(hidden, weight, batch.targets)
 
-
-def sequence_sums(logps: Tensor, lengths: list[int]) -> Tensor:
-    """Sum the log-probs (R,) of each sequence -> (S,). A fixed order of additions: repeatable."""
-    return torch.stack([part.sum() for part in logps.split(lengths)]) if lengths else logps
+        token_logps, entropies = model(batch, head)  # (R,)
+        if batch.row_ids:
+            values = pair_arguments(token_logps, batch, reference)
+            per_pair = self.pair_loss(**{name: values[name] for name in self.arguments})  # (P,)
+            loss = per_pair.sum() / totals.num_rows
+        else:  # an empty pack: its backward takes part in the exchange between ranks all the same
+            loss = token_logps.sum()
+        return PackLoss(loss, token_logps.detach(), entropies)
 
 
-def sequence_means(logps: Tensor, lengths: list[int]) -> Tensor:
-    """The same per token -> (S,), of at least one sequence."""
-    return torch.stack([part.mean() for part in logps.split(lengths)])
+Objective = LinearObjective | PairwiseObjective
 
 
-def sums_of(p: Pairs) -> tuple[Tensor, ...]:
-    """(S_w, S_l, S_w_ref, S_l_ref), the arguments DPO begins with; each (P,)."""
-    return p.chosen_sum, p.rejected_sum, p.ref_chosen_sum, p.ref_rejected_sum
+def pair_arguments(
+    token_logps: Tensor, batch: PackedBatch, reference: Tensor | None
+) -> dict[str, Tensor | Sequence[Tensor]]:
+    """PAIR_ARGUMENTS of a pack whose sequences are chosen, rejected, chosen, ...; the reference's
+    only if there is one. token_logps (R,), reference (N, 2)."""
+    traces = token_logps.split(batch.response_lengths)  # 2P of (|y|,)
+    sums = torch.stack([trace.sum() for trace in traces])  # (2P,)
+    means = torch.stack([trace.mean() for trace in traces])
+    values = {
+        "chosen_logps": traces[0::2],
+        "rejected_logps": traces[1::2],
+        "chosen_sum": sums[0::2],
+        "rejected_sum": sums[1::2],
+        "chosen_mean": means[0::2],
+        "rejected_mean": means[1::2],
+    }
+    if reference is not None:
+        ref_sums = reference[batch.row_ids[0::2]].to(sums)  # (P, 2)
+        ref_means = ref_sums / torch.tensor(batch.response_lengths).reshape(-1, 2).to(sums)
+        values |= {
+            "ref_chosen_sum": ref_sums[:, 0],
+            "ref_rejected_sum": ref_sums[:, 1],
+            "ref_chosen_mean": ref_means[:, 0],
+            "ref_rejected_mean": ref_means[:, 1],
+        }
+    return values
 
 
-def means_of(p: Pairs) -> tuple[Tensor, ...]:
-    """(M_w, M_l, M_w_ref, M_l_ref)."""
-    return p.chosen_mean, p.rejected_mean, p.ref_chosen_mean, p.ref_rejected_mean
+# ---------------------------------------------------------------- from a loss to an objective
 
 
-# ---------------------------------------------------------------- the paper's
-
-SFT = linear(lambda signs, lengths, totals: losses.sft_token_weights(lengths, totals.num_tokens))
-
-
-def redi(alpha: float) -> Objective:
-    return linear(
-        lambda signs, lengths, totals: losses.redi_token_weights(
-            signs, lengths, totals.num_rows, alpha
+def sft() -> Objective:
+    """Stage 1, Eq. 1: every supervised token of the step has the weight slope / num_tokens."""
+    [slope] = constant_slopes(lambda logp_sum: losses.sft_loss(logp_sum, num_tokens=1), 1, "sft")
+    return LinearObjective(
+        lambda signs, lengths, totals: torch.full(
+            signs.shape, slope / totals.num_tokens, dtype=torch.float64
         )
     )
 
 
-def symmetric() -> Objective:
-    return redi(alpha=1.0)
+def make_objective(name: str, **parameters: float) -> Objective:
+    """The objective NAME of OBJECTIVES. parameters: those that `loss_parameters` lists.
+
+    Raises UserError for one of LINEAR whose loss is not linear in M_w and M_l.
+    """
+    loss = partial(loss_function(name), **parameters)
+    if name not in LINEAR:
+        arguments = [a for a in inspect.signature(loss).parameters if a in PAIR_ARGUMENTS]
+        return PairwiseObjective(loss, arguments)
+    slopes = torch.tensor(constant_slopes(loss, 2, name), dtype=torch.float64)  # by M_w and M_l
+
+    def token_weights(signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
+        return slopes[(signs < 0).long()] / (totals.num_rows * lengths)
+
+    return LinearObjective(token_weights)
 
 
-def dpo(beta: float) -> Objective:
-    return pairwise(lambda p: losses.dpo_loss(*sums_of(p), beta), needs_reference=True)
+def constant_slopes(loss: Callable[..., Tensor], num_arguments: int, name: str) -> list[float]:
+    """The derivative of a loss by each of its arguments, which must be the same everywhere.
+
+    Taken by autograd in float64 at three random points of log-probs. Raises UserError otherwise.
+    """
+    random = torch.Generator().manual_seed(0)
+    points = -5.0 * torch.rand(3, num_arguments, dtype=torch.float64, generator=random)
+    points.requires_grad_()
+    total = torch.stack([loss(*point).sum() for point in points]).sum()
+    slopes = torch.autograd.grad(total, points)[0]  # (3, num_arguments)
+    if not torch.allclose(slopes, slopes[0].expand_as(slopes), rtol=1e-12, atol=0.0):
+        raise UserError(
+            f"{name}: is declared linear (LINEAR in redi/objectives.py), but the slopes of "
+            f"{name}_loss differ from point to point: {slopes.tolist()}"
+        )
+    return slopes[0].tolist()
 
 
-def simpo(beta: float, gamma: float) -> Objective:
-    return pairwise(lambda p: losses.simpo_loss(p.chosen_mean, p.rejected_mean, beta, gamma))
+def loss_function(name: str) -> Callable[..., Tensor]:
+    """NAME_loss of losses.py or related_losses.py."""
+    return getattr(losses, f"{name}_loss", None) or getattr(related_losses, f"{name}_loss")
 
 
-# ---------------------------------------------------------------- others
-
-
-def positives() -> Objective:
-    return redi(alpha=0.0)
-
-
-def dpo_norm(beta: float) -> Objective:
-    return pairwise(
-        lambda p: related_losses.dpo_norm_loss(*means_of(p), beta), needs_reference=True
-    )
-
-
-def irpo(beta: float, alpha: float) -> Objective:
-    return pairwise(
-        lambda p: related_losses.irpo_loss(*sums_of(p), p.chosen_mean, beta, alpha),
-        needs_reference=True,
-    )
-
-
-def dpop(beta: float, alpha: float) -> Objective:
-    return pairwise(
-        lambda p: related_losses.dpop_loss(*sums_of(p), beta, alpha), needs_reference=True
-    )
-
-
-def ipo(beta: float) -> Objective:
-    return pairwise(lambda p: related_losses.ipo_loss(*means_of(p), beta), needs_reference=True)
-
-
-def apo_zero(beta: float) -> Objective:
-    return pairwise(lambda p: related_losses.apo_zero_loss(*sums_of(p), beta), needs_reference=True)
-
-
-def orpo(alpha: float) -> Objective:
-    return pairwise(lambda p: related_losses.orpo_loss(p.chosen_mean, p.rejected_mean, alpha))
-
-
-def npo(beta: float, alpha: float) -> Objective:
-    return pairwise(
-        lambda p: related_losses.npo_loss(
-            p.chosen_mean, p.rejected_sum, p.ref_rejected_sum, beta, alpha
-        ),
-        needs_reference=True,
-    )
-
-
-def topr() -> Objective:
-    return pairwise(
-        lambda p: related_losses.topr_loss(p.chosen_sum, p.rejected_sum, p.ref_rejected_sum),
-        needs_reference=True,
-    )
-
-
-def dft() -> Objective:
-    return pairwise(lambda p: related_losses.dft_loss(p.chosen_logps))
-
-
-def redi_weighted(alpha: float, gamma: float) -> Objective:
-    return pairwise(
-        lambda p: related_losses.redi_weighted_loss(p.chosen_mean, p.rejected_mean, alpha, gamma)
-    )
-
-
-# What --objective of stage 2 chooses from. A function's parameters are the flags it takes.
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "redi": redi,
-    "symmetric": symmetric,
-    "dpo": dpo,
-    "simpo": simpo,
-    "positives": positives,
-    "dpo_norm": dpo_norm,
-    "irpo": irpo,
-    "dpop": dpop,
-    "ipo": ipo,
-    "apo_zero": apo_zero,
-    "orpo": orpo,
-    "npo": npo,
-    "topr": topr,
-    "dft": dft,
-    "redi_weighted": redi_weighted,
-}
+def loss_parameters(name: str) -> list[str]:
+    """The parameters of an objective, as alpha of redi: arguments that no pair supplies."""
+    arguments = inspect.signature(loss_function(name)).parameters
+    return [argument for argument in arguments if argument not in PAIR_ARGUMENTS]

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redi.losses import dpo_loss, redi_loss
+from redi import losses
 
 
 def positives_loss(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def positives_loss(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
     >>> round(positives_loss(torch.tensor([-0.2]), torch.tensor([-2.0])).item(), 6)
     0.2
     """
-    return redi_loss(chosen_mean, rejected_mean, alpha=0.0)
+    return losses.redi_loss(chosen_mean, rejected_mean, alpha=0.0)
 
 
 def dpo_norm_loss(
@@ -62,7 +62,7 @@ def dpo_norm_loss(
     >>> round(dpo_norm_loss(*means, beta=5.0).item(), 6)
     0.160224
     """
-    return dpo_loss(chosen_mean, rejected_mean, ref_chosen_mean, ref_rejected_mean, beta)
+    return losses.dpo_loss(chosen_mean, rejected_mean, ref_chosen_mean, ref_rejected_mean, beta)
 
 
 def irpo_loss(
@@ -83,7 +83,7 @@ def irpo_loss(
     >>> round(irpo_loss(*sums, torch.tensor([-0.2]), beta=0.1, alpha=1.0).item(), 6)
     0.853947
     """
-    dpo = dpo_loss(chosen_sum, rejected_sum, ref_chosen_sum, ref_rejected_sum, beta)
+    dpo = losses.dpo_loss(chosen_sum, rejected_sum, ref_chosen_sum, ref_rejected_sum, beta)
     return dpo - alpha * chosen_mean
 
 
@@ -107,7 +107,7 @@ def dpop_loss(
     """
     fallen = (ref_chosen_sum - chosen_sum).clamp(min=0.0)  # (P,)
     # Inside the bracket, so it joins the chosen trace's log-ratio.
-    return dpo_loss(
+    return losses.dpo_loss(
         chosen_sum - alpha * fallen, rejected_sum, ref_chosen_sum, ref_rejected_sum, beta
     )
 

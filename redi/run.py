@@ -1,12 +1,11 @@
 """A whole run of either stage: model and data in, training, a Hugging Face folder out.
 
-train_sft.py and train_redi.py give their stage's defaults and objective and call `run`. What a
-user can get wrong is found here before anything is written. The loop itself is train.py.
-Letters: N rows.
+The programs give their stage's config and objective and call `run`. What a user can get wrong is
+found before anything is written. The loop itself is train.py. Letters: N rows.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,80 +13,106 @@ import torch
 from redi import __version__, distributed
 from redi.batches import TrainData
 from redi.checkpoint.folder import Source, open_model, save_model
-from redi.checkpoint.reference import reference_path
+from redi.checkpoint.reference import reference_logps
 from redi.checkpoint.resume import Checkpoints
 from redi.checkpoint.weights import fill, fingerprint
 from redi.config import UserError, to_toml
-from redi.data.dataset import Dataset, Limits, describe, hash_files, load_store, select
+from redi.data.dataset import Dataset, Limits, describe, select
+from redi.data.files import hash_files
+from redi.data.store import load_store
 from redi.distributed import DTYPES, Parallelism, World, local_rank_zero_first, report_lost_ranks
-from redi.eval.in_training import prepare
-from redi.eval.protocol import EvalConfig
 from redi.hub import CARD, dataset_files, is_hub_id
 from redi.memory import blocks_to_checkpoint
+from redi.model import Transformer
 from redi.objectives import Objective
+from redi.recipe import TrainConfig
 from redi.runlog import NoLog, RunLog, is_finished, read_metrics
-from redi.train import StopSignals, TrainConfig, num_steps, train
+from redi.train import Score, StopSignals, num_steps, train
+
+PrepareScore = Callable[[TrainConfig, Source, World], Score | None]
 
 
-def run(config: TrainConfig, objective: Objective, paired: bool, model_made_by: str | None) -> None:
-    """Load, look, train, save: what train_sft.py and train_redi.py do.
-
-    paired: rows are pairs. model_made_by: the command that makes the default --model, for the
-    error if it is missing. Raises UserError for everything a user can mend, before anything is
-    written to --out; config.Stopped if it was asked to stop.
-    """
-    world = distributed.start(config.timeout)
-    with report_lost_ranks(world, f"--timeout {config.timeout:g} minutes"):
-        _run(config, objective, paired, model_made_by, world)
-
-
-def _run(
+def run(
     config: TrainConfig,
     objective: Objective,
     paired: bool,
     model_made_by: str | None,
-    world: World,
+    prepare_score: PrepareScore,
 ) -> None:
-    finished = not config.dry_run and is_finished(config.out, config)
+    """Load, check, train, save: what train_sft.py and train_redi.py do.
 
-    # ---- model and data; of the model only the sizes
+    paired: rows are pairs. model_made_by: the command that makes the default --model, for the error
+    if it is missing. prepare_score: returns what evaluates the model between steps. Raises
+    UserError for everything a user can fix, before anything is written to --out, and Stopped
+    after a signal.
+    """
+    world = distributed.start(config.timeout)
+    with report_lost_ranks(world, f"--timeout {config.timeout:g} minutes"):
+        finished = not config.dry_run and is_finished(config.out, config)
+        with local_rank_zero_first(world):  # downloads and tokenizes once per node
+            model, source, dataset, eval_dataset = _load(config, paired, model_made_by, world)
+            score = prepare_score(config, source, world)
+        facts = facts_of(source, dataset, config.data)
+        if finished:
+            check_facts(config, facts)
+            print(f"{config.out} is finished: nothing to do")
+            return
+        data = TrainData(dataset, objective, world, config.pack_tokens)
+        eval_data = replace(data, dataset=eval_dataset) if eval_dataset else None
+        how, memory = _parallelism(config, model, dataset, world)
+        print(
+            describe(dataset, source.chat),
+            describe_plan(data, config),
+            memory,
+            sep="\n",
+            flush=True,
+        )
+        if not config.dry_run:
+            _train_and_save(config, model, source, data, eval_data, how, score, facts)
+
+
+def _load(
+    config: TrainConfig, paired: bool, model_made_by: str | None, world: World
+) -> tuple[Transformer, Source, Dataset, Dataset | None]:
+    """The model, of which only the sizes are read, and the rows."""
     defaults = type(config)
     made_by = model_made_by if config.model == defaults.model else None
-    with local_rank_zero_first(world):  # a hub id is downloaded, data is tokenised: once a node
-        model, source = open_model(
-            config.model, config.rope_theta, config.max_position_embeddings, made_by
-        )
-        made_by = "python -m redi.prepare" if config.data == defaults.data else None
-        dataset = load_data(config.data, config, source, paired, made_by, world.is_local_rank_zero)
-        eval_rows = None
-        if config.eval_data:
-            eval_rows = load_data(
-                config.eval_data, config, source, paired, verify=world.is_local_rank_zero
-            )
-            print(f"held out, {config.eval_data}: {describe(eval_rows, source.chat)}\n")
-        exam = None
-        if config.eval_benchmark:
-            exam = prepare(benchmark_config(config), source, world)
-    facts = facts_of(source, dataset, config.data)
-    if finished:
-        check_facts(config, facts)
-        print(f"{config.out} is finished: nothing to do")
-        return
-    task = TrainData(dataset, objective, world, config.pack_tokens)
-    eval_task = replace(task, dataset=eval_rows) if eval_rows else None
+    model, source = open_model(
+        config.model, config.rope_theta, config.max_position_embeddings, made_by
+    )
+    made_by = "python -m redi.prepare" if config.data == defaults.data else None
+    verify = world.is_local_rank_zero
+    dataset = load_data(config.data, config, source, paired, made_by, verify)
+    eval_dataset = None
+    if config.eval_data:
+        eval_dataset = load_data(config.eval_data, config, source, paired, verify=verify)
+        print(f"held out, {config.eval_data}: {describe(eval_dataset, source.chat)}\n")
+    return model, source, dataset, eval_dataset
+
+
+def _parallelism(
+    config: TrainConfig, model: Transformer, dataset: Dataset, world: World
+) -> tuple[Parallelism, str]:
+    """How the model is distributed, and why so many blocks are checkpointed."""
     dtype = distributed.compute_dtype(config.dtype, world)
     checkpointed, why = blocks_to_checkpoint(
         config.checkpoint_blocks, model, longest_pack(dataset, config), world, dtype
     )
-    print(describe(dataset, source.chat), describe_plan(task, config), why, sep="\n", flush=True)
-    if config.dry_run:
-        return
-    if objective.needs_reference:
-        where = partial(reference_path, config.cache, source.folder, model.config, dtype)
-        task = replace(task, cache_path=where(dataset))
-        eval_task = replace(eval_task, cache_path=where(eval_rows)) if eval_task else None
+    how = Parallelism(dtype, checkpointed, config.compile, config.reshard_after_forward)
+    return how, why
 
-    # ---- train and save
+
+def _train_and_save(
+    config: TrainConfig,
+    model: Transformer,
+    source: Source,
+    data: TrainData,
+    eval_data: TrainData | None,
+    how: Parallelism,
+    score: Score | None,
+    facts: dict[str, str],
+) -> None:
+    world, folder = data.world, source.folder
     checkpoints = Checkpoints(Path(config.out), world, compared(facts), config.keep)
     history = [r for r in read_metrics(Path(config.out)) if r["kind"] == "train"]
     begin = checkpoints.newest_whole(len(history)) if config.resume == "auto" else 0
@@ -95,14 +120,20 @@ def _run(
     if world.rank == 0:
         log = RunLog(config.out, config, facts, config.tracker, begin)
         checkpoints.forget_after(begin)
-    how = Parallelism(dtype, checkpointed, config.compile, config.reshard_after_forward)
     distributed.parallelize(model, world, how)
-    fill(model, source.folder)
+    fill(model, folder)
+    if data.objective.needs_reference:  # the model before its first step, also when resuming
+        data = replace(
+            data, reference=reference_logps(model, data, folder, how.dtype, config.cache)
+        )
+        if eval_data:
+            reference = reference_logps(model, eval_data, folder, how.dtype, config.cache)
+            eval_data = replace(eval_data, reference=reference)
     if begin:
-        print(f"{config.out}: goes on after step {begin}", flush=True)
-    train(model, task, config, log, checkpoints, eval_task, exam, history[:begin])
+        print(f"{config.out}: resumes after step {begin}", flush=True)
+    train(model, data, config, log, checkpoints, eval_data, score, history[:begin])
     try:
-        with StopSignals():  # too late to stop in good order
+        with StopSignals():  # a stop is too late now: saving finishes
             card = model_card(config, facts)
             save_model(model, config.out, source, save_dtype(config, source), card)
     except KeyboardInterrupt:
@@ -122,9 +153,9 @@ def load_data(
     made_by: str | None = None,
     verify: bool = True,
 ) -> Dataset:
-    """The rows of `path`, tokenised for this model, without those over the run's limits.
+    """The rows of `path`, tokenized for this model, without those over the run's limits.
 
-    verify: compare tokens that are there already with their sha256; once a node is enough.
+    verify: compare cached tokens with their sha256; once per node is enough.
     Raises UserError for a model without a tokenizer, a limit above its context, a row that cannot
     be trained on, and if no row is left.
     """
@@ -143,26 +174,14 @@ def load_data(
     return select(store, limits, config.over_length, path)
 
 
-def benchmark_config(config: TrainConfig) -> EvalConfig:
-    """How the benchmark is asked between steps: like the training rows are."""
-    return EvalConfig(
-        benchmark=[config.eval_benchmark],
-        samples=config.eval_samples,
-        temperature=config.eval_temperature,
-        user_prompt="plain",
-        max_new_tokens=config.max_response,
-        seed=config.seed,
-    )
-
-
-def describe_plan(task: TrainData, config: TrainConfig) -> str:
-    """What training will do with the rows, in a line."""
-    epoch = task.plan(config.rows_per_step, config.seed, epoch=0)
-    packs, ranks = sum(len(step[0]) for step in epoch), task.world.world_size
+def describe_plan(data: TrainData, config: TrainConfig) -> str:
+    """What training will do with the rows, in one line."""
+    epoch = data.plan(config.rows_per_step, config.seed, epoch=0)
+    packs, ranks = sum(len(step[0]) for step in epoch), data.world.world_size
     dealt = f" on each of {ranks} processes" if ranks > 1 else ""
-    tokens = int(task.dataset.lengths.sum())
+    tokens = int(data.dataset.lengths.sum())
     return (
-        f"{num_steps(task, config):,} optimizer steps of {config.rows_per_step} rows "
+        f"{num_steps(data, config):,} optimizer steps of {config.rows_per_step} rows "
         f"({len(epoch):,} an epoch, {config.epochs} epoch{'s' * (config.epochs > 1)}); an epoch "
         f"is {tokens:,} tokens in {packs:,} pack{'s' * (packs != 1)} of {config.pack_tokens:,}"
         f"{dealt} (a longer row has its own), no padding"

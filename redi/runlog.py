@@ -19,15 +19,9 @@ from typing import Annotated, Any, TextIO
 
 from tqdm import tqdm
 
-from redi.config import UserError, one_line, parse, program, to_toml
+from redi.config import UserError, fields_that_may_change, one_line, parse, program, to_toml
 from redi.data.files import make_folder, write_aside
 
-# Settings that do not change what a run computes.
-NOT_COMPARED = {
-    "out", "dry_run", "tracker", "cache", "graders", "save_every", "keep", "resume", "timeout",
-    "checkpoint_blocks", "reshard_after_forward", "collapse_threshold", "collapse_steps",
-    "collapse_stop", "slots", "cache_gib",
-}  # fmt: skip
 QUIET_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
@@ -52,7 +46,7 @@ def is_finished(out: str, config: Any) -> bool:
         raise UserError(f"{recorded}: not readable ({error}); choose another --out") from None
     changed = [
         f"{key} was {old.get(key)!r}, now {settings.get(key)!r}"
-        for key in sorted({*old, *settings} - NOT_COMPARED)
+        for key in sorted({*old, *settings} - fields_that_may_change(type(config)))
         if old.get(key) != settings.get(key)
     ]
     if changed:

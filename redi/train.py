@@ -1,136 +1,57 @@
-"""The one train loop.
+"""The training loop.
 
     for step in plan:                      an optimizer step
         for batch in its packs:            forward, loss, backward
-        clip, learning rate, AdamW, log, maybe a checkpoint
+        clip, exchange statistics, AdamW, log, maybe a checkpoint
 
-SFT and REDI differ in the objective they hand in and in the shape of their rows, not here. Losses
-come out of the objective as shares of the whole step's loss: they are added up, never averaged,
-so nothing depends on how the step was cut into packs, or dealt to ranks.
+SFT and REDI differ in the objective and in the shape of their rows, not here. The objective returns
+each pack's share of the whole step's loss. Shares are summed, never averaged, so the result does
+not depend on how the step was cut into packs or dealt to ranks.
 
-Left out: a Trainer class, callbacks, gradient accumulation as a setting (packs of a step simply
-follow each other). Letters: R supervised tokens, S sequences of a pack.
+Left out: a Trainer class, callbacks, gradient accumulation as a setting (the packs of a step simply
+follow each other). Letters: R supervised tokens.
 """
 
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from redi import distributed
-from redi.batches import SequenceStats, TrainData, held_out, read, with_reference
+from redi.batches import TrainData
 from redi.checkpoint.resume import Checkpoints
-from redi.config import Stopped, UserError, require
+from redi.config import Stopped, UserError
 from redi.distributed import full_tensor, peak_memory_gib
-from redi.eval.in_training import Exam, measure
 from redi.model import Transformer
-from redi.monitor import CollapseGuard, peak_flops, squared_update_norm, training_flops, watch
+from redi.monitor import (
+    CollapseGuard,
+    SequenceStats,
+    StepStats,
+    gather_step_stats,
+    peak_flops,
+    squared_update_norm,
+    training_flops,
+    watch,
+)
 from redi.packing import StepPlan
+from redi.recipe import TrainConfig
 from redi.runlog import NoLog, Progress, RunLog
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, and the paper's
 WARMUP = 0.1  # share of the steps over which the learning rate rises
-AT_LEAST_1 = (
-    "rows_per_step", "epochs", "pack_tokens", "eval_every", "eval_samples", "max_prompt",
-    "save_every", "keep", "collapse_steps",
-)  # fmt: skip
 
-
-@dataclass(kw_only=True)
-class TrainConfig:
-    """Settings of both stages. The programs give those that differ their paper's default."""
-
-    model: Annotated[str, "model to start from: folder or hub id"]
-    data: Annotated[str, "training rows: file, folder or hub id"]
-    out: Annotated[str, "folder for the trained model and the run's records"]
-    lr: Annotated[float, "peak learning rate"]
-    rows_per_step: Annotated[int, "rows in an optimizer step"]
-    epochs: Annotated[int, "passes over the data"]
-    rope_theta: Annotated[float | Literal["keep"], "rotary base of the trained model"]
-    max_position_embeddings: Annotated[int | Literal["keep"], "its context, tokens"]
-    max_prompt: Annotated[int, "longest prompt, tokens"]
-    max_response: Annotated[int, "longest response, tokens with the stop token"]
-    max_length: Annotated[int, "longest prompt and response together, tokens"]
-    over_length: Annotated[
-        Literal["drop", "error"], "rows over a limit: drop and count, or stop"
-    ] = "drop"
-    max_steps: Annotated[int | None, "stop (and end the schedule) after so many steps"] = None
-    pack_tokens: Annotated[int, "tokens in a forward pass; a longer row gets its own"] = 32768
-    weight_decay: Annotated[float, "AdamW's, on matrices"] = 1e-4
-    clip: Annotated[float, "largest gradient norm"] = 1.0
-    seed: Annotated[int, "of the shuffle"] = 42
-    eval_data: Annotated[str | None, "held-out rows: their loss is logged"] = None
-    eval_benchmark: Annotated[str | None, "benchmark, name or file: pass@1 on it is logged"] = None
-    eval_samples: Annotated[int, "completions of each of its problems"] = 4
-    eval_temperature: Annotated[float, "of their sampling; 0 is greedy"] = 0.6
-    eval_every: Annotated[int, "optimizer steps between held-out losses, and between scores"] = 100
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], "of the compute; auto: bf16 on CUDA, fp32 on a CPU"
-    ] = "auto"
-    reshard_after_forward: Annotated[
-        bool, "free a block's weights after its forward pass (ZeRO-3)"
-    ] = False
-    checkpoint_blocks: Annotated[str, "blocks run again in backward: auto, all, none, N"] = "auto"
-    compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
-    save_dtype: Annotated[
-        Literal["source", "float32", "bfloat16", "float16"], "of the saved weights"
-    ] = "source"
-    save_every: Annotated[int, "optimizer steps between checkpoints"] = 200
-    keep: Annotated[int, "checkpoints kept; the newest"] = 2
-    resume: Annotated[
-        Literal["auto", "never"], "continue from the newest checkpoint, or begin again"
-    ] = "auto"
-    timeout: Annotated[float, "minutes a process waits for the others before it gives up"] = 30.0
-    collapse_threshold: Annotated[
-        float, "warn when chosen log-probs fell by so much, nats per token"
-    ] = 0.5
-    collapse_steps: Annotated[int, "... and stayed there for so many steps"] = 20
-    collapse_stop: Annotated[bool, "... and stop"] = False
-    cache: Annotated[str, "folder for tokenised data, kept between runs"] = "out/tokens"
-    tracker: Annotated[
-        Literal["none", "tensorboard", "wandb"], "where metrics go besides metrics.jsonl"
-    ] = "none"
-    dry_run: Annotated[bool, "load, check, plan and report, then stop"] = False
-
-    def __post_init__(self) -> None:
-        for name in AT_LEAST_1:
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("max_response", "max_length"):
-            require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2")
-        require(
-            self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1"
-        )
-        require(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "above 0")
-        require(self.clip > 0, "clip", self.clip, "above 0")
-        for name in ("timeout", "collapse_threshold"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "eval_temperature"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
-        for name in ("rope_theta", "max_position_embeddings"):
-            value = getattr(self, name)
-            require(value == "keep" or value > 0, name, value, "keep, or a number above 0")
-        require(
-            Path(self.out).resolve() != Path(self.model).resolve(),
-            "out",
-            self.out,
-            "another folder than --model",
-        )
-
-
-# ---------------------------------------------------------------- the loop
+Score = Callable[[Transformer, int], dict[str, float]]  # (model, step) -> what is logged
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only, as the authors' library has it."""
+    """AdamW with weight decay on matrices only, as in the authors' library."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -149,142 +70,157 @@ def lr_factor(step: int, total: int) -> float:
     return step / warmup if step <= warmup else (total - step) / (total - warmup)
 
 
-def num_steps(task: TrainData, config: TrainConfig) -> int:
-    """Optimizer steps of the run. The last of an epoch may be smaller; it is run all the same."""
-    steps = config.epochs * math.ceil(len(task.dataset) / config.rows_per_step)
+def num_steps(data: TrainData, config: TrainConfig) -> int:
+    """Optimizer steps of the run. The last step of an epoch may have fewer rows; it counts."""
+    steps = config.epochs * math.ceil(len(data.dataset) / config.rows_per_step)
     return min(steps, config.max_steps or steps)
+
+
+# ---------------------------------------------------------------- the loop
 
 
 def train(
     model: Transformer,
-    task: TrainData,
+    data: TrainData,
     config: TrainConfig,
     log: RunLog | NoLog,
     checkpoints: Checkpoints,
-    eval_task: TrainData | None = None,
-    exam: Exam | None = None,
+    eval_data: TrainData | None = None,
+    score: Score | None = None,
     history: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Train `model`, placed and filled already, in place. history: the records of the steps that
-    were done before, of a run that goes on from the checkpoint of the last of them.
+    """Train `model` in place. It is distributed and has its weights already.
 
-    Raises Stopped after a step in which SIGTERM or Ctrl-C came, with a checkpoint saved, and
-    UserError for a step whose loss or gradient is not finite, and for a collapse if asked to.
+    eval_data: held-out rows, whose loss is logged. score: evaluates the model between steps.
+    history: the train records of the steps done so far; the run resumes from the checkpoint of the
+    last one. Raises Stopped after a step in which SIGTERM or Ctrl-C arrived, with a checkpoint
+    saved, and UserError for a loss or gradient that is not finite, and for a collapse if asked to.
     """
-    task = with_reference(model, task)  # before a checkpoint: the reference is the model at step 0
-    eval_task = with_reference(model, eval_task) if eval_task else None
     optimizer = make_optimizer(model, config)
-    total, tokens, seconds = num_steps(task, config), 0, 0.0
-    guard, begin = CollapseGuard(config.collapse_threshold, config.collapse_steps), len(history)
+    total, begin, tokens, seconds = num_steps(data, config), len(history), 0, 0.0
     if begin:
         checkpoints.load(begin, model, optimizer)
+    guard = CollapseGuard(config.collapse_threshold, config.collapse_steps)
     for record in history:
         warning = watch(guard, record["step"], record, checkpoints)
         if warning and config.collapse_stop:
-            raise UserError(f"--collapse-stop: {warning}; without the flag the run goes on")
-    steps = enumerate(islice(_steps(task, config), begin, total), start=begin + 1)
-    shown = task.world.rank == 0
+            raise UserError(f"--collapse-stop: {warning}; without the flag the run resumes")
+    steps = enumerate(islice(_steps(data, config), begin, total), start=begin + 1)
+    is_first = data.world.rank == 0
     with (
-        Progress(total, Path(config.out).name, "step", shown, begin) as progress,
+        Progress(total, Path(config.out).name, "step", is_first, begin) as progress,
         StopSignals() as signals,
     ):
         for number, step in steps:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * lr_factor(number, total)
-            try:
-                record, stop = _train_step(model, optimizer, task, step, config, signals)
-            except _NotFinite as broken:
-                raise _refused(broken, number, task, step, config, checkpoints) from None
+            stats, record = train_step(model, optimizer, data, step, config, signals)
+            if not math.isfinite(record["loss"] + record["grad_norm"]):
+                raise _not_finite(number, record, stats, data, step, config, checkpoints)
             log.record("train", number, **record)
             tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
-            progress.update(_shown(record, tokens / seconds))
-            look = number % config.eval_every == 0 or number == total
-            if eval_task and look:
-                log.record("eval", number, **held_out(model, eval_task))
-            if exam and look:
-                scores = measure(model, exam, number, config.reshard_after_forward)
-                log.record("benchmark", number, **scores)
+            progress.update(_progress_values(record, tokens / seconds))
+
+            # ---- once in a while: held-out loss, score, collapse warning, checkpoint
+            due = number % config.eval_every == 0 or number == total
+            if eval_data and due:
+                log.record("eval", number, **held_out(model, eval_data))
+            if score and due:
+                log.record("benchmark", number, **score(model, number))
             warning = watch(guard, number, record, checkpoints)
-            if warning and shown:
+            if warning and is_first:
                 print(f"warning: {warning}", file=sys.stderr)
             if number == total:
                 return
+            stop_wanted = stats.scalars[STOP] > 0
             collapsed = warning and config.collapse_stop
-            if stop or collapsed or number % config.save_every == 0:
+            if stop_wanted or collapsed or number % config.save_every == 0:
                 saved = checkpoints.save(number, model, optimizer)
-            if stop or collapsed:
+            if stop_wanted or collapsed:
                 log.record("stopped", number)
             if collapsed:
                 raise UserError(f"--collapse-stop: stopped after step {number} of {total}")
-            if stop:
-                left = checkpoints.at(number) if saved else "no checkpoint (it could not be saved)"
-                raise Stopped(f"after step {number} of {total}; {left}; the same command goes on")
+            if stop_wanted:
+                kept = checkpoints.at(number) if saved else "no checkpoint (it could not be saved)"
+                raise Stopped(f"after step {number} of {total}; {kept}; the same command resumes")
 
 
-def _steps(task: TrainData, config: TrainConfig) -> Iterator[StepPlan]:
-    """All steps of the run, in order; the one after the one at hand is read ahead."""
+def _steps(data: TrainData, config: TrainConfig) -> Iterator[StepPlan]:
+    """All steps of the run, in order."""
     for epoch in range(config.epochs):
-        steps = task.plan(config.rows_per_step, config.seed, epoch)
-        for step, following in zip(steps, [*steps[1:], None]):
-            if following:
-                task.read_ahead(following)
-            yield step
+        yield from data.plan(config.rows_per_step, config.seed, epoch)
 
 
-def _train_step(
+LOSS, STOP, UPDATE = range(3)  # the scalars that ranks add up in a step
+
+
+def train_step(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    task: TrainData,
+    data: TrainData,
     step: StepPlan,
     config: TrainConfig,
     signals: "StopSignals",
-) -> tuple[dict[str, float], bool]:
-    """One optimizer step: its record for the log, and whether any rank was asked to stop."""
+) -> tuple[StepStats, dict[str, float]]:
+    """One optimizer step: its statistics, and its record for the log. A step whose loss or gradient
+    is not finite changes no weight."""
     began = time.perf_counter()
-    device, paired = task.world.device, task.dataset.store.paired
-    loss, parts = torch.zeros((), device=device, dtype=torch.float64), []
-    totals, lengths = task.totals(step), task.dataset.lengths.reshape(-1)[task.ids(step)]
+    world, paired, totals = data.world, data.dataset.store.paired, data.totals(step)
+    loss, parts = torch.zeros((), device=world.device, dtype=torch.float64), []
 
-    # ---- forward and backward, pack by pack: gradients add up in .grad
-    packs = len(step[task.world.rank])
-    for number, batch in enumerate(task.batches(step, totals), start=1):
-        distributed.last_pack(model, number == packs, config.reshard_after_forward)
-        entropies = torch.zeros_like(batch.token_weights)  # (R,)
-        share, logps = task.loss(model, batch, totals, entropies)
-        share.backward()
-        loss += share.detach()
-        parts.append(SequenceStats.of(batch, logps, paired, entropies))
+    # ---- forward and backward, pack by pack: gradients accumulate in .grad
+    num_packs = len(step[world.rank])
+    for number, batch in enumerate(data.batches(step, totals), start=1):
+        distributed.last_pack(model, number == num_packs, config.reshard_after_forward)
+        result = data.loss(model, batch, totals)
+        result.loss.backward()
+        loss += result.loss.detach()
+        parts.append(SequenceStats.of(batch, result, paired))
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-    update = squared_update_norm(optimizer) / task.world.num_nodes  # each has all the weights
+    # Nodes hold the same weights, so each counts for its share.
+    update = squared_update_norm(optimizer) / world.num_nodes
 
-    # ---- the one place in a step where the host waits for the device, and for the other ranks
-    add = [loss, float(signals.wanted), update]
-    reading = read(task, step, parts, add, replicated=[grad_norm], with_entropies=True)
-    [loss, stop, update], [grad_norm] = reading.added, reading.replicated
-    if not math.isfinite(loss + grad_norm):
-        raise _NotFinite(loss, grad_norm, reading.means)
+    # ---- one exchange between ranks; the host waits for the device here
+    scalars = [loss, float(signals.wanted), update]
+    stats = gather_step_stats(data, step, parts, scalars, replicated=[grad_norm])
 
     # ---- update
-    optimizer.step()
+    record = {"loss": stats.scalars[LOSS], **stats.logp_summary(), **stats.entropy_summary()}
+    record |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": stats.replicated[0]}
+    record["update_norm"] = math.sqrt(stats.scalars[UPDATE])
+    if math.isfinite(record["loss"] + record["grad_norm"]):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
-    seconds, lr = time.perf_counter() - began, optimizer.param_groups[0]["lr"]
-    record = {"loss": loss, **reading.summary(), "lr": lr, "grad_norm": grad_norm}
-    record["update_norm"] = math.sqrt(update)
-    record["tokens"] = int(lengths.sum())
-    if peak := peak_flops(device):
+    lengths = data.dataset.lengths.reshape(-1)[stats.ids]  # of each sequence
+    seconds, record["tokens"] = time.perf_counter() - began, int(lengths.sum())
+    if peak := peak_flops(world.device):
         flops = training_flops(model.config, lengths.tolist(), totals.num_tokens)
-        record["mfu"] = flops / seconds / peak / task.world.world_size
-    return record | {"memory_gib": peak_memory_gib(device), "seconds": seconds}, stop > 0
+        record["mfu"] = flops / seconds / peak / world.world_size
+    return stats, record | {"memory_gib": peak_memory_gib(world.device), "seconds": seconds}
+
+
+def held_out(model: Transformer, data: TrainData) -> dict[str, float]:
+    """The loss over all rows of `data` as one step, and their mean log-probs."""
+    step = data.all_rows()
+    totals, parts = data.totals(step), []
+    loss = torch.zeros((), device=data.world.device, dtype=torch.float64)
+    with distributed.without_gradients(model):
+        for batch in data.batches(step, totals):
+            result = data.loss(model, batch, totals)
+            loss += result.loss
+            parts.append(SequenceStats.of(batch, result, data.dataset.store.paired))
+    stats = gather_step_stats(data, step, parts, [loss])
+    return {"loss": stats.scalars[0], **stats.logp_summary()}
 
 
 # ---------------------------------------------------------------- when to stop
 
 
 class StopSignals:
-    """SIGTERM (a machine is taken away) and Ctrl-C, noted while the body runs: the loop stops
-    after the step at hand. A second Ctrl-C stops at once; a terminal and torchrun may both send
-    the first one, so two within a second are one."""
+    """Notes SIGTERM (the machine is taken away) and Ctrl-C while the body runs, so that the loop
+    can stop after the current step. A second Ctrl-C stops at once. A terminal and torchrun may both
+    deliver the first one, so two within a second count as one."""
 
     def __enter__(self) -> "StopSignals":
         self.wanted, self._noted = False, 0.0
@@ -301,36 +237,31 @@ class StopSignals:
         self.wanted, self._noted = True, time.monotonic()
 
 
-class _NotFinite(Exception):
-    """The loss or the gradient of a step is not a number: (loss, gradient norm, means by id)."""
-
-
-def _refused(
-    broken: _NotFinite,
+def _not_finite(
     number: int,
-    task: TrainData,
+    record: dict[str, float],
+    stats: StepStats,
+    data: TrainData,
     step: StepPlan,
     config: TrainConfig,
     checkpoints: Checkpoints,
 ) -> UserError:
-    """The error for a step that was not applied: which rows, and on which ranks they were."""
-    loss, grad_norm, means = broken.args
-    guilty = [i for i, mean in means.items() if not math.isfinite(mean)] or list(means)
-    sides = 2 if task.dataset.store.paired else 1
-    ranks = sorted(
-        {r for r, packs in enumerate(step) for ids in packs for i in ids if int(i) in set(guilty)}
-    )
-    rows = sorted({task.dataset.row_number(i // sides) for i in guilty})
+    """Names the rows whose log-probs are not finite (or all rows), and the ranks that had them."""
+    finite = torch.tensor(stats.mean_logps).isfinite().numpy()
+    guilty = set(stats.ids[~finite].tolist()) or set(stats.ids.tolist())
+    ranks = [r for r, packs in enumerate(step) if any(guilty & set(ids.tolist()) for ids in packs)]
+    sides = 2 if stats.paired else 1
+    rows = sorted({data.dataset.row_number(i // sides) for i in guilty})
     kept = checkpoints.at(checkpoints.steps()[0]) if checkpoints.steps() else "none yet"
     return UserError(
-        f"{config.data}: step {number} has loss {loss} and gradient norm {grad_norm}; it was not "
-        f"applied; rank {', '.join(map(str, ranks))}, rows {', '.join(map(str, rows))}; last good "
-        f"checkpoint: {kept}"
+        f"{config.data}: step {number} has loss {record['loss']} and gradient norm "
+        f"{record['grad_norm']}; it was not applied; rank {', '.join(map(str, ranks))}, rows "
+        f"{', '.join(map(str, rows))}; last good checkpoint: {kept}"
     )
 
 
-def _shown(record: dict[str, float], tokens_per_second: float) -> dict[str, str]:
-    """The record as the progress line has room for it."""
+def _progress_values(record: dict[str, float], tokens_per_second: float) -> dict[str, str]:
+    """The part of a record that fits on the progress line."""
     names = {"loss": "loss", "chosen_logp": "chosen", "rejected_logp": "rejected"}
     shown = {name: f"{record[key]:.3f}" for key, name in names.items() if key in record}
     shown |= {"lr": f"{record['lr']:.1e}", "grad": f"{record['grad_norm']:.2f}"}

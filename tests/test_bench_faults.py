@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train_sft
 from bench import faults, killed_runs, measure
 from bench.faults import (
     LAST_STEPS,
@@ -31,6 +30,7 @@ from bench.faults import (
     report,
 )
 from bench.killed_runs import EPOCH_STEPS, SAVE_EVERY, Failed, Run, lives, started_by
+from redi import programs
 from redi.prepare import __main__ as prepare
 from redi.toy import student as toy
 
@@ -60,7 +60,7 @@ def whole(one_epoch, tmp_path_factory) -> Run:
         killed_runs.make_toy(run.toy)
         patch.setattr(sys, "argv", run.command())
         torch.set_num_threads(1)
-        train_sft.main()
+        programs.train_sft()
         torch.set_num_threads(threads)
     return run
 

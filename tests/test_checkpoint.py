@@ -18,7 +18,7 @@ from redi.config import UserError
 from redi.data.tokenizer import chatml
 from redi.distributed import Parallelism, World, parallelize
 from redi.model import read_rope_theta
-from redi.objectives import SFT, Totals
+from redi.objectives import Totals, sft
 from redi.packing import TokenSequence, pack
 
 PLACE = World(0, 1, torch.device("cpu"))
@@ -505,8 +505,8 @@ def sft_loss(model) -> torch.Tensor:
     ]
     totals = Totals(num_rows=3, num_tokens=sum(row.response_length for row in rows))
     lengths = torch.tensor([row.response_length for row in rows])
-    batch = pack(rows, SFT.token_weights(torch.ones(3), lengths, totals))
-    return SFT.loss(model, batch, totals, None)[0]
+    batch = pack(rows, sft().token_weights(torch.ones(3), lengths, totals))
+    return sft().loss(model, batch, totals, None)[0]
 
 
 def test_bf16_gradients_are_fp32_and_neither_divided_nor_far_from_those_of_fp32(sharded):

@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import evaluate
-import train_redi
-import train_sft
+from redi import programs
 from redi.eval import report
 from redi.prepare import __main__ as prepare
 from redi.runlog import read_metrics
@@ -61,12 +60,12 @@ def run(main, *arguments: str) -> int:
 def sft(*arguments: str) -> int:
     keep = ["--rope-theta", "keep", "--max-position-embeddings", "keep"]
     given = ["--model", "toy/student", "--data", "toy/positives.jsonl", "--out", "run"]
-    return run(train_sft.main, *keep, *LIMITS, *given, *arguments)
+    return run(programs.train_sft, *keep, *LIMITS, *given, *arguments)
 
 
 def redi(*arguments: str) -> int:
     given = ["--model", "toy/student", "--data", "toy/pairs.jsonl", "--out", "run"]
-    return run(train_redi.main, *LIMITS, *given, *arguments)
+    return run(programs.train_redi, *LIMITS, *given, *arguments)
 
 
 def evaluated(*arguments: str) -> int:
@@ -300,7 +299,7 @@ def test_a_dry_run_reports_and_writes_nothing(here, capsys):
 
 
 def test_help_fits_a_screen_and_states_defaults(capsys):
-    assert run(train_redi.main, "--help") == 0
+    assert run(programs.train_redi, "--help") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 48
     assert max(map(len, lines)) <= 110

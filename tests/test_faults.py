@@ -45,7 +45,7 @@ from redi.checkpoint.folder import open_model
 from redi.checkpoint.resume import damage
 from redi.config import UserError
 from redi.distributed import World
-from redi.objectives import SFT as SFT_OBJECTIVE
+from redi.objectives import sft
 from redi.run import load_data
 from redi.runlog import read_metrics
 from redi.toy import student as toy
@@ -406,7 +406,7 @@ def nan_in_one_row(folder: Path) -> tuple[int, int, int]:
     dataset = load_data("positives.jsonl", sft_config(), source, paired=False)
     tokens = [dataset.sequence(row).tokens.tolist() for row in range(10)]
     assert [row for row in range(10) if broken in tokens[row]] == [MARKED]
-    plan = TrainData(dataset, SFT_OBJECTIVE, World(0, 2, torch.device("cpu")), 32768).plan(4, 42, 0)
+    plan = TrainData(dataset, sft(), World(0, 2, torch.device("cpu")), 32768).plan(4, 42, 0)
     [world] = [
         (step, rank, MARKED + 1)
         for step, packs_of in enumerate(plan, start=1)

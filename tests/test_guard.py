@@ -17,7 +17,7 @@ import torch
 from test_resume import assert_same_bits, saved
 from test_train import redi_config, run, steps
 
-import train_redi
+from redi import programs
 from redi.checkpoint.resume import Checkpoints
 from redi.config import UserError
 from redi.distributed import World
@@ -146,7 +146,7 @@ def train(monkeypatch, *flags: str) -> int:
     arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["train_redi.py", *arguments, *flags])
     try:
-        train_redi.main()
+        programs.train_redi()
     except SystemExit as ended:
         return ended.code
     return 0

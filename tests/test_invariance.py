@@ -22,7 +22,7 @@ from redi import logprobs
 from redi.batches import TrainData, held_out, with_reference
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
-from redi.objectives import OBJECTIVES, SFT, Totals
+from redi.objectives import OBJECTIVES, Totals, make_objective, sft
 from redi.packing import PackedBatch, TokenSequence, pack
 
 ALPHA, BETA, GAMMA = 0.8, 0.7, 0.3
@@ -102,7 +102,7 @@ class Rows:
 
 
 def objective_of(name: str):
-    return SFT if name == "sft" else OBJECTIVES[name](**PARAMETERS[name])
+    return sft() if name == "sft" else make_objective(name, **PARAMETERS[name])
 
 
 def task_of(name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000) -> TrainData:
@@ -407,7 +407,7 @@ def test_a_packed_sequence_has_the_log_probs_it_has_alone():
 
 def test_alpha_0_has_no_gradient_from_rejected_traces_but_their_log_probs():
     model = tiny(True, torch.float64)
-    objective = OBJECTIVES["redi"](alpha=0.0)
+    objective = make_objective("redi", alpha=0.0)
     task = TrainData(Rows.draw(paired=True), objective, World(0, 1, torch.device("cpu")), 1000)
     step = task.everything()
     totals = task.totals(step)

@@ -13,7 +13,7 @@ from redi.logprobs import CHUNK_BYTES
 from redi.memory import blocks_to_checkpoint, fixed_parts, saved_bytes_per_token, step_bytes
 from redi.model import ModelConfig, Transformer
 from redi.monitor import peak_flops, training_flops
-from redi.objectives import SFT, Totals
+from redi.objectives import Totals, sft
 from redi.packing import TokenSequence, pack
 
 CPU = torch.device("cpu")
@@ -42,8 +42,8 @@ def loss_and_gradients(
             TokenSequence(t, prompt_length=5, row=row, sign=1) for row, t in enumerate(tokens)
         ]
         responses = torch.tensor([s.response_length for s in sequences])
-        weights = SFT.token_weights(torch.ones_like(responses), responses, totals)
-        loss, _ = SFT.loss(model, pack(sequences, weights), totals, None)
+        weights = sft().token_weights(torch.ones_like(responses), responses, totals)
+        loss, _ = sft().loss(model, pack(sequences, weights), totals, None)
         loss.backward()
         sum_of_losses += loss.item()
     return sum_of_losses, {name: p.grad for name, p in model.named_parameters()}

@@ -20,14 +20,13 @@ import torch
 from test_invariance import FORMULAS, PARAMETERS
 from test_train import here, made, redi_config, run, steps, weights  # noqa: F401 (fixtures)
 
-import train_redi
-from redi import objectives, related_losses
+from redi import objectives, programs, recipe, related_losses
 from redi import run as run_room
 from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
 from redi.config import UserError
 from redi.distributed import World
-from redi.objectives import OBJECTIVES, Totals
+from redi.objectives import OBJECTIVES, Totals, make_objective
 from redi.packing import TokenSequence, pack
 
 PAPERS = ("redi", "symmetric", "dpo", "simpo")
@@ -110,7 +109,7 @@ def drawn(pairs: int = 6, seed: int = 0) -> tuple[torch.Tensor, list[int], torch
 
 def loss_of(name: str, logps, lengths, reference, **parameters) -> torch.Tensor:
     """The objective's loss of one step, its model's log-probs given: the mean over pairs."""
-    objective = OBJECTIVES[name](**(parameters or PARAMETERS[name]))
+    objective = make_objective(name, **(parameters or PARAMETERS[name]))
     signs = torch.tensor([1, -1] * (len(lengths) // 2))
     totals = Totals(len(lengths) // 2, sum(lengths))
     weights = objective.token_weights(signs, torch.tensor(lengths), totals)
@@ -297,7 +296,7 @@ def test_every_objective_trains_from_the_command_line(name, here, monkeypatch, c
     }  # fmt: skip
     flags = [f"--{flag}={value}" for flag, value in settings.items()]
     monkeypatch.setattr("sys.argv", ["train_redi.py", *flags])
-    train_redi.main()
+    programs.train_redi()
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [record["kind"] for record in records] == ["train", "train", "finished"]
     for record in records[:-1]:
@@ -324,7 +323,7 @@ def test_a_source_is_quoted_where_it_settled_on_a_value():
         redi_config(objective="dpo_norm")
     with pytest.raises(UserError, match=r"ipo needs it$"):
         redi_config(objective="ipo")
-    for name, values in train_redi.SOURCES.items():
+    for name, values in recipe.SOURCES.items():
         assert list(values) == list(inspect.signature(OBJECTIVES[name]).parameters)
 
 
@@ -380,10 +379,12 @@ def test_the_gradient_of_simpo_turns_to_that_of_symmetric_as_beta_falls(here):  
             task.loss(model, batch, totals)[0].backward()
         return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
 
-    symmetric = gradient(OBJECTIVES["symmetric"]())
+    symmetric = gradient(make_objective("symmetric"))
     betas = (2.0, 1.0, 1e-1, 1e-2, 1e-3)
     cosines = [
-        torch.cosine_similarity(gradient(OBJECTIVES["simpo"](beta, 1.0)), symmetric, dim=0).item()
+        torch.cosine_similarity(
+            gradient(make_objective("simpo", beta, 1.0)), symmetric, dim=0
+        ).item()
         for beta in betas
     ]
     assert cosines[0] < 0.99  # the paper's beta is another direction

@@ -41,8 +41,7 @@ from test_train import (
     write_jsonl,
 )  # fmt: skip
 
-import train_redi
-import train_sft
+from redi import programs
 from redi.checkpoint.resume import Checkpoints, damage, tensors_of
 from redi.config import Stopped, UserError
 from redi.runlog import NoLog, RunLog, read_metrics
@@ -236,7 +235,7 @@ def flip(file: Path) -> None:
 def sft(monkeypatch, *flags: str) -> None:
     """train_sft.py in this process."""
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *SFT, *flags])
-    train_sft.main()
+    programs.train_sft()
 
 
 DAMAGE = {
@@ -492,7 +491,7 @@ def child(
     folder: Path,
     arguments: list[str],
     fault: Fault | None = None,
-    main: Callable[[], None] = train_sft.main,
+    main: Callable[[], None] = programs.train_sft,
     **environment: str,
 ) -> Child:
     """Start a program in `folder`, with something broken in it."""
@@ -529,7 +528,7 @@ def ranks(
     folder: Path,
     arguments: list[str],
     *faults: Fault | None,
-    main: Callable[[], None] = train_sft.main,
+    main: Callable[[], None] = programs.train_sft,
 ) -> list[Child]:
     """Start a child a rank, with torchrun's environment."""
     with socket.socket() as free:
@@ -718,11 +717,11 @@ DPO = [
 
 def test_dpo_learns_the_same_on_one_rank_and_on_two_and_in_bfloat16(here):
     # Its reference is a pass without gradients before the optimizer is made.
-    child(here, [*DPO, "--out", "one"], main=train_redi.main).ends(0)
-    for rank in ranks(here, [*DPO, "--out", "two"], None, None, main=train_redi.main):
+    child(here, [*DPO, "--out", "one"], main=programs.train_redi).ends(0)
+    for rank in ranks(here, [*DPO, "--out", "two"], None, None, main=programs.train_redi):
         rank.ends(0)
     rounded = [*DPO, "--out", "rounded", "--dtype", "bfloat16"]
-    child(here, rounded, main=train_redi.main).ends(0)
+    child(here, rounded, main=programs.train_redi).ends(0)
     one, two, rounded = (
         [record["loss"] for record in steps(records(out))] for out in ("one", "two", "rounded")
     )

@@ -15,8 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train_redi
-import train_sft
+from redi import recipe
 from redi.config import UserError
 from redi.data.dataset import Limits
 from redi.data.tokenizer import ChatTokenizer
@@ -98,10 +97,10 @@ def lines_of(report: str) -> dict[str, str]:
 
 
 def test_step_size_and_limits_are_those_of_the_training_programs():
-    for paired, config in ((False, train_sft.SFTConfig), (True, train_redi.REDIConfig)):
+    for paired, config in ((False, recipe.SFTConfig), (True, recipe.REDIConfig)):
         names = ("rows_per_step", "max_prompt", "max_response", "max_length")
         assert show.PUBLISHED[paired] == tuple(getattr(config, name) for name in names)
-    assert show.ShowConfig.model == train_sft.SFTConfig.model
+    assert show.ShowConfig.model == recipe.SFTConfig.model
 
 
 def test_a_report_of_four_pairs(shown):

@@ -14,8 +14,7 @@ from typing import ClassVar
 import pytest
 
 import evaluate
-import train_redi
-import train_sft
+from redi import programs
 from redi.config import Stopped, UserError
 from redi.prepare import __main__ as prepare
 from redi.runlog import read_metrics
@@ -452,7 +451,7 @@ class InThisProcess:
     DEVNULL, STDOUT = subprocess.DEVNULL, subprocess.STDOUT
     PROGRAMS: ClassVar = {
         "redi.toy": toy.main, "redi.prepare": prepare.main,
-        "train_sft.py": train_sft.main, "train_redi.py": train_redi.main,
+        "train_sft.py": programs.train_sft, "train_redi.py": programs.train_redi,
         "evaluate.py": evaluate.main,
     }  # fmt: skip
     ran: ClassVar[list[str]] = []

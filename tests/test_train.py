@@ -19,9 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import train_redi
-import train_sft
-from redi import batches, train
+from redi import batches, recipe, train
 from redi import run as run_room
 from redi.checkpoint.folder import load_model
 from redi.checkpoint.resume import Checkpoints, load_weights
@@ -30,7 +28,7 @@ from redi.data.dataset import Limits, describe, select
 from redi.data.store import load_store
 from redi.data.tokenizer import ChatTokenizer
 from redi.distributed import World
-from redi.objectives import OBJECTIVES, SFT
+from redi.objectives import make_objective, sft
 from redi.runlog import RunLog, read_metrics
 from redi.toy import student as toy
 
@@ -94,29 +92,29 @@ def here(made, tmp_path, monkeypatch) -> Path:
 SHORT = {"max_prompt": 100, "max_response": 100, "max_length": 200}
 
 
-def sft_config(**changes) -> train_sft.SFTConfig:
+def sft_config(**changes) -> recipe.SFTConfig:
     settings = {
         "model": "student", "data": "positives.jsonl", "out": "run", "lr": 1e-3, "epochs": 1,
         "rows_per_step": 4, "rope_theta": "keep", "max_position_embeddings": "keep", **SHORT,
     }  # fmt: skip
-    return train_sft.SFTConfig(**{**settings, **changes})
+    return recipe.SFTConfig(**{**settings, **changes})
 
 
-def redi_config(**changes) -> train_redi.REDIConfig:
+def redi_config(**changes) -> recipe.REDIConfig:
     settings = {
         "model": "student", "data": "pairs.jsonl", "out": "run", "lr": 1e-3, "epochs": 1,
         "rows_per_step": 4, **SHORT,
     }  # fmt: skip
-    return train_redi.REDIConfig(**{**settings, **changes})
+    return recipe.REDIConfig(**{**settings, **changes})
 
 
 def run(config) -> list[dict]:
     """Run the program of this configuration; its records."""
-    if isinstance(config, train_redi.REDIConfig):
+    if isinstance(config, recipe.REDIConfig):
         objective = config.make_objective()
         run_room.run(config, objective, paired=True, model_made_by="python train_sft.py")
     else:
-        run_room.run(config, SFT, paired=False, model_made_by=None)
+        run_room.run(config, sft(), paired=False, model_made_by=None)
     return list(read_metrics(Path(config.out)))
 
 
@@ -284,7 +282,7 @@ def test_with_alpha_0_rejected_traces_teach_nothing_but_are_logged(here):
 def loaded(config) -> tuple:
     model, source = load_model(config.model)
     dataset = run_room.load_data(config.data, config, source, paired=True)
-    objective = OBJECTIVES["redi"](alpha=0.8)
+    objective = make_objective("redi", alpha=0.8)
     return model, batches.Task(dataset, objective, HERE, config.pack_tokens)
 
 
@@ -386,7 +384,7 @@ def test_the_last_smaller_step_of_an_epoch_is_run_with_its_own_counts(here):
     config = sft_config()
     source = load_model(config.model)[1]
     dataset = run_room.load_data(config.data, config, source, paired=False)
-    task = batches.Task(dataset, SFT, HERE, config.pack_tokens)
+    task = batches.Task(dataset, sft(), HERE, config.pack_tokens)
     for record, step in zip(records, task.plan(4, config.seed, 0)):
         ids = [int(i) for packs in step for pack in packs for i in pack]
         wanted = -sum(sums[i] for i in ids) / sum(tokens[i] for i in ids)

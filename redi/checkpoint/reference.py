@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redi.batches import TrainData
 from redi.checkpoint.weights import weight_files
 from redi.config import UserError
 from redi.data.dataset import Dataset
-from redi.data.files import make_folder, write_aside
-from redi.data.store import hash_files
-from redi.distributed import World, sum_over_ranks
-from redi.model import ModelConfig
+from redi.data.files import hash_files, make_folder, write_aside
+from redi.distributed import World, sum_over_ranks, without_gradients
+from redi.logprobs import token_logps
+from redi.model import ModelConfig, Transformer
+from redi.runlog import Progress
 
 DIGEST = hashlib.sha256().digest_size
 
@@ -44,6 +46,40 @@ def reference_path(
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     return Path(cache) / f"reference-{key}.bin"
+
+
+def reference_logps(
+    model: Transformer, data: TrainData, folder: Path, dtype: torch.dtype, cache: str
+) -> Tensor:
+    """Summed log-probs (N, 2) of every row's chosen and rejected trace under `model`, which holds
+    the weights of `folder`: from the cache, or computed and cached. On the host of every rank."""
+    path = reference_path(cache, folder, model.config, dtype, data.dataset)
+    reference = load_reference(path, len(data.dataset), data.world)
+    if reference is None:
+        reference = _score(model, data)
+        save_reference(path, reference, data.world)
+    elif data.world.rank == 0:
+        print(f"reference log-probs of {len(reference):,} pairs: {path}", flush=True)
+    return reference
+
+
+def _score(model: Transformer, data: TrainData) -> Tensor:
+    step = data.all_rows()
+    packs = step[data.world.rank]
+    # On the host, where the rows of a pack are looked up; float64, so that no model's sums are
+    # rounded.
+    sums = torch.zeros(len(data.dataset), 2, dtype=torch.float64)
+    progress = Progress(len(packs), "reference log-probs", "pack", data.world.rank == 0)
+    with progress, without_gradients(model):
+        for batch in data.batches(step, data.totals(step)):
+            targets = batch.targets
+            logps = model(batch, lambda h, w, targets=targets: token_logps(h, w, targets))  # (R,)
+            parts = [part.sum() for part in logps.split(batch.response_lengths)]
+            if parts:
+                sums[batch.row_ids[0::2]] = torch.stack(parts).reshape(-1, 2).to(sums)
+            progress.update({})
+    sum_over_ranks(sums, data.world)
+    return sums
 
 
 def load_reference(path: Path, num_rows: int, world: World) -> Tensor | None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from redi.config import UserError, one_line
-from redi.data.dataset import hash_files
+from redi.data.files import hash_files
 from redi.distributed import World, sum_over_ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -24,10 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from redi.data.files import to_disk
 from redi.data.formats import Example
 from redi.data.tokenizer import ChatTokenizer, Rendered
 
@@ -186,8 +187,3 @@ class TokenWriter:
             ends[1] += len(line)
         self.tokens.truncate(ends[0])
         self.journal.truncate(ends[1])
-
-
-def to_disk(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -14,8 +14,6 @@ import numpy as np
 
 from redi.config import UserError
 from redi.data.store import TokenStore
-from redi.data.store import hash_files as hash_files
-from redi.data.store import load_store as load_store
 from redi.data.tokenizer import ChatTokenizer
 from redi.packing import TokenSequence
 

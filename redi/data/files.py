@@ -14,12 +14,14 @@ Left out: CSV (it has no lists), and `{"data": [...]}` wrappers.
 """
 
 import contextlib
+import fcntl
 import gzip
+import hashlib
 import io
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -163,8 +165,7 @@ def write_aside(path: str | Path, binary: bool = False) -> Iterator[IO]:
         text = {} if binary else {"encoding": "utf-8", "newline": "\n"}
         with open(aside, "wb" if binary else "w", **text) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            to_disk(file)
         os.replace(aside, path)
     except OSError as error:
         # An error that names another file, or a closed pipe, is of something else the block does.
@@ -183,3 +184,40 @@ def make_folder(path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be made a folder ({error.strerror})") from None
+
+
+def to_disk(file: IO) -> None:
+    """Flush an open file to the disk itself, so that a power cut does not lose it."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def folder_to_disk(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(file: IO, wait: bool = False) -> bool:
+    """Lock an open file for this process; the kernel releases it when the process ends.
+
+    False if another process holds the lock and `wait` is off.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """sha256 of the files' bytes, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

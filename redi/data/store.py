@@ -41,7 +41,8 @@ import numpy as np
 from tqdm import tqdm
 
 from redi.config import UserError
-from redi.data.blocks import JOURNAL, TokenWriter, to_disk, tokenize_blocks
+from redi.data.blocks import JOURNAL, TokenWriter, tokenize_blocks
+from redi.data.files import hash_files, to_disk
 from redi.data.formats import read_examples
 from redi.data.tokenizer import ChatTokenizer
 
@@ -107,16 +108,6 @@ def load_store(
     if store is None:
         raise UserError(f"--cache {cache}: what was written there does not read back the same")
     return store
-
-
-def hash_files(files: list[Path]) -> str:
-    """sha256 over the files' bytes, in order."""
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- one process makes it

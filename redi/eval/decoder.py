@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redi.logprobs import accumulation_dtype, wide_logits
+from redi.logprobs import accumulation_dtype
 from redi.model import Block, Transformer, rotary_tables
 
 # (query (B, H, d), key (B, K, d), value (B, K, d), layer) -> (B, H, d)
@@ -118,3 +118,11 @@ class Unfused:
         """tokens (B,) at positions (B,) -> (B, D)."""
         layers = [partial(attend, layer=i) for i in range(self.model.config.num_layers)]
         return self.model.model(tokens, positions, layers)
+
+
+def wide_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (R, D) times weight (D, V), the transposed output weight -> (R, V), at least fp32."""
+    dtype = accumulation_dtype(hidden)
+    if hidden.is_cuda and hidden.dtype == weight.dtype != dtype:
+        return torch.mm(hidden, weight, out_dtype=dtype)
+    return hidden.to(dtype) @ weight.to(dtype)

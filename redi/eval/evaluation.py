@@ -13,14 +13,35 @@ from redi import distributed
 from redi.checkpoint.folder import Source, load_model, open_model
 from redi.config import UserError
 from redi.distributed import World, local_rank_zero_first, wait_for_all
-from redi.eval import elsewhere, report, tables
+from redi.eval import benchmarks, elsewhere, report, tables
 from redi.eval.benchmarks import Benchmark
 from redi.eval.complete import complete
 from redi.eval.completions import Completion, Store, keep_problems
 from redi.eval.grade import Grader, mark_run, report_unreadable
 from redi.eval.protocol import Asked, EvalConfig, ask, check_limit
+from redi.hub import is_hub_id
 from redi.model import Transformer
 from redi.runlog import NoLog, RunLog, is_finished
+
+
+def run(config: EvalConfig, world: World) -> None:
+    """What evaluate.py does with its flags. Raises UserError for everything a user can fix."""
+    default_model = EvalConfig.model
+    made_by, given = "python train_redi.py" if config.model == default_model else None, None
+    with local_rank_zero_first(world):  # the hub is asked once per node
+        tests = benchmarks.load_all(config.benchmark)
+    if config.export_prompts:
+        return export(config, tests, made_by)
+    if config.completions:
+        config.samples, given = elsewhere.read_completions(config.completions, tests)
+        config.out = config.out or f"out/eval/{Path(config.completions).stem}"
+        if config.model == default_model:  # the model that made them was not named
+            config.model = config.completions
+    elif config.out is None:
+        config.out = (
+            f"out/eval/{config.model}" if is_hub_id(config.model) else f"{config.model}/eval"
+        )
+    evaluate(config, world, tests, given, made_by)
 
 
 def evaluate(

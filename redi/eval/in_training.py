@@ -1,17 +1,16 @@
-"""How good is the model by now? A benchmark asked between two training steps.
+"""Evaluate the model on a benchmark between two training steps.
 
-The engine samples from the weights that are being trained: unfused, so there is no second copy of
-them. Sharded weights are gathered for the time being, every rank makes its share of the completions
-and grades it, and the counts are added up. The random numbers are the same every time, so two
-scores of a run differ by the model alone.
+The engine samples from the weights in training: unfused, so there is no second copy of them.
+Sharded weights are gathered meanwhile, every rank samples and grades its share of the completions,
+and the counts are summed. The random numbers are the same every time, so two scores of a run differ
+by the model alone.
 
-The question is the problem as training has it, without the paper's evaluation prompt, and an answer
-may be as long as a training response: the curve says where training goes. Scores to report are
-evaluate.py's. Left out: keeping the completions; saving a checkpoint and evaluating that does.
+The prompt is the problem as training has it, without the paper's evaluation prompt, and an answer
+may be as long as a training response: the curve shows where training goes. The scores to report
+come from evaluate.py. Left out: keeping the completions; evaluate a checkpoint for that.
 """
 
 import time
-from dataclasses import dataclass
 
 import torch
 
@@ -22,41 +21,55 @@ from redi.eval.complete import complete
 from redi.eval.grade import Grader, report_unreadable
 from redi.eval.protocol import Asked, EvalConfig, ask
 from redi.model import Transformer
+from redi.recipe import TrainConfig
+from redi.train import Score
 
 
-@dataclass(frozen=True)
-class Exam:
-    """A benchmark, ready to be asked."""
+def prepare(config: TrainConfig, source: Source, world: World) -> Score:
+    """What evaluates a model on --eval-benchmark between two steps. All ranks must call it.
 
-    test: Benchmark
-    asked: list[Asked]
-    config: EvalConfig
-    source: Source
-    world: World
-
-
-def prepare(config: EvalConfig, source: Source, world: World) -> Exam:
-    """config: with one benchmark. Raises UserError: no such benchmark, a broken row, a prompt that
-    fills the context."""
-    test = load(config.benchmark[0])
+    Raises UserError, before training: no such benchmark, a broken row, a prompt that fills the
+    context.
+    """
+    settings = EvalConfig(
+        benchmark=[config.eval_benchmark],
+        samples=config.eval_samples,
+        temperature=config.eval_temperature,
+        user_prompt="plain",
+        max_new_tokens=config.max_response,
+        seed=config.seed,
+    )
+    test = load(config.eval_benchmark)
     if world.rank == 0:
-        with make_grader(config) as grader:
+        with make_grader(settings) as grader:
             report_unreadable(grader, [test])
-    return Exam(test, ask(test, source, config), config, source, world)
+    prompted = ask(test, source, settings)
+
+    def score(model: Transformer, step: int) -> dict[str, float]:
+        with gathered(model, config.reshard_after_forward):
+            return _measure(model, test, prompted, settings, source, world, step)
+
+    return score
 
 
-def measure(model: Transformer, exam: Exam, step: int, reshard_after_forward: bool) -> dict:
-    """The scores of `model`, as the ranks of a run hold it: fractions of 1, tokens per completion,
-    seconds that it took. All ranks must ask."""
+def _measure(
+    model: Transformer,
+    test: Benchmark,
+    prompted: list[Asked],
+    config: EvalConfig,
+    source: Source,
+    world: World,
+    step: int,
+) -> dict[str, float]:
+    """pass@1 and failures as fractions, tokens per completion, seconds."""
     began = time.perf_counter()
-    if exam.world.device.type == "cuda":
-        torch.cuda.empty_cache()  # what the steps hold back is room for keys and values
-    with gathered(model, reshard_after_forward):
-        name = f"{exam.test.name} after step {step}"
-        made = complete(model, exam.source, exam.asked, exam.config, exam.world, name, fused=False)
-        completions = [completion for _, completion in made]
-    with make_grader(exam.config) as grader:
-        marks = grader.marks(exam.test, completions)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # memory cached between steps is room for keys and values
+    name = f"{test.name} after step {step}"
+    made = complete(model, source, prompted, config, world, name, fused=False)
+    completions = [completion for _, completion in made]
+    with make_grader(config) as grader:
+        marks = grader.marks(test, completions)
     counts = torch.tensor(
         [
             sum(mark.verdict == "correct" for mark in marks),
@@ -66,9 +79,9 @@ def measure(model: Transformer, exam: Exam, step: int, reshard_after_forward: bo
         ],
         dtype=torch.float64,
     )
-    sum_over_ranks(counts, exam.world)
+    sum_over_ranks(counts, world)
     names = ("pass_at_1", "mean_tokens", "truncated", "no_answer")
-    shares = dict(zip(names, (counts / len(exam.asked)).tolist()))
+    shares = dict(zip(names, (counts / len(prompted)).tolist()))
     return shares | {"seconds": time.perf_counter() - began}
 
 

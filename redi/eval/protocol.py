@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from redi.checkpoint.folder import Source
-from redi.config import UserError, require
+from redi.config import UserError, may_change, require
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
 from redi.eval.generate import Request
 from redi.eval.grade import GraderName
@@ -44,12 +44,16 @@ class EvalConfig:
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.6
     top_p: Annotated[float, "mass of the nucleus"] = 0.95
     max_new_tokens: Annotated[int, "longest answer, tokens; the context may end it sooner"] = 32_768
-    slots: Annotated[int, "completions written side by side, if the cache has room"] = 64
-    cache_gib: Annotated[float | None, "for keys and values; none: what is to spare"] = None
+    slots: Annotated[int, "completions written side by side, if the cache has room", may_change] = (
+        64
+    )
+    cache_gib: Annotated[
+        float | None, "for keys and values; none: what is to spare", may_change
+    ] = None
     seed: Annotated[int, "of sampling"] = 42
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute; auto: bf16 on CUDA"] = "auto"
     grader: Annotated[GraderName, "whose rules decide what is correct"] = "math-verify"
-    graders: Annotated[int, "processes that compare answers"] = 2
+    graders: Annotated[int, "processes that compare answers", may_change] = 2
     grade_seconds: Annotated[float, "limit for one comparison, seconds"] = 10.0
 
     def __post_init__(self) -> None:

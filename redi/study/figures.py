@@ -19,9 +19,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from redi.recipe import PUBLISHED
 from redi.study.plan import STAGE_1
 from redi.study.results import Results, Row, Run, sem
-from train_redi import PUBLISHED
 
 COLUMNS = 4
 WINDOWS = 12  # a point of a log-prob or a norm is the mean of so small a part of the run

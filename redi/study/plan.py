@@ -37,9 +37,8 @@ from typing import Any
 
 from redi.config import UserError, check_table, load_toml, types_of
 from redi.eval.protocol import EvalConfig
+from redi.recipe import REDIConfig, SFTConfig
 from redi.toy.student import ToyConfig
-from train_redi import REDIConfig
-from train_sft import SFTConfig
 
 # What a study sets itself: for each run, or because a run's result must not depend on it.
 OF_RUNS = {"out", "seed", "cache", "resume", "dry_run"}

@@ -31,10 +31,10 @@ from redi.config import UserError
 from redi.data.files import write_aside
 from redi.eval.protocol import EvalConfig
 from redi.monitor import CollapseGuard
+from redi.recipe import REDIConfig
 from redi.runlog import read_metrics
 from redi.study.jobs import read_journal
 from redi.study.plan import STAGE_1, Model, Study
-from train_redi import REDIConfig
 
 ROUNDING = 1e-12  # two scores that differ at all differ by one completion, some 1e-5
 # Of metrics.jsonl, in the order of the figures; a run that does not log one lacks it.

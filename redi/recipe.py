@@ -1,0 +1,188 @@
+"""Every setting of the two training stages. The defaults are the paper's published run.
+
+    TrainConfig     what both stages share, one setting per line with its unit
+    SFTConfig       stage 1: Qwen2.5-Math-1.5B on correct traces, 5 epochs at lr 5e-5
+    REDIConfig      stage 2: its result on pairs, 1 epoch at lr 1e-6, alpha 0.8 (Section 4)
+
+A field is a TOML key of a recipe and, with dashes, a flag (config.py). Settings are checked here,
+when a config is made, so the loop never has to.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from redi.config import UserError, may_change, require
+from redi.objectives import OBJECTIVES, Objective, loss_parameters, make_objective
+
+# Values quoted when a flag is missing: the paper's, and those of the papers that the other
+# objectives come from, where their authors settled on one.
+PUBLISHED = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.001}, "simpo": {"beta": 2.0, "gamma": 1.0}}
+SOURCES = {
+    "dpo_norm": {"beta": 5.0},
+    "irpo": {"beta": 0.1, "alpha": 1.0},
+    "orpo": {"alpha": 0.1},
+    "dpop": {"beta": 0.3, "alpha": 50.0},
+    "npo": {"beta": 0.1, "alpha": 1.0},
+}
+PARAMETERS = ("alpha", "beta", "gamma")  # flags that an objective may take
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Settings of both stages. A field without a default here gets its stage's default below."""
+
+    model: Annotated[str, "model to start from: folder or hub id"]
+    data: Annotated[str, "training rows: file, folder or hub id"]
+    out: Annotated[str, "folder for the trained model and the run's records", may_change]
+    lr: Annotated[float, "peak learning rate"]
+    rows_per_step: Annotated[int, "rows in an optimizer step"]
+    epochs: Annotated[int, "passes over the data"]
+    rope_theta: Annotated[float | Literal["keep"], "rotary base of the trained model"]
+    max_position_embeddings: Annotated[int | Literal["keep"], "its context, tokens"]
+    max_prompt: Annotated[int, "longest prompt, tokens"]
+    max_response: Annotated[int, "longest response, tokens with the stop token"]
+    max_length: Annotated[int, "longest prompt and response together, tokens"]
+    over_length: Annotated[
+        Literal["drop", "error"], "rows over a limit: drop and count, or stop"
+    ] = "drop"
+    max_steps: Annotated[int | None, "stop (and end the schedule) after so many steps"] = None
+    pack_tokens: Annotated[int, "tokens in a forward pass; a longer row gets its own"] = 32768
+    weight_decay: Annotated[float, "AdamW's, on matrices"] = 1e-4
+    clip: Annotated[float, "largest gradient norm"] = 1.0
+    seed: Annotated[int, "of the shuffle"] = 42
+    eval_data: Annotated[str | None, "held-out rows: their loss is logged"] = None
+    eval_benchmark: Annotated[str | None, "benchmark, name or file: pass@1 on it is logged"] = None
+    eval_samples: Annotated[int, "completions of each of its problems"] = 4
+    eval_temperature: Annotated[float, "of their sampling; 0 is greedy"] = 0.6
+    eval_every: Annotated[int, "optimizer steps between held-out losses, and between scores"] = 100
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], "of the compute; auto: bf16 on CUDA, fp32 on a CPU"
+    ] = "auto"
+    reshard_after_forward: Annotated[
+        bool, "free a block's weights after its forward pass (ZeRO-3)", may_change
+    ] = False
+    checkpoint_blocks: Annotated[
+        str, "blocks run again in backward: auto, all, none, N", may_change
+    ] = "auto"
+    compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
+    save_dtype: Annotated[
+        Literal["source", "float32", "bfloat16", "float16"], "of the saved weights"
+    ] = "source"
+    save_every: Annotated[int, "optimizer steps between checkpoints", may_change] = 200
+    keep: Annotated[int, "checkpoints kept; the newest", may_change] = 2
+    resume: Annotated[
+        Literal["auto", "never"], "continue from the newest checkpoint, or begin again", may_change
+    ] = "auto"
+    timeout: Annotated[
+        float, "minutes a process waits for the others before it gives up", may_change
+    ] = 30.0
+    collapse_threshold: Annotated[
+        float, "warn when chosen log-probs fell by so much, nats per token", may_change
+    ] = 0.5
+    collapse_steps: Annotated[int, "... and stayed there for so many steps", may_change] = 20
+    collapse_stop: Annotated[bool, "... and stop", may_change] = False
+    cache: Annotated[str, "folder for tokenized data, kept between runs", may_change] = "out/tokens"
+    tracker: Annotated[
+        Literal["none", "tensorboard", "wandb"],
+        "where metrics go besides metrics.jsonl",
+        may_change,
+    ] = "none"
+    dry_run: Annotated[bool, "load, check, plan and report, then stop", may_change] = False
+
+    def __post_init__(self) -> None:
+        at_least_1 = (
+            "rows_per_step", "epochs", "pack_tokens", "eval_every", "eval_samples", "max_prompt",
+            "save_every", "keep", "collapse_steps", "max_steps",
+        )  # fmt: skip
+        for name in at_least_1:
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("max_response", "max_length"):
+            require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2")
+        for name in ("lr", "clip", "timeout", "collapse_threshold"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value > 0, name, value, "above 0")
+        for name in ("weight_decay", "eval_temperature"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
+        for name in ("rope_theta", "max_position_embeddings"):
+            value = getattr(self, name)
+            require(value == "keep" or value > 0, name, value, "keep, or a number above 0")
+        same_folder = Path(self.out).resolve() == Path(self.model).resolve()
+        require(not same_folder, "out", self.out, "another folder than --model")
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainConfig):
+    """Stage 1: supervised fine-tuning on correct traces (Eq. 1)."""
+
+    model: str = "Qwen/Qwen2.5-Math-1.5B"
+    data: str = "data/positives.jsonl"
+    out: str = "out/sft"
+    lr: float = 5e-5
+    rows_per_step: int = 128
+    epochs: int = 5  # of the final model; the paper's ablations use 3
+    rope_theta: float | str = 300_000.0  # the base model's 10,000 does not carry 32k tokens
+    max_position_embeddings: int | str = 32_768
+    max_prompt: int = 32_768
+    max_response: int = 32_768
+    max_length: int = 32_768
+
+
+@dataclass(kw_only=True)
+class REDIConfig(TrainConfig):
+    """Stage 2: learning from pairs of a correct and an incorrect trace (Eq. 5)."""
+
+    objective: Annotated[Literal[OBJECTIVES], "what is minimized"] = "redi"
+    alpha: Annotated[
+        float | None, "weight of the rejected trace (redi: none = 0.8), or of a second term"
+    ] = None
+    beta: Annotated[float | None, "sharpness of the sigmoid; dpo, simpo and their kin"] = None
+    gamma: Annotated[float | None, "target margin (simpo), or an exponent (redi_weighted)"] = None
+    model: str = "out/sft"
+    data: str = "data/pairs.jsonl"
+    out: str = "out/redi"
+    lr: float = 1e-6
+    rows_per_step: int = 32
+    epochs: int = 1
+    rope_theta: float | str = "keep"
+    max_position_embeddings: int | str = "keep"
+    max_prompt: int = 800
+    max_response: int = 19_000
+    max_length: int = 32_768
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective == "redi" and self.alpha is None:
+            self.alpha = PUBLISHED["redi"]["alpha"]
+        taken = loss_parameters(self.objective)
+        for name in set(taken) - set(PARAMETERS):
+            raise UserError(
+                f"{self.objective} takes {name!r}: add a field of that name to REDIConfig, and the "
+                "name to PARAMETERS (redi/recipe.py)"
+            )
+        for name in PARAMETERS:
+            value = getattr(self, name)
+            require(name in taken or value is None, name, value, f"none with {self.objective}")
+            if name in taken and value is None:
+                raise UserError(
+                    f"--{name} is missing: {self.objective} needs it{self._suggestion(name)}"
+                )
+        if self.alpha is not None:
+            # Above 1, the rejected trace would weigh more than the chosen one.
+            is_share = self.objective in ("redi", "redi_weighted")
+            expected = "within [0, 1]" if is_share else "at least 0"
+            require(0 <= self.alpha <= (1 if is_share else math.inf), "alpha", self.alpha, expected)
+        require(self.beta is None or self.beta > 0, "beta", self.beta, "above 0")
+
+    def _suggestion(self, name: str) -> str:
+        for whose, values in (("the paper's", PUBLISHED), ("its own paper's", SOURCES)):
+            if name in values.get(self.objective, {}):
+                return f" ({whose} is {values[self.objective][name]:g})"
+        return ""
+
+    def make_objective(self) -> Objective:
+        parameters = {name: getattr(self, name) for name in loss_parameters(self.objective)}
+        return make_objective(self.objective, **parameters)
