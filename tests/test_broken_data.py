@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from test_tokenizer import make
 
 from redi.config import UserError
-from redi.data.dataset import Dataset, load_store
+from redi.data.dataset import Dataset
+from redi.data.store import load_store
 from redi.data.tokenizer import chatml
 from redi.hub import CARD
 from redi.prepare import __main__ as prepare

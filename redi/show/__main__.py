@@ -24,8 +24,9 @@ from typing import Annotated
 import numpy as np
 
 from redi.config import UserError, parse, program, require
-from redi.data.dataset import Dataset, Limits, TokenStore, load_store, select
+from redi.data.dataset import Dataset, Limits, select
 from redi.data.files import write_aside
+from redi.data.store import TokenStore, load_store
 from redi.data.tokenizer import ChatTokenizer
 from redi.hub import TOKENIZER_FILES, dataset_files, model_folder
 from redi.show.facts import (
