@@ -1,9 +1,9 @@
 """Causal attention confined to the documents of a pack.
 
 A pack of documents with 5, 3 and 7 tokens is 15 tokens in a row, cu_seqlens [0, 5, 8, 15]. Token 6
-sees tokens 5 and 6. One signature, two paths that must agree:
+attends to tokens 5 and 6. One signature, two implementations that must agree:
 
-    a GPU in bf16 / fp16   torch's variable-length flash attention, one kernel for the whole pack
+    a GPU in bf16 / fp16   torch's variable-length flash attention, one kernel for the pack
     anywhere else          one scaled_dot_product_attention per document: the reference, and on a
                            CPU nine times faster than a block mask over the pack
 
@@ -13,6 +13,7 @@ Letters: T packed tokens, H heads, K kv heads, d head size, S segments (document
 """
 
 import inspect
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,8 @@ def packed_attention(
 ) -> Tensor:
     """query (T, H, d), key and value (T, K, d) with H a multiple of K -> (T, H, d).
 
-    cu_seqlens (S+1,) int32 on the tensors' device; lengths: the S document lengths on the host, so
-    that nothing waits for the device. Scores are scaled by d ** -0.5.
+    cu_seqlens (S+1,) int32 on the tensors' device; lengths: the S document lengths, on the host so
+    that reading them does not wait for the device. Scores are scaled by d ** -0.5.
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, cu_seqlens, max(lengths))
@@ -50,11 +51,18 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longe
 
     grouped = {}
     if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _takes_gqa():
             grouped = {"enable_gqa": True}
-        else:  # torch 2.11: the argument is not there, so every query head gets its own copy
+        else:  # torch 2.11: every query head gets its own copy of its key/value head
             group = query.shape[1] // key.shape[1]
             key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
     lengths = (cu_seqlens, cu_seqlens, longest, longest)
-    causal = (-1, 0)  # every token before it, none after
+    causal = (-1, 0)  # attend to every token before, to none after
     return varlen_attn(query, key, value, *lengths, window_size=causal, **grouped)
+
+
+@cache
+def _takes_gqa() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

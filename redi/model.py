@@ -1,20 +1,21 @@
-"""Qwen2 as its checkpoints have it, without a batch dimension.
+"""Qwen2, with its checkpoints' parameter names and without a batch dimension.
 
 How this differs from the textbook transformer:
-- a pack of T tokens in a row, each with its position in its own document; no padding, no mask
+- a pack of T tokens in one row, each with its position in its own document: no padding, no mask
 - q, k and v have biases, o has none; fewer key/value heads than query heads (GQA)
 - RMSNorm before each half of a block, rotary positions (half-split), SwiGLU
 - the embedding is also the output weight where the checkpoint ties them
-- `forward` runs a head inside the model, on the rows that are supervised: the logits of a pack
-  never exist (see logprobs.py), and sharded parameters are whole while the head needs them
-- how tokens attend to each other is an argument: training hands in the documents of a pack,
-  generation hands in a KV cache. The weights, the rotation and this file are the same for both
+- `forward` runs a head inside the model, on the supervised rows only: the logits of a pack never
+  exist (see logprobs.py), and sharded parameters are gathered while the head needs them
+- how tokens attend to each other is an argument: training passes attention within the documents of
+  a pack, generation passes a KV cache
 
-Parameter names are the checkpoint's own, so loading is strict and needs no mapping.
+Loading is strict and needs no mapping of names. config.json is read in checkpoint/config_json.py.
 Left out: dropout (0 in the published configuration), sliding windows, rotary scaling; a
-configuration that asks for what is not here is refused by name.
+configuration that asks for them is refused by name.
 
-Letters: T packed tokens, D hidden, H heads, K kv heads, d head size, R rows, V vocabulary.
+Letters: T packed tokens, D hidden, H heads, K kv heads, d head size, R supervised rows,
+V vocabulary.
 """
 
 import itertools
@@ -171,11 +172,11 @@ class RMSNorm(nn.Module):
 def rotary_tables(
     length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, d) of the angles position * theta^(-2i/d), both halves alike.
+    """cos and sin (length, d) of the angles position * theta^(-2i/d), the same in both halves.
 
-    Computed in fp32 and built once: every pack and every model of the same sizes shares them.
+    Computed in fp32, and cached: every pack and every model of the same sizes shares them.
     """
-    with torch.inference_mode(False):  # whoever asks first, training can use them
+    with torch.inference_mode(False):  # inference tensors could not be used in training later
         exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
         positions = torch.arange(length, device=device).float()
         angles = positions[:, None] * (1.0 / theta**exponents)  # (length, d/2)
@@ -184,13 +185,13 @@ def rotary_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (T, heads, d): turn each pair (x[i], x[i + d/2]) by its position's angle."""
+    """x (T, heads, d): rotate each pair (x[i], x[i + d/2]) by its position's angle."""
     left, right = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
 
 
 class Attention(nn.Module):
-    """The weights around attention; which tokens attend to which is up to the caller."""
+    """The projections around attention; which tokens attend to which is the caller's choice."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -230,7 +231,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         return self.after_attention(x, attend(*self.before_attention(x, cos, sin)))
 
-    # Apart, so that each can be compiled: what happens in `attend` cannot.
+    # Two functions, because each can be compiled and `attend`, which runs between them, cannot.
 
     def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor):
         """x (T, D) -> query (T, H, d), key and value (T, K, d)."""
@@ -242,8 +243,8 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
-    """Tokens to hidden states. Named `model` in checkpoints."""
+class Layers(nn.Module):
+    """Tokens -> hidden states. Named `model` in checkpoints."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -262,12 +263,12 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder and its output weight."""
+    """The layers and the output weight."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Layers(config)
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 

@@ -1,12 +1,12 @@
-"""Which sequences share a step, a rank and a pack; and the pack as tensors.
+"""Which sequences share a step, a rank and a pack; and a pack as tensors.
 
-The recipe fixes the optimizer step in rows: 128 traces, or 32 pairs. Inside a step the sequences
-may lie anywhere, because losses are sums with whole-step weights. So, step by step:
+The recipe fixes the optimizer step in rows: 128 traces, or 32 pairs. Inside a step, any sequence
+can be in any pack on any rank, because losses are sums with whole-step weights. So, step by step:
 
     1. shuffle the rows by (seed, epoch) and cut them into steps of `rows_per_step`
-    2. deal the step's sequences to ranks, longest first, each to the rank with least work so far
+    2. deal the step's sequences to ranks, longest first, each to the rank with the least work
     3. on each rank, put them into packs of at most `pack_tokens`, longest first, best fit
-    4. give every rank the same number of packs: collectives need it
+    4. give every rank the same number of packs, which collectives need; some may be empty
 
 Worked example: rows of 7, 5 and 3 tokens, one step, one rank, packs of 10:
 
@@ -16,14 +16,15 @@ Worked example: rows of 7, 5 and 3 tokens, one step, one rank, packs of 10:
             cu_seqlens [0, 7, 10]
 
 For pairs, row p has two sequences: 2p is the chosen one, 2p + 1 the rejected one. They are dealt
-apart, unless `keep_pairs`: a sigmoid over the pair needs both in one pack.
+separately, unless `keep_pairs`: a sigmoid over the pair needs both in one pack.
 
-If a has 4 prompt tokens, its response a4 a5 a6 is predicted at rows 3, 4, 5: targets are shifted
-within the sequence before it is packed, so no document predicts the next one's first token.
+If a has 4 prompt tokens, its response a4 a5 a6 is predicted at rows 3, 4, 5. Targets are shifted
+within a sequence before it is packed, so no document predicts the next one's first token.
 
-`plan` is a pure function of its arguments: every rank computes the same, and a resumed run needs
-no saved state. Left out: packing across steps (it would change which rows share a step).
-Letters: N rows, T packed tokens, S sequences of a pack, R supervised (response) tokens.
+`plan` is a pure function of its arguments: every rank computes the same plan, and a resumed run
+needs no saved state. Left out: packing across steps (it would change which rows share a step).
+Letters: N rows, T packed tokens, S sequences of a pack, L tokens of a sequence, R supervised
+(response) tokens.
 """
 
 import bisect
@@ -34,8 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Pack = np.ndarray  # the ids of the sequences in it
-StepPlan = list[list[Pack]]  # rank -> packs, as many on every rank
+Pack = np.ndarray  # the ids of its sequences
+StepPlan = list[list[Pack]]  # rank -> packs, the same number on every rank
 
 # Work of a sequence in units of one token: L + ATTENTION * L^2. The ratio of Qwen2.5-1.5B's
 # attention to its matmuls, forward and backward; other sizes are close enough for dealing.
@@ -53,11 +54,11 @@ def plan(
 ) -> list[StepPlan]:
     """plan[step][rank] = list of packs, each an array of sequence ids.
 
-    lengths (N,): tokens of each row, and its id is the row; or (N, 2): tokens of the chosen and
-    the rejected sequence, ids 2 * row and 2 * row + 1. A pack holds at least one sequence (with
-    keep_pairs: one pair) however long, else at most pack_tokens. Where a step has fewer pieces
-    than there are packs to fill, some packs are empty arrays. Every row is used exactly once; the
-    last step may be smaller. Raises ValueError for settings that are not positive.
+    lengths (N,): tokens of each row, whose sequence id is the row; or (N, 2): tokens of the chosen
+    and the rejected sequence, with ids 2 * row and 2 * row + 1. A pack holds at most pack_tokens; a
+    longer sequence (with keep_pairs: pair) gets a pack of its own. Every row is used exactly once;
+    the last step may be smaller, and some packs may be empty arrays. Raises ValueError for settings
+    that are not positive.
     """
     if min(rows_per_step, pack_tokens, world_size) < 1:
         raise ValueError("rows_per_step, pack_tokens and world_size must be at least 1")
@@ -73,7 +74,7 @@ def plan(
             pieces = [(int(lengths[row].sum()), (2 * row, 2 * row + 1)) for row in rows]
         else:
             pieces = [(int(lengths[row, j]), (2 * row + j,)) for row in rows for j in (0, 1)]
-        # Longest first; ties by id, so that nothing depends on the order of equal keys.
+        # Longest first; ties by id, so the order is unique.
         pieces.sort(key=lambda piece: (-piece[0], piece[1]))
         steps.append(_plan_step(pieces, pack_tokens, world_size))
     return steps
@@ -83,11 +84,11 @@ def _plan_step(pieces: list[tuple[int, tuple]], pack_tokens: int, world_size: in
     """Deal (length, sequence ids) pieces, longest first, to ranks and packs."""
     dealt: list[list] = [[] for _ in range(world_size)]
     work = [(0.0, rank) for rank in range(world_size)]  # a heap
-    for piece in pieces:
-        done, rank = heapq.heappop(work)
-        dealt[rank].append(piece)
-        heapq.heappush(work, (done + piece[0] + ATTENTION * piece[0] ** 2, rank))
-    packed = [_best_fit(mine, pack_tokens) for mine in dealt]
+    for length, ids in pieces:
+        so_far, rank = heapq.heappop(work)
+        dealt[rank].append((length, ids))
+        heapq.heappush(work, (so_far + length + ATTENTION * length**2, rank))
+    packed = [_best_fit(of_rank, pack_tokens) for of_rank in dealt]
     most = max(len(packs) for packs in packed)
     return [
         [np.array(ids, dtype=np.int64) for ids in packs + [[]] * (most - len(packs))]
@@ -96,7 +97,7 @@ def _plan_step(pieces: list[tuple[int, tuple]], pack_tokens: int, world_size: in
 
 
 def _best_fit(pieces: list[tuple[int, tuple]], pack_tokens: int) -> list[list]:
-    """Each piece, longest first, into the fullest pack that still has room for it."""
+    """Put each piece, longest first, into the fullest pack that still has room for it."""
     packs: list[list] = []
     free: list[tuple[int, int]] = []  # (room, index), sorted: a whole epoch may be one step
     for length, ids in pieces:
@@ -116,16 +117,17 @@ def _best_fit(pieces: list[tuple[int, tuple]], pack_tokens: int) -> list[list]:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """What the model and the loss see of one pack. Lists stay on the host: nothing waits."""
+    """One pack, as the model and the loss see it. Lists are on the host, where reading them does
+    not wait for the device."""
 
     tokens: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64, from 0 in every document
-    cu_seqlens: Tensor  # (S+1,) int32, where documents begin
+    cu_seqlens: Tensor  # (S+1,) int32, where each document begins, and T
     lengths: list[int]  # S, tokens of each document
-    rows: Tensor  # (R,) int64, where the supervised tokens are predicted
+    rows: Tensor  # (R,) int64, the position before each supervised token: it predicts the token
     targets: Tensor  # (R,) int64
     token_weights: Tensor  # (R,) float64, d loss / d log-prob for a linear objective
-    row_ids: list[int]  # S, the data row of each sequence
+    row_ids: list[int]  # S, the row of the data that each sequence comes from
     signs: list[int]  # S, +1 chosen, -1 rejected
     response_lengths: list[int]  # S, |y|: supervised tokens of each sequence
 
@@ -140,7 +142,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """A rendered row: prompt then response, the stop token last."""
+    """A tokenized prompt and response, the stop token last."""
 
     tokens: np.ndarray  # (L,)
     prompt_length: int
@@ -155,36 +157,34 @@ class TokenSequence:
         return after if self.learned is None else int(self.learned.sum())
 
     def supervised(self) -> np.ndarray:
-        """(|y|,) where they stand."""
-        places = np.arange(self.prompt_length, len(self.tokens))
-        return places if self.learned is None else places[self.learned]
+        """(|y|,) positions of the supervised tokens."""
+        positions = np.arange(self.prompt_length, len(self.tokens))
+        return positions if self.learned is None else positions[self.learned]
 
 
 def pack(sequences: list[TokenSequence], weights: Tensor) -> PackedBatch:
-    """Lay sequences end to end. weights (S,): the token weight of each sequence.
+    """Concatenate sequences. weights (S,): the weight of each sequence's supervised tokens.
 
-    An empty list gives the pack of a rank that has nothing to do: one token, nothing supervised.
-    Raises ValueError for a sequence without a prompt: its first token would be predicted by the
-    document before it.
+    An empty list gives an empty pack: one token, not supervised. Raises ValueError for a sequence
+    without a prompt: the document before it would predict its first token.
     """
     if any(s.prompt_length < 1 for s in sequences):
         raise ValueError("a sequence needs a prompt of at least one token")
     if not sequences:
-        return _pack_of_nothing()
+        return _empty_pack()
     lengths = [len(s.tokens) for s in sequences]
     cu_seqlens = np.cumsum([0, *lengths])
-    places = [s.supervised() for s in sequences]
-    response_lengths = [len(where) for where in places]
-    rows = [start + where - 1 for where, start in zip(places, cu_seqlens)]
+    supervised = [s.supervised() for s in sequences]
+    response_lengths = [len(positions) for positions in supervised]
+    rows = [start + positions - 1 for positions, start in zip(supervised, cu_seqlens)]
+    targets = [s.tokens[positions] for s, positions in zip(sequences, supervised)]
     return PackedBatch(
         tokens=torch.from_numpy(np.concatenate([s.tokens for s in sequences]).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         lengths=lengths,
         rows=torch.from_numpy(np.concatenate(rows)),
-        targets=torch.from_numpy(
-            np.concatenate([s.tokens[at] for s, at in zip(sequences, places)]).astype(np.int64)
-        ),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         token_weights=weights.repeat_interleave(torch.tensor(response_lengths)),
         row_ids=[s.row for s in sequences],
         signs=[s.sign for s in sequences],
@@ -192,7 +192,7 @@ def pack(sequences: list[TokenSequence], weights: Tensor) -> PackedBatch:
     )
 
 
-def _pack_of_nothing() -> PackedBatch:
+def _empty_pack() -> PackedBatch:
     none = torch.zeros(0, dtype=torch.int64)
     one = torch.zeros(1, dtype=torch.int64)
     cu_seqlens = torch.tensor([0, 1], dtype=torch.int32)
