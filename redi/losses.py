@@ -24,6 +24,7 @@ No reference model, no beta and no sigmoid in REDI: it is unbounded below, so wa
 Objectives outside the paper are in related_losses.py. Letters: P pairs.
 """
 
+import torch  # noqa: F401 (the examples use it)
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -62,12 +63,9 @@ def symmetric_loss(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
 
 
 def dpo_loss(
-    chosen_sum: Tensor,
-    rejected_sum: Tensor,
-    ref_chosen_sum: Tensor,
-    ref_rejected_sum: Tensor,
+    chosen_sum: Tensor, rejected_sum: Tensor, ref_chosen_sum: Tensor, ref_rejected_sum: Tensor,
     beta: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Eq. 2: -log sigmoid(beta * [(S_w - S_w_ref) - (S_l - S_l_ref)]), per pair (P,).
 
     The reference sums come from the model that stage 2 starts from. Gradient: with

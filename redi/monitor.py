@@ -176,9 +176,7 @@ def _squared(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor
     root = (1.0 - beta2**step).sqrt()  # a tensor: the host does not wait for the device
     eps, times = group["eps"] * root, root / (1.0 - beta1**step)
     size = min(BLOCK[weight.device.type], len(weight))
-    buffers = weight.new_empty(
-        2, size
-    )  # reused: allocating for every block costs more than the math
+    buffers = weight.new_empty(2, size)  # allocating per block would cost more than the math
     for at in range(0, len(weight), max(1, size)):
         block = slice(at, at + size)
         g = gradient[block]

@@ -1,10 +1,10 @@
-"""Objectives around the paper's, as pure functions of the same log-probs.
+"""Objectives of related papers, as pure functions of log-probs.
 
-The paper's own are in losses.py, whose letters these are: S and M are the sum and the mean of a
-response's token log-probs, w the chosen and l the rejected trace, _ref the model that stage 2
-starts from. alpha weighs a term, beta scales what goes into a sigmoid, gamma is an exponent; where
-a source has another letter, it is named. For the worked pair of losses.py (S_w -0.6, M_w -0.2,
-S_l -4, M_l -2) with S_w_ref -0.9 and S_l_ref -3.5, hence M_w_ref -0.3 and M_l_ref -1.75:
+Letters as in losses.py: S and M are the sum and the mean of a response's token log-probs, w the
+chosen and l the rejected trace, _ref the model that stage 2 starts from. alpha weighs a term, beta
+scales the argument of a sigmoid, gamma is an exponent; where a source uses another letter, the
+docstring names it. For the worked pair of losses.py (S_w -0.6, M_w -0.2, S_l -4, M_l -2) with
+S_w_ref -0.9 and S_l_ref -3.5, so M_w_ref -0.3 and M_l_ref -1.75:
 
     positives      -M_w                                                                  0.2
     dpo_norm       -log sigmoid(beta [(M_w - M_w_ref) - (M_l - M_l_ref)])   beta 5       0.160224
@@ -21,9 +21,10 @@ S_l -4, M_l -2) with S_w_ref -0.9 and S_l_ref -3.5, hence M_w_ref -0.3 and M_l_r
     dft            -mean_t sg[exp(logp_t)] logp_t, over chosen tokens                    0.158825
     redi_weighted  -M_w + alpha exp(gamma M_l) M_l             alpha 0.8, gamma 1       -0.016536
 
-sg[] is a constant to the gradient. "On every chosen token" below means d loss / d logp_t there.
-Sums make long traces weigh more; the objectives on sums have their sources' scale, not REDI's.
-Left out: label smoothing, f-divergences, losses over a batch's order. Letters: P pairs.
+sg[] (stop gradient) is a constant to the gradient. "Gradient: x on every chosen token" means that
+d loss / d logp_t is x there. Sums give long traces more weight; the objectives on sums keep their
+sources' scale, which is not REDI's.
+Left out: label smoothing, f-divergences, losses over a batch's ranking. Letters: P pairs.
 """
 
 from collections.abc import Sequence
@@ -36,9 +37,9 @@ from redi import losses
 
 
 def positives_loss(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
-    """-M_w, per pair (P,): REDI with alpha 0, the rejected trace is only logged.
+    """-M_w, per pair (P,): REDI with alpha 0. The rejected trace is only logged.
 
-    Rejection sampling gone on with. Gradient: -1/|y_w| on every chosen token.
+    More of stage 1's rejection sampling. Gradient: -1/|y_w| on every chosen token.
 
     >>> round(positives_loss(torch.tensor([-0.2]), torch.tensor([-2.0])).item(), 6)
     0.2
@@ -47,15 +48,12 @@ def positives_loss(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
 
 
 def dpo_norm_loss(
-    chosen_mean: Tensor,
-    rejected_mean: Tensor,
-    ref_chosen_mean: Tensor,
-    ref_rejected_mean: Tensor,
+    chosen_mean: Tensor, rejected_mean: Tensor, ref_chosen_mean: Tensor, ref_rejected_mean: Tensor,
     beta: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """-log sigmoid(beta * [(M_w - M_w_ref) - (M_l - M_l_ref)]), per pair (P,).
 
-    Length-normalised DPO (Tulu 3, arXiv 2411.15124). Gradient: with
+    Length-normalized DPO (Tulu 3, arXiv 2411.15124). Gradient: with
     s = beta * sigmoid(-beta * margin), -s/|y_w| on every chosen token, +s/|y_l| on every rejected.
 
     >>> means = [torch.tensor([m]) for m in (-0.2, -2.0, -0.3, -1.75)]
@@ -66,18 +64,13 @@ def dpo_norm_loss(
 
 
 def irpo_loss(
-    chosen_sum: Tensor,
-    rejected_sum: Tensor,
-    ref_chosen_sum: Tensor,
-    ref_rejected_sum: Tensor,
-    chosen_mean: Tensor,
-    beta: float,
-    alpha: float,
-) -> Tensor:
+    chosen_sum: Tensor, rejected_sum: Tensor, ref_chosen_sum: Tensor, ref_rejected_sum: Tensor,
+    chosen_mean: Tensor, beta: float, alpha: float,
+) -> Tensor:  # fmt: skip
     """DPO - alpha * M_w, per pair (P,).
 
-    Iterative reasoning preference optimisation (arXiv 2404.19733), one iteration of it; also
-    called RPO. Gradient: DPO's, and -alpha/|y_w| more on every chosen token.
+    One iteration of iterative reasoning preference optimization (arXiv 2404.19733), also called
+    RPO. Gradient: DPO's, plus -alpha/|y_w| on every chosen token.
 
     >>> sums = [torch.tensor([s]) for s in (-0.6, -4.0, -0.9, -3.5)]
     >>> round(irpo_loss(*sums, torch.tensor([-0.2]), beta=0.1, alpha=1.0).item(), 6)
@@ -88,42 +81,36 @@ def irpo_loss(
 
 
 def dpop_loss(
-    chosen_sum: Tensor,
-    rejected_sum: Tensor,
-    ref_chosen_sum: Tensor,
-    ref_rejected_sum: Tensor,
-    beta: float,
-    alpha: float,
-) -> Tensor:
+    chosen_sum: Tensor, rejected_sum: Tensor, ref_chosen_sum: Tensor, ref_rejected_sum: Tensor,
+    beta: float, alpha: float,
+) -> Tensor:  # fmt: skip
     """-log sigmoid(beta * [DPO's margin - alpha * max(0, S_w_ref - S_w)]), per pair (P,).
 
-    DPO-Positive (Smaug, arXiv 2402.13228; its lambda is alpha here): DPO that is punished
-    where the chosen trace has become less likely. Gradient: with s = beta * sigmoid(-beta * [..]),
-    -s on every chosen token, -s (1 + alpha) below the reference; +s on every rejected one.
+    DPO-Positive (Smaug, arXiv 2402.13228; its lambda is alpha here): DPO with a penalty where the
+    chosen trace has become less likely. Gradient: with s = beta * sigmoid(-beta * [..]), -s on
+    every chosen token, -s (1 + alpha) if the trace is below the reference; +s on every rejected
+    token.
 
     >>> sums = [torch.tensor([s]) for s in (-0.6, -4.0, -0.9, -3.5)]
     >>> round(dpop_loss(*sums, beta=0.3, alpha=50.0).item(), 6)
     0.58033
     """
     fallen = (ref_chosen_sum - chosen_sum).clamp(min=0.0)  # (P,)
-    # Inside the bracket, so it joins the chosen trace's log-ratio.
+    # The penalty is inside the bracket, so it is subtracted from the chosen trace's log-ratio.
     return losses.dpo_loss(
         chosen_sum - alpha * fallen, rejected_sum, ref_chosen_sum, ref_rejected_sum, beta
     )
 
 
 def ipo_loss(
-    chosen_mean: Tensor,
-    rejected_mean: Tensor,
-    ref_chosen_mean: Tensor,
-    ref_rejected_mean: Tensor,
+    chosen_mean: Tensor, rejected_mean: Tensor, ref_chosen_mean: Tensor, ref_rejected_mean: Tensor,
     beta: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """([(M_w - M_w_ref) - (M_l - M_l_ref)] - 1 / (2 * beta))^2, per pair (P,).
 
-    IPO (arXiv 2310.12036, Eq. 17; its tau is beta here), over means as TRL has it, so that one
-    beta suits all lengths. Gradient: with d = 2 * (margin - 1 / (2 * beta)), negative until the
-    margin is reached, d/|y_w| on every chosen token and -d/|y_l| on every rejected one.
+    IPO (arXiv 2310.12036, Eq. 17; its tau is beta here), over means as in TRL, so that one beta
+    suits all lengths. Gradient: with d = 2 * (margin - 1 / (2 * beta)), negative until the margin
+    is reached, d/|y_w| on every chosen token and -d/|y_l| on every rejected one.
 
     >>> means = [torch.tensor([m]) for m in (-0.2, -2.0, -0.3, -1.75)]
     >>> round(ipo_loss(*means, beta=0.1).item(), 4)
@@ -134,16 +121,13 @@ def ipo_loss(
 
 
 def apo_zero_loss(
-    chosen_sum: Tensor,
-    rejected_sum: Tensor,
-    ref_chosen_sum: Tensor,
-    ref_rejected_sum: Tensor,
+    chosen_sum: Tensor, rejected_sum: Tensor, ref_chosen_sum: Tensor, ref_rejected_sum: Tensor,
     beta: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """1 - sigmoid(beta * (S_w - S_w_ref)) + sigmoid(beta * (S_l - S_l_ref)), per pair (P,).
 
-    APO-zero (arXiv 2408.06266, Eq. 7): each trace against its own reference, so the chosen one has
-    to rise, not only to lead. Gradient: with g(x) = beta * sigmoid(x) * sigmoid(-x), -g(beta (S_w -
+    APO-zero (arXiv 2408.06266, Eq. 7): each trace against its own reference, so the chosen one must
+    rise, not only lead. Gradient: with g(x) = beta * sigmoid(x) * sigmoid(-x), -g(beta (S_w -
     S_w_ref)) on every chosen token, +g(beta (S_l - S_l_ref)) on every rejected one: at most beta/4.
 
     >>> sums = [torch.tensor([s]) for s in (-0.6, -4.0, -0.9, -3.5)]
@@ -174,9 +158,9 @@ def npo_loss(
 ) -> Tensor:
     """-(2 / beta) * log sigmoid(-beta * (S_l - S_l_ref)) - alpha * M_w, per pair (P,).
 
-    Negative preference optimisation (arXiv 2404.05868) of the rejected trace, beside the NLL
-    of the chosen one. Gradient: +2 sigmoid(beta (S_l - S_l_ref)) on every rejected token, 1 at the
-    start and less as it becomes unlikely; -alpha/|y_w| on every chosen one.
+    Negative preference optimization (arXiv 2404.05868) of the rejected trace, plus the NLL of the
+    chosen one. Gradient: +2 sigmoid(beta (S_l - S_l_ref)) on every rejected token, 1 at the start
+    and smaller as the trace becomes unlikely; -alpha/|y_w| on every chosen one.
 
     >>> parts = [torch.tensor([x]) for x in (-0.2, -4.0, -3.5)]
     >>> round(npo_loss(*parts, beta=0.1, alpha=1.0).item(), 5)
@@ -189,10 +173,10 @@ def npo_loss(
 def topr_loss(chosen_sum: Tensor, rejected_sum: Tensor, ref_rejected_sum: Tensor) -> Tensor:
     """-S_w + sg[min(1, exp(S_l - S_l_ref))] * S_l, per pair (P,).
 
-    Tapered off-policy REINFORCE (arXiv 2503.14286) with rewards +1 and -1: a rejected trace
-    counts as far as the model would still write it. Its mu is what wrote the traces; the teacher's
-    log-probs are not in the data, so the model that stage 2 starts from stands in. Gradient: -1 on
-    every chosen token, +min(1, ratio) on every rejected one.
+    Tapered off-policy REINFORCE (arXiv 2503.14286) with rewards +1 and -1: a rejected trace counts
+    as far as the model would still write it. The paper's mu is the policy that wrote the traces;
+    the teacher's log-probs are not in the data, so the model that stage 2 starts from takes its
+    place. Gradient: -1 on every chosen token, +min(1, ratio) on every rejected one.
 
     >>> sums = [torch.tensor([s]) for s in (-0.6, -4.0, -3.5)]
     >>> round(topr_loss(*sums).item(), 6)
@@ -205,9 +189,9 @@ def topr_loss(chosen_sum: Tensor, rejected_sum: Tensor, ref_rejected_sum: Tensor
 def dft_loss(chosen_logps: Sequence[Tensor]) -> Tensor:
     """-mean_t sg[exp(logp_t)] * logp_t over the tokens of each chosen trace -> (P,).
 
-    chosen_logps: P tensors (|y_w|,). Dynamic fine-tuning (arXiv 2508.05629), averaged as
-    REDI averages: over a trace, then over pairs. The rejected trace is only logged. Gradient:
-    -pi_t/|y_w| on a chosen token of probability pi_t: what is unlikely is hardly learned.
+    chosen_logps: P tensors (|y_w|,). Dynamic fine-tuning (arXiv 2508.05629), averaged as in REDI:
+    over a trace, then over pairs. The rejected trace is only logged. Gradient: -pi_t/|y_w| on a
+    chosen token of probability pi_t, so unlikely tokens are hardly learned.
 
     >>> round(dft_loss([torch.tensor([-0.1, -0.2, -0.3])]).item(), 6)
     0.158825
@@ -220,10 +204,10 @@ def redi_weighted_loss(
 ) -> Tensor:
     """-M_w + alpha * exp(gamma * M_l) * M_l, per pair (P,).
 
-    A variant in the published code, not in the paper: the weight fades as the rejected trace
-    becomes unlikely, and the whole product is differentiated. Gradient: -1/|y_w| on every chosen
-    token, +alpha exp(gamma M_l) (1 + gamma M_l) / |y_l| on every rejected one: 0 at M_l = -1/gamma,
-    and pulled back up below, so unlike REDI it is bounded in M_l. gamma 0 is REDI.
+    A variant in the authors' code, not in the paper: the weight fades as the rejected trace becomes
+    unlikely, and the whole product is differentiated. Gradient: -1/|y_w| on every chosen token,
+    +alpha exp(gamma M_l) (1 + gamma M_l) / |y_l| on every rejected one: 0 at M_l = -1/gamma and
+    negative below, so unlike REDI this is bounded in M_l. gamma 0 is REDI.
 
     >>> pair = torch.tensor([-0.2]), torch.tensor([-2.0])
     >>> round(redi_weighted_loss(*pair, alpha=0.8, gamma=1.0).item(), 6)

@@ -60,13 +60,8 @@ def run(
         data = TrainData(dataset, objective, world, config.pack_tokens)
         eval_data = replace(data, dataset=eval_dataset) if eval_dataset else None
         how, memory = _parallelism(config, model, dataset, world)
-        print(
-            describe(dataset, source.chat),
-            describe_plan(data, config),
-            memory,
-            sep="\n",
-            flush=True,
-        )
+        summary = (describe(dataset, source.chat), describe_plan(data, config), memory)
+        print(*summary, sep="\n", flush=True)
         if not config.dry_run:
             _train_and_save(config, model, source, data, eval_data, how, score, facts)
 
@@ -112,7 +107,7 @@ def _train_and_save(
     score: Score | None,
     facts: dict[str, str],
 ) -> None:
-    world, folder = data.world, source.folder
+    world, folder, cache = data.world, source.folder, config.cache
     checkpoints = Checkpoints(Path(config.out), world, compared(facts), config.keep)
     history = [r for r in read_metrics(Path(config.out)) if r["kind"] == "train"]
     begin = checkpoints.newest_whole(len(history)) if config.resume == "auto" else 0
@@ -123,12 +118,10 @@ def _train_and_save(
     distributed.parallelize(model, world, how)
     fill(model, folder)
     if data.objective.needs_reference:  # the model before its first step, also when resuming
-        data = replace(
-            data, reference=reference_logps(model, data, folder, how.dtype, config.cache)
+        data, eval_data = (
+            rows and replace(rows, reference=reference_logps(model, rows, folder, how.dtype, cache))
+            for rows in (data, eval_data)
         )
-        if eval_data:
-            reference = reference_logps(model, eval_data, folder, how.dtype, config.cache)
-            eval_data = replace(eval_data, reference=reference)
     if begin:
         print(f"{config.out}: resumes after step {begin}", flush=True)
     train(model, data, config, log, checkpoints, eval_data, score, history[:begin])
@@ -182,9 +175,9 @@ def describe_plan(data: TrainData, config: TrainConfig) -> str:
     tokens = int(data.dataset.lengths.sum())
     return (
         f"{num_steps(data, config):,} optimizer steps of {config.rows_per_step} rows "
-        f"({len(epoch):,} an epoch, {config.epochs} epoch{'s' * (config.epochs > 1)}); an epoch "
-        f"is {tokens:,} tokens in {packs:,} pack{'s' * (packs != 1)} of {config.pack_tokens:,}"
-        f"{dealt} (a longer row has its own), no padding"
+        f"({len(epoch):,} per epoch, {config.epochs} epoch{'s' * (config.epochs > 1)}); an epoch "
+        f"has {tokens:,} tokens in {packs:,} pack{'s' * (packs != 1)} of {config.pack_tokens:,}"
+        f"{dealt} (a longer row gets its own), no padding"
     )
 
 

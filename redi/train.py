@@ -100,18 +100,12 @@ def train(
     total, begin, tokens, seconds = num_steps(data, config), len(history), 0, 0.0
     if begin:
         checkpoints.load(begin, model, optimizer)
-    guard = CollapseGuard(config.collapse_threshold, config.collapse_steps)
-    for record in history:
-        warning = watch(guard, record["step"], record, checkpoints)
-        if warning and config.collapse_stop:
-            raise UserError(f"--collapse-stop: {warning}; without the flag the run resumes")
-    steps = enumerate(islice(_steps(data, config), begin, total), start=begin + 1)
+    guard = _replay(history, config, checkpoints)
+    steps = islice(_steps(data, config), begin, total)
     is_first = data.world.rank == 0
-    with (
-        Progress(total, Path(config.out).name, "step", is_first, begin) as progress,
-        StopSignals() as signals,
-    ):
-        for number, step in steps:
+    progress = Progress(total, Path(config.out).name, "step", is_first, begin)
+    with progress, StopSignals() as signals:
+        for number, step in enumerate(steps, start=begin + 1):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * lr_factor(number, total)
             stats, record = train_step(model, optimizer, data, step, config, signals)
@@ -143,6 +137,18 @@ def train(
             if stop_wanted:
                 kept = checkpoints.at(number) if saved else "no checkpoint (it could not be saved)"
                 raise Stopped(f"after step {number} of {total}; {kept}; the same command resumes")
+
+
+def _replay(
+    history: Sequence[dict[str, Any]], config: TrainConfig, checkpoints: Checkpoints
+) -> CollapseGuard:
+    """The collapse guard as it was after the steps in `history`."""
+    guard = CollapseGuard(config.collapse_threshold, config.collapse_steps)
+    for record in history:
+        warning = watch(guard, record["step"], record, checkpoints)
+        if warning and config.collapse_stop:
+            raise UserError(f"--collapse-stop: {warning}; without the flag the run resumes")
+    return guard
 
 
 def _steps(data: TrainData, config: TrainConfig) -> Iterator[StepPlan]:
