@@ -40,48 +40,50 @@ class TrainConfig:
     rows_per_step: Annotated[int, "rows in an optimizer step"]
     epochs: Annotated[int, "passes over the data"]
     rope_theta: Annotated[float | Literal["keep"], "rotary base of the trained model"]
-    max_position_embeddings: Annotated[int | Literal["keep"], "its context, tokens"]
+    max_position_embeddings: Annotated[int | Literal["keep"], "context length, tokens"]
     max_prompt: Annotated[int, "longest prompt, tokens"]
     max_response: Annotated[int, "longest response, tokens with the stop token"]
     max_length: Annotated[int, "longest prompt and response together, tokens"]
     over_length: Annotated[
         Literal["drop", "error"], "rows over a limit: drop and count, or stop"
     ] = "drop"
-    max_steps: Annotated[int | None, "stop (and end the schedule) after so many steps"] = None
+    max_steps: Annotated[int | None, "stop after this many steps, and end the schedule there"] = (
+        None
+    )
     pack_tokens: Annotated[int, "tokens in a forward pass; a longer row gets its own"] = 32768
-    weight_decay: Annotated[float, "AdamW's, on matrices"] = 1e-4
+    weight_decay: Annotated[float, "AdamW's, on matrices only"] = 1e-4
     clip: Annotated[float, "largest gradient norm"] = 1.0
-    seed: Annotated[int, "of the shuffle"] = 42
+    seed: Annotated[int, "seed of the shuffle"] = 42
     eval_data: Annotated[str | None, "held-out rows: their loss is logged"] = None
     eval_benchmark: Annotated[str | None, "benchmark, name or file: pass@1 on it is logged"] = None
-    eval_samples: Annotated[int, "completions of each of its problems"] = 4
-    eval_temperature: Annotated[float, "of their sampling; 0 is greedy"] = 0.6
+    eval_samples: Annotated[int, "completions per problem of the benchmark"] = 4
+    eval_temperature: Annotated[float, "sampling temperature there; 0 is greedy"] = 0.6
     eval_every: Annotated[int, "optimizer steps between held-out losses, and between scores"] = 100
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], "of the compute; auto: bf16 on CUDA, fp32 on a CPU"
+        Literal["auto", "float32", "bfloat16"], "compute dtype; auto: bf16 on CUDA, fp32 on a CPU"
     ] = "auto"
     reshard_after_forward: Annotated[
         bool, "free a block's weights after its forward pass (ZeRO-3)", may_change
     ] = False
     checkpoint_blocks: Annotated[
-        str, "blocks run again in backward: auto, all, none, N", may_change
+        str, "blocks recomputed in backward: auto, all, none, N", may_change
     ] = "auto"
     compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
     save_dtype: Annotated[
-        Literal["source", "float32", "bfloat16", "float16"], "of the saved weights"
+        Literal["source", "float32", "bfloat16", "float16"], "dtype of the saved weights"
     ] = "source"
     save_every: Annotated[int, "optimizer steps between checkpoints", may_change] = 200
-    keep: Annotated[int, "checkpoints kept; the newest", may_change] = 2
+    keep: Annotated[int, "how many of the newest checkpoints to keep", may_change] = 2
     resume: Annotated[
-        Literal["auto", "never"], "continue from the newest checkpoint, or begin again", may_change
+        Literal["auto", "never"], "resume from the newest checkpoint, or begin again", may_change
     ] = "auto"
     timeout: Annotated[
         float, "minutes a process waits for the others before it gives up", may_change
     ] = 30.0
     collapse_threshold: Annotated[
-        float, "warn when chosen log-probs fell by so much, nats per token", may_change
+        float, "warn when chosen log-probs fall by this, nats per token", may_change
     ] = 0.5
-    collapse_steps: Annotated[int, "... and stayed there for so many steps", may_change] = 20
+    collapse_steps: Annotated[int, "... for this many consecutive steps", may_change] = 20
     collapse_stop: Annotated[bool, "... and stop", may_change] = False
     cache: Annotated[str, "folder for tokenized data, kept between runs", may_change] = "out/tokens"
     tracker: Annotated[
@@ -137,7 +139,7 @@ class REDIConfig(TrainConfig):
 
     objective: Annotated[Literal[OBJECTIVES], "what is minimized"] = "redi"
     alpha: Annotated[
-        float | None, "weight of the rejected trace (redi: none = 0.8), or of a second term"
+        float | None, "weight of the rejected trace (redi: 0.8), or of a second term"
     ] = None
     beta: Annotated[float | None, "sharpness of the sigmoid; dpo, simpo and their kin"] = None
     gamma: Annotated[float | None, "target margin (simpo), or an exponent (redi_weighted)"] = None

@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -253,8 +254,7 @@ def _not_finite(
     checkpoints: Checkpoints,
 ) -> UserError:
     """Names the rows whose log-probs are not finite (or all rows), and the ranks that had them."""
-    finite = torch.tensor(stats.mean_logps).isfinite().numpy()
-    guilty = set(stats.ids[~finite].tolist()) or set(stats.ids.tolist())
+    guilty = set(stats.ids[~np.isfinite(stats.mean_logps)].tolist()) or set(stats.ids.tolist())
     ranks = [r for r, packs in enumerate(step) if any(guilty & set(ids.tolist()) for ids in packs)]
     sides = 2 if stats.paired else 1
     rows = sorted({data.dataset.row_number(i // sides) for i in guilty})
