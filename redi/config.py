@@ -1,142 +1,215 @@
-"""One dataclass per program: its defaults, its TOML recipe, its command-line flags.
+"""One dataclass per program: its defaults, its TOML recipe and its command-line flags.
 
-A program states its settings as a keyword-only dataclass. `parse` fills it, later wins:
+A program declares its settings as a keyword-only dataclass. `parse` fills it; later sources win:
 
     dataclass default  <  --config RECIPE.toml  <  --flag value
 
-The help text of a field stands beside its type, `lr: Annotated[float, "peak learning rate"]`; a
-subclass may restate the field with another default and inherits type and text. A field's name is
-its TOML key, and with dashes its flag; a field without a default, or one annotated with
-`positional` after its help, is given by place. Unknown keys and flags are errors, so a typo never
-trains.
+A field's help text is part of its annotation, `lr: Annotated[float, "peak learning rate"]`; a
+subclass that restates the field with another default inherits type and help. A field's name is its
+TOML key and, with dashes, its flag. A field is a positional argument if it has no default or is
+marked `positional`. Unknown keys and flags are errors, so a typo never trains a model.
 
-`program` is the frame every command runs in: what a user can get wrong is raised anywhere below as
-`UserError` and ends here in one line on stderr and exit status 2.
-Left out: nested sections, interpolation, environment variables. A recipe is a flat list of numbers.
+`program` wraps the main of every command: a mistake of the user is raised as a `UserError`,
+anywhere below, and ends there as one line on stderr and exit status 2.
+Left out: nested sections, interpolation, environment variables. A recipe is a flat list of values.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import inspect
 import json
-import math
 import os
+import re
 import sys
-import textwrap
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 C = TypeVar("C")
-STOPPED = 75  # exit status: "try again later" among the system's own
+STOPPED = 75  # exit status for "try again later" (EX_TEMPFAIL of sysexits.h)
 # Marks of a field, as in Annotated[str, "help", positional].
-positional = object()  # a positional argument, though it has a default
+positional = object()  # a positional argument although it has a default
 may_change = object()  # does not affect the result: may differ when a run resumes
 
 
 class UserError(Exception):
-    """Something the user can mend: which file, row or flag; what was expected; what to do."""
+    """A mistake that the user can fix: which file, row or flag; what was expected; what to do."""
 
 
 class RankError(UserError):
-    """One that a single process met, of those that torchrun started: it says so itself."""
+    """A UserError that only one of torchrun's processes met, so that process reports it itself."""
 
 
 class Stopped(Exception):
-    """The program was asked to stop and did so in good order; the same command goes on."""
+    """The program was asked to stop and saved its state; the same command resumes."""
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:
-    """Raises UserError naming the flag."""
+    """Raise a UserError that names the flag, unless the condition holds."""
     if not holds:
         raise UserError(f"{_flag(name)}: expected {expected}; got {value}")
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a program's `main`: errors of the user's end in one line and exit status 2, Ctrl-C
-    in one line and 130, a stop in good order in one line and 75. Of the processes that torchrun
-    started on a node, which all find the same, the first one says it. A `main` that knows what is
-    on disk says so in the KeyboardInterrupt it raises."""
+    """Decorate a program's `main`, so that it ends in one line on stderr instead of a traceback.
+
+    Exit status: 2 after a UserError or OSError, 75 when Stopped, 130 after Ctrl-C, 1 after a broken
+    pipe. All processes of a node meet the same UserError, so only local rank 0 prints it. A
+    KeyboardInterrupt may carry a message, such as what is saved on disk; it is printed too.
+    """
 
     @functools.wraps(main)
-    def framed() -> None:
-        for stream in (sys.stdout, sys.stderr):  # a terminal without a character shows its number
+    def wrapped() -> None:
+        for stream in (sys.stdout, sys.stderr):  # escape what the terminal's encoding cannot print
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        is_local_rank_zero = os.environ.get("LOCAL_RANK", "0") == "0"
         try:
             main()
         except UserError as error:
-            if first or isinstance(error, RankError):
-                print(f"error: {one_line(str(error))}", file=sys.stderr)
-            sys.exit(2)
+            _end(2, f"error: {error}", is_local_rank_zero or isinstance(error, RankError))
         except Stopped as stopped:
-            if first:
-                print(f"stopped: {one_line(str(stopped))}", file=sys.stderr)
-            sys.exit(STOPPED)
+            _end(STOPPED, f"stopped: {stopped}", is_local_rank_zero)
         except KeyboardInterrupt as interrupt:
-            print(f"\nstopped: {interrupt}" if str(interrupt) else "\nstopped", file=sys.stderr)
-            sys.exit(130)
-        except BrokenPipeError:  # the reader of our output went away, as in `| head`
+            print(file=sys.stderr)  # ends the line on which the terminal shows ^C
+            _end(130, f"stopped: {interrupt}" if str(interrupt) else "stopped")
+        except BrokenPipeError:  # the reader of our output is gone, as in `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:  # a full disk, a name too long, a folder in place of a file
-            named = f"{error.filename}: " if error.filename else ""
-            print(f"error: {one_line(f'{named}{error.strerror or error}')}", file=sys.stderr)
-            sys.exit(2)
+            name = f"{error.filename}: " if error.filename else ""
+            _end(2, f"error: {name}{error.strerror or error}")
 
-    return framed
+    return wrapped
+
+
+def _end(status: int, message: str, shown: bool = True) -> NoReturn:
+    if shown:
+        print(one_line(message), file=sys.stderr)
+    sys.exit(status)
 
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-# ---------------------------------------------------------------- flags and recipes -> dataclass
-
-
-def parse(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
-    """Read `config_class` from a recipe and flags. Raises UserError; exits 0 after --help."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    hints, by_place = types_of(config_class), _given_by_place(config_class)
-    for field in dataclasses.fields(config_class):
-        kind, name = hints[field.name], field.name
-        options: dict[str, Any] = {"default": argparse.SUPPRESS}
-        if typing.get_origin(kind) in (list, tuple):
-            options |= {"nargs": "+", "action": "extend"}
-        elif kind is bool:
-            options |= {"nargs": "?", "const": "true"}
-        elif name in by_place and not _is_required(field):
-            options["nargs"] = "?"
-        parser.add_argument(name if name in by_place else _flag(name), **options)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in arguments or "--help" in arguments:
-        print(usage(config_class, description))
-        sys.exit(0)
-    given = vars(parser.parse_args(arguments))
-    recipe = given.pop("config")
-    values = read_toml(recipe, hints) if recipe else {}
-    for name, text in given.items():
-        values[name] = _from_text(text, hints[name], name if name in by_place else _flag(name))
-    return config_class(**values)
-
-
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def read_toml(path: str | Path, hints: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe as field values, each checked against the field's type in `hints`."""
-    return check_table(load_toml(path, f"--config {path}"), hints, str(path))
+# ---------------------------------------------------------------- flags and recipes -> dataclass
+
+
+def parse(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
+    """Read `config_class` from a recipe and flags. Raises UserError; exits with 0 after --help."""
+    given = vars(_parser_for(config_class, description).parse_args(argv))
+    values, recipe = {}, given.pop("config")
+    if recipe:
+        table = load_toml(recipe, f"--config {recipe}")
+        values = check_table(table, types_of(config_class), recipe)
+    return config_class(**values | given)
+
+
+def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
+    spec = sys.modules["__main__"].__spec__  # None unless started with python -m
+    parser = _Parser(
+        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
+        description=f"{description} Flags are listed with their defaults.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="RECIPE.toml", help="settings; flags override them")
+    usage = "%(prog)s"
+    hints = _annotations(config_class)
+    for field in dataclasses.fields(config_class):
+        kind, (text, *marks) = hints[field.name].__origin__, hints[field.name].__metadata__
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        options: dict[str, Any] = {"default": argparse.SUPPRESS}
+        if typing.get_origin(kind) is Literal:
+            text += f" ({', '.join(typing.get_args(kind))})"
+        elif typing.get_origin(kind) is list:
+            [kind] = typing.get_args(kind)
+            options |= {"nargs": "+", "action": "extend"}
+        elif kind is bool:
+            options |= {"nargs": "?", "const": "true"}
+        name, metavar = field.name, field.name.upper()
+        if default is MISSING:
+            usage += f" {metavar}"
+        elif positional in marks:
+            usage += f" [{metavar}]"
+            text += f" (default: {_shown(default)})"
+            options |= {"nargs": "?"}
+        else:
+            name, metavar = _flag(field.name), _shown(default)
+        options |= {"metavar": metavar, "help": text.replace("%", "%%")}
+        parser.add_argument(name, type=functools.partial(_from_text, kind=kind), **options)
+    parser.usage = f"{usage} [--flag value ...]"
+    return parser
+
+
+def _shown(default: Any) -> str:
+    return "none" if default is None else re.sub('[",]', "", _toml_value(default))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """One line per flag: the flag with its default, then its meaning."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=110)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return action.metavar  # the default as it is, without [] and ...
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """A flag's text as a value of type `kind`: a word like none, a number, or the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    for read in (words.__getitem__, int, float):
+        with contextlib.suppress(KeyError, ValueError, argparse.ArgumentTypeError):
+            return _checked(read(text), kind)
+    return _checked(text, kind)
+
+
+def _checked(value: Any, kind: Any) -> Any:
+    """`value` if its type is `kind`; an int becomes a float where only a float fits.
+
+    Raises ArgumentTypeError, which argparse turns into an error that names the flag.
+    """
+    in_union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    members = typing.get_args(kind) if in_union else (kind,)
+    for member in members:
+        if typing.get_origin(member) is list and isinstance(value, list):
+            return [_checked(v, typing.get_args(member)[0]) for v in value]
+        if typing.get_origin(member) is Literal and value in typing.get_args(member):
+            return value
+        if member is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            return float(value)
+        if member is type(value) and member is not float:
+            return value
+    expected = " or ".join(_kind_name(member) for member in members)
+    raise argparse.ArgumentTypeError(f"expected {expected}; got {value!r}")
+
+
+def _kind_name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+    return "a list" if typing.get_origin(kind) is list else names.get(kind, "none")
 
 
 def load_toml(path: str | Path, label: str) -> dict[str, Any]:
-    """A TOML file as it is. Raises UserError, which begins with `label`."""
+    """The content of a TOML file. Raises UserError, whose message begins with `label`."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -145,40 +218,35 @@ def load_toml(path: str | Path, label: str) -> dict[str, Any]:
         raise UserError(f"{label}: not a readable TOML file ({error})") from None
 
 
-def check_table(table: dict[str, Any], hints: dict[str, Any], where: str) -> dict[str, Any]:
-    """The table with each value checked against the type of its key in `hints`."""
-    for key in table:
-        if key not in hints:
-            raise UserError(f"{where}: unknown key {key!r}; known keys: {', '.join(sorted(hints))}")
-    return {key: _checked(v, hints[key], f"{where}: key {key!r}") for key, v in table.items()}
+def check_table(table: dict[str, Any], kinds: dict[str, Any], where: str) -> dict[str, Any]:
+    """The table, each value checked against the type of its key in `kinds`.
+
+    Raises UserError for an unknown key or a wrong type; `where` begins its message.
+    """
+    checked = {}
+    for key, value in table.items():
+        if key not in kinds:
+            known = ", ".join(sorted(kinds))
+            raise UserError(f"{where}: unknown key {key!r}; known keys: {known}")
+        try:
+            checked[key] = _checked(value, kinds[key])
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{where}: key {key!r}: {error}") from None
+    return checked
 
 
 def to_toml(config: Any) -> str:
-    """The dataclass as a TOML recipe that `parse` reads back; None is left out."""
+    """The dataclass as a TOML recipe that `parse` reads back; fields that are None are left out."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return "".join(f"{k} = {_toml_value(v)}\n" for k, v in fields.items() if v is not None)
 
 
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, which wants the delete character escaped as well.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
+def _toml_value(value: bool | int | float | str | list) -> str:
+    # TOML writes these values as JSON does, but the delete character must be escaped as well.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _given_by_place(config_class: type) -> set[str]:
-    """Names of the fields that are positional arguments."""
-    hints = _annotations(config_class).items()
-    marked = {name for name, hint in hints if positional in hint.__metadata__}
-    return marked | {f.name for f in dataclasses.fields(config_class) if _is_required(f)}
+# ---------------------------------------------------------------- fields of a config class
 
 
 def types_of(config_class: type) -> dict[str, Any]:
@@ -192,112 +260,9 @@ def fields_that_may_change(config_class: type) -> set[str]:
 
 
 def _annotations(config_class: type) -> dict[str, Any]:
-    """Field name -> its `Annotated[type, help]`, the one of the base class that has it."""
-    notes: dict[str, Any] = {}
+    """Field name -> its Annotated[type, help, ...], inherited where a subclass restates a field."""
+    found: dict[str, Any] = {}
     for base in reversed(config_class.__mro__):
-        for name, hint in inspect.get_annotations(base).items():
-            if typing.get_origin(hint) is typing.Annotated:
-                notes[name] = hint
-    return notes
-
-
-def _members(kind: Any) -> tuple:
-    """The types that a value may have: those of `X | Y | None`."""
-    united = typing.get_origin(kind) in (types.UnionType, typing.Union)
-    return typing.get_args(kind) if united else (kind,)
-
-
-def _from_text(text: str | list[str], kind: Any, label: str) -> Any:
-    """A flag's text as a value of the field's type."""
-    if isinstance(text, list):
-        return [_from_text(part, typing.get_args(kind)[0], label) for part in text]
-    if text == "none" and type(None) in _members(kind):
-        return None
-    if text in ("true", "false") and kind is bool:
-        return text == "true"
-    for number in (int, float):
-        if number in _members(kind):
-            try:
-                return _checked(number(text), kind, label)
-            except ValueError:
-                continue
-    return _checked(text, kind, label)
-
-
-def _checked(value: Any, kind: Any, label: str) -> Any:
-    """A TOML value (or a flag's string), checked against the field's type."""
-    members = _members(kind)
-    for member in members:
-        if typing.get_origin(member) is typing.Literal:
-            if value in typing.get_args(member):
-                return value
-        elif typing.get_origin(member) in (list, tuple):
-            if isinstance(value, list):
-                return [_checked(v, typing.get_args(member)[0], label) for v in value]
-        elif type(value) is member and (member is not float or math.isfinite(value)):
-            return value
-        elif member is float and type(value) is int:
-            return float(value)
-    expected = " or ".join(_kind_name(member) for member in members)
-    raise UserError(f"{label}: expected {expected}; got {value!r}")
-
-
-def _kind_name(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) in (list, tuple):
-        return "a list"
-    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
-    return names.get(kind, "none")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-# ---------------------------------------------------------------- --help
-
-
-WIDTH = 110  # of a line of --help
-
-
-def usage(config_class: type, description: str) -> str:
-    """One screen: a flag a line, with its default and its meaning."""
-    annotations, by_place = _annotations(config_class), _given_by_place(config_class)
-    notes = {name: hint.__metadata__[0] for name, hint in annotations.items()}
-    hints = types_of(config_class)
-    spec = sys.modules["__main__"].__spec__  # None unless started with python -m
-    name = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
-    head, places, flags = ["usage:", name], [], []
-    for field in dataclasses.fields(config_class):
-        default = "" if _is_required(field) else " " + _shown(field)
-        if field.name in by_place:
-            head.append(f"[{field.name.upper()}]" if default else field.name.upper())
-            note = f"{notes[field.name]}{f' (default{default})' if default else ''}"
-            places.append((field.name.upper(), note))
-        else:
-            note = notes[field.name] + _choices(hints[field.name])
-            flags.append((_flag(field.name) + default, note))
-    rows = [*places, ("--config RECIPE.toml", "read settings from a recipe; flags win"), *flags]
-    width = min(max(len(left) for left, _ in rows), 36)
-    lines = []
-    for left, note in rows:
-        first, *more = textwrap.wrap(note, WIDTH - width - 4, break_on_hyphens=False) or [""]
-        lines += [f"  {left:<{width}}  {first}", *(f"  {'':<{width}}  {line}" for line in more)]
-    return "\n".join([" ".join([*head, "[--flag value ...]"]), description, "", *lines])
-
-
-def _choices(kind: Any) -> str:
-    fixed = typing.get_origin(kind) is typing.Literal
-    return f" ({', '.join(typing.get_args(kind))})" if fixed else ""
-
-
-def _shown(field: dataclasses.Field) -> str:
-    made = field.default is dataclasses.MISSING
-    default = field.default_factory() if made else field.default
-    if default is None or isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, list):
-        return " ".join(map(str, default))
-    return f"{default:g}" if isinstance(default, float) else repr(default).strip("'")
+        hints = inspect.get_annotations(base).items()
+        found |= {name: hint for name, hint in hints if typing.get_origin(hint) is Annotated}
+    return found

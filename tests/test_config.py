@@ -1,4 +1,4 @@
-"""One dataclass per program: recipe and flags fill it, later wins, and nothing unknown gets in.
+"""One dataclass per program: a recipe and flags fill it, flags win, unknown names are errors.
 
 python -m pytest tests/test_config.py
 """
@@ -34,13 +34,13 @@ class Settings:
 
 @dataclass(kw_only=True)
 class Restated(Settings):
-    count: int = 7  # another default; type and help are the base's
+    count: int = 7  # another default; type and help are inherited
 
 
 @dataclass(kw_only=True)
 class Placed:
-    source: Annotated[str, "required, by place"]
-    target: Annotated[str, "by place, with a default", positional] = "out"
+    source: Annotated[str, "required, positional"]
+    target: Annotated[str, "positional, with a default", positional] = "out"
     size: Annotated[int, "a flag"] = 3
 
 
@@ -67,7 +67,7 @@ def test_default_then_recipe_then_flag(recipe):
     assert read("--config", path) == Settings(name="recipe", count=2)
     both = read("--config", path, "--count", "3")
     assert both == Settings(name="recipe", count=3)
-    assert read("--count", "3", "--config", path) == both  # wherever the flag stands
+    assert read("--count", "3", "--config", path) == both  # in either order
 
 
 def test_a_subclass_restates_a_default_and_keeps_the_type(recipe):
@@ -138,7 +138,8 @@ def test_a_recipe_value_becomes_the_fields_type(recipe, line, name, value):
         (["--count", "1.5"], "--count: expected a whole number; got '1.5'"),
         (["--count", ""], "--count"),
         (["--count", "none"], "--count"),
-        (["--rate", "nan"], "--rate: expected a finite number; got nan"),
+        (["--rate", "nan"], "--rate: expected a finite number; got 'nan'"),
+        (["--rate", "1" * 400], "--rate: expected a finite number"),
         (["--rate", "fast"], "--rate: expected a finite number; got 'fast'"),
         (["--theta", "kept"], "--theta: expected a finite number or one of keep; got 'kept'"),
         (["--limit", "some"], "--limit: expected a whole number or none; got 'some'"),
@@ -168,6 +169,8 @@ def test_a_wrong_flag_is_an_error_naming_it(flags, said):
         ("count = true", "'count'"),
         ("count = 1.0", "'count'"),
         ("rate = true", "'rate'"),
+        ("rate = inf", "'rate': expected a finite number; got inf"),
+        ("rate = 1" + "0" * 400, "'rate': expected a finite number"),
         ('rate = "1"', "'rate'"),
         ("name = 1", "'name': expected text"),
         ('kind = "green"', "'kind': expected one of red, blue"),
@@ -201,14 +204,14 @@ def test_a_recipe_that_is_not_utf_8_is_an_error(tmp_path):
         read("--config", str(path))
 
 
-# ---------------------------------------------------------------- by place
+# ---------------------------------------------------------------- positional arguments
 
 
-def test_a_field_without_a_default_is_given_by_place():
+def test_a_field_without_a_default_is_positional():
     assert read("in", config=Placed) == Placed(source="in", target="out", size=3)
     assert read("in", "--size", "4", config=Placed).size == 4
     assert read("--size", "4", "in", config=Placed).source == "in"
-    with pytest.raises(UserError, match="source"):
+    with pytest.raises(UserError, match="SOURCE"):
         read(config=Placed)
 
 
@@ -264,7 +267,7 @@ def test_text_of_any_kind_survives_toml(text):
     assert tomllib.loads(to_toml(Settings(name=text)))["name"] == text
 
 
-def test_to_toml_is_one_key_a_line_without_what_is_none():
+def test_to_toml_has_one_key_per_line_and_leaves_out_none():
     lines = to_toml(Settings(name="two\nlines")).splitlines()
     assert lines == [
         'name = "two\\nlines"',
@@ -282,10 +285,10 @@ def test_numbers_keep_every_digit(rate):
     assert tomllib.loads(to_toml(Settings(rate=rate)))["rate"] == rate
 
 
-# ---------------------------------------------------------------- the frame of a program
+# ---------------------------------------------------------------- how a program ends
 
 
-def framed(error: BaseException | None) -> int | str | None:
+def status_of(error: BaseException | None) -> int | str | None:
     @program
     def main() -> None:
         """What it does."""
@@ -301,26 +304,26 @@ def framed(error: BaseException | None) -> int | str | None:
 
 
 def test_a_user_error_is_one_line_on_stderr_and_status_2(capsys):
-    assert framed(UserError("--lr is 0:\n  expected\tabove 0")) == 2
+    assert status_of(UserError("--lr is 0:\n  expected\tabove 0")) == 2
     shown = capsys.readouterr()
     assert shown.err == "error: --lr is 0: expected above 0\n"
     assert shown.out == ""
 
 
 def test_ctrl_c_is_one_line_and_status_130(capsys):
-    assert framed(KeyboardInterrupt()) == 130
+    assert status_of(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err.strip() == "stopped"
-    assert framed(KeyboardInterrupt("after step 3; nothing was saved")) == 130
+    assert status_of(KeyboardInterrupt("after step 3; nothing was saved")) == 130
     assert capsys.readouterr().err.strip() == "stopped: after step 3; nothing was saved"
 
 
 def test_success_and_other_errors_pass_through():
-    assert framed(None) is None
+    assert status_of(None) is None
     with pytest.raises(ZeroDivisionError):
-        framed(ZeroDivisionError())
+        status_of(ZeroDivisionError())
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
+def test_a_broken_pipe_is_no_traceback():
     script = (
         "from redi.config import program\n"
         "@program\n"
@@ -362,8 +365,10 @@ def test_help_states_every_flag_its_default_and_its_meaning(flag, capsys):
     assert "--config RECIPE.toml" in shown
     for text in ("--count 1", "--rate 0.5", "--limit none", "--fast false", "(red, blue)"):
         assert text in shown
+    [line] = [line for line in shown.splitlines() if "--names [a b]" in line]
+    assert line.endswith("  list")  # a flag and its meaning share a line
     with pytest.raises(SystemExit):
         read("--help", config=Placed)
     shown = capsys.readouterr().out.splitlines()
     assert "SOURCE [TARGET] [--flag value ...]" in shown[0]
-    assert any("TARGET" in line and "(default out)" in line for line in shown[1:])
+    assert any("TARGET" in line and "(default: out)" in line for line in shown[1:])
