@@ -26,7 +26,7 @@ from redi.memory import blocks_to_checkpoint
 from redi.model import Transformer
 from redi.objectives import Objective
 from redi.recipe import TrainConfig
-from redi.runlog import NoLog, RunLog, is_finished, read_metrics
+from redi.runlog import NoLog, RunLog, is_finished, read_facts, read_metrics
 from redi.train import Score, StopSignals, num_steps, train
 
 PrepareScore = Callable[[TrainConfig, Source, World], Score | None]
@@ -213,8 +213,7 @@ def compared(facts: dict[str, str]) -> dict[str, str]:
 
 def check_facts(config: TrainConfig, facts: dict[str, str]) -> None:
     """Raises UserError if a finished run was made from something else."""
-    lines = (Path(config.out) / "config.toml").read_text(encoding="utf-8").splitlines()
-    recorded = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    recorded = read_facts(Path(config.out))
     for name, now in compared(facts).items():
         if recorded.get(name, now) != now:
             raise UserError(

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import evaluate
 from redi import programs
 from redi.eval import report
 from redi.prepare import __main__ as prepare
@@ -70,7 +69,7 @@ def redi(*arguments: str) -> int:
 
 def evaluated(*arguments: str) -> int:
     given = ["--model", "toy/student", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
-    return run(evaluate.main, "--samples", "1", "--max-new-tokens", "8", *given, *arguments)
+    return run(programs.evaluate, "--samples", "1", "--max-new-tokens", "8", *given, *arguments)
 
 
 # ---------------------------------------------------------------- ways to break an input
@@ -301,7 +300,7 @@ def test_a_dry_run_reports_and_writes_nothing(here, capsys):
 def test_help_fits_a_screen_and_states_defaults(capsys):
     assert run(programs.train_redi, "--help") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 48
+    assert len(lines) <= 50
     assert max(map(len, lines)) <= 110
     assert any("--lr 1e-06" in line for line in lines)
     assert any("--max-response 19000" in line and "tokens" in line for line in lines)
@@ -352,7 +351,7 @@ def test_ctrl_c_ends_training_in_one_line_that_says_what_is_on_disk(here):
     assert last["kind"] == "stopped"
     saved = f"run/checkpoints/step-{last['step']:06d}"
     assert f"after step {last['step']} of " in line
-    assert line.endswith(f"{saved}; the same command goes on")
+    assert line.endswith(f"{saved}; the same command resumes")
     assert {p.name for p in (here / "run").iterdir()} == {
         "config.toml", "metrics.jsonl", "checkpoints",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run leaves beside its model: which run a folder holds, its records, its curves.
+"""What a run writes beside its model: which run a folder holds, its records, its curves.
 
 python -m pytest tests/test_runlog.py
 """
@@ -13,9 +13,9 @@ from typing import Annotated
 
 import pytest
 
-from redi import runlog
-from redi.config import UserError, to_toml
-from redi.runlog import Progress, RunLog, draw, is_finished, read_metrics
+from redi import curves, runlog
+from redi.config import UserError, may_change, to_toml
+from redi.runlog import Progress, RunLog, is_finished, read_facts, read_metrics
 
 
 @dataclass(kw_only=True)
@@ -23,12 +23,12 @@ class Settings:
     lr: Annotated[float, "number"] = 0.5
     name: Annotated[str, "text"] = "a"
     limit: Annotated[int | None, "number or none"] = None
-    tracker: Annotated[str, "not compared"] = "none"
-    dry_run: Annotated[bool, "not compared"] = False
+    tracker: Annotated[str, "not compared", may_change] = "none"
+    dry_run: Annotated[bool, "not compared", may_change] = False
 
 
-def started(folder: Path, settings: Settings | None = None, **notes: str) -> RunLog:
-    return RunLog(str(folder), settings or Settings(), notes)
+def started(folder: Path, settings: Settings | None = None, **facts: str) -> RunLog:
+    return RunLog(str(folder), settings or Settings(), facts)
 
 
 def finished(folder: Path, settings: Settings | None = None) -> None:
@@ -37,13 +37,13 @@ def finished(folder: Path, settings: Settings | None = None) -> None:
     log.finish()
 
 
-# ---------------------------------------------------------------- whose folder is it
+# ---------------------------------------------------------------- which run a folder holds
 
 
-def test_a_folder_that_is_not_there_or_empty_is_free(tmp_path):
+def test_a_missing_or_empty_folder_is_free(tmp_path):
     assert not is_finished(str(tmp_path / "new"), Settings())
     assert not is_finished(str(tmp_path), Settings())
-    assert list(tmp_path.iterdir()) == []  # looking makes nothing
+    assert list(tmp_path.iterdir()) == []  # the check writes nothing
 
 
 def test_the_same_run_finished_is_finished(tmp_path):
@@ -51,16 +51,16 @@ def test_the_same_run_finished_is_finished(tmp_path):
     assert is_finished(str(tmp_path / "run"), Settings())
 
 
-def test_the_same_run_unfinished_may_be_begun_again(tmp_path):
+def test_the_same_run_unfinished_may_be_started_again(tmp_path):
     log = started(tmp_path / "run")
     log.record("train", 1, loss=1.0)
     assert not is_finished(str(tmp_path / "run"), Settings())
-    del log  # the process that was stopped is gone
+    del log  # as if its process had ended
     started(tmp_path / "run")
     assert list(read_metrics(tmp_path / "run")) == []
 
 
-def test_a_folder_is_one_process_at_a_time(tmp_path):
+def test_only_one_process_at_a_time_writes_to_a_folder(tmp_path):
     log = started(tmp_path / "run")
     log.record("train", 1, loss=1.0)
     with pytest.raises(UserError, match="another process is running there"):
@@ -104,12 +104,12 @@ def test_what_does_not_change_the_result_is_not_compared(tmp_path):
 
 def test_foreign_files_are_refused_and_left(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="no run made"):
+    with pytest.raises(UserError, match="holds files but no run"):
         is_finished(str(tmp_path), Settings())
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
-def test_a_file_in_the_folders_place_is_refused(tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="is a file"):
         is_finished(str(tmp_path / "run"), Settings())
@@ -126,10 +126,31 @@ def test_text_with_quotes_and_newlines_is_the_same_run(tmp_path):
 # ---------------------------------------------------------------- records
 
 
-def test_config_toml_holds_notes_as_comments_above_the_settings(tmp_path):
+def test_config_toml_holds_facts_as_comments_above_the_settings(tmp_path):
     started(tmp_path / "run", redi="0.1", rows="12")
     text = (tmp_path / "run" / "config.toml").read_text()
     assert text == "# redi: 0.1\n# rows: 12\n" + to_toml(Settings())
+
+
+def test_facts_are_read_back(tmp_path):
+    facts = {"redi": "0.1", "parent": "C: # a\n path", "parent's weights": "af01"}
+    started(tmp_path / "run", Settings(name="# no: fact"), **facts)
+    assert read_facts(tmp_path / "run") == facts | {"parent": "C: # a path"}  # on one line
+
+
+def test_a_damaged_config_toml_is_an_error_that_names_it(tmp_path):
+    finished(tmp_path / "run")
+    (tmp_path / "run" / "config.toml").write_bytes(b"lr = \xff")
+    with pytest.raises(UserError, match=r"run/config\.toml: not a readable TOML file"):
+        is_finished(str(tmp_path / "run"), Settings())
+
+
+def test_a_damaged_line_of_metrics_is_an_error_that_names_it(tmp_path):
+    finished(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text("{" + path.read_text())
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a record of a run"):
+        list(read_metrics(tmp_path / "run"))
 
 
 def test_records_are_on_disk_as_soon_as_they_are_written(tmp_path):
@@ -165,7 +186,7 @@ def test_a_loss_that_is_not_finite_is_recorded(tmp_path):
     assert record["loss"] != record["loss"]
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+def test_progress_without_a_terminal_is_a_line_every_few_seconds(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
     with Progress(100, "out/run", unit="step") as progress:
@@ -178,6 +199,16 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch)
         *(f"{k}/100" for k in range(11, 100, 11)), "100/100",
     ]  # fmt: skip
     assert lines[0] == "out/run 11/100 [89 s left] loss 0.5"  # 89 steps of a second
+
+
+def test_progress_counts_from_where_a_run_resumes_and_is_silent_if_not_shown(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
+    for shown in (True, False):
+        with Progress(100, "out/run", unit="step", shown=shown, done=89) as progress:
+            now[0] += 20.0
+            progress.update({"loss": "0.5"})
+    assert capsys.readouterr().out == "out/run 90/100 [200 s left] loss 0.5\n"
 
 
 # ---------------------------------------------------------------- trackers
@@ -267,6 +298,10 @@ def size_of_png(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", content[16:24])
 
 
+def draw(runs: list[Path], path: Path) -> None:
+    curves.draw({run.name: list(read_metrics(run)) for run in runs}, path)
+
+
 def test_curves_of_several_runs_are_one_picture(tmp_path):
     first = write_run(tmp_path / "one", chosen_logp=-0.5, rejected_logp=-0.7, margin=0.2)
     second = write_run(tmp_path / "two", steps=3, lr=1e-3)
@@ -280,11 +315,11 @@ def test_curves_of_several_runs_are_one_picture(tmp_path):
 
 def test_the_picture_grows_with_what_there_is_to_show(tmp_path):
     sizes = []
-    for name, values in (("few", {}), ("many", dict.fromkeys(runlog.PANELS, 0.1))):
+    for name, values in (("few", {}), ("many", dict.fromkeys(curves.PANELS, 0.1))):
         folder = write_run(tmp_path / name, **values)
         draw([folder], folder / "curves.png")
         sizes.append(size_of_png(folder / "curves.png"))
-    assert sizes[1][0] > sizes[0][0]  # one panel; then three in a line, in two lines
+    assert sizes[1][0] > sizes[0][0]  # one panel; then three columns
     assert sizes[1][1] > sizes[0][1]
 
 
