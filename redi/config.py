@@ -125,11 +125,11 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE.toml", help="settings; flags override them")
-    usage = "%(prog)s"
-    hints = _annotations(config_class)
+    usage, hints = "%(prog)s", _annotations(config_class)
     for field in dataclasses.fields(config_class):
         kind, (text, *marks) = hints[field.name].__origin__, hints[field.name].__metadata__
         default = field.default if field.default_factory is MISSING else field.default_factory()
+        # A flag that is not given must not override the recipe, so argparse has no defaults.
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
         if typing.get_origin(kind) is Literal:
             text += f" ({', '.join(typing.get_args(kind))})"

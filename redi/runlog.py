@@ -210,7 +210,7 @@ class CurvesConfig:
 @program
 def main() -> None:
     config = parse(CurvesConfig, "Draw the curves of runs as RUN/curves.png.")
-    histories = {run: list(read_metrics(Path(run))) for run in config.runs}
+    histories = {str(run): list(read_metrics(run)) for run in map(Path, config.runs)}
     for run, records in histories.items():
         if not any(record["kind"] == "train" for record in records):
             raise UserError(f"{Path(run) / 'metrics.jsonl'}: no training records")

@@ -1,7 +1,7 @@
-"""What a user can get wrong ends in one line that says what to mend, and leaves nothing behind.
+"""A mistake of the user ends in one line that says what to fix, and leaves no files behind.
 
-The programs' `main` runs in this process (`program` turns errors into one line and a status); the
-interrupted runs and one error are run as real commands.
+The mains of the programs run in this process (`program` turns errors into one line and an exit
+status); an interrupted run and one error are run as real commands.
 """
 
 import json
@@ -222,7 +222,7 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_line_naming_what_to_mend(case, here, capsys):
+def test_bad_input_is_one_line_naming_what_to_fix(case, here, capsys):
     prepare_it, program, arguments, named = BAD_INPUTS[case]
     if prepare_it is not NOTHING:
         prepare_it()
@@ -238,7 +238,7 @@ def test_bad_input_is_one_line_naming_what_to_mend(case, here, capsys):
 
 
 def files_under(folder: Path) -> set[Path]:
-    """Every file but the token store, which is a cache: a good input that met a bad flag."""
+    """Every file outside the token cache, which a bad flag may leave behind for good data."""
     cache = folder / "out" / "tokens"
     return {p for p in folder.rglob("*") if p.is_file() and cache not in p.parents}
 
@@ -271,7 +271,7 @@ def test_a_model_whose_logits_are_not_finite_is_not_scored(here, capsys):
     assert not Path("run/report.json").exists()
 
 
-def test_one_sample_a_problem_can_be_compared(here, capsys):
+def test_one_sample_per_problem_can_be_compared(here, capsys):
     assert evaluated("--user-prompt", "plain") == 0
     assert run(report.main, "run") == 0
     assert "(n = 1)" in capsys.readouterr().out
