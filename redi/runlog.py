@@ -54,14 +54,15 @@ def is_finished(out: str, config: Any) -> bool:
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     """The records of a run, without a last line that was cut short by a kill. No file: no records.
 
-    Raises UserError for any other line that is not JSON.
+    Raises UserError for any other line that is not a record.
     """
     path = run / "metrics.jsonl"
     if path.is_file():
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
             try:
                 record = json.loads(line)
-            except ValueError:
+                _ = record["kind"]
+            except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}:{number}: not a record of a run") from None
             yield record
 
