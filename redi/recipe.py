@@ -20,12 +20,9 @@ from redi.objectives import OBJECTIVES, Objective, loss_parameters, make_objecti
 # objectives come from, where their authors settled on one.
 PUBLISHED = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.001}, "simpo": {"beta": 2.0, "gamma": 1.0}}
 SOURCES = {
-    "dpo_norm": {"beta": 5.0},
-    "irpo": {"beta": 0.1, "alpha": 1.0},
-    "orpo": {"alpha": 0.1},
-    "dpop": {"beta": 0.3, "alpha": 50.0},
-    "npo": {"beta": 0.1, "alpha": 1.0},
-}
+    "dpo_norm": {"beta": 5.0}, "irpo": {"beta": 0.1, "alpha": 1.0}, "orpo": {"alpha": 0.1},
+    "dpop": {"beta": 0.3, "alpha": 50.0}, "npo": {"beta": 0.1, "alpha": 1.0},
+}  # fmt: skip
 PARAMETERS = ("alpha", "beta", "gamma")  # flags that an objective may take
 
 
@@ -44,12 +41,8 @@ class TrainConfig:
     max_prompt: Annotated[int, "longest prompt, tokens"]
     max_response: Annotated[int, "longest response, tokens with the stop token"]
     max_length: Annotated[int, "longest prompt and response together, tokens"]
-    over_length: Annotated[
-        Literal["drop", "error"], "rows over a limit: drop and count, or stop"
-    ] = "drop"
-    max_steps: Annotated[int | None, "stop after this many steps, and end the schedule there"] = (
-        None
-    )
+    over_length: Annotated[Literal["drop", "error"], "what to do with rows over a limit"] = "drop"
+    max_steps: Annotated[int | None, "stop after this many steps; the schedule ends there"] = None
     pack_tokens: Annotated[int, "tokens in a forward pass; a longer row gets its own"] = 32768
     weight_decay: Annotated[float, "AdamW's, on matrices only"] = 1e-4
     clip: Annotated[float, "largest gradient norm"] = 1.0
@@ -59,36 +52,24 @@ class TrainConfig:
     eval_samples: Annotated[int, "completions per problem of the benchmark"] = 4
     eval_temperature: Annotated[float, "sampling temperature there; 0 is greedy"] = 0.6
     eval_every: Annotated[int, "optimizer steps between held-out losses, and between scores"] = 100
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], "compute dtype; auto: bf16 on CUDA, fp32 on a CPU"
-    ] = "auto"
-    reshard_after_forward: Annotated[
-        bool, "free a block's weights after its forward pass (ZeRO-3)", may_change
-    ] = False
-    checkpoint_blocks: Annotated[
-        str, "blocks recomputed in backward: auto, all, none, N", may_change
-    ] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute; auto: bf16 on CUDA"] = "auto"
+    reshard_after_forward: Annotated[bool, "free weights after use (ZeRO-3)", may_change] = False
+    checkpoint_blocks: Annotated[str, "recomputed: auto, all, none or N", may_change] = "auto"
     compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
     save_dtype: Annotated[
         Literal["source", "float32", "bfloat16", "float16"], "dtype of the saved weights"
     ] = "source"
     save_every: Annotated[int, "optimizer steps between checkpoints", may_change] = 200
     keep: Annotated[int, "how many of the newest checkpoints to keep", may_change] = 2
-    resume: Annotated[
-        Literal["auto", "never"], "resume from the newest checkpoint, or begin again", may_change
-    ] = "auto"
-    timeout: Annotated[
-        float, "minutes a process waits for the others before it gives up", may_change
-    ] = 30.0
-    collapse_threshold: Annotated[
-        float, "warn when chosen log-probs fall by this, nats per token", may_change
-    ] = 0.5
+    resume: Annotated[Literal["auto", "never"], "from the newest checkpoint", may_change] = "auto"
+    timeout: Annotated[float, "minutes to wait for the other processes", may_change] = 30.0
+    collapse_threshold: Annotated[float, "warn of such a fall in log-prob", may_change] = 0.5
     collapse_steps: Annotated[int, "... for this many consecutive steps", may_change] = 20
     collapse_stop: Annotated[bool, "... and stop", may_change] = False
     cache: Annotated[str, "folder for tokenized data, kept between runs", may_change] = "out/tokens"
     tracker: Annotated[
         Literal["none", "tensorboard", "wandb"],
-        "where metrics go besides metrics.jsonl",
+        "gets the same metrics as metrics.jsonl",
         may_change,
     ] = "none"
     dry_run: Annotated[bool, "load, check, plan and report, then stop", may_change] = False
@@ -138,9 +119,7 @@ class REDIConfig(TrainConfig):
     """Stage 2: learning from pairs of a correct and an incorrect trace (Eq. 5)."""
 
     objective: Annotated[Literal[OBJECTIVES], "what is minimized"] = "redi"
-    alpha: Annotated[
-        float | None, "weight of the rejected trace (redi: 0.8), or of a second term"
-    ] = None
+    alpha: Annotated[float | None, "weight of the rejected trace, or of a second term"] = None
     beta: Annotated[float | None, "sharpness of the sigmoid; dpo, simpo and their kin"] = None
     gamma: Annotated[float | None, "target margin (simpo), or an exponent (redi_weighted)"] = None
     model: str = "out/sft"
