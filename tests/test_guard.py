@@ -34,8 +34,8 @@ stop_at = test_resume.stop_at
 def warnings_of(chosen: list[float], threshold: float = 0.5, in_a_row: int = 3) -> dict[int, str]:
     """Step -> warning, for a run with these chosen log-probs."""
     guard = CollapseGuard(threshold, in_a_row)
-    said = {step: guard.look({"chosen_logp": c}) for step, c in enumerate(chosen, start=1)}
-    return {step: warning for step, warning in said.items() if warning}
+    warnings = {step: guard.check({"chosen_logp": c}) for step, c in enumerate(chosen, start=1)}
+    return {step: warning for step, warning in warnings.items() if warning}
 
 
 SEQUENCES = {  # threshold 0.5, three steps in a row: log-probs, steps that warn
@@ -70,7 +70,7 @@ def test_threshold_and_steps_are_the_users(threshold, in_a_row, due):
 
 def test_the_warning_says_how_far_it_fell_and_what_helps():
     [warning] = warnings_of([-0.25, -1.0, -1.25, -1.5]).values()
-    assert "0.5 nats a token less likely than at the start for 3 steps" in warning
+    assert "0.5 nats per token less likely than at the start for 3 steps" in warning
     assert "now 1.25: -0.25 -> -1.50" in warning
     assert "smaller --lr" in warning
 
@@ -128,7 +128,7 @@ def warned(out: str = "run") -> int:
 
 @pytest.fixture
 def collapsed(here, capsys) -> Path:
-    """whole/, a run that went on to its end over the guard's warning."""
+    """whole/, a run that ignored the guard's warning and trained to its end."""
     run(redi_config(**FAST, out="whole"))
     [warning] = collapse_warnings(capsys.readouterr().err)
     assert warning.startswith(f"warning: step {warned('whole')}: collapse: ")
@@ -152,7 +152,7 @@ def train(monkeypatch, *flags: str) -> int:
     return 0
 
 
-def test_with_collapse_stop_the_program_ends_there_and_goes_on_only_without_it(
+def test_with_collapse_stop_the_program_ends_there_and_resumes_only_without_it(
     collapsed, capsys, monkeypatch
 ):
     assert train(monkeypatch, "--collapse-stop", "true") == 2
@@ -170,7 +170,7 @@ def test_with_collapse_stop_the_program_ends_there_and_goes_on_only_without_it(
     assert train(monkeypatch, "--collapse-stop", "true") == 2
     [refused] = capsys.readouterr().err.splitlines()
     assert refused.startswith(f"error: --collapse-stop: step {step}: collapse: ")
-    assert refused.endswith(f"{kept}; without the flag the run goes on")
+    assert refused.endswith(f"{kept}; without the flag the run resumes")
     assert saved()[-1] == step
 
     assert train(monkeypatch) == 0
@@ -199,8 +199,8 @@ def test_at_the_last_step_there_is_nothing_to_stop(collapsed, capsys):
 
 
 def is_good(step: int, out: str) -> bool:
-    """Whether the chosen traces of the model after that step had not fallen yet: the record after
-    it is what that model said."""
+    """Whether the chosen traces of the model after that step had not fallen yet. The next step's
+    record has that model's log-probs."""
     chosen = [record["chosen_logp"] for record in steps(list(read_metrics(Path(out))))]
     return chosen[0] - chosen[step] <= 0.5
 
@@ -220,7 +220,7 @@ def test_it_is_kept_even_if_keep_is_shorter_than_the_count(collapsed, capsys):
     )
 
 
-def test_where_none_is_left_from_before_the_fall_it_says_so(collapsed, capsys):
+def test_if_no_checkpoint_from_before_the_fall_is_left_it_says_so(collapsed, capsys):
     run(redi_config(**{**FAST, "keep": 1, "save_every": 11}))
     assert saved() == [11]
     assert "kept from before the fall: no checkpoint" in capsys.readouterr().err

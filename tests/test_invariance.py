@@ -9,7 +9,7 @@ In float32 it is 1e-6 from one cut to another; the oracle is as far as float32 r
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from types import SimpleNamespace
 
@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from redi import logprobs
-from redi.batches import TrainData, held_out, with_reference
+from redi.batches import TrainData
+from redi.checkpoint.reference import _score as reference_logp_sums
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
 from redi.objectives import OBJECTIVES, Totals, make_objective, sft
 from redi.packing import PackedBatch, TokenSequence, pack
+from redi.train import held_out
 
 ALPHA, BETA, GAMMA = 0.8, 0.7, 0.3
 PARAMETERS = {
@@ -68,7 +70,7 @@ def tiny(tied: bool, dtype: torch.dtype, seed: int = 0) -> Transformer:
 
 @dataclass
 class Rows:
-    """Rows of random tokens, with the fields of data.dataset.Dataset that a Task reads."""
+    """Rows of random tokens, with the fields of data.dataset.Dataset that TrainData reads."""
 
     sequences: list[TokenSequence]
     store: SimpleNamespace
@@ -105,7 +107,7 @@ def objective_of(name: str):
     return sft() if name == "sft" else make_objective(name, **PARAMETERS[name])
 
 
-def task_of(name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000) -> TrainData:
+def data_of(name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000) -> TrainData:
     world = World(rank, world_size, torch.device("cpu"))
     return TrainData(Rows.draw(paired=name != "sft"), objective_of(name), world, pack_tokens)
 
@@ -132,7 +134,7 @@ def row_logps(model: Transformer, sequence: TokenSequence) -> torch.Tensor:
     logits = model(alone, lambda hidden, weight: hidden @ weight.T)  # (L, V)
     logps = F.log_softmax(logits, dim=-1)
     places = range(sequence.prompt_length, length)
-    return torch.stack([logps[world - 1, tokens[world]] for world in places])
+    return torch.stack([logps[at - 1, tokens[at]] for at in places])
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
@@ -203,7 +205,7 @@ def paper_loss(name: str, model: Transformer, reference: Transformer) -> torch.T
 
 @pytest.fixture(scope="module")
 def expected():
-    """expected(name, tied) -> (loss, gradients by name) of the oracle, worked out once each."""
+    """expected(name, tied) -> (loss, gradients by name) of the oracle, computed once for each."""
     known = {}
 
     def get(name: str, tied: bool):
@@ -225,30 +227,31 @@ def gradients(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 def reference_sums(name: str, tied: bool, dtype: torch.dtype) -> torch.Tensor | None:
-    task = with_reference(tiny(tied, dtype, seed=9), task_of(name))
-    return task.reference
+    data = data_of(name)
+    if not data.objective.needs_reference:
+        return None
+    return reference_logp_sums(tiny(tied, dtype, seed=9), data)
 
 
 def planned(name: str, model: Transformer, reference, world_size: int, pack_tokens: int) -> float:
     """Loss of the step, gradients left in the model: every rank's share, one after another."""
     loss = 0.0
     for rank in range(world_size):
-        task = task_of(name, rank, world_size, pack_tokens)
-        task = TrainData(task.dataset, task.objective, task.world, pack_tokens, reference)
-        step = task.everything()
-        totals = task.totals(step)
-        for batch in task.batches(step, totals):
-            share, logps = task.loss(model, batch, totals)
-            share.backward()
-            assert not logps.requires_grad
-            loss += share.item()
+        data = replace(data_of(name, rank, world_size, pack_tokens), reference=reference)
+        step = data.all_rows()
+        totals = data.totals(step)
+        for batch in data.batches(step, totals):
+            result = data.loss(model, batch, totals)
+            result.loss.backward()
+            assert not result.token_logps.requires_grad
+            loss += result.loss.item()
     return loss
 
 
 def by_hand(name: str, model: Transformer, reference, packs: list[list[int]]) -> float:
     """The same for packs of given sequence ids."""
-    task = task_of(name)
-    rows, objective = task.dataset, task.objective
+    data = data_of(name)
+    rows, objective = data.dataset, data.objective
     totals = Totals(ROWS, int(rows.response_lengths.sum()))
     loss = 0.0
     for ids in packs:
@@ -256,9 +259,9 @@ def by_hand(name: str, model: Transformer, reference, packs: list[list[int]]) ->
         signs = torch.tensor([s.sign for s in sequences])
         lengths = torch.tensor([s.response_length for s in sequences])
         batch = pack(sequences, objective.token_weights(signs, lengths, totals))
-        share, _ = objective.loss(model, batch, totals, reference)
-        share.backward()
-        loss += share.item()
+        result = objective.loss(model, batch, totals, reference)
+        result.loss.backward()
+        loss += result.loss.item()
     return loss
 
 
@@ -320,7 +323,7 @@ def test_other_objectives_cut_into_packs_on_two_ranks(name, dtype, expected):
 
 def test_the_cuts_above_are_what_they_say():
     def cut(world_size: int, pack_tokens: int, name: str = "redi"):
-        return task_of(name, 0, world_size, pack_tokens).everything()
+        return data_of(name, 0, world_size, pack_tokens).all_rows()
 
     assert len(cut(1, 1000)[0]) == 1
     assert len(cut(1, 40)[0]) > 1
@@ -376,10 +379,9 @@ def test_chunks_of_the_head_change_nothing(name, expected, monkeypatch):
 @every_objective
 def test_held_out_loss_is_the_papers_loss_over_all_rows(name, expected):
     model = tiny(True, torch.float64)
-    task = task_of(name, pack_tokens=30)
     reference = reference_sums(name, True, torch.float64)
-    task = TrainData(task.dataset, task.objective, task.world, 30, reference)
-    assert held_out(model, task)["loss"] == pytest.approx(expected(name, True)[0], rel=1e-12)
+    data = replace(data_of(name, pack_tokens=30), reference=reference)
+    assert held_out(model, data)["loss"] == pytest.approx(expected(name, True)[0], rel=1e-12)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -387,35 +389,34 @@ def test_reference_log_probs_are_each_rows_own_whatever_the_packs():
     model = tiny(True, torch.float64, seed=9)
     wanted = [row_logps(model, s).sum().item() for s in Rows.draw(paired=True).sequences]
     for pack_tokens in (1, 40, 1000):
-        sums = with_reference(model, task_of("dpo", pack_tokens=pack_tokens)).reference
+        sums = reference_logp_sums(model, data_of("dpo", pack_tokens=pack_tokens))
         np.testing.assert_allclose(sums.reshape(-1).tolist(), wanted, rtol=1e-12)
-    assert with_reference(model, task_of("simpo")).reference is None
 
 
 def test_a_packed_sequence_has_the_log_probs_it_has_alone():
     model = tiny(True, torch.float64)
-    task = task_of("redi")
-    step = task.everything()
-    totals = task.totals(step)
-    [batch] = task.batches(step, totals)
-    _, logps = task.loss(model, batch, totals)
+    data = data_of("redi")
+    step = data.all_rows()
+    totals = data.totals(step)
+    [batch] = data.batches(step, totals)
+    logps = data.loss(model, batch, totals).token_logps
     ids = step[0][0]
     for part, i in zip(logps.split(batch.response_lengths), ids):
-        alone = row_logps(model, task.dataset.sequence(int(i))).detach()
+        alone = row_logps(model, data.dataset.sequence(int(i))).detach()
         torch.testing.assert_close(part, alone, rtol=1e-12, atol=1e-12)
 
 
 def test_alpha_0_has_no_gradient_from_rejected_traces_but_their_log_probs():
     model = tiny(True, torch.float64)
     objective = make_objective("redi", alpha=0.0)
-    task = TrainData(Rows.draw(paired=True), objective, World(0, 1, torch.device("cpu")), 1000)
-    step = task.everything()
-    totals = task.totals(step)
-    [batch] = task.batches(step, totals)
-    share, logps = task.loss(model, batch, totals)
-    share.backward()
-    rejected = [s for s in task.dataset.sequences if s.sign < 0]
-    chosen = [s for s in task.dataset.sequences if s.sign > 0]
+    data = TrainData(Rows.draw(paired=True), objective, World(0, 1, torch.device("cpu")), 1000)
+    step = data.all_rows()
+    totals = data.totals(step)
+    [batch] = data.batches(step, totals)
+    loss, logps, _ = data.loss(model, batch, totals)
+    loss.backward()
+    rejected = [s for s in data.dataset.sequences if s.sign < 0]
+    chosen = [s for s in data.dataset.sequences if s.sign > 0]
     other = tiny(True, torch.float64)
     (-sum(row_logps(other, s).mean() for s in chosen) / ROWS).backward()
     for one, two in zip(model.parameters(), other.parameters()):

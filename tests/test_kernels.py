@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from redi import logprobs
-from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
+from redi.logprobs import (
+    reference_token_logps,
+    token_logps_and_entropies,
+    weighted_logp_sum,
+)
 
 kernels = pytest.importorskip("redi.kernels", reason="triton is not installed")
 
@@ -125,20 +129,18 @@ def test_rows_further_apart_than_the_vocabulary_keep_what_lies_between(dtype):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_logprobs_is_as_right_with_the_kernels_as_with_torch(rows, monkeypatch):
-    """What logprobs.py does on CUDA; on a CPU its chunk is copied into contiguous rows first."""
-    used = []
+    """What logprobs.py does on CUDA. On a CPU a chunk's columns are contiguous, so the rows that
+    the kernels expect are copied first."""
+    used = set()
+    for name in ("softmax_gradient_", "target_logps"):
+        kernel = getattr(kernels, name)
 
-    def gradient_(logits, *rest):
-        used.append("gradient")
-        gradient, logps, entropies = kernels.softmax_gradient_(logits.contiguous(), *rest)
-        return gradient, None, logps, entropies
+        def on_rows(logits, *rest, kernel=kernel, name=name):
+            used.add(name)
+            return kernel(logits.contiguous(), *rest)
 
-    def logps_(logits, targets):
-        used.append("logps")
-        return kernels.target_logps(logits.contiguous(), targets)
-
-    monkeypatch.setattr(logprobs, "softmax_gradient_", gradient_)
-    monkeypatch.setattr(logprobs, "target_logps_", logps_)
+        monkeypatch.setattr(kernels, name, on_rows)
+    monkeypatch.setattr(logprobs, "_in_triton", lambda logits: True)
     monkeypatch.setitem(logprobs.CHUNK_BYTES, DEVICE, 3 * 33 * 4)  # three rows
     draw = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(rows, 5, generator=draw), torch.randn(33, 5, generator=draw)
@@ -147,14 +149,12 @@ def test_logprobs_is_as_right_with_the_kernels_as_with_torch(rows, monkeypatch):
     upstream = torch.randn(rows, generator=draw).to(DEVICE)
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     expected = torch.autograd.grad(reference_token_logps(*wide, targets) @ upstream.double(), wide)
-    one, two = torch.full((2, rows), math.nan, device=DEVICE)
-    for total in (
-        weighted_logp_sum(hidden, weight, targets, upstream, one)[0],
-        token_logps(hidden, weight, targets, two) @ upstream,
-    ):
+    one_pass = weighted_logp_sum(hidden, weight, targets, upstream)
+    logps, two_pass_entropies = token_logps_and_entropies(hidden, weight, targets)
+    for total in (one_pass.loss, logps @ upstream):
         for actual, right in zip(torch.autograd.grad(total, (hidden, weight)), expected):
             torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=1e-6)
     entropies = torch.special.entr((wide[0] @ wide[1].T).softmax(1)).sum(1).detach()
-    torch.testing.assert_close(one.double(), entropies, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(two.double(), entropies, rtol=1e-5, atol=1e-6)
-    assert set(used) == {"gradient", "logps"}
+    for ours in (one_pass.entropies, two_pass_entropies):
+        torch.testing.assert_close(ours.double(), entropies, rtol=1e-5, atol=1e-6)
+    assert used == {"softmax_gradient_", "target_logps"}

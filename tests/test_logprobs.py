@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from redi import logprobs
-from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
+from redi.logprobs import (
+    reference_token_logps,
+    token_logps,
+    token_logps_and_entropies,
+    weighted_logp_sum,
+)
 
 D, V = 6, 37
 
@@ -47,10 +52,10 @@ def oracle(hidden, weight, targets, upstream):
 
 def by_weighted_logp_sum(hidden, weight, targets, upstream):
     hidden, weight = (t.detach().requires_grad_() for t in (hidden, weight))
-    total, logps = weighted_logp_sum(hidden, weight, targets, upstream)
-    assert not logps.requires_grad
-    total.backward()
-    return total.detach(), logps, hidden.grad, weight.grad
+    result = weighted_logp_sum(hidden, weight, targets, upstream)
+    assert not result.token_logps.requires_grad
+    result.loss.backward()
+    return result.loss.detach(), result.token_logps, hidden.grad, weight.grad
 
 
 def by_token_logps(hidden, weight, targets, upstream, kernel=token_logps):
@@ -150,9 +155,9 @@ def test_gradcheck_of_token_logps():
 def test_gradcheck_of_weighted_logp_sum():
     hidden, weight, targets, token_weights = problem(5)
     inputs = hidden.requires_grad_(), weight.requires_grad_()
-    # A factor after the kernel: the scalar upstream gradient must be honoured.
+    # A factor after the kernel: the scalar upstream gradient must be honored.
     assert torch.autograd.gradcheck(
-        lambda h, w: -3.5 * weighted_logp_sum(h, w, targets, token_weights)[0], inputs
+        lambda h, w: -3.5 * weighted_logp_sum(h, w, targets, token_weights).loss, inputs
     )
 
 
@@ -195,7 +200,7 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_a_right_one(kernel, froze
     for name, tensor in inputs.items():
         tensor.requires_grad_(name != frozen)
     if kernel is by_weighted_logp_sum:
-        weighted_logp_sum(*inputs.values(), targets, upstream)[0].backward()
+        weighted_logp_sum(*inputs.values(), targets, upstream).loss.backward()
     else:
         token_logps(*inputs.values(), targets).backward(upstream)
     expected = dict(zip(("hidden", "weight"), oracle(*inputs.values(), targets, upstream)[2:]))
@@ -208,16 +213,16 @@ def test_gradients_add_up_over_two_packs_that_share_a_weight():
     hidden, weight, targets, upstream = problem(9)
     shared = weight.clone().requires_grad_()
     for part in (slice(0, 4), slice(4, 9)):
-        weighted_logp_sum(hidden[part], shared, targets[part], upstream[part])[0].backward()
+        weighted_logp_sum(hidden[part], shared, targets[part], upstream[part]).loss.backward()
     expected = oracle(hidden, weight, targets, upstream)[3]
     torch.testing.assert_close(shared.grad, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_backward_may_run_again_and_gives_the_same():
     hidden, weight, targets, upstream = problem(3)
-    total, _ = weighted_logp_sum(
+    total = weighted_logp_sum(
         hidden.requires_grad_(), weight.requires_grad_(), targets, upstream
-    )
+    ).loss
     first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(2.0 * total, (hidden, weight))
     for once, twice in zip(first, second):
@@ -388,14 +393,16 @@ def test_bf16_gradients_come_in_bf16_and_are_better_than_the_plain_ones(
 
 
 def entropies_of(kernel, hidden, weight, targets, upstream) -> torch.Tensor:
-    """As the kernel leaves them when its gradient has been computed."""
+    """(R,) float64, read after backward."""
     hidden, weight = (t.detach().requires_grad_() for t in (hidden, weight))
-    entropies = torch.full((len(targets),), math.nan, dtype=torch.float64)
     if kernel is by_weighted_logp_sum:
-        weighted_logp_sum(hidden, weight, targets, upstream, entropies)[0].backward()
+        loss, _, entropies = weighted_logp_sum(hidden, weight, targets, upstream)
+        loss.backward()
     else:
-        token_logps(hidden, weight, targets, entropies).backward(upstream.to(hidden.dtype))
-    return entropies
+        logps, entropies = token_logps_and_entropies(hidden, weight, targets)
+        logps.backward(upstream.to(logps.dtype))
+    assert not entropies.requires_grad
+    return entropies.double()
 
 
 def right_entropies(hidden, weight) -> torch.Tensor:
@@ -443,27 +450,28 @@ def test_entropy_of_a_certain_prediction_is_0_and_never_below(kernel):
     torch.testing.assert_close(entropies, right, rtol=0, atol=5e-4)  # logits of about a thousand
 
 
-@kernels
-def test_asking_for_entropy_changes_no_bit_of_the_rest(kernel):
+def test_asking_for_entropy_changes_no_bit_of_the_rest():
     hidden, weight, targets, upstream = problem(20, torch.float32)
     results = []
-    for entropies in (None, torch.empty(20)):
+    for kernel in (token_logps, lambda *inputs: token_logps_and_entropies(*inputs)[0]):
         leaves = [t.detach().requires_grad_() for t in (hidden, weight)]
-        if kernel is by_weighted_logp_sum:
-            total, logps = weighted_logp_sum(*leaves, targets, upstream, entropies)
-        else:
-            logps = token_logps(*leaves, targets, entropies)
-            total = logps @ upstream.float()
-        results.append([total, logps, *torch.autograd.grad(total, leaves)])
-    for one, two in zip(*results):
-        assert torch.equal(one, two)
+        logps = kernel(*leaves, targets)
+        results.append([logps, *torch.autograd.grad(logps @ upstream.float(), leaves)])
+    for without, with_entropies in zip(*results):
+        assert torch.equal(without, with_entropies)
 
 
-def test_without_grad_entropies_are_left_as_they_were():
+def test_without_a_gradient_by_hidden_there_are_no_entropies_and_the_same_log_probs():
     hidden, weight, targets, upstream = problem(5)
-    entropies = torch.full((5,), 7.0)
-    weighted_logp_sum(hidden, weight, targets, upstream, entropies)
-    assert (entropies == 7.0).all()
+    expected = token_logps(hidden, weight, targets)
+    for learned in ([], [weight]):  # the weight's gradient alone gives no entropies
+        for tensor in learned:
+            tensor.requires_grad_()
+        loss, logps, entropies = weighted_logp_sum(hidden, weight, targets, upstream)
+        assert entropies is None
+        assert torch.equal(logps, expected)
+        assert loss.item() == pytest.approx((logps @ upstream).item())
+        assert token_logps_and_entropies(hidden, weight, targets)[1] is None
 
 
 # ---------------------------------------------------------------- memory and work
@@ -514,12 +522,12 @@ def test_nothing_the_size_of_a_chunk_is_alive_between_forward_and_backward(dtype
     hidden, weight, targets, upstream = problem(64, dtype, vocabulary=vocabulary)
     hidden.requires_grad_()
     weight.requires_grad_()
-    total, _ = weighted_logp_sum(hidden, weight, targets, upstream)
+    result = weighted_logp_sum(hidden, weight, targets, upstream)
     gc.collect()
     # The weight (V, D), its gradient, and nothing larger: no logits of a chunk (C > D).
     alive = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.ndim == 2]
     assert not [tuple(t.shape) for t in alive if t.shape[1] == vocabulary and len(t) > D]
-    total.backward()
+    result.loss.backward()
 
 
 @pytest.mark.parametrize(
@@ -527,7 +535,7 @@ def test_nothing_the_size_of_a_chunk_is_alive_between_forward_and_backward(dtype
     [("both", 3, 4), ("hidden", 2, 3), ("weight", 2, 3), ("neither", 1, 1)],
 )
 def test_matrix_products_per_chunk(learned, one_pass, two_passes):
-    # Forward 1, d hidden 1, d weight 1; the two-pass kernel makes the logits again in backward.
+    # Forward 1, d hidden 1, d weight 1; the two-pass kernel computes the logits again in backward.
     def count(run) -> int:
         hidden, weight, targets, upstream = problem(8)
         hidden.requires_grad_(learned in ("both", "hidden"))
@@ -538,7 +546,7 @@ def test_matrix_products_per_chunk(learned, one_pass, two_passes):
                 total.backward()
         return recorder.products
 
-    assert count(lambda h, w, t, u: weighted_logp_sum(h, w, t, u)[0]) == one_pass
+    assert count(lambda h, w, t, u: weighted_logp_sum(h, w, t, u).loss) == one_pass
     assert count(lambda h, w, t, u: (token_logps(h, w, t) * u).sum()) == two_passes
 
 

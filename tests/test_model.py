@@ -45,7 +45,7 @@ def our_logits(model, parts: list[np.ndarray]) -> Tensor:  # (T, V)
 def their_logits(model, parts: list[np.ndarray]) -> Tensor:  # (T, V)
     tokens = torch.from_numpy(np.concatenate(parts))[None]
     positions = torch.from_numpy(np.concatenate([np.arange(len(part)) for part in parts]))[None]
-    # With a cache transformers takes no notice of the positions, and documents see each other.
+    # With a cache, transformers ignores the positions, and documents attend to each other.
     return model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0]
 
 
@@ -94,7 +94,7 @@ def test_gradients_equal_transformers(save_qwen2, tmp_path):
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
-def test_hidden_states_of_the_decoder_equal_transformers(save_qwen2, tmp_path):
+def test_hidden_states_of_the_layers_equal_transformers(save_qwen2, tmp_path):
     theirs = save_qwen2(tmp_path)
     model, _ = load_model(tmp_path)
     tokens = torch.from_numpy(documents()[2])
@@ -265,7 +265,7 @@ def test_attention_equals_a_dense_block_mask(heads, kv_heads, lengths):
 def newer_varlen_attn(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
 ):
-    """As in torch 2.12: groups are its own business, once told."""
+    """As in torch 2.12: it groups the query heads itself, if enable_gqa is set."""
     assert enable_gqa == (query.shape[1] != key.shape[1])
     return checked_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size)
 
@@ -289,6 +289,7 @@ def checked_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, windo
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_the_fast_path_calls_either_form_of_varlen_attn(monkeypatch, varlen_attn, heads, kv_heads):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(redi.attention, "_takes_gqa", redi.attention._takes_gqa.__wrapped__)
     tensors, cu_seqlens = random_heads(heads, kv_heads, LENGTHS)
     ours = redi.attention._varlen(*tensors, cu_seqlens, max(LENGTHS))
     expected = dense_attention(*tensors, LENGTHS)

@@ -2,16 +2,13 @@
 
     python -m pytest tests/test_train.py
 
-The model is a random Qwen2 with two layers, the data arithmetic of a line. Losses are checked
+The model is a random Qwen2 with two layers, the data one-line arithmetic problems. Losses are checked
 against transformers, which runs every row alone; the optimizer against a loop written here.
 """
 
 import json
 import math
-import mmap
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from redi import batches, recipe, train
-from redi import run as run_room
+from redi import programs, recipe, train
+from redi import run as run_module
+from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
 from redi.checkpoint.resume import Checkpoints, load_weights
 from redi.config import UserError
@@ -45,14 +43,14 @@ def conversation(number: int) -> dict[str, list]:
     digits = "+".join(str((number * 7 + i) % 10) for i in range(2 + number % 3))
     right = sum(map(int, digits.split("+")))
 
-    def said(answer: int, sure: bool) -> list[dict[str, str]]:
+    def trace(answer: int, sure: bool) -> list[dict[str, str]]:
         thought = f"<think>\n{digits} is {answer}\n</think>\n" if sure else ""
         return [{"role": "assistant", "content": f"{thought}\\boxed{{{answer}}}"}]
 
     return {
         "prompt": [{"role": "user", "content": f"Compute {digits}=?"}],
-        "chosen": said(right, sure=True),
-        "rejected": said(right + 1, sure=number % 2 == 0),
+        "chosen": trace(right, sure=True),
+        "rejected": trace(right + 1, sure=number % 2 == 0),
     }
 
 
@@ -82,7 +80,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(made, tmp_path, monkeypatch) -> Path:
-    """A working folder in which the student and its data lie."""
+    """A working folder with the student and its data."""
     for name in ("student", "pairs.jsonl", "positives.jsonl"):
         (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)
@@ -111,10 +109,10 @@ def redi_config(**changes) -> recipe.REDIConfig:
 def run(config) -> list[dict]:
     """Run the program of this configuration; its records."""
     if isinstance(config, recipe.REDIConfig):
-        objective = config.make_objective()
-        run_room.run(config, objective, paired=True, model_made_by="python train_sft.py")
+        objective, paired, made_by = config.make_objective(), True, "python train_sft.py"
     else:
-        run_room.run(config, sft(), paired=False, model_made_by=None)
+        objective, paired, made_by = sft(), False, None
+    run_module.run(config, objective, paired, made_by, programs.prepare_score)
     return list(read_metrics(Path(config.out)))
 
 
@@ -145,14 +143,14 @@ class Oracle:
         return logps[torch.arange(len(response)), response]
 
     def all_logps(self, row: dict, field: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every word at every place of the response (|y|, V), and the response (|y|,)."""
+        """Of every token at every position of the response (|y|, V), and the response (|y|,)."""
         user, answer = row["prompt"][0]["content"], row[field][0]["content"]
         prompt = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
         prompt_ids = self.tokenizer.encode(prompt).ids
         response_ids = self.tokenizer.encode(f"{answer}<|im_end|>").ids
         logits = self.model(torch.tensor([prompt_ids + response_ids])).logits[0]
-        places = torch.arange(len(prompt_ids), len(prompt_ids) + len(response_ids))
-        return F.log_softmax(logits, -1)[places - 1], torch.tensor(response_ids)
+        positions = torch.arange(len(prompt_ids), len(prompt_ids) + len(response_ids))
+        return F.log_softmax(logits, -1)[positions - 1], torch.tensor(response_ids)
 
     def entropy(self, row: dict, field: str) -> float:
         """Mean, over the response's tokens, of the entropy they were predicted with."""
@@ -281,19 +279,19 @@ def test_with_alpha_0_rejected_traces_teach_nothing_but_are_logged(here):
 
 def loaded(config) -> tuple:
     model, source = load_model(config.model)
-    dataset = run_room.load_data(config.data, config, source, paired=True)
+    dataset = run_module.load_data(config.data, config, source, paired=True)
     objective = make_objective("redi", alpha=0.8)
-    return model, batches.Task(dataset, objective, HERE, config.pack_tokens)
+    return model, TrainData(dataset, objective, HERE, config.pack_tokens)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.05])
 def test_training_equals_a_plain_loop_of_adamw_with_clipping(here, clip):
     config = redi_config(epochs=2, clip=clip, weight_decay=0.1, pack_tokens=60)
-    model, task = loaded(config)
+    model, data = loaded(config)
     checkpoints = Checkpoints(Path(config.out), HERE, {}, keep=1)
-    train.train(model, task, config, RunLog(config.out, config, {}), checkpoints)
+    train.train(model, data, config, RunLog(config.out, config, {}), checkpoints)
 
-    plain, task = loaded(config)
+    plain, data = loaded(config)
     matrices = [p for p in plain.parameters() if p.ndim == 2]
     vectors = [p for p in plain.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -302,14 +300,14 @@ def test_training_equals_a_plain_loop_of_adamw_with_clipping(here, clip):
     )  # fmt: skip
     # 10 pairs, 4 a step, 2 epochs: 3 + 3 steps, W = 1.
     rates = [1e-3 * share for share in (1, 4 / 5, 3 / 5, 2 / 5, 1 / 5, 0)]
-    plans = [step for epoch in (0, 1) for step in task.plan(4, config.seed, epoch)]
+    plans = [step for epoch in (0, 1) for step in data.plan(4, config.seed, epoch)]
     assert len(plans) == len(rates)
     norms = []
     for step, rate in zip(plans, rates):
         optimizer.zero_grad()
-        totals = task.totals(step)
-        for batch in task.batches(step, totals):
-            task.loss(plain, batch, totals)[0].backward()
+        totals = data.totals(step)
+        for batch in data.batches(step, totals):
+            data.loss(plain, batch, totals).loss.backward()
         norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in plain.parameters()))
         norms.append(norm)
         for parameter in plain.parameters():
@@ -383,9 +381,9 @@ def test_the_last_smaller_step_of_an_epoch_is_run_with_its_own_counts(here):
     sums = {i: oracle.logps(row, "completion").sum().item() for i, row in enumerate(rows)}
     config = sft_config()
     source = load_model(config.model)[1]
-    dataset = run_room.load_data(config.data, config, source, paired=False)
-    task = batches.Task(dataset, sft(), HERE, config.pack_tokens)
-    for record, step in zip(records, task.plan(4, config.seed, 0)):
+    dataset = run_module.load_data(config.data, config, source, paired=False)
+    data = TrainData(dataset, sft(), HERE, config.pack_tokens)
+    for record, step in zip(records, data.plan(4, config.seed, 0)):
         ids = [int(i) for packs in step for pack in packs for i in pack]
         wanted = -sum(sums[i] for i in ids) / sum(tokens[i] for i in ids)
         assert record["loss"] == pytest.approx(wanted, rel=1e-5)
@@ -537,40 +535,6 @@ def test_after_rows_were_dropped_ids_name_the_rows_that_are_left(here, store_of)
             assert one.row == mine
     assert dataset.lengths.tolist() == whole.lengths[[1, 3]].tolist()
     assert dataset.response_lengths.tolist() == whole.response_lengths[[2, 3, 6, 7]].tolist()
-
-
-def test_reading_ahead_asks_for_the_bytes_of_the_sequences_named(here, store_of):
-    rows = [longer(row, "rejected", 3000) for row in ROWS]  # over a page (4096 bytes) each
-    dataset = select(store_of(rows), Limits(10**6, 10**6, 10**6), "drop", "rows.jsonl")
-    asked = []
-
-    class Recorder:
-        def madvise(self, option, start, length):
-            assert option == mmap.MADV_WILLNEED
-            assert start % mmap.PAGESIZE == 0
-            asked.append(range(start, start + length))
-
-    dataset.read_ahead([0, 5])  # on the real file
-    store = replace(dataset.store, tokens=SimpleNamespace(base=Recorder()))
-    replace(dataset, store=store).read_ahead([0, 5])
-    for stored, found in zip((0, 5), asked):
-        start, end = (4 * int(offset) for offset in dataset.store.offsets[stored : stored + 2])
-        assert found.start <= start < found.start + mmap.PAGESIZE
-        assert found.stop == end
-
-
-def test_every_step_but_the_first_of_an_epoch_is_read_ahead(here, monkeypatch):
-    planned, ahead, plan = [], [], batches.plan
-
-    def noted(*arguments, **settings):
-        planned.append(plan(*arguments, **settings))
-        return planned[-1]
-
-    monkeypatch.setattr(batches, "plan", noted)
-    monkeypatch.setattr(batches.Task, "read_ahead", lambda self, step: ahead.append(step))
-    run(sft_config(epochs=2))
-    epochs = planned[-2:]  # the first plan was for the report
-    assert [id(step) for step in ahead] == [id(step) for epoch in epochs for step in epoch[1:]]
 
 
 @pytest.mark.parametrize("limit", ["prompt", "response", "total"])
