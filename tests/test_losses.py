@@ -1,4 +1,4 @@
-"""The paper's objectives: worked numbers, stated gradients, and losses equal to token weights.
+"""The paper's objectives: worked numbers, stated gradients, and other people's code.
 
     python -m pytest tests/test_losses.py
 
@@ -118,7 +118,7 @@ GRADIENTS = {
         -2 * sigmoid(-2.6) / 3,
         2 * sigmoid(-2.6) / 2,
     ),
-    # -1/N on all 3 tokens; the rejected trace is not in it
+    # -1/N on all 3 tokens; SFT has no rejected trace
     "sft": (lambda w, r: losses.sft_loss(w.sum(), 3) + 0 * r.sum(), -1 / 3, 0.0),
 }
 
@@ -130,79 +130,6 @@ def test_gradient_of_every_token_is_the_stated_one(name):
     loss(chosen, rejected).backward()
     torch.testing.assert_close(chosen.grad, torch.full_like(chosen, on_chosen))
     torch.testing.assert_close(rejected.grad, torch.full_like(rejected, on_rejected))
-
-
-# ---------------------------------------------------------------- losses = token weights
-
-
-def ragged_pairs(seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Seven pairs of log-probs, each with its own lengths from 1 to 9."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 10, (7, 2), generator=generator).tolist()
-    draw = [[-torch.rand(n, generator=generator).double() * 5 for n in both] for both in lengths]
-    return [w.requires_grad_() for w, _ in draw], [r.requires_grad_() for _, r in draw]
-
-
-def means(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([part.mean() for part in parts])
-
-
-def weighted(parts: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    return torch.stack([w * part.sum() for w, part in zip(weights, parts)]).sum()
-
-
-def assert_same_loss_and_gradient(loss, token_form, parts):
-    torch.testing.assert_close(loss, token_form, rtol=1e-12, atol=1e-12)
-    expected = torch.autograd.grad(loss, parts, allow_unused=True, materialize_grads=True)
-    actual = torch.autograd.grad(token_form, parts, allow_unused=True, materialize_grads=True)
-    for a, b in zip(actual, expected):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.8, 1.0])
-def test_redi_as_token_weights_is_redi(alpha):
-    chosen, rejected = ragged_pairs()
-    parts = [*chosen, *rejected]
-    signs = torch.tensor([1] * 7 + [-1] * 7)
-    lengths = torch.tensor([len(part) for part in parts])
-    weights = losses.redi_token_weights(signs, lengths, num_pairs=7, alpha=alpha)
-    loss = losses.redi_loss(means(chosen), means(rejected), alpha).mean()
-    assert_same_loss_and_gradient(loss, weighted(parts, weights), parts)
-
-
-def test_symmetric_is_redi_weights_with_alpha_1():
-    chosen, rejected = ragged_pairs(1)
-    parts = [*chosen, *rejected]
-    signs = torch.tensor([1] * 7 + [-1] * 7)
-    lengths = torch.tensor([len(part) for part in parts])
-    weights = losses.redi_token_weights(signs, lengths, num_pairs=7, alpha=1.0)
-    loss = losses.symmetric_loss(means(chosen), means(rejected)).mean()
-    assert_same_loss_and_gradient(loss, weighted(parts, weights), parts)
-
-
-def test_sft_as_token_weights_is_sft():
-    traces, _ = ragged_pairs(2)
-    lengths = torch.tensor([len(trace) for trace in traces])
-    weights = losses.sft_token_weights(lengths, int(lengths.sum()))
-    loss = losses.sft_loss(torch.cat(traces).sum(), int(lengths.sum()))
-    assert_same_loss_and_gradient(loss, weighted(traces, weights), traces)
-
-
-def test_weights_are_those_of_the_whole_step_not_of_the_sequences_at_hand():
-    # One chosen trace of 4 tokens in a step of 8 pairs: -1 / (8 * 4)
-    weights = losses.redi_token_weights(torch.tensor([1]), torch.tensor([4]), num_pairs=8)
-    assert weights.tolist() == [-1 / 32]
-    assert losses.sft_token_weights(torch.tensor([4]), num_tokens=64).tolist() == [-1 / 64]
-
-
-def test_token_weights_are_double_and_empty_for_no_sequences():
-    none = torch.zeros(0, dtype=torch.int64)
-    for weights in (
-        losses.sft_token_weights(none, 5),
-        losses.redi_token_weights(none, none, num_pairs=5),
-    ):
-        assert weights.dtype == torch.float64
-        assert weights.shape == (0,)
 
 
 # ---------------------------------------------------------------- Appendix B
@@ -267,6 +194,6 @@ def test_dpo_and_simpo_equal_liger(pairs):
 
 @pytest.mark.parametrize("module", [losses, train])
 def test_examples_in_docstrings_are_true(module):
-    found = doctest.testmod(module)
+    found = doctest.testmod(module, extraglobs={"torch": torch})
     assert found.attempted > 0
     assert found.failed == 0

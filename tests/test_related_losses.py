@@ -21,12 +21,12 @@ from test_invariance import FORMULAS, PARAMETERS
 from test_train import here, made, redi_config, run, steps, weights  # noqa: F401 (fixtures)
 
 from redi import objectives, programs, recipe, related_losses
-from redi import run as run_room
+from redi import run as run_module
 from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
 from redi.config import UserError
 from redi.distributed import World
-from redi.objectives import OBJECTIVES, Totals, make_objective
+from redi.objectives import OBJECTIVES, Totals, loss_parameters, make_objective
 from redi.packing import TokenSequence, pack
 
 PAPERS = ("redi", "symmetric", "dpo", "simpo")
@@ -118,12 +118,12 @@ def loss_of(name: str, logps, lengths, reference, **parameters) -> torch.Tensor:
         for i, (n, sign) in enumerate(zip(lengths, signs))
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "token_logps", lambda *_: logps)
+        patch.setattr(objectives, "token_logps_and_entropies", lambda *_: (logps, None))
         patch.setattr(
-            objectives, "weighted_logp_sum", lambda *given: (logps.double() @ given[3], logps)
+            objectives, "weighted_logp_sum", lambda *given: (logps.double() @ given[3], logps, None)
         )
         model = lambda batch, head: head(None, None)  # noqa: E731
-        return objective.loss(model, pack(rows, weights), totals, reference)[0]
+        return objective.loss(model, pack(rows, weights), totals, reference).loss
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -199,7 +199,7 @@ def test_losses_and_gradients_stay_finite_for_traces_of_thousands_of_tokens(name
 
 
 def trl_dpo(pair, references, beta: float, **losses: float) -> torch.Tensor:
-    """TRL's DPOTrainer._compute_loss of one pair, its model, data and accelerator stood in for.
+    """TRL's DPOTrainer._compute_loss of one pair, with stand-ins for its model, data and accelerator.
 
     losses: weight of each of its loss types.
     """
@@ -238,7 +238,7 @@ def trl_orpo(pair, references, alpha: float) -> torch.Tensor:
 
 
 def trl_dft(pair, references) -> torch.Tensor:
-    """The lines of its SFTTrainer that make DFT's loss, of one row."""
+    """The lines of TRL's SFTTrainer that compute DFT's loss, on one row."""
     from trl import SFTTrainer
 
     outputs = SimpleNamespace(log_probs=pair[0], label_mask=torch.ones(len(pair[0])))
@@ -308,7 +308,7 @@ def test_every_objective_trains_from_the_command_line(name, here, monkeypatch, c
 
 @pytest.mark.parametrize("name", RELATED)
 def test_an_objective_without_its_own_parameters_is_refused_and_so_is_anothers(name):
-    takes = inspect.signature(OBJECTIVES[name]).parameters
+    takes = loss_parameters(name)
     for missing in takes:
         given = {key: 0.5 for key in takes if key != missing}
         with pytest.raises(UserError, match=f"--{missing} is missing: {name} needs it"):
@@ -324,7 +324,7 @@ def test_a_source_is_quoted_where_it_settled_on_a_value():
     with pytest.raises(UserError, match=r"ipo needs it$"):
         redi_config(objective="ipo")
     for name, values in recipe.SOURCES.items():
-        assert list(values) == list(inspect.signature(OBJECTIVES[name]).parameters)
+        assert set(values) == set(loss_parameters(name))
 
 
 def test_alpha_is_a_share_in_redi_and_a_weight_elsewhere():
@@ -368,22 +368,22 @@ def test_the_gradient_of_simpo_turns_to_that_of_symmetric_as_beta_falls(here):  
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)
-    dataset = run_room.load_data(config.data, config, source, paired=True)
+    dataset = run_module.load_data(config.data, config, source, paired=True)
 
     def gradient(objective) -> torch.Tensor:
-        task = TrainData(dataset, objective, World(0, 1, torch.device("cpu")), 10_000)
-        step = task.everything()
-        totals = task.totals(step)
+        data = TrainData(dataset, objective, World(0, 1, torch.device("cpu")), 10_000)
+        step = data.all_rows()
+        totals = data.totals(step)
         model.zero_grad()
-        for batch in task.batches(step, totals):
-            task.loss(model, batch, totals)[0].backward()
+        for batch in data.batches(step, totals):
+            data.loss(model, batch, totals).loss.backward()
         return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
 
     symmetric = gradient(make_objective("symmetric"))
     betas = (2.0, 1.0, 1e-1, 1e-2, 1e-3)
     cosines = [
         torch.cosine_similarity(
-            gradient(make_objective("simpo", beta, 1.0)), symmetric, dim=0
+            gradient(make_objective("simpo", beta=beta, gamma=1.0)), symmetric, dim=0
         ).item()
         for beta in betas
     ]

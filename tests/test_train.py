@@ -2,8 +2,9 @@
 
     python -m pytest tests/test_train.py
 
-The model is a random Qwen2 with two layers, the data one-line arithmetic problems. Losses are checked
-against transformers, which runs every row alone; the optimizer against a loop written here.
+The model is a random Qwen2 with two layers, the data one-line arithmetic problems. Losses are
+checked against transformers, which runs every row alone; the optimizer against a loop written
+here.
 """
 
 import json
