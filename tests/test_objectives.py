@@ -3,8 +3,7 @@
     python -m pytest tests/test_objectives.py
 
 The equation is in one place: token weights are not written down but derived from the loss, so a
-changed loss trains otherwise. That the gradients of whole models are right is in
-test_invariance.py.
+changed loss trains otherwise. test_invariance.py holds the gradients of whole models to the formulas.
 """
 
 import inspect
@@ -38,19 +37,24 @@ def objective_named(name: str) -> objectives.Objective:
     return make_objective(name, **PARAMETERS[name])
 
 
-# ---------------------------------------------------------------- who changes the loss changes what trains
+# ---------------------------------------------------------------- a changed loss trains otherwise
 
 
 @pytest.mark.parametrize("name", ["redi", "symmetric", "positives"])
 def test_tripling_redi_loss_triples_the_first_loss_and_gradient_of_a_run(name, here, monkeypatch):
     before, *_ = steps(run(redi_config(objective=name, out="before")))
     redi_loss = losses.redi_loss
-    monkeypatch.setattr(
-        losses, "redi_loss", wraps(redi_loss)(lambda *a, **k: 3 * redi_loss(*a, **k))
-    )
+
+    @wraps(redi_loss)  # its arguments' names say what it needs
+    def tripled(*arguments, **parameters):
+        return 3 * redi_loss(*arguments, **parameters)
+
+    monkeypatch.setattr(losses, "redi_loss", tripled)
     after, *_ = steps(run(redi_config(objective=name, out="after")))
-    assert after["loss"] == pytest.approx(3 * before["loss"], rel=1e-6)
-    assert after["grad_norm"] == pytest.approx(3 * before["grad_norm"], rel=1e-6)
+    # In float32. The log-probs of symmetric's two traces nearly cancel: hence an absolute bound.
+    assert after["loss"] == pytest.approx(3 * before["loss"], rel=1e-6, abs=1e-5)
+    assert after["grad_norm"] == pytest.approx(3 * before["grad_norm"], rel=1e-5)
+    assert abs(before["loss"]) > 1e-3
     assert after["chosen_logp"] == before["chosen_logp"]
 
 
@@ -71,14 +75,14 @@ def product(chosen_mean, rejected_mean, alpha):
 @pytest.mark.parametrize("loss", [squared_margin, product])
 def test_a_loss_declared_linear_that_is_not_stops_the_run_by_name(loss, here, monkeypatch):
     monkeypatch.setattr(losses, "redi_loss", loss)
-    with pytest.raises(UserError, match="^redi: is declared linear .* slopes of redi_loss differ"):
+    with pytest.raises(UserError, match=r"^redi: is declared linear .* slopes of redi_loss differ"):
         run(redi_config())
     assert not (here / "run").exists()
 
 
 def test_simpo_declared_linear_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(objectives, "LINEAR", (*LINEAR, "simpo"))
-    with pytest.raises(UserError, match="^simpo: is declared linear"):
+    with pytest.raises(UserError, match=r"^simpo: is declared linear"):
         objective_named("simpo")
 
 
@@ -176,7 +180,7 @@ def test_sft_as_token_weights_is_sft():
     assert_weighted_sum_is(loss, sft(), [1] * 7, traces)
 
 
-# ---------------------------------------------------------------- what follows from the argument names
+# ---------------------------------------------------------------- what argument names say
 
 
 def test_every_objective_is_a_loss_and_every_loss_of_pairs_an_objective():

@@ -199,7 +199,8 @@ def test_losses_and_gradients_stay_finite_for_traces_of_thousands_of_tokens(name
 
 
 def trl_dpo(pair, references, beta: float, **losses: float) -> torch.Tensor:
-    """TRL's DPOTrainer._compute_loss of one pair, with stand-ins for its model, data and accelerator.
+    """TRL's DPOTrainer._compute_loss of one pair, with stand-ins for its model, data
+    and accelerator.
 
     losses: weight of each of its loss types.
     """
