@@ -1,4 +1,4 @@
-"""Tiny Qwen2 models and tokenizers, written to folders by the libraries that are the oracles."""
+"""Tiny Qwen2 models and tokenizers, saved by the libraries that the tests compare with."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from redi.data.tokenizer import chatml
 from redi.toy.student import train_tokenizer
 
-# Without a GPU, Triton kernels run in its interpreter; triton reads this when it is imported.
+# Without a GPU, Triton runs kernels in its interpreter. It reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -3,8 +3,7 @@
     python -m pytest tests/test_guard.py
 
 First as a function of chosen log-probs worked out by hand (all exact in binary), then in real runs
-that learn far too fast. That the checkpoint it keeps outlives the warning in a resumed run is in
-test_resume.py.
+that learn far too fast. test_resume.py checks that the checkpoint it keeps survives a resume.
 """
 
 import sys
@@ -42,7 +41,7 @@ SEQUENCES = {  # threshold 0.5, three steps in a row: log-probs, steps that warn
     "fell below": ([-1, -2, -2, -2], [4]),
     "exactly at the threshold": ([-1, -1.5, -1.5, -1.5, -1.5], []),
     "a little beyond it": ([-1, -1.5625, -1.5625, -1.5625], [4]),
-    "stayed a step too short": ([-1, -2, -2, -1], []),
+    "stayed one step too short": ([-1, -2, -2, -1], []),
     "begins to count again after a step above": ([-1, -2, -2, -1.5, -2, -2, -2], [7]),
     "once, however long it stays": ([-1] + [-2] * 20, [4]),
     "again after it came back": ([-1, -2, -2, -2, -1, -2, -2, -2], [4, 8]),
@@ -60,7 +59,7 @@ def test_it_warns_at_these_steps(name):
 
 @pytest.mark.parametrize(
     ("threshold", "in_a_row", "due"),
-    # Chosen falls by 0.25 a step: by 0.5 at step 3, by 1 at step 5, by 3 at the last, step 13.
+    # Chosen falls by 0.25 per step: by 0.5 at step 3, by 1 at step 5, by 3 at the last, step 13.
     [(0.5, 1, [4]), (0.5, 4, [7]), (1.0, 1, [6]), (0.125, 2, [3]), (2.5, 2, [13]), (3.0, 1, [])],
 )
 def test_threshold_and_steps_are_the_users(threshold, in_a_row, due):
@@ -111,7 +110,8 @@ def test_settings_that_would_always_warn_are_refused(flag, value, expected):
 
 # ---------------------------------------------------------------- in a run
 
-# 12 steps at two hundred times the rate of the other tests: chosen traces are lost in a few.
+# 12 steps at two hundred times the learning rate of the other tests: log-probs of chosen traces
+# collapse within a few.
 FAST = {"lr": 0.2, "epochs": 4, "collapse_steps": 3, "save_every": 1, "keep": 5}
 
 

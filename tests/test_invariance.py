@@ -1,11 +1,11 @@
-"""Invariant 1: loss and gradients depend on the step's rows alone, not on how it was cut up.
+"""Invariant 1: loss and gradients depend only on the rows of a step, not on how it is cut up.
 
     python -m pytest tests/test_invariance.py
 
-Every cut of a step (packs, order, micro-batches, ranks run one after another and added up, pairs
-split or together, a rank without work) is compared with an oracle: each row alone, its whole
-logits in float64, the paper's formulas written out. Relative norm per tensor: 1e-12 in float64.
-In float32 it is 1e-6 from one cut to another; the oracle is as far as float32 rounds, 5e-6.
+Every cut of a step (packs, order, ranks run one after another and summed, pairs split or together,
+a rank without work) is compared with an oracle: each row alone, all its logits in float64, the
+paper's formulas written out. Tolerance, relative to the norm of each tensor: 1e-12 in float64. In
+float32, 1e-6 between two cuts, and 5e-6 to the oracle, because float32 rounds.
 """
 
 import math
@@ -46,7 +46,7 @@ PARAMETERS = {
     "redi_weighted": {"alpha": ALPHA, "gamma": GAMMA},
 }
 ROWS, VOCABULARY = 7, 48
-# Every way through objectives.py; the other objectives share theirs, and are cut up one way.
+# Every code path of objectives.py. The other objectives share these paths, and are cut one way.
 NAMES = ["sft", "redi", "symmetric", "dpo", "simpo", "dpo_norm", "topr", "dft"]
 OTHERS = [name for name in OBJECTIVES if name not in NAMES]
 

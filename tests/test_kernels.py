@@ -1,4 +1,4 @@
-"""The Triton kernels against their torch twins in float64.
+"""The Triton kernels compared with the same formulas in torch, in float64.
 
     python -m pytest tests/test_kernels.py
 
@@ -117,7 +117,7 @@ def test_columns_in_one_piece_are_refused():
 
 
 @dtypes
-def test_rows_further_apart_than_the_vocabulary_keep_what_lies_between(dtype):
+def test_rows_further_apart_than_the_vocabulary_keep_what_is_between(dtype):
     logits, targets, weights = problem(3, 50)
     wide = torch.full((3, 64), 7.0, device=DEVICE)
     wide[:, :50] = logits

@@ -1,4 +1,4 @@
-"""The two kernels against float64 autograd, in value, gradient, precision and memory.
+"""The two kernels compared with float64 autograd: values, gradients, precision and memory.
 
     python -m pytest tests/test_logprobs.py
 
@@ -262,7 +262,7 @@ def test_extreme_logits_are_finite_and_right(kernel, size):
 
 @kernels
 @pytest.mark.parametrize("offset", [0.0, 100.0, 10_000.0])
-def test_gradients_stand_an_offset_common_to_all_logits(kernel, offset):
+def test_gradients_survive_an_offset_common_to_all_logits(kernel, offset):
     # softmax - onehot must sum to zero over the vocabulary, or the offset leaks into d hidden.
     hidden, weight, targets, upstream = problem(8, torch.float32)
     hidden[:, 0], weight[:, 0] = 1.0, weight[:, 0] + offset
@@ -424,7 +424,7 @@ def test_entropy_of_the_worked_example(kernel):
 def test_entropy_equals_its_definition_whatever_the_tokens_weight(kernel, chunk, monkeypatch):
     in_chunks_of(monkeypatch, chunk)
     inputs = problem(10)
-    assert inputs[3][2] == 0  # a token that is only logged has its entropy too
+    assert inputs[3][2] == 0  # a token with weight 0 has an entropy too
     torch.testing.assert_close(
         entropies_of(kernel, *inputs), right_entropies(*inputs[:2]), rtol=1e-12, atol=1e-12
     )

@@ -127,7 +127,7 @@ def test_a_packed_sequence_gives_the_log_probs_it_gives_alone(folder):
         return model(batch, lambda h, w: reference_token_logps(h, w, batch.targets)).detach()
 
     together, alone = logps(parts), torch.cat([logps([part]) for part in parts])
-    # Not to the last bit: the angles are fp32, and matrix products of other sizes add otherwise.
+    # Not to the last bit: matrix products of other sizes add in another order, and angles are fp32.
     torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
 
 

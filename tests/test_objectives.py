@@ -2,8 +2,8 @@
 
     python -m pytest tests/test_objectives.py
 
-The equation is in one place: token weights are not written down but derived from the loss, so a
-changed loss trains otherwise. test_invariance.py compares whole models with the formulas.
+The equation is in one place: token weights are not written down but derived from the loss, so
+a changed loss changes training. test_invariance.py compares whole models with the formulas.
 """
 
 import inspect
@@ -35,7 +35,7 @@ def objective_named(name: str) -> objectives.Objective:
     return make_objective(name, **PARAMETERS[name])
 
 
-# ---------------------------------------------------------------- a changed loss trains otherwise
+# ---------------------------------------------------------------- a changed loss changes training
 
 
 @pytest.mark.parametrize("name", ["redi", "symmetric", "positives"])

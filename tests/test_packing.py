@@ -148,7 +148,7 @@ def test_packs_are_arrays_of_integers_the_empty_ones_too(given_arguments):
 
 
 @given(arguments())
-def test_kept_pairs_lie_in_one_pack_chosen_then_rejected(given_arguments):
+def test_kept_pairs_are_in_one_pack_chosen_then_rejected(given_arguments):
     lengths = (
         given_arguments["lengths"].reshape(-1, 2)
         if (given_arguments["lengths"].size % 2 == 0)
@@ -198,7 +198,7 @@ def test_epochs_and_seeds_shuffle_differently():
 
 def cost(length: np.ndarray) -> np.ndarray:
     """Forward and backward FLOPs of a sequence, in tokens: attention 3.5 x 86 kFLOP x L^2 over
-    9.26 GFLOP a token of matmuls (Qwen2.5-1.5B)."""
+    9.26 GFLOP per token of matmuls (Qwen2.5-1.5B)."""
     return length + 3.5 * 86e3 / 9.26e9 * length.astype(np.float64) ** 2
 
 
@@ -292,7 +292,7 @@ def test_the_modules_example_of_a_pack():
     assert batch.targets.tolist() == [4, 5, 6, 52]
 
 
-def test_masks_are_by_position_though_every_token_is_alike():
+def test_masks_are_by_position_though_all_tokens_are_equal():
     # All ids equal, the stop token's included: only positions can tell prompt from response.
     batch = pack([sequence([7] * 6, 4), sequence([7] * 3, 1)], WEIGHTS[:2])
     assert batch.rows.tolist() == [3, 4, 6, 7]

@@ -343,7 +343,8 @@ def test_positives_is_redi_with_alpha_0_to_the_bit(here):  # noqa: F811
         assert torch.equal(tensor, weights("redi")[name])
 
 
-# A gamma of 0.3 pulls rejected traces up below -1 / 0.3 nats a token, where this student is.
+# This student's log-probs are below -1 / 0.3 nats per token, where a gamma of 0.3 pulls rejected
+# traces up.
 WIDENS = {
     name: PARAMETERS[name]
     for name in ("dpo_norm", "irpo", "dpop", "ipo", "apo_zero", "orpo", "npo", "topr")

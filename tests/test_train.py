@@ -299,7 +299,7 @@ def test_training_equals_a_plain_loop_of_adamw_with_clipping(here, clip):
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.999), eps=1e-8, foreach=False,
     )  # fmt: skip
-    # 10 pairs, 4 a step, 2 epochs: 3 + 3 steps, W = 1.
+    # 10 pairs, 4 per step, 2 epochs: 3 + 3 steps, W = 1.
     rates = [1e-3 * share for share in (1, 4 / 5, 3 / 5, 2 / 5, 1 / 5, 0)]
     plans = [step for epoch in (0, 1) for step in data.plan(4, config.seed, epoch)]
     assert len(plans) == len(rates)
@@ -373,7 +373,7 @@ def test_learning_rates_of_a_run_are_logged(here):
 
 
 def test_the_last_smaller_step_of_an_epoch_is_run_with_its_own_counts(here):
-    # 10 rows, 4 a step: 4 + 4 + 2. Learning rate so small that the model stays what it was.
+    # 10 rows, 4 per step: 4 + 4 + 2. The learning rate is so small that the model does not change.
     records = steps(run(sft_config(lr=1e-12, rows_per_step=4)))
     assert len(records) == 3
     rows = read_jsonl("positives.jsonl")
@@ -405,7 +405,7 @@ def test_epochs_are_shuffled_differently(here):
     assert [r["loss"] for r in records[:3]] != [r["loss"] for r in records[3:]]
 
 
-# ---------------------------------------------------------------- what is left behind
+# ---------------------------------------------------------------- what a run leaves on disk
 
 
 def test_records_have_these_fields(here):
@@ -436,6 +436,22 @@ def test_records_have_these_fields(here):
     assert sum(record["tokens"] for record in steps(trained)) == sum(map(len, rendered))
 
 
+def test_mfu_counts_the_output_weight_on_supervised_tokens_only(here, monkeypatch):
+    peak = 1e9  # FLOP/s; a CPU has none
+    monkeypatch.setattr(train, "peak_flops", lambda device: peak)
+    config = sft_config(rows_per_step=PAIRS)
+    [record] = steps(run(config))
+    model, source = load_model("student")
+    data = run_module.load_data(config.data, config, source, paired=False)
+    # 6 FLOPs per weight and token, and causal attention: 6 H d L^2 per layer and document.
+    sizes, matrices = model.config, [p for p in model.model.layers.parameters() if p.ndim == 2]
+    flops = 6 * sum(matrix.numel() for matrix in matrices) * int(data.lengths.sum())
+    flops += 6 * model.output_weight.numel() * int(data.response_lengths.sum())
+    per_square = 6 * sizes.num_layers * sizes.num_heads * sizes.head_dim
+    flops += per_square * int((data.lengths.astype(np.int64) ** 2).sum())
+    assert record["mfu"] * record["seconds"] * peak == pytest.approx(flops)
+
+
 def test_sft_records_have_no_rejected_side(here):
     for record in steps(run(sft_config())):
         assert not {"rejected_logp", "margin", "ranked_right"} & set(record)
@@ -450,7 +466,7 @@ def test_two_runs_give_the_same_bits(here, changes):
         assert torch.equal(tensor, weights("two")[name])
 
 
-def test_another_seed_trains_otherwise(here):
+def test_another_seed_trains_another_model(here):
     run(sft_config(out="one", seed=1))
     run(sft_config(out="two", seed=2))
     one, two = weights("one"), weights("two")
