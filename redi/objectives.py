@@ -152,7 +152,7 @@ def pair_arguments(
 
 def sft() -> Objective:
     """Stage 1, Eq. 1: every supervised token of the step has the weight slope / num_tokens."""
-    [slope] = constant_slopes(lambda logp_sum: losses.sft_loss(logp_sum, num_tokens=1), 1, "sft")
+    [slope] = constant_slopes(partial(losses.sft_loss, num_tokens=1), ["logp_sum"], "sft")
     return LinearObjective(
         lambda signs, lengths, totals: torch.full(
             signs.shape, slope / totals.num_tokens, dtype=torch.float64
@@ -166,10 +166,13 @@ def make_objective(name: str, **parameters: float) -> Objective:
     Raises UserError for one of LINEAR whose loss is not linear in M_w and M_l.
     """
     loss = partial(loss_function(name), **parameters)
+    arguments = [a for a in inspect.signature(loss).parameters if a in PAIR_ARGUMENTS]
     if name not in LINEAR:
-        arguments = [a for a in inspect.signature(loss).parameters if a in PAIR_ARGUMENTS]
         return PairwiseObjective(loss, arguments)
-    slopes = torch.tensor(constant_slopes(loss, 2, name), dtype=torch.float64)  # by M_w and M_l
+    means = ["chosen_mean", "rejected_mean"]
+    if set(arguments) != set(means):
+        raise UserError(f"{name}: a linear loss takes {means}, not {arguments}")
+    slopes = torch.tensor(constant_slopes(loss, means, name), dtype=torch.float64)
 
     def token_weights(signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
         return slopes[(signs < 0).long()] / (totals.num_rows * lengths)
@@ -177,20 +180,22 @@ def make_objective(name: str, **parameters: float) -> Objective:
     return LinearObjective(token_weights)
 
 
-def constant_slopes(loss: Callable[..., Tensor], num_arguments: int, name: str) -> list[float]:
-    """The derivative of a loss by each of its arguments, which must be the same everywhere.
+def constant_slopes(loss: Callable[..., Tensor], arguments: list[str], name: str) -> list[float]:
+    """The derivatives of a linear loss by its arguments, taken by autograd in float64.
 
-    Taken by autograd in float64 at three random points of log-probs. Raises UserError otherwise.
+    Raises UserError unless they are the same at three random points, and the loss at each point is
+    slopes * point: a constant term would be trained and logged wrongly.
     """
     random = torch.Generator().manual_seed(0)
-    points = -5.0 * torch.rand(3, num_arguments, dtype=torch.float64, generator=random)
+    points = -20.0 * torch.rand(3, len(arguments), dtype=torch.float64, generator=random)
     points.requires_grad_()
-    total = torch.stack([loss(*point).sum() for point in points]).sum()
-    slopes = torch.autograd.grad(total, points)[0]  # (3, num_arguments)
-    if not torch.allclose(slopes, slopes[0].expand_as(slopes), rtol=1e-12, atol=0.0):
+    values = torch.stack([loss(**dict(zip(arguments, point))) for point in points])  # (3,)
+    # 0 * points: a loss may depend on none of its arguments.
+    slopes = torch.autograd.grad((values + 0 * points.sum()).sum(), points)[0]  # (3, arguments)
+    if not torch.allclose(values, points @ slopes[0], rtol=1e-12, atol=1e-12):
         raise UserError(
-            f"{name}: is declared linear (LINEAR in redi/objectives.py), but the slopes of "
-            f"{name}_loss differ from point to point: {slopes.tolist()}"
+            f"{name}: is declared linear (LINEAR in redi/objectives.py), but {name}_loss is not: "
+            f"its slopes at three points are {slopes.tolist()}"
         )
     return slopes[0].tolist()
 

@@ -70,12 +70,36 @@ def product(chosen_mean, rejected_mean, alpha):
     return -chosen_mean + alpha * chosen_mean * rejected_mean
 
 
-@pytest.mark.parametrize("loss", [squared_margin, product])
+def with_a_constant(chosen_mean, rejected_mean, alpha):
+    return -chosen_mean + alpha * rejected_mean + 5.0
+
+
+def hinge(chosen_mean, rejected_mean, alpha):
+    return torch.relu(20.0 - chosen_mean + alpha * rejected_mean)
+
+
+@pytest.mark.parametrize("loss", [squared_margin, product, with_a_constant, hinge])
 def test_a_loss_declared_linear_that_is_not_stops_the_run_by_name(loss, here, monkeypatch):
     monkeypatch.setattr(losses, "redi_loss", loss)
-    with pytest.raises(UserError, match=r"^redi: is declared linear .* slopes of redi_loss differ"):
+    with pytest.raises(
+        UserError, match=r"^redi: is declared linear .* redi_loss is not: its slopes"
+    ):
         run(redi_config())
     assert not (here / "run").exists()
+
+
+def test_a_linear_loss_gets_its_means_by_name(monkeypatch):
+    signs, lengths = torch.tensor([1, -1]), torch.tensor([4, 2])
+    monkeypatch.setattr(losses, "redi_loss", lambda rejected_mean, chosen_mean, alpha: (
+        -chosen_mean + alpha * rejected_mean))  # fmt: skip
+    weights = make_objective("redi", alpha=0.8).token_weights(signs, lengths, Totals(1, 6))
+    assert weights.tolist() == [-0.25, 0.4]
+
+
+def test_a_linear_loss_of_sums_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(losses, "redi_loss", lambda chosen_sum, rejected_sum, alpha: -chosen_sum)
+    with pytest.raises(UserError, match=r"^redi: a linear loss takes .*, not .*'chosen_sum'"):
+        make_objective("redi", alpha=0.8)
 
 
 def test_simpo_declared_linear_is_refused_by_name(monkeypatch):
