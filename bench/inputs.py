@@ -56,13 +56,14 @@ def write_model(folder: Path, **sizes: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    from redi.checkpoint.config_json import read_config
     from redi.checkpoint.folder import Source, save_model
     from redi.data.tokenizer import chatml
-    from redi.model import ModelConfig, Transformer
+    from redi.model import Transformer
     from redi.toy.student import STUDENT, initialise
 
     config = {**STUDENT, **sizes}
-    model = Transformer(ModelConfig.from_json(config, "bench"))
+    model = Transformer(read_config(config, "bench"))
     initialise(model, seed=0)
     stop_ids = [CONTROL.index("<|im_end|>")]
     save_model(model, folder, Source("bench", folder, config, {}, torch.float32, None, stop_ids))

@@ -22,28 +22,17 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redi.attention import packed_attention
-from redi.config import UserError
 from redi.packing import PackedBatch
 
 Output = TypeVar("Output")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, d), k, v (T, K, d) -> (T, H, d)
-
-
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
 
 
 @dataclass(frozen=True)
@@ -61,96 +50,6 @@ class ModelConfig:
     norm_eps: float
     tied: bool
     max_positions: int  # the context: prompt and response together
-
-    @classmethod
-    def from_json(cls, config: dict[str, Any], where: str) -> "ModelConfig":
-        """Read a Hugging Face config.json, in the form of transformers 5 or an older one.
-
-        `where` names the file in errors. Raises UserError for a missing field, for two forms that
-        disagree, and for every field whose value would change the numbers computed here.
-        """
-        try:
-            refuse_unbuilt(config, where)
-            for name in SIZES:
-                if type(config[name]) is not int or config[name] < 1:
-                    raise UserError(f"{where}: {name} is {config[name]!r}; expected a whole number")
-            heads = config["num_attention_heads"]
-            kv_heads = config.get("num_key_value_heads") or heads
-            if heads % kv_heads:
-                raise UserError(f"{where}: {heads} heads cannot share {kv_heads} key/value heads")
-            return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_layers=config["num_hidden_layers"],
-                num_heads=heads,
-                num_kv_heads=kv_heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                rope_theta=read_rope_theta(config, where),
-                norm_eps=config.get("rms_norm_eps", 1e-6),
-                tied=config.get("tie_word_embeddings", False),
-                max_positions=config["max_position_embeddings"],
-            )
-        except KeyError as missing:
-            raise UserError(f"{where}: the field {missing} is missing") from None
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: a field has a value of another type ({error})") from None
-
-
-def read_rope_theta(config: dict[str, Any], where: str) -> float:
-    """The rotary base: in `rope_parameters` (transformers 5) or at the top level (older files)."""
-    found = {
-        float(table["rope_theta"])
-        for table in (config, *rope_tables(config))
-        if table.get("rope_theta") is not None
-    }
-    if len(found) != 1:
-        problem = "is missing" if not found else f"is given twice, as {sorted(found)}"
-        raise UserError(f"{where}: rope_theta {problem}")
-    return found.pop()
-
-
-def rope_tables(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where rotary settings may stand; transformers prefers the older one if both do."""
-    return [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-
-
-def refuse_unbuilt(config: dict[str, Any], where: str) -> None:
-    """Raise UserError for a setting that this file would silently compute differently."""
-    tables = rope_tables(config)
-    dtypes = [config[key] for key in ("dtype", "torch_dtype") if config.get(key)]
-    found = {
-        "model_type": {config.get("model_type")},
-        "rope_type": {table.get("rope_type") or table.get("type") for table in tables},
-        "partial_rotary_factor": {t.get("partial_rotary_factor") for t in (config, *tables)},
-        "use_sliding_window": {config.get("use_sliding_window")},
-        "layer_types": set(config.get("layer_types") or ()),
-        "hidden_act": {config.get("hidden_act")},
-        "attention_dropout": {config.get("attention_dropout")},
-        "quantization_config": {str(config.get("quantization_config") or "none")},
-    }
-    for field, values in found.items():
-        if not values <= BUILT[field]:
-            raise UserError(
-                f"{where}: {field} is {', '.join(map(repr, values - BUILT[field]))}; redi builds "
-                "Qwen2 with full attention, default rotary positions, silu, no dropout and no "
-                "quantization"
-            )
-    if len(set(dtypes)) > 1:
-        raise UserError(f"{where}: dtype is {dtypes[0]!r} and torch_dtype {dtypes[1]!r}")
-
-
-# The values of a field that change nothing; None is a field that is not there.
-BUILT: dict[str, set] = {
-    "model_type": {"qwen2"},
-    "rope_type": {"default", None},
-    "partial_rotary_factor": {1.0, None},
-    "use_sliding_window": {False, None},
-    "layer_types": {"full_attention"},
-    "hidden_act": {"silu", None},
-    "attention_dropout": {0.0, None},
-    "quantization_config": {"none"},
-}
 
 
 # ---------------------------------------------------------------- the network, leaves first

@@ -15,7 +15,7 @@ from redi.batches import TrainData
 from redi.checkpoint.folder import Source, open_model, save_model
 from redi.checkpoint.reference import reference_logps
 from redi.checkpoint.resume import Checkpoints
-from redi.checkpoint.weights import fill, fingerprint
+from redi.checkpoint.weights import fill, weights_hash
 from redi.config import UserError, to_toml
 from redi.data.dataset import Dataset, Limits, describe, select
 from redi.data.files import hash_files
@@ -110,11 +110,11 @@ def _train_and_save(
     world, folder, cache = data.world, source.folder, config.cache
     checkpoints = Checkpoints(Path(config.out), world, compared(facts), config.keep)
     history = [r for r in read_metrics(Path(config.out)) if r["kind"] == "train"]
-    begin = checkpoints.newest_whole(len(history)) if config.resume == "auto" else 0
+    begin = checkpoints.newest_valid(len(history)) if config.resume == "auto" else 0
     log = NoLog()
     if world.rank == 0:
         log = RunLog(config.out, config, facts, config.tracker, begin)
-        checkpoints.forget_after(begin)
+        checkpoints.remove_after(begin)
     distributed.parallelize(model, world, how)
     fill(model, folder)
     if data.objective.needs_reference:  # the model before its first step, also when resuming
@@ -196,7 +196,7 @@ def facts_of(source: Source, dataset: Dataset, data: str) -> dict[str, str]:
         "redi": __version__,
         "torch": torch.__version__,
         "parent": source.name,
-        "parent's weights": fingerprint(source.folder),
+        "parent's weights sha256": weights_hash(source.folder),
         "tokenizer": source.chat.fingerprint,
         "data sha256": dataset.store.data_hash,
         "rows": str(len(dataset)),
@@ -204,7 +204,7 @@ def facts_of(source: Source, dataset: Dataset, data: str) -> dict[str, str]:
     }
 
 
-COMPARED = ("parent's weights", "tokenizer", "data sha256")  # must not change under a run
+COMPARED = ("parent's weights sha256", "tokenizer", "data sha256")  # must not change under a run
 
 
 def compared(facts: dict[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""redi/checkpoint.py against transformers and safetensors: folders in and out, and failures."""
+"""redi/checkpoint/ against transformers and safetensors: folders in and out, and failures."""
 
 import json
 import resource
@@ -11,17 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from redi.checkpoint import __main__ as exporting
 from redi.checkpoint import folder as checkpoint
+from redi.checkpoint.config_json import read_rope_theta
 from redi.checkpoint.folder import load_model, save_model
 from redi.checkpoint.resume import Checkpoints
 from redi.config import UserError
 from redi.data.tokenizer import chatml
 from redi.distributed import Parallelism, World, parallelize
-from redi.model import read_rope_theta
 from redi.objectives import Totals, sft
 from redi.packing import TokenSequence, pack
 
-PLACE = World(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -212,13 +213,13 @@ def test_stop_ids_come_from_config_json_where_no_generation_config_names_them(fo
     assert load_model(folder)[1].stop_ids == [2, 1]
 
 
-@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
-def test_the_saved_tokenizer_is_transformers_own(folder, tmp_path, world):
+@pytest.mark.parametrize("template", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_saved_tokenizer_is_transformers_own(folder, tmp_path, template):
     from transformers import AutoTokenizer
 
-    if world == "chat_template.jinja":
+    if template == "chat_template.jinja":
         edit_json(folder / "tokenizer_config.json", chat_template=...)
-        (folder / world).write_text(chatml(system="You are terse."))
+        (folder / template).write_text(chatml(system="You are terse."))
     model, source = load_model(folder)
     save_model(model, tmp_path / "out", source)
     messages = [{"role": "user", "content": "6-1=?"}]
@@ -417,10 +418,10 @@ BREAKS = {
         lambda folder: (folder / "model.safetensors").unlink(),
         ["model.safetensors: no such file"],
     ),
-    "truncated weights": (truncate, ["model.safetensors: not a whole safetensors file"]),
+    "truncated weights": (truncate, ["model.safetensors: not a complete safetensors file"]),
     "empty weights": (
         lambda folder: (folder / "model.safetensors").write_bytes(b""),
-        ["model.safetensors: not a whole safetensors file"],
+        ["model.safetensors: not a complete safetensors file"],
     ),
     "a missing shard": (lose_a_shard, ["model-00001-of-00002.safetensors: no such file"]),
     "an index without a map": (
@@ -492,8 +493,8 @@ def sharded(save_qwen2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     save_qwen2(folder, tie_word_embeddings=True)
     plain, mixed = load_model(folder)[0], load_model(folder)[0]
-    parallelize(plain, PLACE, Parallelism())
-    parallelize(mixed, PLACE, Parallelism(torch.bfloat16))
+    parallelize(plain, ALONE, Parallelism())
+    parallelize(mixed, ALONE, Parallelism(torch.bfloat16))
     yield folder, plain, mixed
     torch.distributed.destroy_process_group()
 
@@ -572,7 +573,7 @@ def saved_run(folder: Path, save_dtype: str = "source") -> Path:
     settings = {"model": str(folder), "rope_theta": 5e5, "max_position_embeddings": "keep"}
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
     (run / "config.toml").write_text("".join(lines) + f'save_dtype = "{save_dtype}"\n')
-    checkpoints = Checkpoints(run, PLACE, {}, keep=1)
+    checkpoints = Checkpoints(run, ALONE, {}, keep=1)
     assert checkpoints.save(7, model, torch.optim.AdamW(model.parameters()))
     return run
 
@@ -580,7 +581,7 @@ def saved_run(folder: Path, save_dtype: str = "source") -> Path:
 def export(monkeypatch, *arguments: object) -> int:
     monkeypatch.setattr("sys.argv", ["redi.checkpoint", "export", *map(str, arguments)])
     try:
-        checkpoint.main()
+        exporting.main()
     except SystemExit as end:
         return end.code
     return 0
@@ -614,7 +615,7 @@ def test_what_cannot_be_exported_is_one_line(folder, tmp_path, monkeypatch, caps
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     assert export(monkeypatch, step, "--out", tmp_path / "out") == 2
-    assert "__0_0.distcp is not what was written" in capsys.readouterr().err
+    assert "__0_0.distcp has changed since it was written" in capsys.readouterr().err
     (run / "config.toml").unlink()
     assert export(monkeypatch, step, "--out", tmp_path / "out") == 2
     assert "config.toml" in capsys.readouterr().err

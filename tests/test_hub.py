@@ -182,7 +182,7 @@ def test_what_the_hub_does_not_give_is_a_one_line_error(hub, find):
         find("org/gone")
     said = str(error.value)
     assert said == one_line(said)
-    assert said.startswith("org/gone: no such local path, and the hub does not give this ")
+    assert said.startswith("org/gone: no such local path, and downloading this ")
     assert "(OSError: 404 Client Error)" in said
 
 
@@ -196,7 +196,7 @@ def test_the_real_client_without_a_network_is_a_one_line_error(tmp_path):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     last = run.stderr.splitlines()[-1]
-    assert last.startswith("redi.config.UserError: org/model: no such local path, and the hub")
+    assert last.startswith("redi.config.UserError: org/model: no such local path, and downloading")
     assert "LocalEntryNotFoundError" in last
 
 

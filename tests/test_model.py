@@ -12,10 +12,10 @@ from torch import Tensor
 
 import redi.attention
 from redi.attention import packed_attention
+from redi.checkpoint.config_json import read_config
 from redi.checkpoint.folder import load_model
 from redi.config import UserError
 from redi.logprobs import reference_token_logps
-from redi.model import ModelConfig
 from redi.packing import PackedBatch, TokenSequence, pack
 
 LENGTHS = [7, 1, 12, 3]
@@ -198,7 +198,7 @@ THETA = {"rope_theta": 10_000.0}
 def test_a_configuration_that_is_not_built_is_refused_by_name(folder, field, changes):
     config = changed_config(folder, **changes)
     with pytest.raises(UserError) as error:
-        ModelConfig.from_json(config, "here/config.json")
+        read_config(config, "here/config.json")
     message = str(error.value)
     assert field in message
     assert message.startswith("here/config.json: ")

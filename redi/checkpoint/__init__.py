@@ -1,8 +1,9 @@
-"""Hugging Face folders in and out, and the checkpoints a killed run resumes from.
+"""Hugging Face folders in and out, and the checkpoints that a run resumes from.
 
-weights.py       safetensors -> parameters, checked by their headers first
-folder.py        the model folder: load_model, save_model
-resume.py        weights and optimizer state of a run, to resume to the same bits
+config_json.py   config.json -> ModelConfig
+weights.py       safetensors -> parameters
+folder.py        load_model, save_model
+resume.py        weights and Adam moments of a run
 reference.py     cached log-probs of the reference model
 __main__.py      export a checkpoint as a model folder
 """

@@ -1,17 +1,11 @@
-"""The Hugging Face model folder, in and out.
+"""The Hugging Face model folder: load_model, save_model.
 
-In: config.json (both forms in use), weights (weights.py), tokenizer, generation config. Weights
-become fp32: they are what the optimizer updates, and an update at lr 1e-6 is lost in bf16.
+Loading reads config.json, weights, tokenizer and generation config. The weights become fp32: the
+optimizer updates them, and bf16 would lose an update at lr 1e-6.
 
-Out: the same folder again, in the source's dtype, with what training changed: the weights, the
-rotary base and the context if asked, and the stop tokens. A model trained on chat turns must stop
-at the template's end token; that one decision goes into generation_config.json, config.json and
-tokenizer_config.json together. Files are written aside and renamed, config.json last, so a folder
-that was not finished does not load.
-
-    python -m redi.checkpoint export OUT/checkpoints/step-000200 --out DIR
-
-makes such a folder of a checkpoint that training saved on its way (resume.py).
+Saving writes the same folder again, in the source's dtype, with what training changed: weights,
+rotary base, context length and stop tokens. A model trained on chat turns must stop at the
+template's end token, so generation_config.json, config.json and tokenizer_config.json all name it.
 Left out: remote code.
 """
 
@@ -23,32 +17,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redi.checkpoint.weights import INDEX, WEIGHTS, check_weights, fill, read_json
+from redi.checkpoint.config_json import read_config, read_rope_theta, set_rope_theta
+from redi.checkpoint.weights import INDEX, check_weights, fill, read_json
 from redi.config import UserError
+from redi.data.files import folder_to_disk, to_disk
 from redi.data.tokenizer import ChatTokenizer
 from redi.distributed import full_tensor
 from redi.hub import TOKENIZER_FILES, model_folder
-from redi.model import ModelConfig, Transformer, read_rope_theta
+from redi.model import ModelConfig, Transformer
 
 MAX_SHARD_BYTES = 5 * 10**9
-KEEP = "keep"  # for the overrides: as the checkpoint has it
+KEEP = "keep"  # the overrides' default: the value in config.json
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from, and what a saved one takes over from there."""
+    """The folder a model was loaded from, and what saving takes over from it."""
 
-    name: str  # the folder or hub id as it was asked for
+    name: str  # the folder or hub id that was asked for
     folder: Path
-    config: dict[str, Any]  # config.json, overrides applied
+    config: dict[str, Any]  # config.json, with the overrides
     generation: dict[str, Any]  # generation_config.json
     dtype: torch.dtype  # of the stored weights
     chat: ChatTokenizer | None  # None if the folder has no tokenizer
-    stop_ids: list[int]  # the template's end token first
+    stop_ids: list[int]  # the template's end token comes first
 
 
 def load_model(
@@ -57,7 +54,7 @@ def load_model(
     max_position_embeddings: int | str = KEEP,
     made_by: str | None = None,
 ) -> tuple[Transformer, Source]:
-    """Read a model: (the transformer in fp32 on the CPU, its source). See `open_model`, `fill`."""
+    """(the model in fp32 on the CPU, its source). Arguments and errors: see `open_model`."""
     model, source = open_model(folder_or_hub_id, rope_theta, max_position_embeddings, made_by)
     model.to_empty(device="cpu")
     fill(model, source.folder)
@@ -70,73 +67,34 @@ def open_model(
     max_position_embeddings: int | str = KEEP,
     made_by: str | None = None,
 ) -> tuple[Transformer, Source]:
-    """(the transformer on the meta device: sizes without numbers, its source).
+    """(the model on the meta device, its source). Only the headers of the weight files are read.
 
-    rope_theta and max_position_embeddings override the checkpoint's; the change is printed as
-    old -> new. made_by: the command that makes the folder, for the error when it is missing.
-    Raises UserError for anything missing, broken, of the wrong shape, or not built here; of the
-    weights only the files' headers are read.
+    rope_theta and max_position_embeddings override config.json; changes are printed. made_by: the
+    command that produces the folder, for the error if it is missing.
+    Raises UserError for a file that is missing, broken, of the wrong shape or not supported.
     """
     folder = model_folder(str(folder_or_hub_id), made_by=made_by)
     path = folder / "config.json"
     config_json = read_json(path)
     _override(config_json, rope_theta, max_position_embeddings, str(path))
-    config = ModelConfig.from_json(config_json, str(path))
+    config = read_config(config_json, str(path))
     with torch.device("meta"):
         model = Transformer(config)
     dtype = check_weights(model, folder)
-    generation_path = folder / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.is_file() else {}
-    chat = ChatTokenizer.from_folder(folder) if (folder / "tokenizer.json").is_file() else None
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    path = folder / "tokenizer.json"
+    chat = ChatTokenizer.from_folder(folder) if path.is_file() else None
     if chat is not None:
         largest = max(chat.tokenizer.get_vocab(with_added_tokens=True).values())
         if largest >= config.vocab_size:
             raise UserError(
-                f"{folder / 'tokenizer.json'}: token id {largest} has no embedding; "
-                f"{path.name} says vocab_size {config.vocab_size}"
+                f"{path}: token id {largest} has no embedding; config.json says vocab_size "
+                f"{config.vocab_size}"
             )
     stop_ids = _stop_ids(config_json, generation, chat)
     name = str(folder_or_hub_id)
     return model, Source(name, folder, config_json, generation, dtype, chat, stop_ids)
-
-
-def save_model(
-    model: Transformer,
-    folder: str | Path,
-    source: Source,
-    dtype: torch.dtype | None = None,
-    card: str | None = None,
-) -> None:
-    """Write `model` as a Hugging Face folder; dtype defaults to the source's.
-
-    card: the text of README.md. Other files of `folder` are left alone. A sharded model is put
-    together by all ranks, which must all call this, and written by the first. Raises UserError if
-    the folder cannot be written.
-    """
-    folder, dtype = Path(folder), dtype or source.dtype
-    tensors = _gathered(model, dtype)
-    if not tensors:
-        return
-    aside = folder / f".saving-{os.getpid()}"  # inside: a rename cannot leave the file system
-    try:
-        for left in folder.glob(".saving-*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        aside.mkdir(parents=True)
-        _write_weights(tensors, aside)
-        for name in TOKENIZER_FILES:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, aside / name)
-        _write_settings(model.config, aside, source, dtype)
-        if card is not None:
-            (aside / "README.md").write_text(card, encoding="utf-8")
-        _publish(aside, folder)
-    except (OSError, SafetensorError) as error:  # a full disk is either, by who was writing
-        raise UserError(f"{folder}: the model could not be saved ({error})") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-# ---------------------------------------------------------------- in
 
 
 def _override(
@@ -148,74 +106,91 @@ def _override(
         print(f"max_position_embeddings: {old} -> {int(max_positions)}")
     if theta != KEEP:
         print(f"rope_theta: {read_rope_theta(config, where):g} -> {float(theta):g}")
-        _set_rope_theta(config, float(theta))
-
-
-def _set_rope_theta(config: dict[str, Any], theta: float) -> None:
-    """In the older form of config.json and in that of transformers 5."""
-    config["rope_theta"] = theta
-    rope = config.get("rope_parameters") or {}
-    config["rope_parameters"] = {**rope, "rope_theta": theta, "rope_type": "default"}
+        set_rope_theta(config, float(theta))
 
 
 def _stop_ids(
     config: dict[str, Any], generation: dict[str, Any], chat: ChatTokenizer | None
 ) -> list[int]:
-    """The template's end token, then those of generation_config.json (or else config.json)."""
-    named = generation.get("eos_token_id")
-    named = config.get("eos_token_id") if named is None else named
-    named = named if isinstance(named, list) else [] if named is None else [named]
-    first = [] if chat is None else [chat.stop_id]
-    return list(dict.fromkeys([*first, *named]))
+    """The template's end token, then those of generation_config.json, else of config.json."""
+    ids = generation.get("eos_token_id")
+    ids = config.get("eos_token_id") if ids is None else ids
+    ids = ids if isinstance(ids, list) else [ids]
+    ids = ids if chat is None else [chat.stop_id, *ids]
+    return [i for i in dict.fromkeys(ids) if i is not None]
 
 
-# ---------------------------------------------------------------- out
+# ---------------------------------------------------------------- saving
 
 
-def _gathered(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights, whole, on the host of the first rank; nothing on the others."""
+def save_model(
+    model: Transformer,
+    folder: str | Path,
+    source: Source,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+) -> None:
+    """Write `model` as a Hugging Face folder; dtype defaults to the source's.
+
+    card: the text of README.md. Files of `folder` that belong to no model are left alone. All ranks
+    must call it; rank 0 gathers and writes. Raises UserError if the folder cannot be written.
+    """
+    folder, dtype = Path(folder), dtype or source.dtype
+    tensors = _gather(model, dtype)
+    if not tensors:
+        return
+    aside = folder / f".saving-{os.getpid()}"  # a subfolder: renames stay in one file system
+    try:
+        for leftover in folder.glob(".saving-*"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir(parents=True)
+        _write_weights(tensors, aside)
+        for name in TOKENIZER_FILES:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, aside / name)
+        _write_settings(model.config, aside, source, dtype)
+        if card is not None:
+            (aside / "README.md").write_text(card, encoding="utf-8")
+        _publish(aside, folder)
+    except (OSError, SafetensorError) as error:  # either may report a full disk
+        raise UserError(f"{folder}: the model could not be saved ({error})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _gather(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights on the host of rank 0; nothing on the other ranks."""
     sharded = hasattr(model.output_weight, "device_mesh")
-    first = not sharded or torch.distributed.get_rank() == 0
+    is_rank_zero = not sharded or torch.distributed.get_rank() == 0
     tensors = {}
     for name, tensor in model.state_dict().items():
-        tensor = full_tensor(tensor)  # an exchange between ranks: all take part
-        if first:
+        tensor = full_tensor(tensor)  # all ranks take part
+        if is_rank_zero:
             tensors[name] = tensor.to("cpu", dtype).contiguous()
     return tensors
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
-    """safetensors in shards of at most 5 GB, with an index if there are several."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    """safetensors in shards of at most MAX_SHARD_BYTES, with an index if there are several."""
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name] for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / INDEX, index)
 
 
 def _write_settings(config: ModelConfig, folder: Path, source: Source, dtype: torch.dtype) -> None:
-    """config.json in both forms, generation_config.json, and the stop token wherever it stands."""
+    """config.json in both forms and generation_config.json; the stop token in all files."""
     name = str(dtype).removeprefix("torch.")
     settings = {**source.config, "dtype": name, "torch_dtype": name}
-    _set_rope_theta(settings, config.rope_theta)
+    set_rope_theta(settings, config.rope_theta)
     generation = dict(source.generation)
     if source.stop_ids:
         settings["eos_token_id"] = source.stop_ids[0]
         generation["eos_token_id"] = source.stop_ids
-    # Where the older special_tokens_map.json is there, transformers may prefer what it says.
+    # transformers may prefer the older special_tokens_map.json where there is one.
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if source.chat is not None and (folder / file).is_file():
             tokens = read_json(folder / file)
@@ -230,13 +205,22 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _publish(aside: Path, folder: Path) -> None:
-    """Move the finished files to their final names. config.json goes first and comes last: without
-    it nothing loads, so no mixture of an old and a new model ever does. Files that the new model
-    does not have (shards, a chat template) go too: they would be read as its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
+    """Move the files to their final names, config.json last: nothing loads without it, so neither a
+    kill nor a power cut leaves a mixture of an old and a new model that does. Old files that the
+    new model lacks (shards, a chat template) are removed: they would be read with it."""
+    config = folder / "config.json"
+    files = list(aside.iterdir())
+    for path in files:
+        with open(path, "rb") as file:
+            to_disk(file)
+    config.unlink(missing_ok=True)
+    folder_to_disk(folder)
     names = (INDEX, "generation_config.json", *TOKENIZER_FILES)
     for old in [*folder.glob("model*.safetensors"), *(folder / name for name in names)]:
         old.unlink(missing_ok=True)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, folder / file.name)
+    for path in files:
+        if path.name != config.name:
+            os.replace(path, folder / path.name)
+    folder_to_disk(folder)
+    os.replace(aside / config.name, config)
+    folder_to_disk(folder)

@@ -31,11 +31,12 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
+from redi.checkpoint.config_json import read_config
 from redi.checkpoint.folder import Source, save_model
 from redi.config import UserError, parse, program, require
 from redi.data.files import make_folder, write_aside
 from redi.data.tokenizer import ChatTokenizer, chatml
-from redi.model import ModelConfig, Transformer
+from redi.model import Transformer
 from redi.toy.teacher import Faults, draw_problems, raw_row
 
 VOCABULARY = 320  # 256 bytes, 3 control tokens, and the merges that this text is worth
@@ -119,7 +120,7 @@ def make_student(folder: Path, texts: list[str], seed: int) -> None:
     # Sizes that are multiples of 64 multiply faster, as in Qwen2's padded vocabulary.
     padded = -(-tokenizer.get_vocab_size() // 64) * 64
     config = {**STUDENT, "vocab_size": padded, "eos_token_id": end_of_text}
-    model = Transformer(ModelConfig.from_json(config, "toy"))
+    model = Transformer(read_config(config, "toy"))
     initialise(model, seed)
     chat = ChatTokenizer.from_folder(folder)
     stop_ids = [chat.stop_id, end_of_text]

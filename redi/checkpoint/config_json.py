@@ -1,0 +1,98 @@
+"""config.json of a Hugging Face folder -> ModelConfig.
+
+Both forms are read: that of transformers 5 (`rope_parameters`, `dtype`) and the older one
+(`rope_theta` at the top level, `rope_scaling`, `torch_dtype`).
+"""
+
+from typing import Any
+
+from redi.config import UserError
+from redi.model import ModelConfig
+
+# Required fields, all positive integers -> their names in ModelConfig.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "max_position_embeddings": "max_positions",
+}
+# What redi/model.py implements: field -> its allowed values. None: missing or null.
+SUPPORTED: dict[str, list] = {
+    "model_type": ["qwen2"],
+    "rope_type": ["default", None],
+    "partial_rotary_factor": [1.0, None],
+    "use_sliding_window": [False, None],
+    "layer_types": ["full_attention"],
+    "hidden_act": ["silu", None],
+    "attention_dropout": [0.0, None],
+    "quantization_config": [{}, None],
+}
+
+
+def read_config(config: dict[str, Any], where: str) -> ModelConfig:
+    """The sizes of a model from its config.json; `where` names the file in errors.
+
+    Raises UserError for a missing field, a wrong type, two fields that disagree, and a value with
+    which redi/model.py would compute other numbers than transformers.
+    """
+    try:
+        _refuse_unsupported(config, where)
+        for name in SIZES:
+            if type(config[name]) is not int or config[name] < 1:
+                raise UserError(f"{where}: {name} is {config[name]!r}; expected a positive integer")
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise UserError(f"{where}: {heads} heads cannot share {kv_heads} key/value heads")
+        return ModelConfig(
+            **{field: config[name] for name, field in SIZES.items()},
+            num_kv_heads=kv_heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rope_theta=read_rope_theta(config, where),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            tied=config.get("tie_word_embeddings", False),
+        )
+    except KeyError as missing:
+        raise UserError(f"{where}: the field {missing} is missing") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: a field has a value of the wrong type ({error})") from None
+
+
+def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
+    tables = _rope_tables(config)
+    found = {name: [config.get(name)] for name in SUPPORTED}
+    found["rope_type"] = [table.get("rope_type") or table.get("type") for table in tables]
+    found["partial_rotary_factor"] += [table.get("partial_rotary_factor") for table in tables]
+    found["layer_types"] = config.get("layer_types") or []  # one per layer
+    for name, values in found.items():
+        if refused := {repr(value) for value in values if value not in SUPPORTED[name]}:
+            raise UserError(
+                f"{where}: {name} is {', '.join(sorted(refused))}; redi implements Qwen2 with full "
+                "attention, default rotary positions, silu, no dropout and no quantization"
+            )
+    dtypes = [config[name] for name in ("dtype", "torch_dtype") if config.get(name)]
+    if len(set(dtypes)) > 1:
+        raise UserError(f"{where}: dtype is {dtypes[0]!r} but torch_dtype is {dtypes[1]!r}")
+
+
+def read_rope_theta(config: dict[str, Any], where: str) -> float:
+    """The rotary base. Raises UserError if it is missing, or if two fields disagree."""
+    tables = [config, *_rope_tables(config)]
+    found = {float(t["rope_theta"]) for t in tables if t.get("rope_theta") is not None}
+    if len(found) != 1:
+        problem = f"has several values, {sorted(found)}" if found else "is missing"
+        raise UserError(f"{where}: rope_theta {problem}")
+    return found.pop()
+
+
+def set_rope_theta(config: dict[str, Any], theta: float) -> None:
+    """Write the rotary base in both forms."""
+    rope = config.get("rope_parameters") or {}
+    config["rope_parameters"] = {**rope, "rope_theta": theta, "rope_type": "default"}
+    config["rope_theta"] = theta
+
+
+def _rope_tables(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [config.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
