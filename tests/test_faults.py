@@ -102,12 +102,12 @@ def test_a_full_disk_in_a_save_leaves_the_checkpoint_before_and_the_run_alive(al
     [line] = killed.errors.splitlines()
     assert line.startswith("warning: the checkpoint of step 4 could not be saved (")
     assert "File too large" in line
-    assert line.endswith("; the run goes on; newest checkpoint: step 2")
+    assert line.endswith("; training continues; newest checkpoint: step 2")
     assert os.listdir("run/checkpoints") == ["step-000002"]
     assert not damage(Path("run/checkpoints/step-000002"))
     again = child(alone, SFT)
     again.ends(0)
-    assert "goes on after step 2" in again.shown
+    assert "resumes after step 2" in again.shown
     assert_same_bits("run", "whole")
 
 
@@ -123,7 +123,7 @@ def test_once_there_is_room_again_the_next_save_succeeds(alone):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_where_one_ranks_disk_is_full_no_rank_saves_and_all_go_on(rank, together):
+def test_where_one_ranks_disk_is_full_no_rank_saves_and_all_continue(rank, together):
     faults = [None, None]
     faults[rank] = all_of(after_step(3, DISK_FULL_FOR_TENSORS), after_step(5, DISK_FREE))
     both = ranks(together, SFT, *faults)
@@ -148,14 +148,14 @@ def test_a_full_disk_where_a_checkpoint_gets_its_name_leaves_nothing_of_it(alone
 def state_does_not_fit() -> None:
     from redi.checkpoint import resume
 
-    write = resume._write_synced
+    write = resume.write_aside
 
-    def full(path: Path, value: dict) -> None:
+    def full(path: Path):
         if path.name == resume.STATE:
             raise OSError(28, "No space left on device", str(path))
-        write(path, value)
+        return write(path)
 
-    resume._write_synced = full
+    resume.write_aside = full
 
 
 def test_a_full_disk_in_the_last_save_leaves_no_model_and_the_same_command_makes_it(alone):
@@ -166,7 +166,7 @@ def test_a_full_disk_in_the_last_save_leaves_no_model_and_the_same_command_makes
     assert set(os.listdir("run")) == {"checkpoints", "config.toml", "metrics.jsonl"}
     again = child(alone, SFT)
     again.ends(0)
-    assert "goes on after step 4" in again.shown
+    assert "resumes after step 4" in again.shown
     assert_same_bits("run", "whole")
 
 
@@ -182,7 +182,7 @@ def checkpoints_become_a_file() -> None:
     Path("run/checkpoints").write_text("")
 
 
-def test_where_checkpoints_cannot_be_made_a_folder_the_run_goes_on_without(alone):
+def test_where_checkpoints_cannot_be_made_a_folder_the_run_continues_without(alone):
     ran = child(alone, SFT, after_step(1, checkpoints_become_a_file))
     ran.ends(0)
     for line, step in zip(ran.errors.splitlines(), (2, 4), strict=True):
@@ -206,7 +206,7 @@ def test_a_signal_ends_the_run_after_the_step_at_hand_with_a_checkpoint(number, 
     stopped = child(alone, SFT, after_step(2, partial(send, number)))
     stopped.ends(75)
     assert stopped.errors == (
-        "stopped: after step 3 of 6; run/checkpoints/step-000003; the same command goes on\n"
+        "stopped: after step 3 of 6; run/checkpoints/step-000003; the same command resumes\n"
     )
     assert list(read_metrics(Path("run")))[-1] == {"kind": "stopped", "step": 3}
     assert saved() == [3]
@@ -231,7 +231,7 @@ def test_a_stop_whose_checkpoint_cannot_be_saved_says_so(alone):
     stopped.ends(75)
     assert stopped.errors.splitlines()[-1] == (
         "stopped: after step 5 of 6; no checkpoint (it could not be saved); "
-        "the same command goes on"
+        "the same command resumes"
     )
     child(alone, SFT).ends(0)
     assert_same_bits("run", "whole")

@@ -3,18 +3,17 @@
 python -m pytest tests/test_reference.py
 """
 
+import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_train import here, made, redi_config, run, steps, weights  # noqa: F401 (fixtures)
 
-from redi import batches
-from redi import run as run_room
+from redi import run as run_module
 from redi.checkpoint import reference
 from redi.checkpoint.folder import load_model
 from redi.checkpoint.reference import load_reference, reference_path, save_reference
@@ -25,20 +24,20 @@ SUMS = torch.tensor([[-1.5, -2.25], [-1e-9, -3e4]], dtype=torch.float64)
 DPO = {"objective": "dpo", "beta": 0.5, "lr": 3e-3}
 
 
-def kept(folder: str = "out/tokens") -> list[Path]:
+def cached(folder: str = "out/tokens") -> list[Path]:
     return sorted(Path(folder).glob("reference-*"))
 
 
 @pytest.fixture
 def scored(monkeypatch) -> list[int]:
     """How many rows were scored, pass by pass."""
-    passes, score = [], batches._score
+    passes, score = [], reference._score
 
-    def counted(model, task):
-        passes.append(len(task.dataset))
-        return score(model, task)
+    def counted(model, data):
+        passes.append(len(data.dataset))
+        return score(model, data)
 
-    monkeypatch.setattr(batches, "_score", counted)
+    monkeypatch.setattr(reference, "_score", counted)
     return passes
 
 
@@ -48,7 +47,7 @@ def scored(monkeypatch) -> list[int]:
 def test_a_second_run_takes_them_from_disk_and_learns_the_same_bits(here, scored):  # noqa: F811
     first = steps(run(redi_config(out="one", **DPO)))
     assert scored == [10]
-    assert len(kept()) == 1
+    assert len(cached()) == 1
     second = steps(run(redi_config(out="two", **DPO)))
     assert scored == [10]
     for name, tensor in weights("one").items():
@@ -60,7 +59,7 @@ def test_another_objective_learning_rate_and_cut_into_packs_take_the_same(here, 
     run(redi_config(out="one", **DPO))
     run(redi_config(out="two", objective="ipo", beta=0.1, lr=1e-5, pack_tokens=60))
     assert scored == [10]
-    assert len(kept()) == 1
+    assert len(cached()) == 1
 
 
 def test_held_out_pairs_have_their_own(here, scored):  # noqa: F811
@@ -69,12 +68,12 @@ def test_held_out_pairs_have_their_own(here, scored):  # noqa: F811
     run(redi_config(out="one", eval_data="held.jsonl", **DPO))
     run(redi_config(out="two", eval_data="held.jsonl", **DPO))
     assert scored == [10, 4]
-    assert len(kept()) == 2
+    assert len(cached()) == 2
 
 
 def test_an_objective_without_a_reference_keeps_none(here, scored):  # noqa: F811
     run(redi_config())
-    assert scored == kept() == []
+    assert scored == cached() == []
 
 
 # ---------------------------------------------------------------- what the key holds
@@ -82,7 +81,7 @@ def test_an_objective_without_a_reference_keeps_none(here, scored):  # noqa: F81
 
 def path_of(config, dtype=torch.float32) -> Path:
     model, source = load_model(config.model, config.rope_theta)
-    dataset = run_room.load_data(config.data, config, source, paired=True)
+    dataset = run_module.load_data(config.data, config, source, paired=True)
     return reference_path(config.cache, source.folder, model.config, dtype, dataset)
 
 
@@ -130,12 +129,12 @@ def one_bit(content: bytes) -> bytes:
 @pytest.mark.parametrize("damage", [cut_short, one_bit, lambda content: b""])
 def test_a_damaged_file_is_computed_again_with_a_notice(here, scored, capsys, damage):  # noqa: F811
     run(redi_config(out="one", **DPO))
-    [path] = kept()
+    [path] = cached()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     run(redi_config(out="two", **DPO))
     assert scored == [10, 10]
-    assert f"{path}: is not what was written; computed again" in capsys.readouterr().err
+    assert f"warning: {path} is damaged; it is computed again" in capsys.readouterr().err
     assert path.read_bytes() == whole
     for name, tensor in weights("one").items():
         assert torch.equal(tensor, weights("two")[name])
@@ -144,7 +143,7 @@ def test_a_damaged_file_is_computed_again_with_a_notice(here, scored, capsys, da
 def test_a_disk_that_takes_nothing_is_a_warning(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     save_reference(tmp_path / "file" / "reference-0.bin", SUMS, ALONE)
-    assert "warning: reference log-probs are not kept" in capsys.readouterr().err
+    assert "warning: reference log-probs are not cached" in capsys.readouterr().err
 
 
 def test_what_was_saved_is_read_back_and_nothing_half_written_is_there(tmp_path):
@@ -159,32 +158,47 @@ def test_what_was_saved_is_read_back_and_nothing_half_written_is_there(tmp_path)
 # ---------------------------------------------------------------- ranks
 
 
-@pytest.mark.parametrize("others", ["the same", "other bytes", "nothing"])
-def test_ranks_use_a_file_only_if_all_have_the_same(tmp_path, monkeypatch, others):
-    """Two nodes whose caches are not shared, one after another: the first notes what it says."""
-    said = []
-
-    def add(tensor, world):
-        said.append(tensor.clone())
-        if len(said) == 2:
-            tensor += said[0]
-
-    monkeypatch.setattr(reference, "add_over_ranks", add)
-    ranks = [replace(ALONE, rank=rank, world_size=2) for rank in (0, 1)]
+@pytest.mark.parametrize("rank_0", ["has the file", "has no file", "has a damaged file"])
+@pytest.mark.parametrize("rank_1", ["the same", "other values", "no file"])
+def test_all_ranks_take_what_rank_0_reads(tmp_path, rank_0, rank_1):
+    """Two nodes whose caches are not shared."""
     paths = [tmp_path / str(rank) / "reference-0.bin" for rank in (0, 1)]
-    save_reference(paths[0], SUMS, ranks[0])
-    if others != "nothing":
-        save_reference(paths[1], SUMS + (others == "other bytes"), ranks[1])
+    if rank_0 != "has no file":
+        save_reference(paths[0], SUMS, ALONE)
+    if rank_0 == "has a damaged file":
+        paths[0].write_bytes(one_bit(paths[0].read_bytes()))
+    if rank_1 != "no file":
+        save_reference(paths[1], SUMS + (rank_1 == "other values"), ALONE)
+    loaded = on_two_ranks(tmp_path, paths)
+    for found in loaded:
+        assert torch.equal(found, SUMS) if rank_0 == "has the file" else found is None
 
-    load_reference(paths[0], 2, ranks[0])  # its sum is not whole yet: only what it says counts
-    found = load_reference(paths[1], 2, ranks[1])
-    said[:] = [said[1]]
-    again = load_reference(paths[0], 2, ranks[0])
-    for one in (found, again):
-        assert torch.equal(one, SUMS) if others == "the same" else one is None
+
+def on_two_ranks(folder: Path, paths: list[Path]) -> list[torch.Tensor | None]:
+    """load_reference(paths[rank], ...) of two processes."""
+    context = multiprocessing.get_context("fork")
+    settings = [
+        (rank, path, folder / "store", folder / f"out-{rank}.pt") for rank, path in enumerate(paths)
+    ]
+    processes = [context.Process(target=load_on_rank, args=one) for one in settings]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"out-{rank}.pt") for rank in (0, 1)]
+
+
+def load_on_rank(rank: int, path: Path, store: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    torch.save(load_reference(path, 2, replace(ALONE, rank=rank, world_size=2)), out)
+    torch.distributed.destroy_process_group()
 
 
 def test_only_the_first_rank_of_a_node_writes(tmp_path):
-    world = SimpleNamespace(is_local_rank_zero=False)
+    world = World(1, 2, torch.device("cpu"), local_world_size=2)
     save_reference(tmp_path / "reference-0.bin", SUMS, world)
     assert list(tmp_path.iterdir()) == []

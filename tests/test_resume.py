@@ -128,7 +128,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_stopped_run_goes_on_to_the_same_bits(name, here, stop_at, capsys):
+def test_a_stopped_run_resumes_to_the_same_bits(name, here, stop_at, capsys):
     data = "positives.jsonl" if name == "sft" else "pairs.jsonl"
     make = partial(OBJECTIVES[name], epochs=3, eval_data=data, eval_every=2, pack_tokens=100)
     run(make(out="whole"))
@@ -137,7 +137,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(name, here, stop_at, capsys):
         stop_at(config, step)
         assert list(read_metrics(Path("run")))[-1] == {"kind": "stopped", "step": step}
     run(config)
-    assert "run: goes on after step 8" in capsys.readouterr().out
+    assert "run: resumes after step 8" in capsys.readouterr().out
     assert_same_bits("run", "whole")
 
 
@@ -157,7 +157,7 @@ def test_settings_that_compute_nothing_may_change_under_a_run(here, stop_at):
     stop_at(sft_config(epochs=3, save_every=3, keep=1), 5)
     run(sft_config(epochs=3, save_every=2, keep=3, timeout=7.0, checkpoint_blocks="all"))
     assert records() == records("whole")
-    # Of 9 steps; with keep 1 it stopped at 5, and goes on saving at 6 and 8.
+    # Of 9 steps; with keep 1 it stopped at 5, and then saves at 6 and 8.
     assert saved() == [5, 6, 8]
 
 
@@ -166,12 +166,12 @@ def test_settings_that_compute_nothing_may_change_under_a_run(here, stop_at):
 
 def trained(config, number: int):
     """A model and its optimizer after some steps on the first rows."""
-    model, task = loaded(config)
+    model, data = loaded(config)
     optimizer = make_optimizer(model, config)
-    for step in task.plan(config.rows_per_step, config.seed, 0)[:number]:
-        totals = task.totals(step)
-        for batch in task.batches(step, totals):
-            task.loss(model, batch, totals)[0].backward()
+    for step in data.plan(config.rows_per_step, config.seed, 0)[:number]:
+        totals = data.totals(step)
+        for batch in data.batches(step, totals):
+            data.loss(model, batch, totals).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer
@@ -250,7 +250,7 @@ DAMAGE = {
     "no state": lambda folder: (folder / "state.json").unlink(),
     "half the state": lambda folder: os.truncate(folder / "state.json", 20),
     "a state of another kind": lambda folder: (folder / "state.json").write_text("[]"),
-    "a state without facts": lambda folder: (folder / "state.json").write_text('{"ranks": 1}'),
+    "a state without facts": lambda folder: (folder / "state.json").write_text('{"format": 2, "ranks": 1}'),
     "nothing in it": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }
 
@@ -276,7 +276,7 @@ def stopped_run(two_checkpoints, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     kind, stopped_run, capsys, monkeypatch
 ):
     newest = stopped_run / "run/checkpoints/step-000004"
@@ -285,8 +285,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     sft(monkeypatch, "--keep", "2")
     said = capsys.readouterr()
     [line] = said.err.splitlines()
-    assert line.startswith("warning: run/checkpoints/step-000004 is passed over: ")
-    assert "run: goes on after step 2" in said.out
+    assert line.startswith("warning: run/checkpoints/step-000004 is damaged and skipped: ")
+    assert "run: resumes after step 2" in said.out
     assert not damage(newest)  # it was replaced
     assert_same_bits("run", "whole")
 
@@ -296,8 +296,29 @@ def test_with_all_checkpoints_damaged_a_run_begins_again(stopped_run, capsys, mo
         DAMAGE["a flipped bit"](stopped_run / f"run/checkpoints/step-{step:06d}")
     sft(monkeypatch, "--keep", "2")
     said = capsys.readouterr()
-    assert "goes on" not in said.out
+    assert "resumes" not in said.out
     assert len(said.err.splitlines()) == 2
+    assert_same_bits("run", "whole")
+
+
+@pytest.mark.parametrize("found", [None, 1, 3])
+def test_a_checkpoint_of_another_format_is_one_line_and_never_read(found, stopped_run, monkeypatch):
+    folder = stopped_run / "run/checkpoints/step-000004"
+    state = json.loads((folder / "state.json").read_text())
+    assert state.pop("format") == 2
+    if found:
+        state["format"] = found
+    (folder / "state.json").write_text(json.dumps(state))
+    before = records()
+    refused = child(stopped_run, SFT)
+    refused.ends(2)
+    assert refused.errors == (
+        "error: run/checkpoints/step-000004: written by another version of redi; --resume never "
+        "begins the run again\n"
+    )
+    assert records() == before
+    sft(monkeypatch, "--keep", "2", "--resume", "never")
+    assert not damage(folder)
     assert_same_bits("run", "whole")
 
 
@@ -340,7 +361,7 @@ def test_records_after_the_checkpoint_are_written_again_once(stopped_run, monkey
 
 
 @pytest.mark.parametrize("left", [0, 3])
-def test_a_checkpoint_without_the_records_before_it_is_not_gone_on_from(
+def test_a_checkpoint_without_the_records_before_it_is_not_resumed_from(
     left, stopped_run, capsys, monkeypatch
 ):
     # The machine lost power: the checkpoint was flushed to the disk, the records were not.
@@ -349,8 +370,8 @@ def test_a_checkpoint_without_the_records_before_it_is_not_gone_on_from(
     path.write_text("".join(lines[:left]))
     sft(monkeypatch, "--keep", "2")
     shown = capsys.readouterr().out
-    assert ("goes on after step 2" in shown) == (left == 3)
-    assert "goes on after step 4" not in shown
+    assert ("resumes after step 2" in shown) == (left == 3)
+    assert "resumes after step 4" not in shown
     assert_same_bits("run", "whole")
 
 
@@ -386,7 +407,7 @@ NOTHING: Callable = lambda: None  # noqa: E731
 REFUSALS = {
     "data": (other_data, {}, "data sha256 was"),
     "tokenizer": (other_tokenizer, {}, "tokenizer was"),
-    "weights": (other_weights, {}, "parent's weights was"),
+    "weights": (other_weights, {}, "parent's weights sha256 was"),
     "batch size": (NOTHING, {"rows_per_step": 5}, "rows_per_step was 4, now 5"),
     "learning rate": (NOTHING, {"lr": 0.5}, "lr was 0.001, now 0.5"),
     "epochs": (NOTHING, {"epochs": 4}, "epochs was 3, now 4"),
@@ -395,7 +416,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_going_on_with_something_else_is_refused_by_name(case, here, stop_at):
+def test_resuming_with_something_else_is_refused_by_name(case, here, stop_at):
     change, settings, named = REFUSALS[case]
     stop_at(sft_config(epochs=3), 5)
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
@@ -432,7 +453,7 @@ def test_resume_never_begins_again(here, stop_at, capsys):
     stop_at(sft_config(epochs=3, save_every=2), 5)
     capsys.readouterr()
     stop_at(sft_config(epochs=3, resume="never"), 3)
-    assert "goes on" not in capsys.readouterr().out
+    assert "resumes" not in capsys.readouterr().out
     assert [record["step"] for record in steps(records())] == [1, 2, 3]
     assert saved() == [3]  # none of the earlier run's
     run(sft_config(epochs=3))
@@ -613,7 +634,7 @@ def whole(made, tmp_path_factory) -> Path:
     return folder
 
 
-def test_killed_before_any_change_of_the_file_system_it_goes_on_to_the_same_bits(
+def test_killed_before_any_change_of_the_file_system_it_resumes_to_the_same_bits(
     whole, monkeypatch
 ):
     monkeypatch.chdir(whole)
@@ -660,7 +681,7 @@ def killed_on_two_ranks(folder: Path, fault: Fault, rank: int = 0) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_two_ranks_killed_go_on_to_the_same_bits(step, on_two_ranks, monkeypatch):
+def test_two_ranks_killed_resume_to_the_same_bits(step, on_two_ranks, monkeypatch):
     monkeypatch.chdir(on_two_ranks)
     killed_on_two_ranks(on_two_ranks, die_after(step))
     for rank in ranks(on_two_ranks, SFT, None, None):
@@ -668,8 +689,8 @@ def test_two_ranks_killed_go_on_to_the_same_bits(step, on_two_ranks, monkeypatch
     assert_same_bits("run", "whole")
 
 
-@pytest.mark.parametrize(("rank", "operation"), [(0, 8), (0, 12), (1, 1), (1, 2)])
-def test_two_ranks_of_which_one_is_killed_inside_a_save_go_on(
+@pytest.mark.parametrize(("rank", "operation"), [(0, 8), (0, 10), (1, 1), (1, 2)])
+def test_two_ranks_of_which_one_is_killed_inside_a_save_resume(
     rank, operation, on_two_ranks, monkeypatch
 ):
     monkeypatch.chdir(on_two_ranks)
@@ -680,7 +701,7 @@ def test_two_ranks_of_which_one_is_killed_inside_a_save_go_on(
     assert_same_bits("run", "whole")
 
 
-def test_two_ranks_go_on_as_one_and_one_as_two(on_two_ranks, monkeypatch):
+def test_two_ranks_resume_as_one_and_one_as_two(on_two_ranks, monkeypatch):
     monkeypatch.chdir(on_two_ranks)
     killed_on_two_ranks(on_two_ranks, die_after(5))
     child(on_two_ranks, SFT).ends(0)
@@ -692,7 +713,7 @@ def test_two_ranks_go_on_as_one_and_one_as_two(on_two_ranks, monkeypatch):
     assert largest_difference("run", "whole") < 1e-6
 
 
-def test_two_ranks_go_on_from_a_save_right_after_a_held_out_loss(on_two_ranks, monkeypatch):
+def test_two_ranks_resume_from_a_save_right_after_a_held_out_loss(on_two_ranks, monkeypatch):
     # A pass without gradients leaves the weights whole on every rank: the save must find shards.
     monkeypatch.chdir(on_two_ranks)
     arguments = [*SFT, "--eval-data", "positives.jsonl", "--eval-every", "2"]
