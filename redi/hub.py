@@ -109,7 +109,7 @@ def is_hub_id(text: str) -> bool:
     """Whether `text` is no local path and has the form of a hub id."""
     if Path(text).expanduser().exists() or text.split("/")[0] in OUTPUT_FOLDERS:
         return False
-    if text.count("/") != 1 or text.startswith((".", "~", "/")) or text.endswith(DATA_SUFFIXES):
+    if "/" not in text or text.endswith(DATA_SUFFIXES):
         return False
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 

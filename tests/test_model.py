@@ -176,7 +176,6 @@ THETA = {"rope_theta": 10_000.0}
         ("hidden_act", {"hidden_act": "gelu"}),
         ("attention_dropout", {"attention_dropout": 0.1}),
         ("quantization_config", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
-        ("torch_dtype", {"dtype": "float32", "torch_dtype": "bfloat16"}),
         ("rope_theta", {"rope_theta": 1e6, "rope_parameters": {**THETA, "rope_type": "default"}}),
         *[
             (field, {field: ...})

@@ -1,7 +1,7 @@
 """config.json of a Hugging Face folder -> ModelConfig.
 
-Both forms are read: that of transformers 5 (`rope_parameters`, `dtype`) and the older one
-(`rope_theta` at the top level, `rope_scaling`, `torch_dtype`).
+Both forms are read: that of transformers 5 (`rope_parameters`) and the older one (`rope_theta` at
+the top level, `rope_scaling`). The dtype is that of the weights, whatever config.json says.
 """
 
 from typing import Any
@@ -72,9 +72,6 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
                 f"{where}: {name} is {', '.join(sorted(refused))}; redi implements Qwen2 with full "
                 "attention, default rotary positions, silu, no dropout and no quantization"
             )
-    dtypes = [config[name] for name in ("dtype", "torch_dtype") if config.get(name)]
-    if len(set(dtypes)) > 1:
-        raise UserError(f"{where}: dtype is {dtypes[0]!r} but torch_dtype is {dtypes[1]!r}")
 
 
 def read_rope_theta(config: dict[str, Any], where: str) -> float:

@@ -1,8 +1,7 @@
 """Read the weights of a Hugging Face model folder: safetensors, in one file or in shards.
 
 `check_weights` reads the headers only: every tensor must be there with the right shape, and none
-may be left over. `fill` then copies the numbers, as fp32, into a model that has memory; of a
-sharded model, every rank reads its own rows only.
+may be left over. `fill` copies the numbers into a model: on every rank, the rows of its own shards.
 
 Left out: .bin and .pt files (unpickling runs code), quantized weights.
 """
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from redi.config import UserError
 from redi.data.files import hash_files
@@ -33,15 +33,14 @@ def check_weights(model: Transformer, folder: Path) -> torch.dtype:
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     dtypes = set()
     with stored_tensors(folder) as stored:
-        if model.config.tied:
-            stored.pop(HEAD, None)  # `fill` compares it with the embedding
+        if model.config.tied and HEAD in stored:
+            shapes[HEAD] = list(model.output_weight.shape)  # `fill` compares the two
         missing = [name for name in shapes if name not in stored]
         unexpected = [name for name in stored if name not in shapes]
         if missing or unexpected:
             raise UserError(
-                f"{folder}: weights do not fit config.json; "
-                f"missing: {', '.join(missing) or 'none'}; "
-                f"unexpected: {', '.join(unexpected) or 'none'}"
+                f"{folder}: weights do not fit config.json; missing: "
+                f"{', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
             )
         for name, tensor in stored.items():
             shape, dtype = tensor.get_shape(), tensor.get_dtype()
@@ -57,25 +56,25 @@ def check_weights(model: Transformer, folder: Path) -> torch.dtype:
 
 @torch.no_grad()
 def fill(model: Transformer, folder: Path) -> None:
-    """Copy the weights of `folder` into `model`; of a sharded model, this rank's rows.
-
-    Raises UserError if a file is broken, or if a tied model's folder has another output weight.
+    """Copy the weights of `folder` into `model`, which has memory; of a sharded one, this rank's
+    rows. Raises UserError if a tied model's folder has an output weight that is not the embedding.
     """
     with stored_tensors(folder) as stored:
         for name, parameter in model.named_parameters():
-            rows = local_shard(parameter)
-            start = first_row(parameter)
-            rows.copy_(stored[name][start : start + len(rows)])
+            local_shard(parameter).copy_(_local_rows(stored[name], parameter))
         if model.config.tied and HEAD in stored:
-            head, embedding = stored[HEAD], model.output_weight
-            rows, start = local_shard(embedding), first_row(embedding)
-            if head.get_shape() != list(embedding.shape) or not torch.equal(
-                head[start : start + len(rows)].to(rows), rows
-            ):
+            embedding = model.output_weight
+            head = _local_rows(stored[HEAD], embedding).to(local_shard(embedding))
+            if not torch.equal(head, local_shard(embedding)):
                 raise UserError(
                     f"{folder}: config.json ties the output weight to the embedding, but {HEAD} is "
                     "stored and differs; set tie_word_embeddings to false if that is intended"
                 )
+
+
+def _local_rows(stored: Any, parameter: Tensor) -> Tensor:
+    start = first_row(parameter)
+    return stored[start : start + len(local_shard(parameter))]
 
 
 def weights_hash(folder: Path) -> str:
@@ -85,8 +84,7 @@ def weights_hash(folder: Path) -> str:
 
 @contextmanager
 def stored_tensors(folder: Path) -> Iterator[dict[str, Any]]:
-    """Name -> safetensors slice, read from disk when it is indexed. Raises UserError if a file is
-    broken."""
+    """Name -> tensor on disk, read when it is indexed. Raises UserError if a file is broken."""
     stored: dict[str, Any] = {}
     with ExitStack() as open_files:
         for path in weight_files(folder):
