@@ -397,7 +397,7 @@ BAD_INPUTS = [
     ("other.jsonl", '{"question": "1+1?"}\n', "other.jsonl: not teacher data in a form known here"),
     ("table.csv", "problem\n1+1?\n", "table.csv: expected a .parquet, .jsonl or .json"),
     ("gone.jsonl", None, "gone.jsonl: no such file or folder"),
-    ("org/set", None, "org/set: no such local path, and downloading this dataset from the hub failed"),
+    ("org/set", None, "org/set: no such local path, and downloading this dataset"),
 ]
 
 

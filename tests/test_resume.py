@@ -250,7 +250,9 @@ DAMAGE = {
     "no state": lambda folder: (folder / "state.json").unlink(),
     "half the state": lambda folder: os.truncate(folder / "state.json", 20),
     "a state of another kind": lambda folder: (folder / "state.json").write_text("[]"),
-    "a state without facts": lambda folder: (folder / "state.json").write_text('{"format": 2, "ranks": 1}'),
+    "a state without facts": lambda folder: (folder / "state.json").write_text(
+        '{"format": 2, "ranks": 1}'
+    ),
     "nothing in it": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }
 
@@ -276,9 +278,7 @@ def stopped_run(two_checkpoints, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
-    kind, stopped_run, capsys, monkeypatch
-):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(kind, stopped_run, capsys, monkeypatch):
     newest = stopped_run / "run/checkpoints/step-000004"
     DAMAGE[kind](newest)
     assert damage(newest)

@@ -75,9 +75,8 @@ class Checkpoints:
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Write the checkpoint of `step`. Returns whether it succeeded; a failure is a warning."""
         aside = self.folder / f".writing-{step:06d}"
-        saved = self._try(step, partial(self._write, aside, model, optimizer)) and self._try(
-            step, partial(self._publish, aside, step)
-        )
+        saved = self._try(step, partial(self._write, aside, model, optimizer))
+        saved = saved and self._try(step, partial(self._publish, aside, step))
         if self.world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)  # after a failure
         return saved
@@ -106,7 +105,7 @@ class Checkpoints:
 
         rank, tensors = self.world.rank, tensors_of(model, optimizer)
         writer = dcp.FileSystemWriter(aside, thread_count=1, sync_files=True)  # makes the folder
-        with warnings.catch_warnings(action="ignore"):  # that a single process is one
+        with warnings.catch_warnings(action="ignore"):  # that there is no process group
             dcp.save(tensors, storage_writer=writer, no_dist=self.world.world_size == 1)
         files = [*aside.glob(f"__{rank}_*"), *([aside / ".metadata"] if rank == 0 else [])]
         with write_aside(aside / f"hashes-{rank}.json") as file:
@@ -137,7 +136,7 @@ class Checkpoints:
         disk may have flushed the checkpoint but not the records.
         Raises UserError for a checkpoint of another format, or of a run with other facts.
         """
-        for step in (step for step in self.steps() if step <= recorded):
+        for step in [s for s in self.steps() if s <= recorded]:
             folder = self.at(step)
             problem = damage(folder, self.world.rank, self.world.world_size)
             if problem:
