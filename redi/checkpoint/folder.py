@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -172,6 +171,8 @@ def _gather(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
     """safetensors in shards of at most MAX_SHARD_BYTES, with an index if there are several."""
+    from huggingface_hub import split_torch_state_dict_into_shards  # imported only where used
+
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name] for name in names}
