@@ -1,19 +1,19 @@
-"""Where a run computes, in which precision, and together with whom.
+"""How a run is distributed: devices, precision, and what ranks exchange.
 
-fp32 weights are the truth the optimizer updates; bf16 is what CUDA computes in. The one mechanism
-that keeps the two apart is FSDP2's mixed precision, on a single process as well: it casts the
-parameters of a block when the block runs, and reduces gradients in fp32. No autocast.
+The optimizer updates fp32 weights; CUDA computes in bf16. FSDP2's mixed precision keeps the two
+apart, also on a single process: it casts a block's parameters when the block runs, and reduces
+gradients in fp32. There is no autocast.
 
 Under torchrun every process is a rank with one device. Weights, gradients and optimizer state are
-sharded over the ranks of a node and, where there are several nodes, replicated over them (a 2-D
-mesh: all-gathers stay inside a node). Ranks add up what they computed, they never average: losses
-hold the whole step's counts already.
+sharded over the ranks of a node and replicated across nodes (a 2-D mesh, so all-gathers stay
+inside a node). Ranks sum their losses and gradients and never average them, because every loss is
+already divided by the counts of the whole step.
 
-Each technique is a function that is applied to a plain model from outside; `parallelize` states
-the order. torch.distributed and fsdp cost 0.7 s to import: they are imported where they are used.
+The model knows nothing of this: `parallelize` changes it from outside.
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,23 +22,24 @@ from datetime import timedelta
 from functools import cache, partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from redi.config import RankError, UserError
-from redi.model import Block, Transformer
+from redi.model import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """This process among all processes of the run."""
 
     rank: int
     world_size: int
     device: torch.device
-    local_world_size: int = 1  # ranks on a node
+    local_world_size: int = 1  # ranks on this node
 
     @property
     def is_local_rank_zero(self) -> bool:
@@ -50,34 +51,32 @@ class World:
 
 
 def start(timeout_minutes: float) -> World:
-    """Join the other processes that torchrun started; alone without it.
+    """Join the processes that torchrun started. Without torchrun, the world is this process.
 
-    timeout_minutes: how long a rank waits for the others before it gives up. What ranks other than
-    the first print goes nowhere. Raises UserError if the ranks of the nodes are uneven.
+    timeout_minutes: how long a rank waits for the others before it gives up. From here on only
+    rank 0 writes to stdout. Raises UserError if nodes run different numbers of processes.
     """
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    world_size, local_world_size = (
-        int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    rank, local_rank, world_size, local_world_size = (
+        int(os.environ.get(name, default)) for name, default in defaults.items()
     )
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if world_size == 1:
         return World(0, 1, device)
     if "MASTER_ADDR" not in os.environ:
         raise UserError(f"WORLD_SIZE is {world_size}, but torchrun did not start this process")
     if world_size % local_world_size:
         raise UserError(
-            f"{world_size} processes, {local_world_size} on this node: start as many on each"
+            f"{world_size} processes, {local_world_size} on this node: start equally many on each"
         )
-    import torch.distributed as dist
-
     if cuda:
         torch.cuda.set_device(device)
-    # gloo beside nccl: what lies on the host (objects, checkpoints) is exchanged there.
+    # gloo beside nccl: objects and checkpoints are exchanged in host memory.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it lives as long as the process)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open as long as the process)
     return World(rank, world_size, device, local_world_size)
 
 
@@ -88,30 +87,35 @@ def compute_dtype(name: str, world: World) -> torch.dtype:
     return DTYPES[name]
 
 
-# ---------------------------------------------------------------- applied to a plain model
+# ---------------------------------------------------------------- distributing a model
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """What is applied to a model beside moving it."""
+    """How a model is distributed: compute dtype, checkpointing, compilation, ZeRO stage."""
 
     dtype: torch.dtype = torch.float32  # of the compute
-    checkpointed: int = 0  # blocks that are run again in backward
+    checkpointed: int = 0  # blocks that are recomputed in backward
     compiled: bool = False
     reshard_after_forward: bool = False  # ZeRO-3 instead of ZeRO-2
 
 
 def parallelize(model: Transformer, world: World, how: Parallelism) -> None:
-    """Apply in this order, in place: activation checkpointing of the first blocks; compilation;
-    sharding, where there are several ranks or another compute dtype than the weights'; the device.
+    """Distribute `model` in place.
 
-    A model on the meta device is given memory, not numbers: checkpoint.fill reads those, each rank
-    its own."""
+    The order matters: checkpoint the first blocks, compile, move to the device, shard (if there are
+    several ranks, or the compute dtype is not that of the weights). A model on the meta device gets
+    memory, but no values: checkpoint.weights.fill reads them, on each rank its own rows.
+    """
     for block in model.model.layers[: how.checkpointed]:
-        checkpoint_block(block)
-    if how.compiled:
+        # Parameters keep their names. No block draws random numbers, so no state is restored.
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    if how.compiled:  # norms, rotation, SwiGLU and residuals; packs have any length: dynamic
         for block in model.model.layers:
-            compile_block(block)
+            block.before_attention = torch.compile(block.before_attention, dynamic=True)
+            block.after_attention = torch.compile(block.after_attention, dynamic=True)
     on_meta = model.output_weight.is_meta
     if not on_meta:
         model.to(world.device)
@@ -121,55 +125,33 @@ def parallelize(model: Transformer, world: World, how: Parallelism) -> None:
         model.to_empty(device=world.device)
 
 
-def checkpoint_block(block: Block) -> None:
-    """Keep only the block's input, and run it again in backward. Names of parameters stay."""
-    # Nothing in a block is random, so there is no random state to put back.
-    block.forward = partial(
-        checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-    )
-
-
-def compile_block(block: Block) -> None:
-    """torch.compile what a block does before and after attention: norms, rotation, SwiGLU and
-    residuals become few kernels. Packs have any length, so shapes are dynamic from the start."""
-    block.before_attention = torch.compile(block.before_attention, dynamic=True)
-    block.after_attention = torch.compile(block.after_attention, dynamic=True)
-
-
 def shard(model: Transformer, world: World, how: Parallelism) -> None:
-    """FSDP2, in place: every block a group, the rest (embedding, norm, head) in the root's.
-
-    Gradients are summed, not averaged: losses already hold the whole step's counts. What says so
-    does not recurse, so it is set on every module.
-    """
-    import torch.distributed as dist
+    """FSDP2, in place: one group per block; the root's group is embedding, norm and head."""
+    # Imported here: it takes a second.
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = _mesh(world)
-    policy = MixedPrecisionPolicy()
-    if how.dtype != model.output_weight.dtype:
-        policy = MixedPrecisionPolicy(param_dtype=how.dtype, reduce_dtype=torch.float32)
+    reduce_dtype = torch.promote_types(how.dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=how.dtype, reduce_dtype=reduce_dtype)
     for module in [*model.model.layers, model]:
         fully_shard(
             module,
-            mesh=mesh,
+            mesh=_mesh(world),
             mp_policy=policy,
             reshard_after_forward=how.reshard_after_forward and module is not model,
         )
+    # Sum gradients. Neither setting recurses, so each module gets its own.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # and not by a product with 1
+            module.set_force_sum_reduction_for_comms(True)  # a plain sum, not a product with 1
 
 
 @cache
 def _mesh(world: World):
-    """One for all models of a process: every mesh brings groups of its own, with their threads."""
-    import torch.distributed as dist
-
+    """One mesh for all models of a process: each mesh creates its own groups and their threads."""
     sizes, names = (world.world_size,), ("shard",)
     if world.num_nodes > 1:
         sizes, names = (world.num_nodes, world.local_world_size), ("replicate", "shard")
@@ -177,8 +159,8 @@ def _mesh(world: World):
 
 
 def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None:
-    """Tell a sharded model whether the pack at hand is the step's last one. Only its backward adds
-    up gradients over ranks and frees the whole weights, which ZeRO-3 frees after every pack."""
+    """Tell a sharded model whether this pack is the last one of the step. Only the last backward
+    reduces gradients over ranks. It also frees the whole weights; ZeRO-3 does so after any pack."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last or reshard_after_forward)
@@ -186,9 +168,10 @@ def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """For forward passes that no backward follows: torch.no_grad, and sharded weights are shards
-    again at the end. FSDP2 leaves that to backward; until then a module's parameters are whole
-    copies that no optimizer and no checkpoint may see."""
+    """torch.no_grad for forward passes without a backward, after which weights are sharded again.
+
+    FSDP2 reshards in backward. Until then parameters are whole copies, which neither the optimizer
+    nor a checkpoint may use."""
     with torch.no_grad():
         yield
     for module in model.modules():
@@ -198,8 +181,8 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gathered(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
-    """For passes without gradients that ranks make in different numbers: the whole weights, in the
-    dtype of the compute, lie on every rank, and no pass inside exchanges anything."""
+    """For forward passes that differ in number from rank to rank: without gradients, and without
+    exchange, because every rank holds the whole weights in the compute dtype."""
     sharded = [module for module in model.modules() if hasattr(module, "unshard")]
     for module in sharded:
         module.unshard()
@@ -209,68 +192,41 @@ def gathered(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
             yield
     finally:
         for module in sharded:
-            module.set_reshard_after_forward(
-                reshard_after_forward and module is not model, recurse=False
-            )
+            reshard = reshard_after_forward and module is not model
+            module.set_reshard_after_forward(reshard, recurse=False)
+
+
+def first_row(parameter: Tensor) -> int:
+    """The row of the whole parameter at which this rank's shard begins; 0 if it is not sharded."""
+    if not hasattr(parameter, "device_mesh"):
+        return 0
+    mesh = parameter.device_mesh
+    num_shards, shard_index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    return min(shard_index * -(-len(parameter) // num_shards), len(parameter))
+
+
+def local_shard(parameter: Tensor) -> Tensor:
+    """This rank's rows of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every rank. All ranks must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # ---------------------------------------------------------------- between ranks
 
 
 def sum_over_ranks(tensor: Tensor, world: World) -> None:
-    """Sum over all ranks, in place."""
+    """Sum over all ranks, in place. All ranks must call it."""
     if world.world_size > 1:
-        import torch.distributed as dist
-
         dist.all_reduce(tensor)
 
 
 def wait_for_all(world: World) -> None:
-    """Return when every rank has come here."""
+    """Return when all ranks have called it."""
     sum_over_ranks(torch.zeros(()), world)
-
-
-@contextmanager
-def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
-    """What a rank sees when another one died or stalls, in a sentence: RankError. timeout: what
-    `start` was given, in words. Ranks that end well leave the group: one that just exits right
-    after an exchange is often aborted in gloo's threads, and torchrun then ends those that still
-    have work."""
-    if world.world_size == 1:
-        yield
-        return
-    import torch.distributed as dist
-
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        why = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-        raise RankError(
-            f"rank {world.rank} lost another process, which died or did not answer within "
-            f"{timeout}: {why}"
-        ) from None
-    dist.destroy_process_group()
-
-
-@contextmanager
-def local_rank_zero_first(world: World) -> Iterator[None]:
-    """The body runs on the first rank of every node, then on the others: what one of them makes on
-    disk, the others find. Where it fails, the others end with it."""
-    if world.world_size == 1:
-        yield
-        return
-    if not world.is_local_rank_zero and not all_ranks_ok(True, world):
-        sys.exit(2)  # the rank that failed reports why
-    try:
-        yield
-    except BaseException:
-        if world.is_local_rank_zero:
-            all_ranks_ok(False, world)
-        raise
-    if world.is_local_rank_zero and not all_ranks_ok(True, world):
-        sys.exit(2)
 
 
 def all_ranks_ok(ok: bool, world: World) -> bool:
@@ -280,23 +236,46 @@ def all_ranks_ok(ok: bool, world: World) -> bool:
     return not failed
 
 
-def first_row(parameter: Tensor) -> int:
-    """Where this rank's rows of a parameter begin in the whole one: 0 if it is not sharded."""
-    if not hasattr(parameter, "device_mesh"):
-        return 0
-    mesh = parameter.device_mesh
-    shards, index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-    return min(index * -(-len(parameter) // shards), len(parameter))
+@contextmanager
+def local_rank_zero_first(world: World) -> Iterator[None]:
+    """Run the body on rank 0 of every node, then on the other ranks, which find its files on disk.
+    If it fails on any node, all other ranks exit with status 2."""
+    if not world.is_local_rank_zero and not all_ranks_ok(True, world):
+        sys.exit(2)  # the rank that failed reports why
+    ok = False
+    try:
+        yield
+        ok = True
+    finally:
+        if world.is_local_rank_zero and not all_ranks_ok(ok, world) and ok:
+            sys.exit(2)
 
 
-def local_shard(parameter: Tensor) -> Tensor:
-    """This rank's rows of a parameter."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+# gloo raises a plain RuntimeError whatever happens. These are its words for a rank that is gone.
+LOST = re.compile("gloo/transport/.*(closed|reset by peer|refused|[Bb]roken pipe|[Tt]imed? ?out)")
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, a plain one as it is. All ranks must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+@contextmanager
+def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
+    """Turn the error a rank gets when another one died or stalls into a RankError of one sentence.
+    All other errors pass through.
+
+    timeout: how long `start` lets ranks wait, in words. After the body the rank leaves the process
+    group: gloo's threads often abort a process that exits right after an exchange, and torchrun
+    would then stop the ranks that are still working."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or LOST.search(str(error))
+        if world.world_size == 1 or not lost:
+            raise
+        why = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        raise RankError(
+            f"rank {world.rank} lost another process, which died or did not answer within "
+            f"{timeout}: {why}"
+        ) from None
+    if world.world_size > 1:
+        dist.destroy_process_group()
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,30 +1,30 @@
-"""How much memory a training step needs, and what it buys to spend more.
+"""How much memory a training step needs, and how many blocks to checkpoint so that it fits.
 
 The peak is where the last pack of a step turns from forward to backward. With N parameters, n ranks
-on a node, e bytes a number of the compute dtype (bf16: 2), L blocks, packs of T tokens:
+on a node, e bytes per number of the compute dtype (bf16: 2), L blocks and a pack of T tokens:
 
-    12 N / n          weights and two Adam moments in fp32, sharded
-    4 N               gradients in fp32, whole until that backward pass: it adds them up over ranks
-    e N               whole weights to compute with, where the fp32 ones are sharded or too wide
-    e L T D           every block's input
-    per kept block    what autograd saves of its forward pass: measured, not looked up. Where all
-                      are checkpointed: of the one that is run again
-    the turn          the head or the first backward pass of a block, whichever is more
+    12 N / n            fp32 weights and two Adam moments, sharded
+    4 N                 fp32 gradients, whole until the last backward pass reduces them over ranks
+    e N                 whole weights in the compute dtype, if the fp32 ones are sharded or wider
+    e L T D             the input of every block
+    per kept block      activations that autograd saves, measured on a block of this size; if all
+                        blocks are checkpointed, those of the one that is being recomputed
+    head or backward    the larger of what the head and what the first backward of a block needs
 
-It is not 16 N / n and 4 N: a gradient's shard appears as the whole one goes. A step of a single
-pack needs less, by the whole gradients of the blocks that are kept.
+Sharded gradients add nothing: each appears as its whole one is freed. A step of a single pack needs
+less, because blocks have no gradients yet at its peak.
 
-A checkpointed block keeps its input alone and is run again in backward, which costs a third of its
-compute. So only as many blocks are checkpointed as the longest pack leaves no room for: the first
-ones, so that the others' activations are gone when one is run again.
+A checkpointed block keeps only its input and is recomputed in backward, which costs a third of its
+compute. The first blocks are the ones to checkpoint: when they are recomputed, the activations of
+all later blocks are freed already.
 
-bench/ranks.py and bench/gpu.py hold the formula beside what is used. Left out: buffers of the
-exchange between ranks (a block's, and gone at the peak), the caches of libraries, and what ZeRO-3
-and compiled blocks save. Letters: T tokens of the longest pack, D hidden, I intermediate,
-V vocabulary.
+bench/ranks.py and bench/gpu.py compare the formula with measured peaks. Left out: buffers of the
+exchange between ranks, caches of libraries, and what ZeRO-3 and compiled blocks save. Letters: T
+tokens of the longest pack, D hidden, I intermediate, V vocabulary.
 """
 
 import os
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -36,62 +36,85 @@ from redi.distributed import World
 from redi.logprobs import CHUNK_BYTES
 from redi.model import Block, ModelConfig, Transformer, rotary_tables
 
-SHARE = 0.85  # of the memory is planned with; the rest is the allocator's and other people's
+SHARE = 0.85  # of the memory that a step may use; the allocator and other processes need the rest
 
 
-def blocks_to_checkpoint(
-    setting: str, model: Transformer, tokens: int, world: World, dtype: torch.dtype
-) -> tuple[int, str]:
-    """(how many blocks to checkpoint; why, and what a step needs) for packs of T `tokens`.
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that one process holds at the peak of a step."""
 
-    setting: "all", "none", a number, or "auto", as few as memory allows. Raises UserError.
-    """
-    blocks = len(model.model.layers)
-    parts = fixed_parts(model, tokens, world, dtype)
-    per_block = tokens * saved_bytes_per_token(model.config, dtype)
-    there = total_memory(world)
-    if setting == "auto":
-        free = SHARE * there - sum(parts.values())
-        count, why = blocks - min(max(int(free // per_block), 0), blocks), "as few as memory allows"
-    else:
-        named = {"all": blocks, "none": 0}
-        if setting not in named and not (setting.isdecimal() and int(setting) <= blocks):
-            raise UserError(
-                f"--checkpoint-blocks is {setting}: expected auto, all, none or 0 to {blocks}"
-            )
-        count, why = named.get(setting) if setting in named else int(setting), "as asked"
-    held = blocks_held(count, blocks)
-    which = (
-        f"{held} kept, {_gib(per_block)} each" if count < blocks else "the one that is run again"
-    )
-    activations = {f"activations inside blocks: {which}": held * per_block}
-    lines = [
-        f"activation checkpointing: {count} of {blocks} blocks, {why}",
-        f"memory of a process in GiB, for packs of {tokens:,} tokens (formula: redi/memory.py):",
-        *_table(parts | activations, SHARE * there),
-    ]
-    return count, "\n".join(lines)
+    tokens: int  # T
+    blocks: int
+    fixed: dict[str, int]  # by purpose: all but the activations inside blocks
+    per_block: float  # activations of one block
+    planned: float  # what a step may use
 
+    def parts(self, checkpointed: int) -> dict[str, float]:
+        """All bytes by purpose, with so many blocks checkpointed."""
+        kept = max(self.blocks - checkpointed, 1)
+        activations = f"activations inside {kept} of {self.blocks} blocks"
+        return self.fixed | {activations: kept * self.per_block}
 
-def blocks_held(checkpointed: int, blocks: int) -> int:
-    """Of how many blocks all activations are there at the peak."""
-    return max(blocks - checkpointed, 1)
+    def total(self, checkpointed: int) -> float:
+        return sum(self.parts(checkpointed).values())
+
+    def describe(self, checkpointed: int) -> str:
+        """The lines of --dry-run, in GiB."""
+        total = self.total(checkpointed)
+        fits = "within" if total <= self.planned else "more than"
+        peak = f"at the peak, {fits} {SHARE:.0%} of the memory, {self.planned / 2**30:.3f}"
+        lines = [
+            f"activation checkpointing: {checkpointed} of {self.blocks} blocks",
+            f"GiB per process for packs of {self.tokens:,} tokens (formula: redi/memory.py):",
+        ]
+        rows = self.parts(checkpointed) | {peak: total}
+        lines += [f"{size / 2**30:>10.3f}  {purpose}" for purpose, size in rows.items()]
+        return "\n".join(lines)
 
 
-def _table(parts: dict[str, float], planned: float) -> list[str]:
-    total = sum(parts.values())
-    fits = "within" if total <= planned else "more than"
-    end = f"at the peak, {fits} {SHARE:.0%} of what there is, {_gib(planned)}"
-    return [f"{_gib(size):>10}  {what}" for what, size in [*parts.items(), (end, total)]]
+def step_memory(model: Transformer, tokens: int, world: World, dtype: torch.dtype) -> StepMemory:
+    """What a step over packs of T `tokens` needs. dtype: of the compute."""
+    config, ranks = model.config, world.local_world_size
+    parameters = sum(p.numel() for p in model.parameters())
+    hidden = tokens * config.hidden_size  # numbers in a (T, D)
+    shared = f", over {ranks} ranks" if ranks > 1 else ""
+    fixed = {
+        f"weights and Adam's moments, 12 bytes per parameter{shared}": 12 * parameters // ranks,
+        "gradients, 4 bytes per parameter, whole until the last backward": 4 * parameters,
+    }
+    if world.world_size > 1 or dtype != torch.float32:
+        fixed["whole weights in the compute dtype"] = dtype.itemsize * parameters
+    fixed["input of every block"] = config.num_layers * hidden * dtype.itemsize
+    # The head holds a chunk of logits, its fp32 weight gradient and five fp32 (T, D): what the last
+    # norm saves, its output, the supervised rows and their gradient.
+    chunk = min(CHUNK_BYTES[world.device.type], 4 * tokens * config.vocab_size)
+    weight = config.vocab_size * config.hidden_size
+    head = chunk + 4 * weight + 5 * 4 * hidden
+    # A block's backward holds two (T, I), which meet where SwiGLU multiplies, and two (T, D). The
+    # gradient of a tied head weight waits for that of the embedding.
+    backward = 2 * tokens * (config.intermediate_size + config.hidden_size) + config.tied * weight
+    fixed["the head, or a block's backward"] = max(head, dtype.itemsize * backward)
+    per_block = tokens * saved_bytes_per_token(config, dtype)
+    return StepMemory(tokens, config.num_layers, fixed, per_block, SHARE * total_memory(world))
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.3f}"
+def blocks_to_checkpoint(setting: str, memory: StepMemory) -> int:
+    """How many blocks to checkpoint. setting: "all", "none", a number, or "auto", which is as few
+    as the planned memory allows. Raises UserError for another setting."""
+    blocks = memory.blocks
+    fitting = int((memory.planned - sum(memory.fixed.values())) // memory.per_block)
+    counts = {"auto": blocks - min(max(fitting, 0), blocks), "all": blocks, "none": 0}
+    counts |= {str(count): count for count in range(blocks + 1)}
+    if setting not in counts:
+        raise UserError(
+            f"--checkpoint-blocks is {setting}: expected auto, all, none or 0 to {blocks}"
+        )
+    return counts[setting]
 
 
 def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
-    """What autograd keeps of one block's forward pass, measured on a block of this size."""
-    tokens, sizes, kept = 16, {}, []
+    """What autograd saves of one block's forward pass, measured on a block of this size."""
+    tokens, sizes, alive = 16, {}, []
     block = Block(config).to(dtype)
     x = torch.zeros(tokens, config.hidden_size, dtype=dtype, requires_grad=True)
     angles = tokens, config.head_dim, config.rope_theta
@@ -100,7 +123,7 @@ def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept.append(storage)  # alive, so that no other tensor gets its address
+        alive.append(storage)  # so that no other tensor gets its address
         if storage.data_ptr() not in shared:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -111,44 +134,8 @@ def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
     return sum(sizes.values()) / tokens
 
 
-def step_bytes(
-    model: Transformer, tokens: int, world: World, dtype: torch.dtype, checkpointed: int
-) -> float:
-    """The most a process holds in a step over packs of T `tokens`."""
-    held = blocks_held(checkpointed, len(model.model.layers))
-    activations = held * tokens * saved_bytes_per_token(model.config, dtype)
-    return sum(fixed_parts(model, tokens, world, dtype).values()) + activations
-
-
-def fixed_parts(
-    model: Transformer, tokens: int, world: World, dtype: torch.dtype
-) -> dict[str, int]:
-    """What a step needs besides the activations inside blocks: bytes by what they are for."""
-    config, ranks = model.config, world.local_world_size
-    parameters = sum(p.numel() for p in model.parameters())
-    wide = tokens * config.hidden_size  # numbers of a (T, D)
-    over = f", over {ranks} ranks" if ranks > 1 else ""
-    parts = {
-        f"weights and Adam's moments, 12 bytes a parameter{over}": 12 * parameters // ranks,
-        "gradients, 4 bytes a parameter, whole until a step's last backward": 4 * parameters,
-    }
-    if world.world_size > 1 or dtype != torch.float32:
-        parts["whole weights to compute with"] = dtype.itemsize * parameters
-    parts["every block's input"] = config.num_layers * wide * dtype.itemsize
-    # Around the head five tensors (T, D): what the last norm saves, its output, the supervised
-    # rows and their gradient.
-    chunk = min(CHUNK_BYTES[world.device.type], 4 * tokens * config.vocab_size)
-    weight = config.vocab_size * config.hidden_size
-    head = chunk + 4 * weight + 5 * 4 * wide
-    # The gradient of a tied weight waits for the embedding's; then two (T, I), which meet where
-    # SwiGLU multiplies, and two (T, D).
-    backward = 2 * tokens * (config.intermediate_size + config.hidden_size) + config.tied * weight
-    parts["the head, or a block's backward"] = max(head, dtype.itemsize * backward)
-    return parts
-
-
 def total_memory(world: World) -> int:
-    """Bytes of the GPU, or this process's share of the machine."""
+    """Bytes of the GPU, or this process's share of the machine's memory."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_properties(world.device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_world_size

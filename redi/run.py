@@ -22,7 +22,7 @@ from redi.data.files import hash_files
 from redi.data.store import load_store
 from redi.distributed import DTYPES, Parallelism, World, local_rank_zero_first, report_lost_ranks
 from redi.hub import CARD, dataset_files, is_hub_id
-from redi.memory import blocks_to_checkpoint
+from redi.memory import blocks_to_checkpoint, step_memory
 from redi.model import Transformer
 from redi.objectives import Objective
 from redi.recipe import TrainConfig
@@ -88,13 +88,12 @@ def _load(
 def _parallelism(
     config: TrainConfig, model: Transformer, dataset: Dataset, world: World
 ) -> tuple[Parallelism, str]:
-    """How the model is distributed, and why so many blocks are checkpointed."""
+    """How the model is distributed, and the memory that a step needs."""
     dtype = distributed.compute_dtype(config.dtype, world)
-    checkpointed, why = blocks_to_checkpoint(
-        config.checkpoint_blocks, model, longest_pack(dataset, config), world, dtype
-    )
+    memory = step_memory(model, longest_pack(dataset, config), world, dtype)
+    checkpointed = blocks_to_checkpoint(config.checkpoint_blocks, memory)
     how = Parallelism(dtype, checkpointed, config.compile, config.reshard_after_forward)
-    return how, why
+    return how, memory.describe(checkpointed)
 
 
 def _train_and_save(

@@ -10,14 +10,14 @@ from redi import memory
 from redi.config import UserError
 from redi.distributed import Parallelism, World, parallelize
 from redi.logprobs import CHUNK_BYTES
-from redi.memory import blocks_to_checkpoint, fixed_parts, saved_bytes_per_token, step_bytes
+from redi.memory import blocks_to_checkpoint, saved_bytes_per_token, step_memory
 from redi.model import ModelConfig, Transformer
 from redi.monitor import peak_flops, training_flops
 from redi.objectives import Totals, sft
 from redi.packing import TokenSequence, pack
 
 CPU = torch.device("cpu")
-PLACE = World(0, 1, CPU)
+WORLD = World(0, 1, CPU)
 TINY = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2,
     head_dim=8, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=64,
@@ -34,7 +34,7 @@ def loss_and_gradients(
     torch.manual_seed(0)
     model = Transformer(TINY)
     how = Parallelism(checkpointed=checkpointed, compiled=compiled)
-    parallelize(model, PLACE, how)
+    parallelize(model, WORLD, how)
     totals, sum_of_losses = Totals(num_rows=1, num_tokens=15), 0.0
     for lengths in packs:
         tokens = [torch.arange(length).numpy() for length in lengths]
@@ -43,7 +43,7 @@ def loss_and_gradients(
         ]
         responses = torch.tensor([s.response_length for s in sequences])
         weights = sft().token_weights(torch.ones_like(responses), responses, totals)
-        loss, _ = sft().loss(model, pack(sequences, weights), totals, None)
+        loss = sft().loss(model, pack(sequences, weights), totals, None).loss
         loss.backward()
         sum_of_losses += loss.item()
     return sum_of_losses, {name: p.grad for name, p in model.named_parameters()}
@@ -87,7 +87,7 @@ def test_compiled_blocks_compute_the_same_without_a_new_graph_for_every_pack(
 def test_a_checkpointed_block_saves_only_what_goes_in():
     torch.manual_seed(0)
     model = Transformer(TINY)
-    parallelize(model, PLACE, Parallelism(checkpointed=1))
+    parallelize(model, WORLD, Parallelism(checkpointed=1))
     saved = []
     x, cos = torch.ones(6, 32, requires_grad=True), torch.ones(6, 8)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -112,11 +112,14 @@ def qwen() -> Transformer:
 @pytest.mark.parametrize(
     ("gib", "least", "most"), [(36, 28, 28), (40, 27, 27), (80, 10, 26), (140, 1, 9), (400, 0, 0)]
 )
-def test_auto_checkpoints_as_few_blocks_as_memory_needs(qwen, monkeypatch, gib, least, most):
+def test_auto_checkpoints_as_few_blocks_as_memory_allows(qwen, monkeypatch, gib, least, most):
     monkeypatch.setattr(memory, "total_memory", lambda world: gib << 30)
-    count, why = blocks_to_checkpoint("auto", qwen, 32_768, PLACE, torch.bfloat16)
+    needs = step_memory(qwen, 32_768, WORLD, torch.bfloat16)
+    count = blocks_to_checkpoint("auto", needs)
     assert least <= count <= most
-    assert f"{count} of 28 blocks" in why
+    assert count == 28 or needs.total(count) <= needs.planned
+    assert count == 0 or needs.total(count - 1) > needs.planned or count == 28
+    assert f"{count} of 28 blocks" in needs.describe(count)
 
 
 def test_bytes_of_a_step_of_the_published_model_by_hand(qwen):
@@ -127,42 +130,46 @@ def test_bytes_of_a_step_of_the_published_model_by_hand(qwen):
     head = CHUNK_BYTES["cpu"] + 4 * 151_936 * d + 5 * 4 * t * d
     backward = 2 * (2 * t * (8960 + d) + 151_936 * d)
     alone = 12 * n + 4 * n + 2 * n + inputs + max(head, backward)
-    given = (qwen, t, PLACE, torch.bfloat16)
-    assert step_bytes(*given, checkpointed=28) == pytest.approx(alone + t * saved)
-    assert step_bytes(*given, checkpointed=27) == step_bytes(*given, checkpointed=28)
-    assert step_bytes(*given, checkpointed=20) == pytest.approx(alone + 8 * t * saved)
-    eight = (qwen, t, World(3, 16, CPU, 8), torch.bfloat16)  # two nodes of 8: sharded inside one
-    assert step_bytes(*eight, 28) == pytest.approx(alone - 12 * n * 7 / 8 + t * saved)
+    one = step_memory(qwen, t, WORLD, torch.bfloat16)
+    assert one.total(checkpointed=28) == pytest.approx(alone + t * saved)
+    assert one.total(checkpointed=27) == one.total(checkpointed=28)
+    assert one.total(checkpointed=20) == pytest.approx(alone + 8 * t * saved)
+    two_nodes = World(3, 16, CPU, 8)  # of 8 ranks: sharded inside a node
+    many = step_memory(qwen, t, two_nodes, torch.bfloat16)
+    assert many.total(28) == pytest.approx(alone - 12 * n * 7 / 8 + t * saved)
 
 
 def test_one_process_in_fp32_has_no_second_copy_of_the_weights():
     model = Transformer(TINY)
     n = sum(p.numel() for p in model.parameters())
-    parts = fixed_parts(model, 100, PLACE, torch.float32)
-    assert [*parts.values()][:3] == [12 * n, 4 * n, 4 * 100 * 32 * 4]
-    assert "whole weights to compute with" in fixed_parts(model, 100, PLACE, torch.bfloat16)
+    fixed = step_memory(model, 100, WORLD, torch.float32).fixed
+    assert [*fixed.values()][:3] == [12 * n, 4 * n, 4 * 100 * 32 * 4]
+    copy = "whole weights in the compute dtype"
+    assert step_memory(model, 100, WORLD, torch.bfloat16).fixed[copy] == 2 * n
+    assert step_memory(model, 100, World(0, 2, CPU, 2), torch.float32).fixed[copy] == 4 * n
 
 
 def test_the_table_adds_up_and_says_whether_it_fits(qwen, monkeypatch):
-    for gib, fits in ((80, "within 85% of what there is, 68.000"), (30, "more than 85%")):
+    for gib, fits in ((80, "within 85% of the memory, 68.000"), (30, "more than 85%")):
         monkeypatch.setattr(memory, "total_memory", lambda world, gib=gib: gib << 30)
-        count, why = blocks_to_checkpoint("auto", qwen, 32_768, PLACE, torch.bfloat16)
-        *parts, total = [float(line.split()[0]) for line in why.splitlines()[2:]]
+        needs = step_memory(qwen, 32_768, WORLD, torch.bfloat16)
+        count = blocks_to_checkpoint("auto", needs)
+        lines = needs.describe(count).splitlines()
+        *parts, total = [float(line.split()[0]) for line in lines[2:]]
         assert total == pytest.approx(sum(parts), abs=0.01)
-        expected = step_bytes(qwen, 32_768, PLACE, torch.bfloat16, count) / 2**30
-        assert total == pytest.approx(expected, abs=0.001)
-        assert fits in why.splitlines()[-1]
+        assert total == pytest.approx(needs.total(count) / 2**30, abs=0.001)
+        assert fits in lines[-1]
 
 
 @pytest.mark.parametrize(("setting", "count"), [("all", 28), ("none", 0), ("7", 7), ("28", 28)])
 def test_a_given_number_is_taken(qwen, setting, count):
-    assert blocks_to_checkpoint(setting, qwen, 100, PLACE, torch.bfloat16)[0] == count
+    assert blocks_to_checkpoint(setting, step_memory(qwen, 100, WORLD, torch.bfloat16)) == count
 
 
 @pytest.mark.parametrize("setting", ["29", "-1", "most", "1.5", ""])
 def test_another_setting_is_refused(qwen, setting):
     with pytest.raises(UserError, match="--checkpoint-blocks"):
-        blocks_to_checkpoint(setting, qwen, 100, PLACE, torch.bfloat16)
+        blocks_to_checkpoint(setting, step_memory(qwen, 100, WORLD, torch.bfloat16))
 
 
 def test_flops_of_the_published_model_by_hand():

@@ -22,9 +22,11 @@ from test_invariance import (
 )
 
 from redi import distributed
-from redi.batches import SequenceStats, TrainData, read, with_reference
+from redi.batches import TrainData
+from redi.checkpoint.reference import reference_logps
+from redi.config import RankError
 from redi.distributed import Parallelism, World, full_tensor, parallelize
-from redi.monitor import squared_update_norm
+from redi.monitor import SequenceStats, gather_step_stats, squared_update_norm
 
 CASES = [
     (name, tied, dtype, rows)
