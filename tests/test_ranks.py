@@ -1,15 +1,19 @@
-"""Invariant 1 over real ranks: gloo processes with FSDP2 give the loss and gradients of one alone.
+"""Invariant 1 on real ranks: gloo processes with FSDP2 give the loss and gradients of one process.
 
     python -m pytest tests/test_ranks.py
 
-This file is also the program that the ranks run, `torchrun`'s environment set by hand. Rows are
-ragged, so ranks have unequal packs; of a single row, or pair kept together, one rank has nothing.
+This file is also the program that the ranks run; `torchrun`'s environment is set by hand. Rows are
+ragged, so ranks have unequal packs. With a single row, or a single pair kept together, all ranks
+but one have no work.
 """
 
 import os
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +27,9 @@ from test_invariance import (
 
 from redi import distributed
 from redi.batches import TrainData
-from redi.checkpoint.reference import reference_logps
+from redi.checkpoint.reference import _score as reference_logp_sums
 from redi.config import RankError
-from redi.distributed import Parallelism, World, full_tensor, parallelize
+from redi.distributed import Parallelism, World, full_tensor, local_rank_zero_first, parallelize
 from redi.monitor import SequenceStats, gather_step_stats, squared_update_norm
 
 CASES = [
@@ -35,12 +39,12 @@ CASES = [
     for dtype in BETWEEN_CUTS
     for rows in (7, 1)
 ]
-# Ways of their own through objectives.py.
+# The other code paths of objectives.py.
 CASES += [("dpo_norm", True, torch.float64, 7), ("dft", True, torch.float64, 1)]
 
 
 def torchrun(program: list[str], ranks: int, local_world_size: int, **environment: str) -> list:
-    """Start a program once a rank, as torchrun does: the processes."""
+    """Start a program once per rank, as torchrun does. Returns the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,29 +75,53 @@ def one_step(
     pack_tokens: int = 1000,
     reshard: bool = False,
 ):
-    """Loss, summary and whole gradients of a step over all rows, dealt to the ranks."""
+    """Loss, statistics and whole gradients of a step over all rows, dealt to the ranks."""
     reference = tiny(tied, dtype, seed=9)
     model = tiny(tied, dtype)
     for each in (reference, model):
         parallelize(each, world, Parallelism(dtype, 1, reshard_after_forward=reshard))
-    task = TrainData(Rows.draw(name != "sft", rows), objective_of(name), world, pack_tokens)
-    task = with_reference(reference, task)
-    step = task.everything()
-    totals, parts, loss = task.totals(step), [], torch.zeros((), dtype=torch.float64)
+    data = TrainData(Rows.draw(name != "sft", rows), objective_of(name), world, pack_tokens)
+    if data.objective.needs_reference:
+        data = replace(data, reference=reference_logp_sums(reference, data))
+    step = data.all_rows()
+    totals, parts, loss = data.totals(step), [], torch.zeros((), dtype=torch.float64)
     packs = len(step[world.rank])
-    for number, batch in enumerate(task.batches(step, totals), start=1):
+    for number, batch in enumerate(data.batches(step, totals), start=1):
         distributed.last_pack(model, number == packs, reshard)
-        entropies = torch.zeros_like(batch.token_weights)
-        share, logps = task.loss(model, batch, totals, entropies)
-        share.backward()
-        loss += share.detach()
-        parts.append(SequenceStats.of(batch, logps, name != "sft", entropies))
+        result = data.loss(model, batch, totals)
+        result.loss.backward()
+        loss += result.loss.detach()
+        parts.append(SequenceStats.of(batch, result, name != "sft"))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     update = squared_update_norm(torch.optim.AdamW(model.parameters(), lr=1e-2)) / world.num_nodes
-    reading = read(task, step, parts, [loss, update], [full_tensor(norm)], with_entropies=True)
+    stats = gather_step_stats(data, step, parts, [loss, update], replicated=[full_tensor(norm)])
     grads = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
-    logged = reading.summary() | {"squared update": reading.added[1]}
-    return reading.added[0], reading.replicated[0], logged, grads, packs
+    logged = stats.logp_summary() | stats.entropy_summary() | {"squared update": stats.scalars[1]}
+    return stats.scalars[0], stats.replicated[0], logged, grads, packs
+
+
+def in_turn(world: World, folder: Path, failing: int | None) -> str:
+    """What a rank does in local_rank_zero_first, in which the rank `failing` raises an error."""
+    written = folder / f"node-{world.rank // world.local_world_size}-failing-{failing}"
+    try:
+        with local_rank_zero_first(world):
+            if world.rank == failing:
+                raise OSError("disk full")
+            if world.is_local_rank_zero:
+                time.sleep(0.2)
+                written.touch()
+                did = "wrote"
+            else:
+                did = "found" if written.exists() else "too early"
+    except (OSError, SystemExit) as error:
+        return str(error)
+    return did
+
+
+def gather(value: str, world: World) -> list[str]:
+    values = [""] * world.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def main(out: str) -> None:
@@ -102,12 +130,15 @@ def main(out: str) -> None:
     for case in CASES:
         for cut in CUTS:
             results[case, cut] = one_step(*case, world, *cut)
+    last_leader = world.world_size - world.local_world_size
+    for failing in (None, last_leader):
+        results["in turn", failing] = gather(in_turn(world, Path(out).parent, failing), world)
     if world.rank == 0:
         torch.save(results, out)
     torch.distributed.barrier()
 
 
-# ---------------------------------------------------------------- what is asked of them
+# ---------------------------------------------------------------- what they must give
 
 
 @pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["2 ranks", "2 nodes of 2"])
@@ -133,12 +164,65 @@ def test_ranks_together_give_the_loss_and_gradients_of_one_alone(results, case):
         assert together[2] == pytest.approx(summary, rel=within, abs=5 * within)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def test_the_first_rank_of_each_node_runs_first_and_takes_the_others_down_if_it_fails(results):
+    turns = {failing: result for (name, failing), result in results.items() if name == "in turn"}
+    [(_, done), (leader, failed)] = turns.items()
+    ranks = len(done)
+    assert done == ["wrote", "found"] * (ranks // 2)
+    assert failed == ["2"] * leader + ["disk full"] + ["2"] * (ranks - leader - 1)
+
+
+PAIR = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
+BUFFER = "[/src/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] "
+ADVICE = ". This is typically caused by a remote worker crashing. Check the logs."
+LOST = [
+    (RuntimeError, f"{PAIR}Connection closed by peer [127.0.0.1]:457{ADVICE}"),
+    (RuntimeError, f"{PAIR}Read error [127.0.0.1]:432: Connection reset by peer{ADVICE}"),
+    (RuntimeError, f"{PAIR}Write error [127.0.0.1]:432: Broken pipe{ADVICE}"),
+    (RuntimeError, f"{BUFFER}Timed out waiting 4000ms for recv operation to complete"),
+    (RuntimeError, f"{PAIR}Application timeout caused pair closure"),
+    (torch.distributed.DistBackendError, "NCCL error: remote process exited"),
+    (torch.distributed.DistNetworkError, "The client socket has timed out after 60s"),
+]
+
+
+@pytest.mark.parametrize(("kind", "text"), LOST)
+def test_an_error_of_the_exchange_between_ranks_becomes_one_line(kind, text):
+    world = World(1, 2, torch.device("cpu"))
+    with pytest.raises(RankError) as raised, distributed.report_lost_ranks(world, "a week"):
+        raise kind(text)
+    why = text.rpartition("] ")[2].removesuffix(ADVICE)
+    assert str(raised.value) == (
+        f"rank 1 lost another process, which died or did not answer within a week: {why}"
+    )
+
+
+OTHERS = [
+    "ProcessGroupGloo::allreduce: invalid tensor type at index 0",
+    f"[enforce fail at {PAIR[1:-2]}] op.preamble.length <= op.nbytes. 200000 vs 8",
+    "CUDA error: out of memory while gloomy",
+    "Timed out waiting for the tokenizer",
+    "Connection closed by peer while the data set was downloaded",
+]
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_any_other_error_passes_through_as_it_is(text):
+    world, error = World(1, 2, torch.device("cpu")), RuntimeError(text)
+    with pytest.raises(RuntimeError) as raised, distributed.report_lost_ranks(world, "a week"):
+        raise error
+    assert raised.value is error
+
+
+def test_a_process_alone_has_lost_no_other():
+    world, error = World(0, 1, torch.device("cpu")), torch.distributed.DistError("no NCCL here")
+    with pytest.raises(RuntimeError) as raised, distributed.report_lost_ranks(world, "a week"):
+        raise error
+    assert raised.value is error
 
 
 def test_a_rank_that_ends_well_leaves_the_group_and_one_that_breaks_does_not_wait_for_it():
-    """Left to the end of the process, gloo's threads abort it now and then."""
+    """If it stayed until the end of the process, gloo's threads would sometimes abort it."""
     import torch.distributed as dist
 
     world = World(0, 2, torch.device("cpu"))
@@ -149,3 +233,7 @@ def test_a_rank_that_ends_well_leaves_the_group_and_one_that_breaks_does_not_wai
     with distributed.report_lost_ranks(world, "a week"):
         pass
     assert not dist.is_initialized()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
