@@ -4,7 +4,6 @@ measure.py      interleaved rounds of CPU time, peaks of memory, one results fil
 loss.py         the head's loss and gradients: memory and time over four peers (C1 to C6)
 attention.py    packed attention over other ways to write it on a CPU (C7)
 trainer.py      whole training steps over TRL's (C8 to C10), on a model and rows of inputs.py
-metrics.py      a step with entropies and update norm over one without (M1, M2)
 ranks.py        two ranks over two processes alone (C14), their memory over the formula
 plan.py         balance, micro-batches and seconds of the step plan (C11, C12)
 data.py         raw rows to tokens over datasets.map (D1), its memory on a file of 2 GB

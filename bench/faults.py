@@ -26,7 +26,7 @@ OUT/.saving-PID does. A run survived if
     inside_a_save     kills that were inside a checkpoint's
     inside_last_save  kills that were inside the model's
     redone_steps      recorded before a kill and done again after it
-    two_to_one        a run on 2 ranks, killed, that goes on as 1: the largest difference of a
+    two_to_one        a run on 2 ranks, killed, that resumes on 1: the largest difference of a
                       weight from the undisturbed one, over the largest weight; its peer says for
                       how many steps. Adam divides a gradient by its own size, so what differs by
                       rounding alone may move a weight by a whole step of the learning rate, and
@@ -181,7 +181,7 @@ def go_on(run: Run, whole: Run, outcome: Killed) -> None:
     done = run.trained()
     run.start()
     run.wait_until(lambda: run.trained() > done)  # or its end, if no step was left
-    redone = done - run.went_on_after()
+    redone = done - run.resumed_after()
     outcome.redone.append(redone)
     if redone > SAVE_EVERY:
         outcome.problems.append(f"{redone} steps done again")
@@ -219,8 +219,8 @@ def two_to_one(name: str, whole: Undisturbed) -> float:
         run.ranks = 1
         run.start()
         run.end()
-    if run.went_on_after() != begin:
-        raise RuntimeError(f"{name}: went on after step {run.went_on_after()}, not {begin}")
+    if run.resumed_after() != begin:
+        raise RuntimeError(f"{name}: resumed after step {run.resumed_after()}, not {begin}")
     return distance(run, whole.run)
 
 

@@ -86,7 +86,7 @@ def head_outcomes(given: Given) -> dict[str, Outcome]:
     hidden, weight, targets, token_weights = given
     logps = token_logps(hidden, weight, targets)
     found = {
-        "weighted_logp_sum": outcome(*weighted_logp_sum(*given), given),
+        "weighted_logp_sum": outcome(*weighted_logp_sum(*given)[:2], given),
         "token_logps": outcome(logps @ token_weights, logps, given),
     }
     if hidden.is_cuda and has("liger_kernel", "G9"):
@@ -209,7 +209,7 @@ def loss_and_gradients(
     model = Transformer(config)
     initialise(model, seed=0)
     parallelize(model, World(0, 1, device), Parallelism(dtype))
-    loss, _ = sft().loss(model, sft_pack(config, lengths).to(device), None, None)
+    loss = sft().loss(model, sft_pack(config, lengths).to(device), None, None).loss
     loss.backward()
     gradients = [full_tensor(p.grad).reshape(-1).float().cpu() for p in model.parameters()]
     return loss.detach().cpu(), torch.cat(gradients)

@@ -1,9 +1,9 @@
 """G4, G5, G6: redi's own training steps at Qwen2.5-Math-1.5B's size.
 
 Random weights, made on the device; random tokens with the lengths of traces. The loop is
-redi.train.train on a model that redi.distributed.parallelize placed, so all is there that a run
-has: bf16 from fp32 weights, packs of 32,768 tokens, clipping, AdamW, the log-probs' record. Left
-out of it is what stands before and after: tokenising, loading, saving.
+redi.train.train on a model after redi.distributed.parallelize, so all is there that a run has: bf16
+from fp32 weights, packs of 32,768 tokens, clipping, AdamW, the record of log-probs. Left out: what
+comes before and after, that is tokenizing, loading and saving.
 
     G4_tok_s    SFT, ROWS traces a step            G5_tok_s    REDI, PAIRS pairs a step
     G4_mfu      FLOPs counted by document, of a large matmul's 790 TFLOP/s
@@ -49,7 +49,8 @@ from redi.distributed import Parallelism, World, compute_dtype, parallelize
 from redi.model import ModelConfig, Transformer
 from redi.monitor import training_flops
 from redi.objectives import Objective
-from redi.train import TrainConfig, train
+from redi.recipe import TrainConfig
+from redi.train import train
 
 SHAPE = replace(QWEN, max_positions=TOKENS)
 ROWS, PAIRS = 17, 8  # a step of about 96,000 and 87,000 tokens
@@ -166,8 +167,9 @@ def settings(run: Run, folder: Path) -> tuple[TrainConfig, Objective]:
         "pack_tokens": run.pack_tokens,
     }
     if run.paired:
-        return recipe.REDIConfig(**few, alpha=ALPHA), objectives.redi(ALPHA)
-    return recipe.SFTConfig(**few), objectives.SFT
+        config = recipe.REDIConfig(**few, alpha=ALPHA)
+        return config, config.make_objective()
+    return recipe.SFTConfig(**few), objectives.sft()
 
 
 def train_steps(run: Run, device: torch.device) -> tuple[Clock, int]:
@@ -175,16 +177,17 @@ def train_steps(run: Run, device: torch.device) -> tuple[Clock, int]:
     world = World(0, 1, device)
     dtype = compute_dtype("auto", world)
     model = random_model(run.model, device)
-    checkpointed, _ = memory.blocks_to_checkpoint(run.blocks, model, run.longest_pack, world, dtype)
+    needs = memory.step_memory(model, run.longest_pack, world, dtype)
+    checkpointed = memory.blocks_to_checkpoint(run.blocks, needs)
     parallelize(model, world, Parallelism(dtype, checkpointed, run.compiled))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config, objective = settings(run, folder)
         dataset = random_rows(folder, run.lengths, run.model.vocab_size)
-        task = TrainData(dataset, objective, world, run.pack_tokens)
+        data = TrainData(dataset, objective, world, run.pack_tokens)
         log = Clock(folder)
         with redirect_stdout(sys.stderr):
-            train(model, task, config, log, Checkpoints(folder / "run", world, {}, config.keep))
+            train(model, data, config, log, Checkpoints(folder / "run", world, {}, config.keep))
     return log, checkpointed
 
 
@@ -243,8 +246,9 @@ def peaks(
     print(f"{'blocks checkpointed':<22}{'peak GiB':>10}{'formula':>10}{'ratio':>8}")
     for setting in ("all", "auto", "none"):
         free(device)
-        count, _ = memory.blocks_to_checkpoint(setting, sizes, tokens, world, dtype)
-        expected = memory.step_bytes(sizes, tokens, world, dtype, count)
+        needs = memory.step_memory(sizes, tokens, world, dtype)
+        count = memory.blocks_to_checkpoint(setting, needs)
+        expected = needs.total(count)
         if expected > 0.97 * memory.total_memory(world):
             print(f"{setting:<22} skipped: {expected / 2**30:.1f} GiB by the formula do not fit")
             continue

@@ -5,7 +5,7 @@ faults.py.
         run.start()
         run.wait_until(lambda: run.trained() >= 20)
         run.kill()                  # SIGKILL, every process at once
-        run.start()                 # goes on
+        run.start()                 # resumes
         run.end()
 
 What a run has done is read from what it wrote, as its user would. Linux.
@@ -158,9 +158,9 @@ class Run:
     def finished(self) -> bool:
         return any(record["kind"] == "finished" for record in self.records())
 
-    def went_on_after(self) -> int:
-        """The step after which its last start went on, as it said; 0 if it began anew."""
-        said = re.search(r"goes on after step (\d+)", self.log.read_text())
+    def resumed_after(self) -> int:
+        """The step after which its last start resumed, as it said; 0 if it began anew."""
+        said = re.search(r"resumes after step (\d+)", self.log.read_text())
         return int(said[1]) if said else 0
 
     def checkpoint(self, step: int) -> Path:

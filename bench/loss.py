@@ -53,7 +53,7 @@ NONE, SUM = f"torch none, chunk {CHUNK}", f"torch sum, chunk {CHUNK}"
 NONE_DEFAULT, SUM_DEFAULT = "torch none, default", "torch sum, default"
 
 Given = tuple[Tensor, Tensor, Tensor, Tensor]  # hidden (R, D), weight (V, D), targets, weights (R,)
-Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # loss, log-probs
+Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple]  # loss, log-probs or None, whatever else
 Outcome = tuple[Tensor, Tensor | None, Tensor, Tensor]  # loss, log-probs, d hidden, d weight
 Seconds = dict[str, list[CPUSeconds]]
 
@@ -132,7 +132,7 @@ def inputs(rows: int = R, std: float = 1.1) -> Given:
 
 def step(run: Run, given: Given) -> Outcome:
     """Forward and backward; the gradients are taken away, so that no step adds to another's."""
-    loss, logps = run(*given)
+    loss, logps, *_ = run(*given)
     d_hidden, d_weight = torch.autograd.grad(loss, given[:2])
     return loss.detach(), None if logps is None else logps.detach(), d_hidden, d_weight
 

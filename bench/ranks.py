@@ -106,7 +106,7 @@ class Weighed:
 
 
 class Rows:
-    """Rows of random tokens, all of one length, with the fields of Dataset that a Task reads."""
+    """Rows of random tokens, all of one length, with the fields of Dataset that TrainData reads."""
 
     store = SimpleNamespace(paired=False)
 
@@ -142,13 +142,13 @@ class Training:
     def __call__(self, turn: Turn) -> Taken:
         pack_tokens = ROWS * self.config.max_positions
         rows = Rows(RANKS * turn.packs * ROWS, self.config)
-        task = TrainData(rows, sft(), self.world, pack_tokens)
+        data = TrainData(rows, sft(), self.world, pack_tokens)
         step, signals = step_of(self.numbers, turn.packs), SimpleNamespace(wanted=False)
         for group in self.optimizer.param_groups:
             group["lr"] = turn.lr
         cpu, began = cpu_now(), time.perf_counter()
         for _ in range(turn.steps):
-            record, _ = train._train_step(self.model, self.optimizer, task, step, SETTINGS, signals)
+            _, record = train.train_step(self.model, self.optimizer, data, step, SETTINGS, signals)
         seconds = time.perf_counter() - began
         tokens = turn.steps * turn.packs * pack_tokens
         return Taken(record["loss"], tokens, seconds, cpu_now().since(cpu))
@@ -166,7 +166,7 @@ class Weighing:
         with torch.device("meta"):
             model = Transformer(self.config)
         tokens, fp32 = ROWS * self.config.max_positions, torch.float32
-        formula = memory.step_bytes(model, tokens, self.world, fp32, checkpointed)
+        formula = memory.step_memory(model, tokens, self.world, fp32).total(checkpointed)
         return Weighed(peak, formula)
 
     def train(self, config: ModelConfig, checkpointed: int) -> None:

@@ -162,15 +162,13 @@ def take_turns(folder: Path, trainers: dict[str, Trainer], steps: int) -> dict[s
 
 
 def ours(trainer: Trainer, folder: Path, turns: Turns) -> None:
-    import train_redi
-    import train_sft
-    from redi import runlog
+    from redi import programs, runlog
 
     def track(kind: str, step: int, values: dict) -> None:
         turns.take(values["loss"], values["tokens"], values["chosen_logp"])
 
     runlog.TRACKERS["none"] = lambda run, settings: track  # where nobody listens, we do
-    program = train_sft if trainer.objective == "sft" else train_redi
+    program = programs.train_sft if trainer.objective == "sft" else programs.train_redi
     settings = {
         "model": folder / "model",
         "data": folder / trainer.data,
@@ -186,13 +184,13 @@ def ours(trainer: Trainer, folder: Path, turns: Turns) -> None:
         "rope-theta": "keep",
         "max-position-embeddings": "keep",
     }
-    if program is train_redi:
+    if program is programs.train_redi:
         settings |= {"objective": trainer.objective}
     if trainer.objective == "dpo":
         settings |= {"beta": BETA}
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     sys.argv = [program.__name__, *flags]
-    program.main()
+    program()
 
 
 def trl(trainer: Trainer, folder: Path, turns: Turns) -> None:

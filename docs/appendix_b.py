@@ -42,18 +42,18 @@ def cosines(config: AngleConfig) -> dict[float, float]:
     dataset = load_data(config.data, rows, source, paired=True)
 
     def gradient(objective: Objective) -> torch.Tensor:
-        task = TrainData(dataset, objective, World(0, 1, torch.device("cpu")), rows.pack_tokens)
-        step = task.everything()
-        totals = task.totals(step)
+        data = TrainData(dataset, objective, World(0, 1, torch.device("cpu")), rows.pack_tokens)
+        step = data.all_rows()
+        totals = data.totals(step)
         model.zero_grad()
-        for batch in task.batches(step, totals):
-            task.loss(model, batch, totals)[0].backward()
+        for batch in data.batches(step, totals):
+            data.loss(model, batch, totals).loss.backward()
         return torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
     symmetric = gradient(make_objective("symmetric"))
     return {
         beta: torch.cosine_similarity(
-            gradient(make_objective("simpo", beta, GAMMA)), symmetric, dim=0
+            gradient(make_objective("simpo", beta=beta, gamma=GAMMA)), symmetric, dim=0
         ).item()
         for beta in BETAS
     }

@@ -62,7 +62,7 @@ def warned(run: str) -> int | None:
     """The step at which the guard warned, if it did."""
     guard = CollapseGuard(DEFAULTS.collapse_threshold, DEFAULTS.collapse_steps)
     steps, chosen = series(run, "chosen_logp")
-    return next((s for s, c in zip(steps, chosen) if guard.look({"chosen_logp": c})), None)
+    return next((s for s, c in zip(steps, chosen) if guard.check({"chosen_logp": c})), None)
 
 
 def kept(run: str) -> Path:

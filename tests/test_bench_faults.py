@@ -1,7 +1,7 @@
 """The bench of killed runs: what it watches, what it finds, and what it reports.
 
 One undisturbed run of an epoch of the toy, made in this process; copies of it are damaged. One more
-is really killed, and goes on.
+is really killed, and resumes.
 """
 
 import json
@@ -128,13 +128,13 @@ def test_what_a_run_has_done_is_read_from_its_files(copy):
     assert (copy.trained(), copy.finished()) == (7, False)
 
 
-def test_the_step_after_which_it_went_on_is_that_of_the_last_start(copy):
+def test_the_step_after_which_it_resumed_is_that_of_the_last_start(copy):
     copy.starts = 2
-    copy.log.with_name("copy-1.log").write_text("copy: goes on after step 5\n")
+    copy.log.with_name("copy-1.log").write_text("copy: resumes after step 5\n")
     copy.log.write_text("began\n")
-    assert copy.went_on_after() == 0
-    copy.log.write_text("x\nsomewhere/copy: goes on after step 35\ny\n")
-    assert copy.went_on_after() == 35
+    assert copy.resumed_after() == 0
+    copy.log.write_text("x\nsomewhere/copy: resumes after step 35\ny\n")
+    assert copy.resumed_after() == 35
 
 
 @pytest.mark.parametrize(

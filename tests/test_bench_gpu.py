@@ -30,7 +30,7 @@ from redi.monitor import training_flops
 CPU = torch.device("cpu")
 # Where there is no GPU, Triton runs in its interpreter (see conftest.py).
 TRITON = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PLACE = World(0, 1, CPU)
+WORLD = World(0, 1, CPU)
 TINY = ModelConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=3, num_heads=4,
     num_kv_heads=2, head_dim=16, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=512,
@@ -71,8 +71,8 @@ def test_the_head_is_right_in_bf16():
 @pytest.mark.parametrize(
     ("wrong", "seen"),
     [
-        (lambda loss, logps: (loss, logps + 0.01), {"G9_logp"}),
-        (lambda loss, logps: (loss * 1.01, logps), {"G9_loss", "G9_dH", "G9_dW"}),
+        (lambda loss, logps, _: (loss, logps + 0.01), {"G9_logp"}),
+        (lambda loss, logps, _: (loss * 1.01, logps), {"G9_loss", "G9_dH", "G9_dW"}),
     ],
 )
 def test_a_wrong_head_is_seen(wrong, seen, monkeypatch):

@@ -9,7 +9,7 @@ from redi.checkpoint.folder import open_model
 from redi.eval import decoder
 from redi.eval.benchmarks import load
 from redi.eval.protocol import EvalConfig, make_prompt
-from redi.model import Decoder
+from redi.model import Layers
 from redi.toy import student as toy
 
 
@@ -23,7 +23,7 @@ def test_the_tokens_counted_are_those_of_prompts_and_answers(tmp_path, monkeypat
     config = EvalConfig(user_prompt="plain")
     prompts = sum(len(make_prompt(test, p, source, config)[0]) for p in test.problems)
 
-    monkeypatch.setattr(Decoder, "forward", Decoder.forward)  # as they are: put back at the end
+    monkeypatch.setattr(Layers, "forward", Layers.forward)  # as they are: put back at the end
     monkeypatch.setattr(decoder.Decoder, "logits", decoder.Decoder.logits)
     whole = tmp_path / "whole"
     monkeypatch.setattr(sys, "argv", command(model, benchmark, whole)[2:])
@@ -35,7 +35,7 @@ def test_the_tokens_counted_are_those_of_prompts_and_answers(tmp_path, monkeypat
     monkeypatch.undo()
     again = tmp_path / "again"
     os.replace(whole.with_suffix(".tokens"), again.with_suffix(".tokens"))
-    monkeypatch.setattr(Decoder, "forward", Decoder.forward)
+    monkeypatch.setattr(Layers, "forward", Layers.forward)
     monkeypatch.setattr(decoder.Decoder, "logits", decoder.Decoder.logits)
     monkeypatch.setattr(sys, "argv", command(model, benchmark, again)[2:])
     evaluate_counted()
