@@ -1,6 +1,7 @@
-# make demo   the whole method on a toy problem, on a CPU, in a few minutes
-# make test   lint and tests
-# make clean  forget the virtual environment and everything in out/
+# make demo       the whole method on a toy problem, on a CPU, in a few minutes
+# make test       lint and tests
+# make test-slow  forty faults put into a copy of the code, each of which a test must notice
+# make clean      forget the virtual environment and everything in out/
 # Each makes .venv first. Another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: .venv/core
 	@rm -rf out/demo
@@ -33,6 +34,9 @@ demo: .venv/core
 # A process a core, each with whole files of tests: what a file's tests share is made once.
 test: .venv/dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-slow: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,0 +1,360 @@
+"""Forty mutants of the core: one-line faults, and the tests that must notice each of them.
+
+tests/test_mutants.py applies each to a copy of the tree and expects the listed tests to fail
+(`make test-slow`). When code moves, re-point `file`, `old`, `new` and `tests`; keep the fault.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str  # what is wrong in the mutated code
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    tests: tuple[str, ...]  # pytest node ids, the cheapest that must fail
+
+
+INVARIANCE = "tests/test_invariance.py::test_any_plan_gives_the_papers_loss_and_gradients"
+RANKS = "tests/test_ranks.py::test_ranks_together_give_the_loss_and_gradients_of_one_alone"
+
+MUTANTS = (
+    # ---------------------------------------------------------------- losses and objectives
+    Mutant(
+        "the gradient of rejected tokens has the sign of the chosen ones",
+        "redi/losses.py",
+        "return -chosen_mean + alpha * rejected_mean",
+        "return -chosen_mean - alpha * rejected_mean",
+        ("tests/test_losses.py::test_redi_of_the_worked_pair",),
+    ),
+    Mutant(
+        "DPO compares only the chosen trace with the reference",
+        "redi/losses.py",
+        "(chosen_sum - ref_chosen_sum) - (rejected_sum - ref_rejected_sum)  # (P,)",
+        "(chosen_sum - ref_chosen_sum) - rejected_sum  # (P,)",
+        ("tests/test_losses.py::test_dpo_of_the_worked_pair",),
+    ),
+    Mutant(
+        "DFT sums over a trace's tokens instead of averaging",
+        "redi/related_losses.py",
+        "(logps.detach().exp() * logps).mean()",
+        "(logps.detach().exp() * logps).sum()",
+        ("tests/test_related_losses.py::test_the_worked_pair",),
+    ),
+    Mutant(
+        "token weights of REDI are not divided by the number of pairs",
+        "redi/losses.py",
+        "return numerator / (num_pairs * lengths)",
+        "return numerator / lengths",
+        (
+            "tests/test_losses.py"
+            "::test_weights_are_those_of_the_whole_step_not_of_the_sequences_at_hand",
+        ),
+    ),
+    Mutant(
+        "the two traces of a pair may be in different packs although the loss needs both",
+        "redi/objectives.py",
+        "keep_pairs=True, needs_reference=needs_reference",
+        "keep_pairs=False, needs_reference=needs_reference",
+        (f"{INVARIANCE}[2 ranks-simpo-tied-torch.float64]",),
+    ),
+    Mutant(
+        "a pair is compared with the reference log-probs of another row",
+        "redi/objectives.py",
+        "reference[batch.row_ids[0::2]]",
+        "reference[sorted(batch.row_ids[0::2])]",
+        (f"{INVARIANCE}[one pack-dpo-tied-torch.float64]",),
+    ),
+    # ---------------------------------------------------------------- log-probs and kernels
+    Mutant(
+        "the maximum is not subtracted before exponentials are taken",
+        "redi/logprobs.py",
+        "row_max = logits.amax(dim=1, keepdim=True)",
+        "row_max = torch.zeros_like(logits[:, :1])",
+        ("tests/test_logprobs.py::test_extreme_logits_are_finite_and_right",),
+    ),
+    Mutant(
+        "token weights are not applied to the gradient",
+        "redi/logprobs.py",
+        "scale = (-weights / total)[:, None]",
+        "scale = (-1.0 / total)[:, None]",
+        ("tests/test_logprobs.py::test_weights_of_either_sign_and_zero",),
+    ),
+    Mutant(
+        "the gradient of the output weight is that of the last chunk alone",
+        "redi/logprobs.py",
+        "torch.addmm(d_weight, chunk.T, part, out=d_weight, **head.into_wide)",
+        "torch.mm(chunk.T, part, out=d_weight, **head.into_wide)",
+        (
+            "tests/test_logprobs.py"
+            "::test_value_and_gradients_equal_float64_autograd_for_every_cut_into_chunks",
+        ),
+    ),
+    Mutant(
+        "logits of bf16 hidden states are accumulated in bf16",
+        "redi/logprobs.py",
+        "return torch.promote_types(hidden.dtype, torch.float32)",
+        "return hidden.dtype",
+        ("tests/test_logprobs.py::test_bf16_log_probs_are_fp32_and_no_worse_than_the_plain_ones",),
+    ),
+    Mutant(
+        "the upstream gradient of the one-pass kernel is ignored",
+        "redi/logprobs.py",
+        "torch.mul(grad, grad_sum, out=",
+        "torch.mul(grad, torch.ones_like(grad_sum), out=",
+        ("tests/test_logprobs.py::test_gradcheck_of_weighted_logp_sum",),
+    ),
+    Mutant(
+        "the Triton kernel keeps a running sum unscaled when the maximum moves",
+        "redi/kernels.py",
+        "sums = sums * tl.exp(maxima - shift) + tl.exp(z - shift)",
+        "sums = sums + tl.exp(z - shift)",
+        ("tests/test_kernels.py::test_target_logps_equals_its_twin_and_leaves_the_logits",),
+    ),
+    Mutant(
+        "the Triton kernel counts the target's exponential twice",
+        "redi/kernels.py",
+        "other = (index < vocabulary) & (index != target)",
+        "other = index < vocabulary",
+        ("tests/test_kernels.py::test_the_worked_example_of_the_module",),
+    ),
+    # ---------------------------------------------------------------- model and attention
+    Mutant(
+        "rotary positions turn the wrong way",
+        "redi/model.py",
+        "torch.cat([-right, left], dim=-1)",
+        "torch.cat([right, -left], dim=-1)",
+        ("tests/test_model.py::test_logits_equal_transformers[True-4-16-10000.0]",),
+    ),
+    Mutant(
+        "RMSNorm has no epsilon",
+        "redi/model.py",
+        "wide.pow(2).mean(-1, keepdim=True) + self.eps)",
+        "wide.pow(2).mean(-1, keepdim=True))",
+        ("tests/test_model.py::test_logits_equal_transformers[True-4-16-10000.0]",),
+    ),
+    Mutant(
+        "queries have no bias",
+        "redi/model.py",
+        "self.q_proj(x).view(split_heads)",
+        "F.linear(x, self.q_proj.weight).view(split_heads)",
+        ("tests/test_model.py::test_logits_equal_transformers[True-4-16-10000.0]",),
+    ),
+    Mutant(
+        "a tied embedding gets no gradient from the head",
+        "redi/model.py",
+        "return self.model.embed_tokens.weight if self.config.tied",
+        "return self.model.embed_tokens.weight.detach() if self.config.tied",
+        ("tests/test_model.py::test_gradients_equal_transformers",),
+    ),
+    Mutant(
+        "tokens see the tokens after them",
+        "redi/attention.py",
+        "is_causal=True",
+        "is_causal=False",
+        ("tests/test_model.py::test_attention_equals_a_dense_block_mask",),
+    ),
+    Mutant(
+        "tokens see the documents before their own",
+        "redi/attention.py",
+        "documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))",
+        "documents = [(query, key, value)]",
+        ("tests/test_model.py::test_changing_one_document_changes_nothing_in_another",),
+    ),
+    # ---------------------------------------------------------------- packing
+    Mutant(
+        "a response is predicted one token too late",
+        "redi/packing.py",
+        "rows = [start + where - 1 for",
+        "rows = [start + where for",
+        (
+            "tests/test_packing.py"
+            "::test_a_response_is_predicted_one_token_earlier_in_its_own_document",
+        ),
+    ),
+    Mutant(
+        "the rows of an epoch's last, smaller step are lost",
+        "redi/packing.py",
+        "starts = range(0, len(order), rows_per_step)",
+        "starts = range(0, len(order) - rows_per_step + 1, rows_per_step)",
+        ("tests/test_packing.py::test_every_sequence_is_used_once_an_epoch",),
+    ),
+    Mutant(
+        "best fit puts a sequence where it is one token too long",
+        "redi/packing.py",
+        "bisect.bisect_left(free, (length,))",
+        "bisect.bisect_left(free, (length - 1,))",
+        ("tests/test_packing.py::test_a_pack_is_within_the_budget_unless_it_is_one_piece",),
+    ),
+    Mutant(
+        "positions count on over the documents of a pack",
+        "redi/packing.py",
+        "np.concatenate([np.arange(length) for length in lengths])",
+        "np.arange(sum(lengths))",
+        ("tests/test_packing.py::test_documents_of_5_3_and_7_tokens_begin_at_0_5_8_15",),
+    ),
+    Mutant(
+        "every epoch has the order of the first one",
+        "redi/packing.py",
+        "np.random.default_rng([seed, epoch])",
+        "np.random.default_rng([seed, 0])",
+        ("tests/test_packing.py::test_epochs_and_seeds_shuffle_differently",),
+    ),
+    # ---------------------------------------------------------------- the train loop
+    Mutant(
+        "the learning rate is that of the step before",
+        "redi/train.py",
+        'group["lr"] = config.lr * lr_factor(number, total)',
+        'group["lr"] = config.lr * lr_factor(number - 1, total)',
+        ("tests/test_train.py::test_learning_rates_of_a_run_are_logged",),
+    ),
+    Mutant(
+        "gradients are not clipped",
+        "redi/train.py",
+        "clip_grad_norm_(model.parameters(), config.clip)",
+        "clip_grad_norm_(model.parameters(), math.inf)",
+        ("tests/test_train.py::test_training_equals_a_plain_loop_of_adamw_with_clipping[0.05]",),
+    ),
+    Mutant(
+        "biases and norms decay too",
+        "redi/train.py",
+        '"weight_decay": 0.0}',
+        '"weight_decay": config.weight_decay}',
+        ("tests/test_train.py::test_training_equals_a_plain_loop_of_adamw_with_clipping[1.0]",),
+    ),
+    Mutant(
+        "gradients of a step are added to those of the steps before",
+        "redi/train.py",
+        "optimizer.zero_grad(set_to_none=True)",
+        "pass",
+        ("tests/test_train.py::test_training_equals_a_plain_loop_of_adamw_with_clipping[1.0]",),
+    ),
+    Mutant(
+        "the update norm uses the bias correction of the step before",
+        "redi/dynamics.py",
+        'step = state["step"].double() + 1.0',
+        'step = state["step"].double()',
+        (
+            "tests/test_train.py"
+            "::test_the_update_norm_is_that_of_the_difference_of_the_weights[1.0-0.0-redi]",
+        ),
+    ),
+    Mutant(
+        "the collapse guard goes on counting after a recovery",
+        "redi/guard.py",
+        "self.low = self.low + 1 if fell > self.threshold else 0",
+        "self.low = self.low + 1 if fell > self.threshold else self.low",
+        ("tests/test_guard.py::test_it_warns_at_these_steps",),
+    ),
+    # ---------------------------------------------------------------- ranks
+    Mutant(
+        "gradients are averaged over ranks instead of summed",
+        "redi/distributed.py",
+        "module.set_gradient_divide_factor(1.0)",
+        "pass",
+        (f"{RANKS}[2 ranks-('redi', True, torch.float64, 7)]",),
+    ),
+    Mutant(
+        "gradients are exchanged after every pack but the last",
+        "redi/distributed.py",
+        "model.set_requires_gradient_sync(last)",
+        "model.set_requires_gradient_sync(not last)",
+        (f"{RANKS}[2 ranks-('redi', True, torch.float64, 7)]",),
+    ),
+    Mutant(
+        "loss and log-probs of a step are those of this rank alone",
+        "redi/batches.py",
+        "add_over_ranks(vector, place)",
+        "pass",
+        (f"{RANKS}[2 ranks-('redi', True, torch.float64, 7)]",),
+    ),
+    Mutant(
+        "losses are divided by the counts of this rank instead of the whole step's",
+        "redi/batches.py",
+        "[ids for packs in step for ids in packs]",
+        "[ids for ids in step[self.place.rank]]",
+        (f"{INVARIANCE}[2 ranks-redi-tied-torch.float64]",),
+    ),
+    # ---------------------------------------------------------------- checkpoints and resume
+    Mutant(
+        "a resumed run skips a step",
+        "redi/train.py",
+        "islice(_steps(task, config), begin, total)",
+        "islice(_steps(task, config), begin + bool(begin), total)",
+        ("tests/test_resume.py::test_a_stopped_run_goes_on_to_the_same_bits[sft]",),
+    ),
+    Mutant(
+        "Adam's second moment is not in a checkpoint",
+        "redi/resume.py",
+        'MOMENTS = ("exp_avg", "exp_avg_sq")',
+        'MOMENTS = ("exp_avg",)',
+        ("tests/test_resume.py::test_weights_and_moments_come_back_bit_by_bit",),
+    ),
+    Mutant(
+        "a damaged checkpoint is resumed from",
+        "redi/resume.py",
+        "if hash_files([folder / name]) != hashes[name]:",
+        "if not (folder / name).exists():",
+        (
+            "tests/test_resume.py"
+            "::test_a_damaged_checkpoint_is_passed_over_for_the_one_before[a flipped bit]",
+        ),
+    ),
+    Mutant(
+        "a tied output weight is stored twice",
+        "redi/checkpoint.py",
+        "in model.state_dict().items():",
+        'in {**model.state_dict(), "lm_head.weight": model.output_weight}.items():',
+        (
+            "tests/test_checkpoint.py"
+            "::test_a_tied_head_that_is_stored_and_equal_is_accepted_and_saved_once",
+        ),
+    ),
+    Mutant(
+        "every rank reads the first rank's rows of a weight",
+        "redi/weights.py",
+        "tensors.get_slice(name)[start : start + len(mine)]",
+        "tensors.get_slice(name)[: len(mine)]",
+        ("tests/test_resume.py::test_dpo_learns_the_same_on_one_rank_and_on_two_and_in_bfloat16",),
+    ),
+    Mutant(
+        "cached reference log-probs are reused for other rows",
+        "redi/reference.py",
+        "rows.hexdigest(), str(dtype)",
+        "str(dtype)",
+        (
+            "tests/test_reference.py"
+            "::test_another_model_data_template_dtype_selection_or_rotary_base_is_another_file",
+        ),
+    ),
+    # ---------------------------------------------------------------- data
+    Mutant(
+        "|y| does not count the stop token",
+        "redi/data/blocks.py",
+        "len(row.response_ids) if row.learned is None",
+        "len(row.response_ids) - 1 if row.learned is None",
+        ("tests/test_train.py::test_stored_tokens_are_the_rendered_rows",),
+    ),
+    Mutant(
+        "a control token quoted in a trace is a control token",
+        "redi/data/tokenizer.py",
+        "tokenizer.encode_special_tokens = True",
+        "tokenizer.encode_special_tokens = False",
+        ("tests/test_tokenizer.py::test_a_control_token_in_a_content_is_text",),
+    ),
+    Mutant(
+        "a row exactly as long as the limit is dropped",
+        "redi/data/dataset.py",
+        "totals - prompts > limits.response",
+        "totals - prompts >= limits.response",
+        ("tests/test_train.py::test_limits_are_inclusive_and_the_stop_token_counts",),
+    ),
+    Mutant(
+        "chosen and rejected are swapped",
+        "redi/data/formats.py",
+        'sides = ("chosen", "rejected") if paired',
+        'sides = ("rejected", "chosen") if paired',
+        ("tests/test_formats.py::test_every_shape_of_a_pair",),
+    ),
+)
