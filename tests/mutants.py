@@ -1,4 +1,4 @@
-"""Forty mutants of the core: one-line faults, and the tests that must notice each of them.
+"""Mutants of the core, at least forty: one-line faults, and the tests that must notice each.
 
 tests/test_mutants.py applies each to a copy of the tree and expects the listed tests to fail
 (`make test-slow`). When code moves, re-point `file`, `old`, `new` and `tests`; keep the fault.
@@ -57,7 +57,7 @@ MUTANTS = (
         "redi/objectives.py",
         "keep_pairs=True, needs_reference=needs_reference",
         "keep_pairs=False, needs_reference=needs_reference",
-        (f"{INVARIANCE}[2 ranks-simpo-tied-torch.float64]",),
+        (f"{INVARIANCE}[one pack-simpo-tied-torch.float64]",),
     ),
     Mutant(
         "a pair is compared with the reference log-probs of another row",
@@ -276,6 +276,34 @@ MUTANTS = (
         "[ids for ids in step[self.place.rank]]",
         (f"{INVARIANCE}[2 ranks-redi-tied-torch.float64]",),
     ),
+    Mutant(
+        "a rank has the reference log-probs of its own rows only",
+        "redi/batches.py",
+        "add_over_ranks(sums, task.place)",
+        "pass",
+        ("tests/test_resume.py::test_dpo_learns_the_same_on_one_rank_and_on_two_and_in_bfloat16",),
+    ),
+    Mutant(
+        "the update norm counts the weights of every node",
+        "redi/train.py",
+        "squared_update(optimizer) / task.place.num_nodes",
+        "squared_update(optimizer)",
+        ("tests/test_resume.py::test_two_nodes_log_the_update_norm_and_flops_of_one_process",),
+    ),
+    Mutant(
+        "the rows of a weight that does not divide evenly begin at the wrong one",
+        "redi/distributed.py",
+        "index * -(-len(parameter) // shards)",
+        "index * (len(parameter) // shards)",
+        ("tests/test_checkpoint.py::test_a_rank_reads_the_rows_that_its_shard_holds",),
+    ),
+    Mutant(
+        "MFU counts the head on every token instead of the supervised ones",
+        "redi/train.py",
+        "lengths.tolist(), totals.num_tokens)",
+        "lengths.tolist(), int(lengths.sum()))",
+        ("tests/test_train.py::test_mfu_counts_the_output_weight_on_supervised_tokens_only",),
+    ),
     # ---------------------------------------------------------------- checkpoints and resume
     Mutant(
         "a resumed run skips a step",
@@ -305,7 +333,7 @@ MUTANTS = (
         "a tied output weight is stored twice",
         "redi/checkpoint.py",
         "in model.state_dict().items():",
-        'in {**model.state_dict(), "lm_head.weight": model.output_weight}.items():',
+        'in {**model.state_dict(), "lm_head.weight": model.output_weight.data.clone()}.items():',
         (
             "tests/test_checkpoint.py"
             "::test_a_tied_head_that_is_stored_and_equal_is_accepted_and_saved_once",

@@ -6,6 +6,7 @@ import resource
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from redi.checkpoint.folder import load_model, save_model
 from redi.checkpoint.resume import Checkpoints
 from redi.config import UserError
 from redi.data.tokenizer import chatml
-from redi.distributed import Parallelism, World, parallelize
+from redi.distributed import Parallelism, World, first_row, parallelize
 from redi.objectives import Totals, sft
 from redi.packing import TokenSequence, pack
 
@@ -537,6 +538,22 @@ def sharded(save_qwen2, tmp_path_factory):
     parallelize(mixed, ALONE, Parallelism(torch.bfloat16))
     yield folder, plain, mixed
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("rows", "begins"),
+    # ceil(rows / 4) rows on each of 4 ranks, as long as there are any
+    [(8, [0, 2, 4, 6]), (10, [0, 3, 6, 9]), (5, [0, 2, 4, 5]), (3, [0, 1, 2, 3])],
+)
+def test_a_rank_reads_the_rows_that_its_shard_holds(rows, begins):
+    weight = torch.arange(rows)
+    for rank, begin in enumerate(begins):
+        weight.device_mesh = SimpleNamespace(
+            ndim=1, size=lambda dim: 4, get_local_rank=lambda dim, rank=rank: rank
+        )
+        assert first_row(weight) == begin
+    shards = weight.chunk(4)  # FSDP2 cuts like this
+    assert [int(shard[0]) for shard in shards] == begins[: len(shards)]
 
 
 def sft_loss(model) -> torch.Tensor:

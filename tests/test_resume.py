@@ -41,7 +41,7 @@ from test_train import (
     write_jsonl,
 )  # fmt: skip
 
-from redi import programs
+from redi import programs, train
 from redi.checkpoint.resume import Checkpoints, damage, tensors_of
 from redi.config import Stopped, UserError
 from redi.runlog import NoLog, RunLog, read_metrics
@@ -550,18 +550,20 @@ def ranks(
     arguments: list[str],
     *faults: Fault | None,
     main: Callable[[], None] = programs.train_sft,
+    local_world_size: int | None = None,
 ) -> list[Child]:
-    """Start a child a rank, with torchrun's environment."""
+    """Start a child per rank, with torchrun's environment. local_world_size: ranks per node, else all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = {
-        "WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": len(faults),
+        "WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": node_size or len(faults),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
     started = []
     for rank, fault in enumerate(faults):
-        environment = {**together, "RANK": rank, "LOCAL_RANK": rank}
+        local = rank % together["LOCAL_WORLD_SIZE"]
+        environment = {**together, "RANK": rank, "LOCAL_RANK": local}
         as_text = {name: str(value) for name, value in environment.items()}
         started.append(child(folder, arguments, fault, main, **as_text))
     return started
@@ -750,6 +752,27 @@ def test_dpo_learns_the_same_on_one_rank_and_on_two_and_in_bfloat16(here):
     assert two == pytest.approx(one, rel=1e-5)
     assert rounded == pytest.approx(one, rel=0.1)
     assert largest_difference("two", "one") < 1e-5
+
+
+PEAK = 1e9  # FLOP/s
+
+
+def known_peak() -> None:
+    """In the child, give the CPU a peak, so that MFU is logged."""
+    train.peak_flops = lambda device: PEAK
+
+
+def test_two_nodes_log_the_update_norm_and_flops_of_one_process(here):
+    # Both nodes hold all weights, whose update counts once; each does half of the FLOPs.
+    child(here, [*SFT, "--out", "one"], known_peak).ends(0)
+    nodes = [*SFT, "--out", "two"]
+    for rank in ranks(here, nodes, known_peak, known_peak, node_size=1):
+        rank.ends(0)
+    one, two = (steps(list(read_metrics(Path(out)))) for out in ("one", "two"))
+    norms = [[record["update_norm"] for record in run] for run in (one, two)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    alone, each = ([record["mfu"] * record["seconds"] for record in run] for run in (one, two))
+    assert [2 * flops for flops in each] == pytest.approx(alone)
 
 
 def largest_difference(out: str, from_out: str) -> float:
