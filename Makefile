@@ -1,6 +1,6 @@
 # make demo       the whole method on a toy problem, on a CPU, in a few minutes
 # make test       lint and tests
-# make test-slow  forty faults put into a copy of the code, each of which a test must notice
+# make test-slow  puts one fault after another into a copy of the core; a test must notice each
 # make clean      forget the virtual environment and everything in out/
 # Each makes .venv first. Another interpreter: make demo PYTHON=python3.12
 
