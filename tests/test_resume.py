@@ -557,7 +557,7 @@ def ranks(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = {
-        "WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": node_size or len(faults),
+        "WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": local_world_size or len(faults),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
     started = []
@@ -741,7 +741,9 @@ DPO = [
 def test_dpo_learns_the_same_on_one_rank_and_on_two_and_in_bfloat16(here):
     # Its reference is a pass without gradients before the optimizer is made.
     child(here, [*DPO, "--out", "one"], main=programs.train_redi).ends(0)
-    for rank in ranks(here, [*DPO, "--out", "two"], None, None, main=programs.train_redi):
+    # With a cache of their own the two ranks score the reference, each a part of its rows.
+    two_ranks = [*DPO, "--out", "two", "--cache", "tokens-of-two"]
+    for rank in ranks(here, two_ranks, None, None, main=programs.train_redi):
         rank.ends(0)
     rounded = [*DPO, "--out", "rounded", "--dtype", "bfloat16"]
     child(here, rounded, main=programs.train_redi).ends(0)
@@ -766,7 +768,7 @@ def test_two_nodes_log_the_update_norm_and_flops_of_one_process(here):
     # Both nodes hold all weights, whose update counts once; each does half of the FLOPs.
     child(here, [*SFT, "--out", "one"], known_peak).ends(0)
     nodes = [*SFT, "--out", "two"]
-    for rank in ranks(here, nodes, known_peak, known_peak, node_size=1):
+    for rank in ranks(here, nodes, known_peak, known_peak, local_world_size=1):
         rank.ends(0)
     one, two = (steps(list(read_metrics(Path(out)))) for out in ("one", "two"))
     norms = [[record["update_norm"] for record in run] for run in (one, two)]
