@@ -27,38 +27,10 @@ from redi.packing import PackedBatch, StepPlan
 
 
 @dataclass(frozen=True)
-class SequenceStats:
-    """Sums over the tokens of each sequence of a pack. On the device until they are gathered."""
-
-    ids: list[int]  # S, as packing.plan numbers sequences
-    logp_sums: Tensor  # (S,)
-    entropy_sums: Tensor | None  # (S,); None without gradients
-    largest_logp: Tensor  # () of all tokens; above 0 only if something is broken
-
-    @classmethod
-    def of(cls, batch: PackedBatch, result: PackLoss, paired: bool) -> "SequenceStats":
-        """result: after backward, because entropies are valid only then."""
-        ids = batch.row_ids
-        if paired:
-            ids = [2 * row + (sign < 0) for row, sign in zip(batch.row_ids, batch.signs)]
-        logps, entropies = result.token_logps, result.entropies
-        return cls(
-            ids,
-            sum_by_sequence(logps, batch.response_lengths),
-            None if entropies is None else sum_by_sequence(entropies, batch.response_lengths),
-            logps.max() if len(logps) else logps.new_zeros(()),
-        )
-
-
-def sum_by_sequence(values: Tensor, lengths: list[int]) -> Tensor:
-    """(R,) -> (S,). The order of additions is fixed, so the result is repeatable."""
-    return torch.stack([part.sum() for part in values.split(lengths)]) if lengths else values
-
-
-@dataclass(frozen=True)
 class StepStats:
     """A step's statistics over all ranks, on the host of each rank."""
 
+    loss: float
     scalars: list[float]  # summed over ranks
     replicated: list[float]
     ids: np.ndarray  # (S,) ascending; of pairs: chosen, rejected, chosen, ...
@@ -81,57 +53,59 @@ class StepStats:
 
     def entropy_summary(self) -> dict[str, float]:
         """Mean entropy of the predictions of chosen and rejected traces, averaged over rows."""
-        if not self.paired:
-            return {"chosen_entropy": float(self.mean_entropies.mean())}
+        sides = ("chosen", "rejected") if self.paired else ("chosen",)
         return {
-            "chosen_entropy": float(self.mean_entropies[0::2].mean()),
-            "rejected_entropy": float(self.mean_entropies[1::2].mean()),
+            f"{side}_entropy": float(self.mean_entropies[i :: len(sides)].mean())
+            for i, side in enumerate(sides)
         }
 
 
 def gather_step_stats(
     data: TrainData,
     step: StepPlan,
-    parts: list[SequenceStats],
-    scalars: list[Tensor | float],
+    results: list[tuple[PackedBatch, PackLoss]],
+    scalars: list[Tensor | float] = (),
     replicated: list[Tensor] = (),
 ) -> StepStats:
     """Bring a step's statistics to the host of every rank: one exchange, one wait for the device.
 
-    parts: one per pack of this rank. scalars: are summed over ranks. replicated: scalars that are
-    the same on every rank. Raises RuntimeError for a log-prob above 0: a probability above 1 means
-    a broken kernel or broken memory.
+    results: this rank's packs, after backward (entropies are valid only then). scalars: are summed
+    over ranks. replicated: scalars that are the same on every rank. Raises RuntimeError for a
+    log-prob above 0: a probability above 1 means a broken kernel or broken memory.
     """
-    world, ids = data.world, sequence_ids(step)
+    world, ids, paired = data.world, sequence_ids(step), data.dataset.store.paired
     # Every rank fills its own places of one vector; the sum over ranks is the whole vector.
-    sizes = [len(scalars), world.world_size, len(ids), len(ids)]
+    sizes = [1, len(scalars), world.world_size, len(ids), len(ids)]
     vector = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
-    sums, largest_logps, logp_sums, entropy_sums = vector.split(sizes)
+    loss, sums, largest, logp_sums, entropy_sums = vector.split(sizes)
     for i, scalar in enumerate(scalars):
         sums[i] = scalar
-    for part in parts:
-        where = torch.from_numpy(np.searchsorted(ids, part.ids))
-        where = where.to(world.device, non_blocking=True)
-        logp_sums[where] = part.logp_sums.double()
-        if part.entropy_sums is not None:
-            entropy_sums[where] = part.entropy_sums.double()
-        largest = largest_logps[world.rank]
-        torch.maximum(largest, part.largest_logp.double(), out=largest)
+    for batch, result in results:
+        loss += result.loss
+        lengths = batch.response_lengths
+        if not lengths:
+            continue  # an empty pack
+        own = [2 * r + (s < 0) if paired else r for r, s in zip(batch.row_ids, batch.signs)]
+        where = torch.from_numpy(np.searchsorted(ids, own)).to(world.device, non_blocking=True)
+        logp_sums[where] = sum_by_sequence(result.token_logps, lengths).double()
+        if result.entropies is not None:
+            entropy_sums[where] = sum_by_sequence(result.entropies, lengths).double()
+        largest[world.rank] = torch.maximum(largest[world.rank], result.token_logps.max())
     sum_over_ranks(vector, world)
     on_host = torch.cat([vector, *(scalar.reshape(1).to(vector) for scalar in replicated)]).tolist()
-    ends = np.cumsum(sizes)
-    largest = max(on_host[ends[0] : ends[1]])
-    if largest > 0:
-        raise RuntimeError(f"a token has log-prob {largest}, above 0: the log-probs are wrong")
+    ends = np.cumsum(sizes).tolist()
+    parts = [on_host[end - size : end] for size, end in zip(sizes, ends)]
+    [loss], sums, largest, logp_sums, entropy_sums = parts
+    if max(largest) > 0:
+        raise RuntimeError(f"a token has log-prob {max(largest)}, above 0: the log-probs are wrong")
     lengths = data.dataset.response_lengths[ids]
-    return StepStats(
-        scalars=on_host[: ends[0]],
-        replicated=on_host[ends[3] :],
-        ids=ids,
-        mean_logps=np.array(on_host[ends[1] : ends[2]]) / lengths,
-        mean_entropies=np.array(on_host[ends[2] : ends[3]]) / lengths,
-        paired=data.dataset.store.paired,
-    )
+    means = np.array(logp_sums) / lengths, np.array(entropy_sums) / lengths
+    return StepStats(loss, sums, on_host[ends[-1] :], ids, *means, paired)
+
+
+def sum_by_sequence(values: Tensor, lengths: list[int]) -> Tensor:
+    """(R,) -> (S,), S at least 1. The order of additions is fixed, so the result is repeatable."""
+    return torch.stack([part.sum() for part in values.split(lengths)])
 
 
 # ---------------------------------------------------------------- the update's norm

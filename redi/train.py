@@ -33,7 +33,6 @@ from redi.distributed import full_tensor, peak_memory_gib
 from redi.model import Transformer
 from redi.monitor import (
     CollapseGuard,
-    SequenceStats,
     StepStats,
     gather_step_stats,
     peak_flops,
@@ -158,7 +157,7 @@ def _steps(data: TrainData, config: TrainConfig) -> Iterator[StepPlan]:
         yield from data.plan(config.rows_per_step, config.seed, epoch)
 
 
-LOSS, STOP, UPDATE = range(3)  # the scalars that ranks add up in a step
+STOP, UPDATE = 0, 1  # the scalars that ranks sum in a step
 
 
 def train_step(
@@ -172,8 +171,7 @@ def train_step(
     """One optimizer step: its statistics, and its record for the log. A step whose loss or gradient
     is not finite changes no weight."""
     began = time.perf_counter()
-    world, paired, totals = data.world, data.dataset.store.paired, data.totals(step)
-    loss, parts = torch.zeros((), device=world.device, dtype=torch.float64), []
+    world, totals, results = data.world, data.totals(step), []
 
     # ---- forward and backward, pack by pack: gradients accumulate in .grad
     num_packs = len(step[world.rank])
@@ -181,18 +179,17 @@ def train_step(
         distributed.last_pack(model, number == num_packs, config.reshard_after_forward)
         result = data.loss(model, batch, totals)
         result.loss.backward()
-        loss += result.loss.detach()
-        parts.append(SequenceStats.of(batch, result, paired))
+        results.append((batch, result._replace(loss=result.loss.detach())))
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
     # Nodes hold the same weights, so each counts for its share.
     update = squared_update_norm(optimizer) / world.num_nodes
 
     # ---- one exchange between ranks; the host waits for the device here
-    scalars = [loss, float(signals.wanted), update]
-    stats = gather_step_stats(data, step, parts, scalars, replicated=[grad_norm])
+    scalars = [float(signals.wanted), update]
+    stats = gather_step_stats(data, step, results, scalars, replicated=[grad_norm])
 
     # ---- update
-    record = {"loss": stats.scalars[LOSS], **stats.logp_summary(), **stats.entropy_summary()}
+    record = {"loss": stats.loss, **stats.logp_summary(), **stats.entropy_summary()}
     record |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": stats.replicated[0]}
     record["update_norm"] = math.sqrt(stats.scalars[UPDATE])
     if math.isfinite(record["loss"] + record["grad_norm"]):
@@ -210,15 +207,12 @@ def train_step(
 def held_out(model: Transformer, data: TrainData) -> dict[str, float]:
     """The loss over all rows of `data` as one step, and their mean log-probs."""
     step = data.all_rows()
-    totals, parts = data.totals(step), []
-    loss = torch.zeros((), device=data.world.device, dtype=torch.float64)
+    totals = data.totals(step)
     with distributed.without_gradients(model):
-        for batch in data.batches(step, totals):
-            result = data.loss(model, batch, totals)
-            loss += result.loss
-            parts.append(SequenceStats.of(batch, result, data.dataset.store.paired))
-    stats = gather_step_stats(data, step, parts, [loss])
-    return {"loss": stats.scalars[0], **stats.logp_summary()}
+        batches = data.batches(step, totals)
+        results = [(batch, data.loss(model, batch, totals)) for batch in batches]
+    stats = gather_step_stats(data, step, results)
+    return {"loss": stats.loss, **stats.logp_summary()}
 
 
 # ---------------------------------------------------------------- when to stop

@@ -552,7 +552,7 @@ def ranks(
     main: Callable[[], None] = programs.train_sft,
     local_world_size: int | None = None,
 ) -> list[Child]:
-    """Start a child per rank, with the environment of torchrun. local_world_size: ranks per node."""
+    """Start a child per rank, with torchrun's environment. local_world_size: ranks per node."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
