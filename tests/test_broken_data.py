@@ -16,6 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -248,7 +249,7 @@ def loaded(folder: Path, data: bytes, chat, paired: bool) -> dict[int, list[list
     except UserError as error:
         said = str(error)
     else:
-        dataset = Dataset(store, list(range(len(store.row_numbers))), {})
+        dataset = Dataset(store, np.arange(len(store.row_numbers)), {})
         assert len(dataset) + sum(store.skipped.values()) == rows_in(data)
         return {int(store.row_numbers[i]): tokens_of(dataset, i) for i in range(len(dataset))}
     assert "\n" not in said

@@ -11,7 +11,7 @@ from test_tokenizer import MATH_TEMPLATE, make
 from test_train import run, sft_config, write_jsonl
 
 from redi.config import UserError
-from redi.data.formats import Example, examples, recognise, to_example
+from redi.data.formats import Example, find_format, read_examples, to_example
 from redi.data.tokenizer import ChatTokenizer, chatml
 
 made, here = test_train.made, test_train.here
@@ -134,7 +134,7 @@ def test_equal_sides_are_counted_and_rows_keep_their_numbers():
     equal = {"prompt": "1+1?", "chosen": "It is 2.", "rejected": "It is 2."}
     rows = [PAIR_SHAPES["strings"], equal, PAIR_SHAPES["implicit prompt"]]
     skipped = Counter()
-    assert list(examples([("x", row) for row in rows], True, skipped)) == [
+    assert list(read_examples([("x", row) for row in rows], True, skipped)) == [
         (1, PAIR_ROW),
         (3, PAIR_ROW),
     ]
@@ -142,8 +142,8 @@ def test_equal_sides_are_counted_and_rows_keep_their_numbers():
 
 
 def test_a_format_has_a_name():
-    assert recognise(SFT_SHAPES["strings"], "x", False) == ("prompt", "completion")
-    assert recognise(PAIR_SHAPES["implicit prompt"], "x", True) == ("chosen", "rejected")
+    assert find_format(SFT_SHAPES["strings"], "x", False) == ("prompt", "completion")
+    assert find_format(PAIR_SHAPES["implicit prompt"], "x", True) == ("chosen", "rejected")
 
 
 # ---------------------------------------------------------------- tokens, and TRL's

@@ -1,14 +1,13 @@
-"""The token store: made once, resumed after any kill to the same bytes, never opened half made.
+"""The token store: tokenized once, started again after a kill, never opened half written.
 
     python -m pytest tests/test_store.py
 
-The tokenizer is a small one, blocks are a few rows, so that a store has many of them.
+The tokenizer is a small one, and a block has only a few rows, so that a store has many blocks.
 """
 
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -16,13 +15,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from redi.config import UserError
-from redi.data import blocks
-from redi.data import store as store_room
+from redi.data import store as store_module
 from redi.data.dataset import Limits, describe, select
 from redi.data.formats import Example
 from redi.data.store import TokenStore, hash_files, load_store
@@ -69,7 +68,7 @@ def here(tmp_path, monkeypatch, save_tokenizer) -> Path:
     save_tokenizer(tmp_path / "student")
     write_jsonl(tmp_path / "rows.jsonl", [*ROWS, EQUAL])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(blocks, "BLOCK_CHARS", 700)
+    monkeypatch.setattr(store_module, "BLOCK_CHARS", 700)
     return tmp_path
 
 
@@ -83,8 +82,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def made(cache: str = "cache") -> list[str]:
-    return sorted(folder.name for folder in Path(cache).iterdir())
+def folders(cache: str = "cache") -> list[str]:
+    """Everything in the cache but the locks, which stay."""
+    return sorted(path.name for path in Path(cache).iterdir() if path.suffix != ".lock")
 
 
 def child(script: str) -> subprocess.Popen:
@@ -92,10 +92,10 @@ def child(script: str) -> subprocess.Popen:
     before = f"""
 import os, signal, sys, time
 from pathlib import Path
-from redi.data import blocks, store
+from redi.data import store
 from redi.data.tokenizer import ChatTokenizer
-blocks.BLOCK_CHARS = 700
-real = blocks.to_disk
+store.BLOCK_CHARS = 700
+to_disk, tokenize_rows = store.to_disk, store.tokenize_rows
 {script}
 found = store.load_store([Path("rows.jsonl")], ChatTokenizer.from_folder("student"), True, "cache")
 print(store.hash_files([found.folder / "tokens.bin"]))
@@ -109,8 +109,8 @@ print(store.hash_files([found.folder / "tokens.bin"]))
 
 
 @pytest.mark.parametrize("block", [1, 700, 1 << 20])
-def test_tokens_are_the_rendered_rows_whatever_the_blocks(here, monkeypatch, block):
-    monkeypatch.setattr(blocks, "BLOCK_CHARS", block)
+def test_tokens_are_the_tokenized_rows_for_any_size_of_block(here, monkeypatch, block):
+    monkeypatch.setattr(store_module, "BLOCK_CHARS", block)
     store = load()
     chat = ChatTokenizer.from_folder("student")
     sides = [(r["prompt"], r[side]) for r in ROWS for side in ("chosen", "rejected")]
@@ -173,9 +173,7 @@ def test_a_row_of_ten_megabytes_stands_beside_small_ones(here, monkeypatch):
 
 
 def test_no_more_than_a_few_blocks_are_read_ahead_of_what_is_written(monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_CHARS", 1000)
-    monkeypatch.setattr(blocks, "IN_FLIGHT_CHARS", 4000)
-    monkeypatch.setattr(blocks, "_tokenise", lambda chat, rows: len(rows))
+    monkeypatch.setattr(store_module, "BLOCK_CHARS", 1000)  # 10 rows
     read = Counter()
 
     def examples():
@@ -183,24 +181,59 @@ def test_no_more_than_a_few_blocks_are_read_ahead_of_what_is_written(monkeypatch
             read["rows"] += 1
             yield number, Example([said("user", "x" * 50)], [[said("assistant", "y" * 50)]])
 
+    chat = SimpleNamespace(encode_rows=lambda conversations: conversations)
     written = 0
-    for block in blocks.tokenize_blocks(None, examples()):
-        assert read["rows"] - written <= 60  # 40 at work, and 10 on either side
-        written += block
+    for number, _ in store_module.tokenize_rows(chat, examples()):
+        written += 1
+        assert number == written
+        assert read["rows"] - written <= 10 * (store_module.THREADS + 2)
     assert written == 500
 
 
-# ---------------------------------------------------------------- made once
+@pytest.mark.parametrize(
+    ("names", "total"),
+    [
+        (["rows.jsonl"], 41),
+        (["rows.jsonl", "rows.jsonl"], 82),
+        (["rows.json"], None),
+        (["rows.jsonl", "rows.json"], None),
+    ],
+)
+def test_the_progress_bar_has_a_total_where_rows_are_lines(here, monkeypatch, names, total):
+    shutil.copy("rows.jsonl", "rows.json")
+    totals, tqdm = [], store_module.tqdm
+    monkeypatch.setattr(
+        store_module, "tqdm", lambda **given: totals.append(given["total"]) or tqdm(**given)
+    )
+    chat = ChatTokenizer.from_folder("student")
+    load_store([Path(name) for name in names], chat, True, "cache")
+    assert totals == [total]
 
 
-def test_it_is_made_once_and_read_again(here, monkeypatch):
+# ---------------------------------------------------------------- tokenized once
+
+
+def test_the_data_is_tokenized_once_and_read_again(here, monkeypatch, capsys):
     first = load()
-    monkeypatch.setattr(store_room, "_write", lambda *_: pytest.fail("made again"))
+    [line] = capsys.readouterr().out.splitlines()
+    assert line == f"{first.folder}: no valid tokens of this data in this format; tokenizing"
+    monkeypatch.setattr(store_module, "_write_store", lambda *_: pytest.fail("tokenized again"))
     shutil.copy("rows.jsonl", "other_name.jsonl")
     for name in ("rows.jsonl", "other_name.jsonl"):  # bytes, not names
         again = load(name)
         assert again.folder == first.folder
         assert np.array_equal(again.tokens, first.tokens)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_store_of_another_format_is_not_read(here, monkeypatch):
+    monkeypatch.setattr(store_module, "FORMAT", "3")
+    old = load()
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    new = load()
+    assert new.folder != old.folder
+    assert contents(new.folder) == contents(old.folder)
 
 
 def new_data(here: Path) -> dict:
@@ -223,152 +256,94 @@ def new_tokenizer(here: Path) -> dict:
 
 
 @pytest.mark.parametrize("change", [new_data, new_template, new_tokenizer])
-def test_a_change_of_data_tokenizer_or_template_makes_another_one(here, change):
+def test_a_change_of_data_tokenizer_or_template_makes_another_store(here, change):
     first, second = load(), load(**change(here))
     assert second.folder != first.folder
     assert not np.array_equal(second.tokens, first.tokens)
-    assert made() == sorted([first.folder.name, second.folder.name])
+    assert folders() == sorted([first.folder.name, second.folder.name])
 
 
-def test_pairs_and_traces_of_one_file_have_stores_of_their_own(here):
+def test_pairs_and_sft_rows_of_one_file_have_separate_stores(here):
     write_jsonl(here / "both.jsonl", [{**r, "completion": r["chosen"]} for r in ROWS])
     pairs, traces = load("both.jsonl"), load("both.jsonl", paired=False)
     assert pairs.folder != traces.folder
     assert len(pairs.prompt_lengths) == 2 * len(traces.prompt_lengths) == 80
 
 
-def test_a_process_waits_for_the_one_that_makes_it_and_takes_its_store(here):
+def test_a_process_waits_for_the_one_that_tokenizes_and_takes_its_store(here):
     first = child("""
 def slowly(file):
     Path("begun").touch()
-    while not Path("go on").exists():
+    while not Path("proceed").exists():
         time.sleep(0.01)
-    real(file)
-blocks.to_disk = slowly
+    to_disk(file)
+store.to_disk = slowly
 """)
     while not Path("begun").exists():
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.01)
-    second = child("store._write = None  # it would make one itself")
-    assert "another process is making it; waiting" in second.stderr.readline()
-    Path("go on").touch()
-    told = [process.communicate(timeout=60) for process in (first, second)]
-    assert [process.returncode for process in (first, second)] == [0, 0], told
-    assert told[0][0] == told[1][0]
-    assert made() == [load().folder.name]
+    second = child("store._write_store = None  # it would tokenize too")
+    assert "another process is tokenizing; waiting" in second.stderr.readline()
+    Path("proceed").touch()
+    outputs = [process.communicate(timeout=60) for process in (first, second)]
+    assert [process.returncode for process in (first, second)] == [0, 0], outputs
+    hashes = [output.splitlines()[-1] for output, _ in outputs]
+    assert hashes[0] == hashes[1]
+    assert folders() == [load().folder.name]
 
 
-# ---------------------------------------------------------------- killed, and resumed
+# ---------------------------------------------------------------- killed and started again
 
 
-class Killed(BaseException):
-    """Ends the making at once; nothing may clean up behind it."""
-
-
-def load_and_die(monkeypatch, call: int, lost: int = 0) -> bool:
-    """Load, let `call` writes through, lose up to `lost` bytes of the next one's file, and die.
-    False if it did not come to that."""
-    calls = iter(range(10**6))
-
-    def to_disk(file) -> None:
-        file.flush()
-        if next(calls) == call:
-            size = os.fstat(file.fileno()).st_size
-            os.truncate(file.name, max(size - lost, 0))
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        for module in (blocks, store_room):
-            patch.setattr(module, "to_disk", to_disk)
-        try:
-            load()
-        except Killed:
-            return True
-    return False
-
-
-def test_whenever_it_dies_it_goes_on_to_the_same_bytes(here, monkeypatch, capsys):
-    whole = load(cache="undisturbed").folder
-    rng = random.Random(0)
-    went_on = 0
-    for call in range(200):
-        shutil.rmtree("cache", ignore_errors=True)
-        if not load_and_die(monkeypatch, call, rng.choice([0, 0, 1, 100, 10_000])):
-            break
-        assert TokenStore.open(Path("cache") / whole.name) is None
-        assert made() == [f"{whole.name}.making"]
-        capsys.readouterr()
-        assert contents(load().folder) == contents(whole)
-        went_on += "goes on after row" in capsys.readouterr().out
-        assert made() == [whole.name]
-    assert 15 < call < 199  # tokens and journal of each block, index, store.json
-    assert went_on >= call - 5
-
-
-def test_a_resumed_one_tokenises_only_what_is_missing(here, monkeypatch, capsys):
-    assert load_and_die(monkeypatch, 9)  # with the fifth block's line of the journal
-    capsys.readouterr()
-    tokenize_blocks, plain = [], blocks._tokenise
-    monkeypatch.setattr(
-        blocks, "_tokenise", lambda chat, rows: tokenize_blocks.extend(rows) or plain(chat, rows)
-    )
-    store = load()
-    [said_so] = capsys.readouterr().out.splitlines()
-    last = int(said_so.rsplit(" ", 1)[1])
-    assert 5 < last < 40
-    assert sorted(number for number, _ in tokenize_blocks) == list(range(last + 1, 41))
-    assert store.skipped == {"chosen equals rejected": 1}
-
-
-@pytest.mark.parametrize("damaged", ["tokens.bin", "journal"])
-def test_a_byte_that_changed_in_what_was_made_is_made_again(here, monkeypatch, damaged):
-    whole = load(cache="undisturbed").folder
-    assert load_and_die(monkeypatch, 12)
-    path = Path("cache") / f"{whole.name}.making" / damaged
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    assert contents(load().folder) == contents(whole)
-
-
-# A write of the journal; what follows the last block; the final name and what is left to do.
 @pytest.mark.parametrize(
     "killed",
     [
-        "blocks.to_disk = lambda file, n=iter(range(99)): next(n) == 9 and kill() or real(file)",
-        "blocks.np.savez = kill",
-        "store.json.dump = kill",
-        "Path.rename = kill",
-        "Path.unlink = kill",
+        "store.tokenize_rows = lambda *a: (r for r in tokenize_rows(*a) if r[0] < 20 or die())",
+        "store.to_disk = die",
+        "store.np.savez = die",
+        "store.json.dump = die",
+        "Path.rename = die",
     ],
-    ids=["journal", "index", "store.json", "final name", "after it"],
+    ids=["rows", "tokens", "index", "store.json", "rename"],
 )
-def test_a_kill_leaves_no_half_store_and_the_next_process_goes_on(here, killed):
+def test_a_kill_leaves_no_half_store_and_the_next_process_starts_again(here, killed):
     whole = load(cache="undisturbed").folder
-    process = child(f"kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n{killed}")
+    process = child(f"die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n{killed}")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, errors
-    left = TokenStore.open(Path("cache") / whole.name)
-    assert (left is not None) == ("unlink" in killed)
-    after = contents(load().folder)
-    assert {name: after[name] for name in contents(whole)} == contents(whole)
-    assert made() == [whole.name]
+    assert folders() == [f"{whole.name}.part"]
+    assert TokenStore.open(Path("cache") / whole.name) is None
+    assert contents(load().folder) == contents(whole)
+    assert folders() == [whole.name]
 
 
-def test_ctrl_c_says_how_far_it_is_and_keeps_it(here, monkeypatch):
-    written = []
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_whatever_ends_the_writing_nothing_is_left(here, monkeypatch, raised):
+    def interrupted(*given):
+        for number, sequences in tokenize_rows(*given):
+            if number == 20:
+                raise raised
+            yield number, sequences
 
-    def interrupt(file) -> None:
-        written.append(file)
-        if len(written) == 7:
-            raise KeyboardInterrupt
-        os.fsync(file.flush() or file.fileno())
-
+    tokenize_rows = store_module.tokenize_rows
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "to_disk", interrupt)
-        with pytest.raises(KeyboardInterrupt, match=r"the same command goes on after row \d+$"):
+        patch.setattr(store_module, "tokenize_rows", interrupted)
+        with pytest.raises(raised) as error:
             load()
+    if raised is KeyboardInterrupt:
+        assert str(error.value) == "while tokenizing; no tokens were kept"
+    assert folders() == []
     assert load().row_numbers.tolist() == list(range(1, 41))
+
+
+def test_a_full_disk_is_an_error_of_one_line(here, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_module, "to_disk", full)
+    with pytest.raises(UserError, match=r"^--cache cache: cannot write there \(.*No space left"):
+        load()
+    assert folders() == []
 
 
 # ---------------------------------------------------------------- damage and errors
@@ -397,7 +372,7 @@ def flip(path: Path) -> None:
     ],
     ids=["empty", "cut", "a bit", "index cut", "no index", "other json", "no json"],
 )
-def test_a_damaged_store_is_noticed_and_made_again(damage, here):
+def test_a_damaged_store_is_noticed_and_tokenized_again(damage, here):
     folder = load().folder
     before = contents(folder)
     damage(folder)
@@ -407,7 +382,7 @@ def test_a_damaged_store_is_noticed_and_made_again(damage, here):
 
 def test_unverified_a_store_is_opened_without_reading_its_tokens(here, monkeypatch):
     folder = load().folder
-    monkeypatch.setattr(store_room, "hash_files", lambda files: pytest.fail("was read"))
+    monkeypatch.setattr(store_module, "hash_files", lambda files: pytest.fail("tokens were read"))
     assert TokenStore.open(folder, verify=False) is not None
     cut(folder / "tokens.bin", 4)
     assert TokenStore.open(folder, verify=False) is None
@@ -419,32 +394,20 @@ def test_a_row_that_cannot_be_trained_on_is_named_and_nothing_is_left(here, plac
     write_jsonl(here / "broken.jsonl", [*ROWS[:place], broken, *ROWS[place + 1 :]])
     with pytest.raises(UserError, match=rf"^broken.jsonl:{place + 1}: .*chosen"):
         load("broken.jsonl")
-    assert made() == []
+    assert folders() == []
 
 
 def test_no_row_to_train_on_is_an_error_that_counts_the_reasons(here):
     write_jsonl(here / "equal.jsonl", [EQUAL])
     with pytest.raises(UserError, match=r"equal.jsonl: no row to train on.*equals rejected': 1"):
         load("equal.jsonl")
-    assert made() == []
+    assert folders() == []
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(here):
     Path("cache").write_text("a file")
     with pytest.raises(UserError, match=r"^--cache cache: cannot write there"):
         load()
-
-
-def test_rows_are_counted_for_the_progress_bar_where_that_is_cheap(here):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(ROWS[:3]), "rows.parquet")
-    write_jsonl(here / "rows.json", ROWS)
-    Path("broken.parquet").write_text("no")
-    assert store_room._count_rows([Path("rows.jsonl"), Path("rows.parquet")]) == 44
-    assert store_room._count_rows([Path("rows.jsonl"), Path("rows.json")]) is None
-    assert store_room._count_rows([Path("broken.parquet")]) == 0
 
 
 def test_hash_files_is_of_all_bytes_in_order(here):

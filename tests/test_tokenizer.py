@@ -1,4 +1,4 @@
-"""redi/data/tokenizer.py against transformers' and TRL's tokenisation of conversations."""
+"""redi/data/tokenizer.py against transformers' and TRL's tokenization of conversations."""
 
 import json
 from types import SimpleNamespace
@@ -244,7 +244,7 @@ def test_a_content_that_looks_like_a_marker_is_text(chat, content):
 
 
 @pytest.mark.parametrize("trace", ["Okay", "6-1=5\n</think>", " so"])
-def test_the_prefix_is_tokenised_as_in_training(both, trace):
+def test_the_prefix_is_tokenized_as_in_training(both, trace):
     ours, _ = both
     [row] = ours.encode_rows([([user("?")], assistant(f"<think>\n{trace}"))])
     prompt = ours.encode_prompt([user("?")], prefix="<think>\n")

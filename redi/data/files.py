@@ -1,16 +1,13 @@
-"""Rows out of data files, one at a time, each with its place; and files that are written whole.
+"""Rows from data files, one at a time; files that are written completely or not at all.
 
     raw.jsonl      {"problem": "1+1", ...}          read_rows("raw.jsonl") yields
                    {"problem": "2+2", ...}              ("raw.jsonl:1", {"problem": "1+1", ...})
                                                         ("raw.jsonl:2", {"problem": "2+2", ...})
 
-The place goes into every later error about the row. Teacher data is tens of gigabytes, so rows are
-streamed: memory holds one line of a JSONL file, or one batch of a Parquet file. The exception is a
-.json file that is one array: it is parsed whole, because nothing can be read from an array before
-it ends; write JSON Lines instead when it does not fit. A .json file of lines streams like a .jsonl.
-
-JSON files may be compressed, NAME.gz or NAME.zst (zstd with pyarrow); Parquet has its own.
-Left out: CSV (it has no lists), and `{"data": [...]}` wrappers.
+Every later error about a row begins with `where` it is, "raw.jsonl:2". Teacher data is tens of
+gigabytes, so rows are streamed: memory holds one line of a JSONL file or one batch of a Parquet
+file. A .json file may have lines, or one array, which has to fit into memory. JSON files may be
+compressed: NAME.gz, or NAME.zst. Left out: CSV (it has no lists), `{"data": [...]}` wrappers.
 """
 
 import contextlib
@@ -28,73 +25,62 @@ from typing import IO, Any
 from redi.config import UserError
 from redi.hub import dataset_files
 
-# A row of OpenR1-Math-Raw is up to half a megabyte of text, so a batch is at most some 30 MB.
+# A row of OpenR1-Math-Raw has up to half a megabyte of text, so a batch has at most 30 MB or so.
 PARQUET_BATCH_ROWS = 64
 
 Row = dict[str, Any]
 
 
 def read_rows(source: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) of a file, a folder, a hub id or a list of them, in the files' order.
+    """Yield (where, row) of a file, a folder, a hub id or a list of them, in their order.
 
-    place: "file:LINE" in a file of JSON lines, "file: row ROW" in an array or a Parquet file; both
-    count from 1. Blank lines are no rows. Missing files are found before the first row is read.
+    where: "file:LINE" in a file of JSON lines, "file: row ROW" in an array or a Parquet file; both
+    count from 1. Blank lines are skipped. Missing files are found before the first row is read.
     Raises UserError: a file that is missing, unreadable or without a row; a line that is not UTF-8,
     not JSON or not an object.
     """
     sources = [source] if isinstance(source, (str, Path)) else source
-    return _rows([file for one in sources for file in dataset_files(one)])
+    return _read_files([file for one in sources for file in dataset_files(one)])
 
 
-def _rows(files: list[Path]) -> Iterator[tuple[str, Row]]:
-    for path in files:
+def _read_files(paths: list[Path]) -> Iterator[tuple[str, Row]]:
+    for path in paths:
         empty = True
         try:
-            for place, row in _reader(path):
+            read = _read_parquet if path.suffix == ".parquet" else _read_json
+            for where, row in read(path):
                 empty = False
-                yield place, row
-        except (OSError, EOFError, zlib.error) as error:  # the last two: a broken .gz
+                yield where, row
+        except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path}: cannot be read ({reason})") from None
         if empty:
             raise UserError(f"{path}: holds no rows")
 
 
-def _reader(path: Path) -> Iterator[tuple[str, Row]]:
-    if path.suffix == ".parquet":
-        return _parquet(path)
-    if ".json" in path.suffixes and _opens_with_bracket(path):
-        return _json_array(path)
-    return _json_lines(path)
+def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
+    """One row per line or, in a .json file, one array of rows."""
+    with _open(path) as file:
+        start = file.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if ".json" in path.suffixes and start.startswith(b"["):
+            array = _parse(file.read(), str(path))
+            values = ((f"{path}: row {number}", value) for number, value in enumerate(array, 1))
+        else:  # in bytes, a line ends at \n alone; decoded text would also break at a lone \r
+            lines = ((f"{path}:{number}", line) for number, line in enumerate(file, 1))
+            values = ((where, _parse(line, where)) for where, line in lines if not line.isspace())
+        for where, value in values:
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: expected a JSON object, got {json.dumps(value)[:40]}")
+            yield where, value
 
 
-# ---------------------------------------------------------------- the three forms
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    # In bytes, a line ends at \n alone; decoded text would also break at a lone \r.
-    with open_plain(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.isspace():
-                place = f"{path}:{number}"
-                yield place, _as_row(_parsed(line, place), place)
-
-
-def _json_array(path: Path) -> Iterator[tuple[str, Row]]:
-    with open_plain(path) as file:
-        data = file.read()
-    for number, value in enumerate(_parsed(data, str(path)), start=1):
-        place = f"{path}: row {number}"
-        yield place, _as_row(value, place)
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        # Both are needed for pages to be read one by one; by default a row group is read whole.
+        # With these two, pages are read one by one; by default a whole row group is read.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(PARQUET_BATCH_ROWS):
                 for row in batch.to_pylist():
@@ -104,8 +90,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path}: not a sound Parquet file after row {number} ({error})") from None
 
 
-def open_plain(path: Path) -> IO[bytes]:
-    """The bytes of a file, decompressed if its name says that it is compressed."""
+def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
+    """Open a file for reading; decompress it if its name says that it is compressed."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
@@ -115,30 +101,19 @@ def open_plain(path: Path) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _opens_with_bracket(path: Path) -> bool:
-    with open_plain(path) as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _parsed(data: bytes, place: str) -> Any:
+def _parse(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"))  # editors on Windows begin a file with a BOM
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if b"\n" in data.strip() else ""
         detail = f"{error.msg} at {line}column {error.colno}"
-        raise UserError(f"{place}: not valid JSON ({detail})") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8; a number or a nesting without end
-        raise UserError(f"{place}: not valid JSON in UTF-8 ({error})") from None
-
-
-def _as_row(value: Any, place: str) -> Row:
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: expected a JSON object, got {json.dumps(value)[:40]}")
-    return value
+        raise UserError(f"{where}: not valid JSON ({detail})") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8; too many digits; too deeply nested
+        raise UserError(f"{where}: not valid JSON in UTF-8 ({error})") from None
 
 
 def is_encodable(text: str) -> bool:
-    """Whether UTF-8 can hold `text`: JSON may spell half of a surrogate pair, "\\ud800"."""
+    """Whether UTF-8 can hold `text`. JSON can spell half of a surrogate pair, "\\ud800"."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -146,40 +121,39 @@ def is_encodable(text: str) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- files written whole
+# ---------------------------------------------------------------- writing
 
 
 @contextlib.contextmanager
 def write_aside(path: str | Path, binary: bool = False) -> Iterator[IO]:
-    """A file that takes its final name only when the block ends without an exception.
+    """A file that gets its name `path` only if the block ends without an exception.
 
-    Until then it lies beside `path` as NAME.PID.part, and any exception, Ctrl-C included, removes
-    it; what was under the final name stays as it was. The data is on the disk before the rename,
-    so not even a power cut leaves half a file under the final name. Text is UTF-8, lines end in
-    \\n.
-    Raises UserError when the file cannot be written.
+    Until then it is NAME.PID.part beside it, which any exception, Ctrl-C included, removes; a file
+    that was there before stays. The data is flushed to the disk before the rename, so not even a
+    power cut leaves half a file. Text is written in UTF-8 with \\n at line ends.
+    Raises UserError if the file cannot be written.
     """
     path = Path(path)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         text = {} if binary else {"encoding": "utf-8", "newline": "\n"}
-        with open(aside, "wb" if binary else "w", **text) as file:
+        with open(part, "wb" if binary else "w", **text) as file:
             yield file
             to_disk(file)
-        os.replace(aside, path)
+        os.replace(part, path)
     except OSError as error:
-        # An error that names another file, or a closed pipe, is of something else the block does.
-        elsewhere = error.filename is not None and str(error.filename) != str(aside)
-        if elsewhere or isinstance(error, BrokenPipeError):
+        # Errors of another file or a closed pipe come from something else that the block does.
+        other_file = error.filename is not None and str(error.filename) != str(part)
+        if other_file or isinstance(error, BrokenPipeError):
             raise
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            part.unlink()
 
 
 def make_folder(path: str | Path) -> None:
-    """Make a folder and those above it. Raises UserError where that cannot be."""
+    """Make a folder and its parents. Raises UserError if that is not possible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -187,13 +161,13 @@ def make_folder(path: str | Path) -> None:
 
 
 def to_disk(file: IO) -> None:
-    """Flush an open file to the disk itself, so that a power cut does not lose it."""
+    """Flush an open file to the disk itself, so that it survives a power cut."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def folder_to_disk(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
+    """Flush the folder's entries to the disk, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -202,9 +176,9 @@ def folder_to_disk(folder: Path) -> None:
 
 
 def lock(file: IO, wait: bool = False) -> bool:
-    """Lock an open file for this process; the kernel releases it when the process ends.
+    """Lock an open file for this process. The kernel releases the lock when the process ends.
 
-    False if another process holds the lock and `wait` is off.
+    Returns False if another process holds the lock and `wait` is off.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -213,10 +187,10 @@ def lock(file: IO, wait: bool = False) -> bool:
     return True
 
 
-def hash_files(files: Iterable[Path]) -> str:
-    """sha256 of the files' bytes, in order."""
+def hash_files(paths: Iterable[Path]) -> str:
+    """sha256 of the bytes of all files, in order."""
     digest = hashlib.sha256()
-    for path in files:
+    for path in paths:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -1,7 +1,7 @@
-"""Training rows of every usual shape -> `Example`: a prompt, and what is learned from after it.
+"""Training rows of every usual shape -> `Example`: a prompt and the responses to learn from.
 
-    for SFT     {"prompt", "completion"}            {"messages"}, loss on every assistant turn
-    for pairs   {"prompt", "chosen", "rejected"}    {"chosen", "rejected"}, the prompt implicit
+    for SFT     {"prompt", "completion"}            {"messages"}: every assistant turn is learned
+    for pairs   {"prompt", "chosen", "rejected"}    {"chosen", "rejected"}: they share the prompt
 
 A prompt is text (a user's turn) or a list of {"role", "content"} messages. A response is text (an
 assistant's turn), messages, or a whole conversation that repeats the prompt: in
@@ -9,59 +9,48 @@ assistant's turn), messages, or a whole conversation that repeats the prompt: in
     {"prompt": "1+1?", "chosen":   [{"role": "user", "content": "1+1?"}, {"role": "assistant", ..}],
                        "rejected": [{"role": "user", "content": "1+1?"}, {"role": "assistant", ..}]}
 
-the prompt is not learned from, and not there twice. Text goes through the model's chat template
-like any turn: a tuned model is asked in no other way. The format is recognised row by row, from the
-fields; fields besides those named are ignored.
+the prompt is removed from both responses. Texts go through the chat template like any turn. Each
+row's format is found from its fields; other fields are ignored.
 
 Left out: ShareGPT's {"from", "value"}, tool calls, images; a prompt inside two plain texts (where
-it ends would be a guess). Rows of teachers' traces, with verdicts, are redi.prepare's.
+it ends would be a guess). Teachers' traces with verdicts are for redi.prepare.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import takewhile
 from typing import Any
 
 from redi.config import UserError
-from redi.data.files import Row, is_encodable, read_rows
-from redi.data.tokenizer import Message
+from redi.data.files import Row, is_encodable
+from redi.data.tokenizer import Message, is_answer
 
 ROLES = ("system", "user", "assistant", "tool")
 EQUAL = "chosen equals rejected"
-# Content that stands beside `content`, which would silently be missing.
-ELSEWHERE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-FORMATS = {  # stage -> the fields of each format, the first that fits is taken
+# Other fields of a message that hold text, which would be lost without a word.
+OTHER_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+FORMATS = {  # paired -> the fields of each format; the first that fits is taken
     False: (("prompt", "completion"), ("messages",)),
     True: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
 }
-TEACHERS = ("generations", "traces")  # fields of rows for redi.prepare
 PROGRAMS = {False: "train_sft.py", True: "train_redi.py"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row. A response begins and ends with an assistant's message; all of the assistant's in it
-    are learned from, others are not."""
+    """A row. A response begins and ends with an assistant's message; all assistant's messages in
+    it are learned from, others are not."""
 
-    prompt: list[Message]  # up to where what is learned begins
+    prompt: list[Message]
     responses: list[list[Message]]  # SFT: one; pairs: chosen, rejected
 
 
 def read_examples(
-    files: list[Path], paired: bool, skipped: Counter[str]
-) -> Iterator[tuple[int, Example]]:
-    """(the row's number, from 1; the example) of every row of the files; skipped ones are counted.
-
-    Raises UserError, with file and line, for a row that cannot be trained on.
-    """
-    return examples(read_rows(files), paired, skipped)
-
-
-def examples(
     rows: Iterable[tuple[str, Row]], paired: bool, skipped: Counter[str]
 ) -> Iterator[tuple[int, Example]]:
-    """The same of (place, row)."""
+    """(where, row) -> (number of the row, from 1; its example). Pairs of equal responses are left
+    out and counted in `skipped`. Raises UserError for a row that cannot be trained on."""
     for number, (where, row) in enumerate(rows, start=1):
         example = to_example(row, where, paired)
         if paired and example.responses[0] == example.responses[1]:
@@ -70,99 +59,81 @@ def examples(
             yield number, example
 
 
-def recognise(row: Mapping[str, Any], where: str, paired: bool) -> tuple[str, ...]:
-    """The fields of the row's format. Raises UserError for a row of none."""
-    seen = [name for name, value in row.items() if value is not None]
+def find_format(row: Mapping[str, Any], where: str, paired: bool) -> tuple[str, ...]:
+    """The fields of the row's format. Raises UserError if no format fits."""
+    present = [name for name, value in row.items() if value is not None]
     for fields in FORMATS[paired]:
-        if all(name in seen for name in fields):
+        if set(fields) <= set(present):
             return fields
-    known = " or ".join("{" + ", ".join(fields) + "}" for fields in FORMATS[paired])
-    other = any(all(name in seen for name in fields) for fields in FORMATS[not paired])
     hint = ""
-    if any(name in seen for name in TEACHERS):
+    if {"generations", "traces"} & set(present):
         hint = "; it looks like a teacher's: python -m redi.prepare makes rows to train on"
-    elif other:
+    elif any(set(fields) <= set(present) for fields in FORMATS[not paired]):
         hint = f"; {PROGRAMS[not paired]} trains on such rows"
-    listed = ", ".join(str(name)[:40] for name in seen[:20]) or "none"
-    raise UserError(f"{where}: fields seen: {listed}; expected {known}{hint}")
+    expected = " or ".join("{" + ", ".join(fields) + "}" for fields in FORMATS[paired])
+    listed = ", ".join(str(name)[:40] for name in present[:20]) or "none"
+    raise UserError(f"{where}: fields seen: {listed}; expected {expected}{hint}")
 
 
 def to_example(row: Row, where: str, paired: bool) -> Example:
-    """One row. Raises UserError, which begins with `where`, for one that cannot be trained on."""
-    fields = recognise(row, where, paired)
-    if fields == ("messages",):
-        return _of_conversation(_messages(row, "messages", where), where)
-    prompt = _messages(row, "prompt", where, "user") if "prompt" in fields else None
-    sides = ("chosen", "rejected") if paired else ("completion",)
-    responses = [_messages(row, side, where, "assistant") for side in sides]
+    """Convert one row. Raises UserError, which begins with `where`, if it cannot be trained on."""
+    fields = find_format(row, where, paired)
+    sides = [field for field in fields if field != "prompt"]
+    role = None if "messages" in fields else "assistant"
+    prompt = _read_messages(row, "prompt", where, "user") if "prompt" in fields else None
+    responses = [_read_messages(row, side, where, role) for side in sides]
+    conversations = [response for response in responses if not is_answer(response[0])]
     if prompt is None:
-        prompt = _common(*responses)
-        if not prompt:
+        prompt = _shared_prompt(responses)
+        if paired and not prompt:
             raise UserError(
                 f"{where}: no prompt: 'chosen' and 'rejected' do not begin with the same messages"
             )
-    elif prompt[-1]["role"] == "assistant":
+    elif is_answer(prompt[-1]):
         raise UserError(f"{where}: 'prompt' ends with an assistant's message")
-    whole = [r for r in responses if not _is_answer(r[0])]
-    if whole and isinstance(row.get("prompt"), str):  # it is one turn of the conversation
-        prompt = _common(*whole) if len(whole) > 1 else _up_to_answer(whole[0])
-        if row["prompt"] not in [m["content"] for m in prompt]:
+    elif conversations and isinstance(row["prompt"], str):  # one turn of the whole prompt
+        prompt = _shared_prompt(conversations)
+        if row["prompt"] not in [message["content"] for message in prompt]:
             raise UserError(f"{where}: 'prompt' is not what {' and '.join(sides)} begin with")
-    responses = [
-        _after(prompt, response, f"{where}: {side!r}") for side, response in zip(sides, responses)
-    ]
-    return Example(prompt, responses)
+    named = zip(sides, responses)
+    return Example(prompt, [_after_prompt(prompt, r, f"{where}: {side!r}") for side, r in named])
 
 
-# ---------------------------------------------------------------- conversations
+# ---------------------------------------------------------------- conversations and messages
 
 
-def _of_conversation(messages: list[Message], where: str) -> Example:
-    prompt = _up_to_answer(messages)
-    return Example(prompt, [_after(prompt, messages, f"{where}: 'messages'")])
-
-
-def _up_to_answer(messages: list[Message]) -> list[Message]:
-    first = next((i for i, m in enumerate(messages) if _is_answer(m)), len(messages))
-    return messages[:first]
-
-
-def _common(*conversations: list[Message]) -> list[Message]:
-    """The messages that all of them begin with, up to an answer if they are wholly the same."""
-    same = []
+def _shared_prompt(conversations: list[list[Message]]) -> list[Message]:
+    """The messages before the first answer; of several conversations, those that all begin with,
+    without the answers at the end if nothing differs."""
+    if len(conversations) == 1:
+        return list(takewhile(lambda message: not is_answer(message), conversations[0]))
+    shared = []
     for turns in zip(*conversations):
         if any(turn != turns[0] for turn in turns):
-            return same
-        same.append(turns[0])
-    while same and _is_answer(same[-1]):
-        same.pop()
-    return same
+            return shared
+        shared.append(turns[0])
+    while shared and is_answer(shared[-1]):
+        shared.pop()
+    return shared
 
 
-def _after(prompt: list[Message], response: list[Message], what: str) -> list[Message]:
-    """The response without the prompt, if it repeats it."""
-    if not _is_answer(response[0]):
+def _after_prompt(prompt: list[Message], response: list[Message], what: str) -> list[Message]:
+    """The response, checked, without the prompt if it repeats it."""
+    if not is_answer(response[0]):
         if response[: len(prompt)] != prompt:
             raise UserError(f"{what} is a whole conversation that does not begin with the prompt")
         response = response[len(prompt) :]
     if not prompt:
         raise UserError(f"{what} begins with an answer: a prompt is missing")
-    if not response or not _is_answer(response[0]) or not _is_answer(response[-1]):
+    if not response or not is_answer(response[0]) or not is_answer(response[-1]):
         raise UserError(f"{what} must go on with an assistant's message, and end with one")
-    if not all(m["content"].strip() for m in response if _is_answer(m)):
+    if not all(message["content"].strip() for message in response if is_answer(message)):
         raise UserError(f"{what} is empty; a response needs text")
     return response
 
 
-def _is_answer(message: Message) -> bool:
-    return message["role"] == "assistant"
-
-
-# ---------------------------------------------------------------- messages
-
-
-def _messages(row: Row, field: str, where: str, role: str | None = None) -> list[Message]:
-    """A field that holds messages, checked; or, with a role, text that is one of its turns."""
+def _read_messages(row: Row, field: str, where: str, role: str | None = None) -> list[Message]:
+    """The messages of a field, checked. With a role, the field may be text: a turn of that role."""
     value = row[field]
     if role and isinstance(value, str):
         value = [{"role": role, "content": value}]
@@ -172,17 +143,16 @@ def _messages(row: Row, field: str, where: str, role: str | None = None) -> list
             f'{where}: {field!r} must be {text}a list of {{"role": ..., "content": text}} messages '
             f"with roles among {', '.join(ROLES)}"
         )
-    for message in value:
-        if found := [name for name in ELSEWHERE if message.get(name)]:
-            raise UserError(f"{where}: {field!r} has {found[0]!r} beside 'content': not trained on")
+    lost = [name for message in value for name in OTHER_CONTENT if message.get(name)]
+    if lost:
+        raise UserError(f"{where}: {field!r} has {lost[0]!r} beside 'content': not trained on")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def _is_message(value: Any) -> bool:
-    """A role goes through the template as it is, so only known ones may."""
     return (
         isinstance(value, dict)
-        and value.get("role") in ROLES
+        and value.get("role") in ROLES  # the template gets the role unchecked
         and isinstance(value.get("content"), str)
         and is_encodable(value["content"])
     )

@@ -1,73 +1,72 @@
-"""Training rows -> token arrays on disk, made once and memory-mapped.
+"""Training rows -> token arrays on disk, tokenized once and then memory-mapped.
 
-A row for SFT becomes one sequence, a pair two, the chosen one first (data/formats.py). The
-`TokenStore` holds every rendered sequence end to end in one int32 file:
+A row for SFT becomes one sequence, a pair two, the chosen one first. A store is a folder that holds
+the sequences of all rows end to end:
 
-    tokens.bin       p p p r r r r | p p p r r | ...     p prompt, r response, ends with stop
+    tokens.bin       p p p r r r r | p p p r r | ...     int32: prompt, response with its stop token
     index.npz        offsets (S+1,), prompt_lengths (S,), response_lengths (S,), row_numbers (N,)
-    store.json       what it was made from, and the rows left out by reason
+    store.json       whether rows are pairs, skipped rows by reason, sha256 of data and tokens
 
-response_lengths counts learned tokens. Tokens between two answers are not learned; they are stored
-as ~id, which is negative, so a mask costs nothing where there is none.
+Tokens between two answers of a conversation are not learned from. They are stored as ~id, which is
+negative, so the mask takes no space. response_lengths counts learned tokens only.
 
-The store's folder is named by a hash of the data, the tokenizer and the template, so a change of
-any of them makes another one and nothing stale is ever read. It grows in KEY.making, by one
-process at a time, block by block (data/blocks.py), and gets its name when it is whole. After a kill
-or Ctrl-C the same command goes on behind the last whole block, and the store is the same to the
-byte. Rows before are read again, which takes a fiftieth of tokenising them. A row that cannot be
-trained on ends it for good: what was made goes.
-
-Left out: limits on length (data/dataset.py).
-Letters: N rows, S sequences (N or 2 N), L tokens of a sequence.
+The folder's name, KEY, is a hash of the data, the tokenizer, the template and FORMAT. If one of
+them changes, the data is tokenized into another folder, so a stale store is never read. Tokens are
+written to KEY.part, which is renamed to KEY when it is complete. One process does this while others
+wait for its lock. After a kill the next process removes KEY.part and starts again.
+Letters: N rows, S sequences (N or 2 N), T tokens of all sequences.
 """
 
-import fcntl
+import fileinput
 import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
 from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
 
 from redi.config import UserError
-from redi.data.blocks import JOURNAL, TokenWriter, tokenize_blocks
-from redi.data.files import hash_files, to_disk
-from redi.data.formats import read_examples
-from redi.data.tokenizer import ChatTokenizer
+from redi.data.files import hash_files, lock, read_rows, to_disk
+from redi.data.formats import Example, read_examples
+from redi.data.tokenizer import ChatTokenizer, TokenizedRow
 
-FORMAT = "3"  # part of every key: raise it when the rendering or the layout changes
+FORMAT = "4"  # part of KEY: raise it when the token ids or the files change
+BLOCK_CHARS = 1 << 20  # takes about 40 MB while it is tokenized
+THREADS = 3 + (os.cpu_count() or 1) // 8  # blocks that are tokenized at the same time
+
+NumberedExample = tuple[int, Example]  # the number is the row's position in the data, from 1
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Rendered rows on disk."""
+    """Tokenized rows on disk."""
 
     folder: Path
     paired: bool
     data_hash: str  # sha256 of the data files' bytes
-    skipped: dict[str, int]  # rows left out while rendering, by reason
-    tokens: np.ndarray  # (all tokens,) int32, memory-mapped; ~id where it is not learned
+    skipped: dict[str, int]  # rows left out before tokenizing, by reason
+    tokens: np.ndarray  # (T,) int32, memory-mapped; ~id where not learned from
     offsets: np.ndarray  # (S+1,) int64
     prompt_lengths: np.ndarray  # (S,) int32
     response_lengths: np.ndarray  # (S,) int32, learned tokens
-    row_numbers: np.ndarray  # (N,) int64, where the row stands in the data, from 1
+    row_numbers: np.ndarray  # (N,) int64, position of the row in the data, from 1
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> "TokenStore | None":
-        """The store in `folder`, or None if there is none or it is not whole.
+        """The store in `folder`, or None if it is missing or damaged.
 
-        verify: read all of it and compare its sha256; else its size has to fit.
+        verify: compare the sha256 of all tokens; otherwise only their number is checked.
         """
         try:
             about = json.loads((folder / "store.json").read_text())
@@ -77,8 +76,8 @@ class TokenStore:
                 return None
             if verify and hash_files([folder / "tokens.bin"]) != about["tokens_hash"]:
                 return None
-            known = (about["paired"], about["data_hash"], about["skipped"])
-            return cls(folder, *known, tokens, **index)
+            fields = {name: about[name] for name in ("paired", "data_hash", "skipped")}
+            return cls(folder, tokens=tokens, **fields, **index)
         except (OSError, ValueError, KeyError, TypeError, BadZipFile):
             return None
 
@@ -90,123 +89,136 @@ class TokenStore:
 def load_store(
     files: list[Path], chat: ChatTokenizer, paired: bool, cache: str | Path, verify: bool = True
 ) -> TokenStore:
-    """The token store of these files, made under `cache` if it is not there yet.
+    """The token store of these files; they are tokenized if `cache` has no valid store of them.
 
-    verify: compare a store that is there with its sha256, which reads all of it; one process of a
-    machine is enough. Raises UserError naming file and line for a row that cannot be trained on.
+    verify: compare an existing store with its sha256, which reads all of it; once per node is
+    enough. Raises UserError: a row that cannot be trained on (which file and line), no row to
+    train on, a cache that cannot be written.
     """
     data_hash = hash_files(files)
-    made_from = json.dumps([FORMAT, data_hash, chat.fingerprint, paired])
-    folder = Path(cache) / hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    key = json.dumps([FORMAT, data_hash, chat.fingerprint, paired])
+    folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:16]
     store = TokenStore.open(folder, verify)
     if store is None:
         try:
-            _make(folder, files, chat, paired, data_hash)
+            _make_store(folder, files, chat, paired, data_hash)
         except OSError as error:
             raise UserError(f"--cache {cache}: cannot write there ({error})") from None
         store = TokenStore.open(folder)
     if store is None:
-        raise UserError(f"--cache {cache}: what was written there does not read back the same")
+        raise UserError(f"--cache {cache}: the tokens read back differ from those written")
     return store
 
 
-# ---------------------------------------------------------------- one process makes it
+# ---------------------------------------------------------------- one process makes the store
 
 
-def _make(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, data_hash: str):
-    """Make the store `folder`, unless another process does meanwhile."""
-    aside = folder.with_name(f"{folder.name}.making")
-    with _alone_in(aside):
-        if TokenStore.open(folder) is not None:  # another process's
-            shutil.rmtree(aside, ignore_errors=True)
+def _make_store(
+    folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, data_hash: str
+) -> None:
+    """Tokenize the files into `folder`. If another process is doing that, wait for it instead."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "ab") as lock_file:
+        if not lock(lock_file):
+            print(f"{folder}: another process is tokenizing; waiting", file=sys.stderr, flush=True)
+            lock(lock_file, wait=True)
+        if TokenStore.open(folder) is not None:  # from the process that had the lock
             return
+        print(f"{folder}: no valid tokens of this data in this format; tokenizing", flush=True)
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # from a process that was killed
+        part.mkdir()
         try:
-            about = _write(aside, files, chat, paired)
-        except UserError:  # these files never make a store
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        with open(aside / "store.json", "w") as file:
-            json.dump({"paired": paired, "data_hash": data_hash, **about}, file, indent=1)
-            to_disk(file)
-        shutil.rmtree(folder, ignore_errors=True)  # not whole
-        aside.rename(folder)
-        for name in (JOURNAL, "lock"):
-            (folder / name).unlink()
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone; others wait here, on all machines that
-    share the disk. The kernel frees the lock of a process that was killed."""
-    while (lock := _locked(folder)) is None:
-        pass
-    with lock:
-        yield
-
-
-def _locked(folder: Path) -> IO | None:
-    """A locked file in the folder, or None if the folder has got its final name meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    with suppress(FileNotFoundError), ExitStack() as unless_returned:
-        lock = unless_returned.enter_context(open(path, "ab"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder}: another process is making it; waiting", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            unless_returned.pop_all()
-            return lock
-    return None
-
-
-def _write(folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool) -> dict[str, Any]:
-    """tokens.bin and index.npz; returns what store.json says of them."""
-    skipped: Counter[str] = Counter()
-    with TokenWriter(folder) as making:
-        begin = making.last_row
-        if begin:
-            print(f"{folder}: goes on after row {begin:,}", flush=True)
-        examples = (e for e in read_examples(files, paired, skipped) if e[0] > begin)
-        total = _count_rows(files)
-        try:
-            with tqdm(
-                desc="tokenising",
-                unit=" rows",
-                total=total,
-                initial=begin,
-                disable=None,
-                leave=False,
-            ) as bar:
-                began, tokens = time.monotonic(), 0
-                for block in tokenize_blocks(chat, examples):
-                    making.add(block)
-                    tokens += len(block.tokens) // 4
-                    speed = tokens / (time.monotonic() - began)
-                    bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-                    bar.update(making.last_row - bar.n)
+            _write_store(part, files, chat, paired, data_hash)
+            shutil.rmtree(folder, ignore_errors=True)  # damaged
+            part.rename(folder)
         except KeyboardInterrupt:
-            where = f"while tokenising; the same command goes on after row {making.last_row:,}"
-            raise KeyboardInterrupt(where) from None
-        if not making.last_row:
-            raise UserError(f"{files[0]}: no row to train on ({dict(skipped) or 'it has none'})")
-        return {"skipped": dict(skipped), "tokens_hash": making.finish()}
+            raise KeyboardInterrupt("while tokenizing; no tokens were kept") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
-def _count_rows(files: list[Path]) -> int | None:
-    """For the progress bar: None where only reading the rows would tell."""
-    total = 0
-    for file in files:
-        if file.suffix == ".jsonl":
-            with open(file, "rb") as stream:
-                total += sum(part.count(b"\n") for part in iter(partial(stream.read, 1 << 20), b""))
-        elif file.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
+def _write_store(
+    folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, data_hash: str
+) -> None:
+    """Tokenize the files into an empty folder, with a progress bar."""
+    skipped: Counter[str] = Counter()
+    examples = read_examples(read_rows(files), paired, skipped)
+    sha256 = hashlib.sha256()
+    row_numbers, offsets = array("q"), array("q", [0])
+    prompt_lengths, response_lengths = array("i"), array("i")
+    total = None  # only lines can be counted without parsing
+    if all(path.suffix == ".jsonl" for path in files):
+        with fileinput.FileInput(files, mode="rb") as lines:
+            total = sum(1 for _ in lines)
+    bar = tqdm(desc="tokenizing", unit=" rows", total=total, disable=None, leave=False)
+    with open(folder / "tokens.bin", "wb") as file, bar:
+        started = time.monotonic()
+        for number, sequences in tokenize_rows(chat, examples):
+            row_numbers.append(number)
+            for sequence in sequences:
+                ids, learned = sequence.response_ids, sequence.learned
+                if learned is not None:
+                    ids = [id if is_learned else ~id for id, is_learned in zip(ids, learned)]
+                tokens = array("i", sequence.prompt_ids + ids)
+                file.write(tokens)
+                sha256.update(tokens)
+                offsets.append(offsets[-1] + len(tokens))
+                prompt_lengths.append(len(sequence.prompt_ids))
+                response_lengths.append(sum(learned) if learned else len(ids))
+            tokens_per_second = offsets[-1] / (time.monotonic() - started)
+            bar.set_postfix_str(f"{tokens_per_second:,.0f} tokens/s", refresh=False)
+            bar.update(number - bar.n)
+        to_disk(file)
+    if not row_numbers:
+        raise UserError(f"{files[0]}: no row to train on ({dict(skipped)})")
 
-            with suppress(pyarrow.ArrowException):  # whoever reads it says so
-                total += pyarrow.parquet.read_metadata(file).num_rows
-        else:
-            return None
-    return total
+    with open(folder / "index.npz", "wb") as file:
+        np.savez(
+            file,
+            offsets=offsets,
+            prompt_lengths=prompt_lengths,
+            response_lengths=response_lengths,
+            row_numbers=row_numbers,
+        )
+        to_disk(file)
+    about = {"paired": paired, "data_hash": data_hash, "skipped": skipped}
+    with open(folder / "store.json", "w") as file:
+        json.dump({**about, "tokens_hash": sha256.hexdigest()}, file, indent=1)
+        to_disk(file)
+
+
+def tokenize_rows(
+    chat: ChatTokenizer, examples: Iterable[NumberedExample]
+) -> Iterator[tuple[int, list[TokenizedRow]]]:
+    """(row number, example) -> (row number, its sequences), in the same order.
+
+    Threads tokenize blocks of rows, because the tokenizer releases the GIL. At most THREADS + 2
+    blocks are in memory: examples are read no further ahead.
+    """
+
+    def tokenize(block: list[NumberedExample]) -> list[tuple[int, list[TokenizedRow]]]:
+        rows = iter(chat.encode_rows([(e.prompt, r) for _, e in block for r in e.responses]))
+        return [(number, [next(rows) for _ in e.responses]) for number, e in block]
+
+    pending: deque[Future] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for block in _split_blocks(examples):
+            pending.append(pool.submit(tokenize, block))
+            if len(pending) > THREADS:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+
+
+def _split_blocks(examples: Iterable[NumberedExample]) -> Iterator[list[NumberedExample]]:
+    """Lists of rows; each ends with the row that takes it to BLOCK_CHARS characters."""
+    block, chars = [], 0
+    for number, example in examples:
+        block.append((number, example))
+        for messages in (example.prompt, *example.responses):
+            chars += sum(len(message["content"]) for message in messages)
+        if chars >= BLOCK_CHARS:
+            yield block
+            block, chars = [], 0
+    yield block
