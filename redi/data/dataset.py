@@ -29,11 +29,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows of a store that this run trains on.
-
-    A sequence id, as in packing.plan, is the row for SFT, and 2 * row (chosen) or 2 * row + 1
-    (rejected) for pairs.
-    """
+    """The rows of a store that this run trains on."""
 
     store: TokenStore
     rows: np.ndarray  # (N,) indices into the store's rows
@@ -43,26 +39,26 @@ class Dataset:
         return len(self.rows)
 
     @cached_property
-    def _stored(self) -> np.ndarray:  # (S,) index in the store of each sequence id
+    def stored(self) -> np.ndarray:  # (S,) sequence id -> index into the store's sequences
         sides = 2 if self.store.paired else 1
         return (self.rows[:, None] * sides + np.arange(sides)).reshape(-1)
 
     @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row's sequence (N,), or of its chosen and rejected one (N, 2)."""
-        lengths = self.store.sequence_lengths[self._stored]
+    def lengths(self) -> np.ndarray:  # (N,) tokens of each row, or (N, 2) of chosen and rejected
+        lengths = self.store.sequence_lengths[self.stored]
         return lengths.reshape(-1, 2) if self.store.paired else lengths
 
     @cached_property
     def prompt_lengths(self) -> np.ndarray:  # (S,)
-        return self.store.prompt_lengths[self._stored]
+        return self.store.prompt_lengths[self.stored]
 
     @cached_property
     def response_lengths(self) -> np.ndarray:  # (S,) |y|: learned tokens, with the stop token
-        return self.store.response_lengths[self._stored]
+        return self.store.response_lengths[self.stored]
 
     def sequence(self, sequence_id: int) -> TokenSequence:
-        stored = self._stored[sequence_id]
+        """By the id of packing.plan: row for SFT, 2 * row or 2 * row + 1 (rejected) for pairs."""
+        stored = self.stored[sequence_id]
         start, end = self.store.offsets[stored : stored + 2]
         tokens, prompt_length = self.store.tokens[start:end], int(self.prompt_lengths[sequence_id])
         learned = None
@@ -93,31 +89,35 @@ def select(store: TokenStore, limits: Limits, over_length: str, source: str) -> 
     kept = np.ones(len(totals), dtype=bool)
     dropped = {}
     for reason, too_long in over.items():
-        newly = kept & too_long.any(axis=1)  # a row counts for its first reason
-        kept &= ~newly
-        if newly.any():
-            dropped[reason] = int(newly.sum())
-            if over_length == "error":
-                number = store.row_numbers[np.flatnonzero(newly)[0]]
-                raise UserError(
-                    f"{source}: row {number}: {reason} (--over-length drop leaves such rows out)"
-                )
+        newly = np.flatnonzero(kept & too_long.any(axis=1))  # a row counts for its first reason
+        if not len(newly):
+            continue
+        if over_length == "error":
+            where = f"{source}: row {store.row_numbers[newly[0]]}"
+            raise UserError(f"{where}: {reason} (--over-length drop leaves such rows out)")
+        kept[newly] = False
+        dropped[reason] = len(newly)
     if not kept.any():
-        reasons = {**store.skipped, **dropped}
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        raise UserError(f"{source}: no row is left to train on ({counts})")
+        counts = [f"{count} {reason}" for reason, count in (store.skipped | dropped).items()]
+        raise UserError(f"{source}: no row is left to train on ({', '.join(counts)})")
     return Dataset(store, np.flatnonzero(kept), dropped)
 
 
 def describe(dataset: Dataset, chat: ChatTokenizer) -> str:
     """Rows, tokens, length quantiles, what was left out, and the first row with its mask."""
-    store = dataset.store
-    left_out = {**store.skipped, **dataset.dropped}
-    kind = "pairs" if store.paired else "rows"
+    left_out = dataset.store.skipped | dataset.dropped
+    kind = "pairs" if dataset.store.paired else "rows"
     lines = [f"{len(dataset):,} {kind} to train on, {sum(left_out.values()):,} left out"]
     lines += [f"  left out: {count:,} {reason}" for reason, count in left_out.items()]
     lines.append(f"{'tokens':<10}{'total':>14}" + "".join(f"{q:>9}" for q in QUANTILES))
-    for name, lengths in _lengths_by_part(dataset).items():
+    prompts, responses = dataset.prompt_lengths, dataset.response_lengths
+    parts = {"prompt": prompts, "response": responses}
+    if dataset.store.paired:
+        parts = {"prompt": prompts[0::2], "chosen": responses[0::2], "rejected": responses[1::2]}
+    between = dataset.lengths.reshape(-1) - prompts - responses  # between two answers
+    if between.any():
+        parts["between"] = between
+    for name, lengths in parts.items():
         quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
         cells = "".join(f"{int(q):>9,}" for q in quantiles)
         lines.append(f"{name:<10}{int(lengths.sum()):>14,}{cells}")
@@ -126,19 +126,9 @@ def describe(dataset: Dataset, chat: ChatTokenizer) -> str:
     lines.append(f"row {number} as the model sees it (only the response is learned from):")
     learned = np.zeros(len(first.tokens), dtype=bool)
     learned[first.supervised()] = True
-    parts = np.split(first.tokens, np.flatnonzero(np.diff(learned)) + 1)
-    names = ["prompt", *["response", "between"] * len(parts)]
-    for name, ids in zip(names, parts):
+    stretches = np.split(first.tokens, np.flatnonzero(np.diff(learned)) + 1)
+    for name, ids in zip(["prompt", *["response", "between"] * len(stretches)], stretches):
         text = chat.decode(ids)
         shown = text if len(text) <= 240 else f"{text[:120]} [...] {text[-120:]}"
         lines.append(f"  {name:<9}| {shown!r}")
     return "\n".join(lines)
-
-
-def _lengths_by_part(dataset: Dataset) -> dict[str, np.ndarray]:
-    prompts, responses = dataset.prompt_lengths, dataset.response_lengths
-    between = dataset.lengths.reshape(-1) - prompts - responses  # two answers
-    parts = {"prompt": prompts, "response": responses}
-    if dataset.store.paired:
-        parts = {"prompt": prompts[0::2], "chosen": responses[0::2], "rejected": responses[1::2]}
-    return {**parts, "between": between} if between.any() else parts

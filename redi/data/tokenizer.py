@@ -27,6 +27,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,10 +82,8 @@ class TokenizedRow:
 
 
 class ChatTokenizer:
-    """A tokenizer with a chat template. It switches the tokenizer's control tokens off.
-
-    Raises UserError, which begins with `where`, for a template that fails or has no stop token.
-    """
+    """A tokenizer with a chat template. Raises UserError, which begins with `where`, for a template
+    that fails or has no stop token. Switches the tokenizer's control tokens off."""
 
     def __init__(
         self,
@@ -159,7 +158,7 @@ class ChatTokenizer:
             learned = None
             if len(rest) > 1:  # answer, other turns, answer, ...
                 learned = [i % 2 == 0 for i, ids in enumerate(rest) for _ in ids]
-            rows.append(TokenizedRow(prompt_ids, [t for ids in rest for t in ids], learned))
+            rows.append(TokenizedRow(prompt_ids, list(chain.from_iterable(rest)), learned))
         return rows
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -199,12 +198,11 @@ class ChatTokenizer:
     def _find_stop_id(self) -> int:
         conversation = [{"role": "user"}, {"role": "assistant"}]
         pieces = self._render(conversation, add_generation_prompt=False)
-        after = pieces[pieces.index(Piece(message=1)) + 1 :]
-        stop = after[0] if after else Piece()
+        stop = next(iter(pieces[pieces.index(Piece(message=1)) + 1 :]), Piece())
         if stop.control_id is None:
             raise UserError(
-                f"{self.where}: no stop token: the chat template ends an answer with "
-                f"{stop.text!r}, not a special token of the tokenizer; generation could not stop"
+                f"{self.where}: no stop token: the chat template ends an answer with {stop.text!r},"
+                " not with a special token of the tokenizer; generation could not stop"
             )
         return stop.control_id
 
@@ -220,13 +218,11 @@ class ChatTokenizer:
                 )
             except TemplateError as error:
                 raise UserError(f"{self.where}: the chat template fails ({error})") from None
-            # Every second part is the number inside a marker.
+            # Every second part is the number in a marker.
             parts = re.split(MARKER.format(r"(\d+)"), text)
             if [int(number) for number in parts[1::2]] != list(range(len(roles))):
-                raise UserError(
-                    f"{self.where}: the chat template drops, repeats or moves a message "
-                    f"(roles {roles})"
-                )
+                problem = f"drops, repeats or moves a message (roles {roles})"
+                raise UserError(f"{self.where}: the chat template {problem}")
             pieces = []
             for message, part in enumerate(parts[::2]):
                 texts = filter(None, self._controls.split(part))
@@ -258,7 +254,7 @@ class ChatTokenizer:
         def ids(piece: Piece) -> list[int]:
             return next(encoded).ids if piece.control_id is None else [piece.control_id]
 
-        return [[id for piece in pieces for id in ids(piece)] for pieces in segments]
+        return [list(chain.from_iterable(map(ids, pieces))) for pieces in segments]
 
 
 def _fill(pieces: list[Piece], messages: Sequence[Message]) -> list[Piece]:
