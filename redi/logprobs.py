@@ -39,7 +39,6 @@ Left out: gradient filtering (biased for the mass that REDI pushes into the tail
 C rows of a chunk.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -97,10 +96,9 @@ def weighted_logp_sum(
     hidden (R, D), weight (V, D), targets (R,) int64, token_weights (R,) of either sign. The
     gradient is computed here, not in backward, so token_weights are constants.
     """
-    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return WeightedLogpSum(
-        *_WeightedLogpSum.apply(hidden, weight, targets, token_weights, with_grad)
-    )
+    with_grad = torch.is_grad_enabled()  # inside `apply` it never is
+    outputs = _WeightedLogpSum.apply(hidden, weight, targets, token_weights, with_grad)
+    return WeightedLogpSum(*outputs)
 
 
 def accumulation_dtype(hidden: Tensor) -> torch.dtype:
@@ -130,7 +128,11 @@ class _TokenLogps(torch.autograd.Function):
         gradients = _gradients(hidden, weight, targets, grad_logps, *ctx.needs_input_grad[:2])
         if ctx.entropies is not None and gradients.entropies is not None:
             ctx.entropies.copy_(gradients.entropies)
-        return *gradients.cast(hidden.dtype, weight.dtype), None, None
+        d_hidden, d_weight = (
+            None if gradient is None else gradient.to(operand.dtype)
+            for gradient, operand in ((gradients.hidden, hidden), (gradients.weight, weight))
+        )
+        return d_hidden, d_weight, None, None
 
 
 # ---------------------------------------------------------------- one pass
@@ -150,8 +152,7 @@ class _WeightedLogpSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, *_):
-        # Scaled into new tensors of the inputs' dtype: a second backward finds the saved ones
-        # intact.
+        # Into new tensors: a second backward must find the saved ones intact.
         scaled = (
             None if grad is None else torch.mul(grad, grad_loss, out=grad.new_empty(0, dtype=dtype))
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
@@ -162,28 +163,19 @@ class _WeightedLogpSum(torch.autograd.Function):
 # ---------------------------------------------------------------- shared by both
 
 
-@dataclass
-class _Gradients:
-    """d sum_t token_weights[t] * logp[t] by hidden (R, D) and by weight (V, D); logp (R,)."""
+class _Gradients(NamedTuple):
+    """Of sum_t token_weights[t] * token_logps[t]."""
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    token_logps: Tensor
-    entropies: Tensor | None
-
-    def cast(self, *dtypes: torch.dtype) -> list[Tensor | None]:
-        gradients = self.hidden, self.weight
-        return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes)]
+    hidden: Tensor | None  # (R, D)
+    weight: Tensor | None  # (V, D)
+    token_logps: Tensor  # (R,)
+    entropies: Tensor | None  # (R,), with the gradient by hidden
 
 
 def _gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor,
-    for_hidden: bool,
-    for_weight: bool,
-) -> _Gradients:
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor,
+    for_hidden: bool, for_weight: bool,
+) -> _Gradients:  # fmt: skip
     head = _Head(hidden, weight)
     token_weights = token_weights.to(head.dtype)
     logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
@@ -203,11 +195,12 @@ def _gradients(
                 torch.mm(chunk, head.weight, out=d_hidden[rows])
                 entropies[rows] = entropy
         else:
-            chunk, total, logps[rows] = softmax_minus_onehot_(logits, targets[rows])
-            scale = (-weights / total)[:, None]  # (C, 1)
+            logps[rows], others, total = _exponentials_(logits, targets[rows])
+            chunk = logits.scatter_(1, targets[rows, None], -others)  # (softmax - onehot) * total
+            scale = -weights[:, None] / total  # (C, 1)
             if for_hidden:
                 d_part = torch.mm(chunk, head.weight, out=d_hidden[rows])  # (C, D)
-                entropies[rows] = -logps[rows] - torch.linalg.vecdot(part, d_part) / total
+                entropies[rows] = -logps[rows] - torch.linalg.vecdot(part, d_part) / total[:, 0]
                 d_part.mul_(scale)
             part = part * scale
         if for_weight:
@@ -215,16 +208,6 @@ def _gradients(
     if for_hidden:
         entropies.clamp_(min=0.0)  # rounding
     return _Gradients(d_hidden, d_weight, logps, entropies)
-
-
-def softmax_minus_onehot_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(softmax - onehot) * total (C, V), total (C,) and the log-probs of the targets (C,).
-
-    logits (C, V) is overwritten, targets (C,). total is the row's sum of exp(z - max).
-    """
-    logps, others, total = _exponentials_(logits, targets)
-    logits.scatter_(1, targets[:, None], -others)
-    return logits, total[:, 0], logps
 
 
 def target_logps_(logits: Tensor, targets: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ Letters: N rows, T packed tokens, S sequences of a pack, L tokens of a sequence,
 
 import bisect
 import heapq
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -132,12 +132,9 @@ class PackedBatch:
     response_lengths: list[int]  # S, |y|: supervised tokens of each sequence
 
     def to(self, device: torch.device) -> "PackedBatch":
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return PackedBatch(**{**self.__dict__, **moved})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ The pair of tests/test_losses.py again: log-probs [-.1, -.2, -.3] (chosen) and [
 S_w -0.6, M_w -0.2, S_l -4, M_l -2, with references S_w_ref -0.9, S_l_ref -3.5 (means -0.3, -1.75).
 """
 
-import doctest
 import inspect
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,10 +87,11 @@ def test_every_related_objective_is_worked_by_hand():
     assert set(RELATED) <= set(WORKED)
 
 
-def test_examples_in_docstrings_are_true():
-    found = doctest.testmod(related_losses)
-    assert found.attempted >= len(RELATED)
-    assert found.failed == 0
+def test_the_table_in_the_module_docstring_has_these_numbers():
+    at_line_ends = re.findall(r"(-?\d+\.\d+)$", related_losses.__doc__, re.MULTILINE)
+    table = [float(number) for number in at_line_ends]
+    for name in RELATED:
+        assert any(number == pytest.approx(WORKED[name][1], abs=6e-7) for number in table), name
 
 
 # ---------------------------------------------------------------- float64 autograd of the formula
