@@ -9,30 +9,26 @@ subclass that restates the field with another default inherits type and help. A 
 TOML key and, with dashes, its flag. A field is a positional argument if it has no default or is
 marked `positional`. Unknown keys and flags are errors, so a typo never trains a model.
 
-`program` wraps the main of every command: a mistake of the user is raised as a `UserError`,
-anywhere below, and ends there as one line on stderr and exit status 2.
+`program` wraps the main of every command: code anywhere raises a mistake of the user as a
+`UserError`, and `program` prints it as one line on stderr and exits with status 2.
 Left out: nested sections, interpolation, environment variables. A recipe is a flat list of values.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import inspect
 import json
 import os
-import re
 import sys
 import tomllib
-import types
-import typing
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 C = TypeVar("C")
-STOPPED = 75  # exit status for "try again later" (EX_TEMPFAIL of sysexits.h)
 # Marks of a field, as in Annotated[str, "help", positional].
 positional = object()  # a positional argument although it has a default
 may_change = object()  # does not affect the result: may differ when a run resumes
@@ -53,29 +49,27 @@ class Stopped(Exception):
 def require(holds: bool, name: str, value: Any, expected: str) -> None:
     """Raise a UserError that names the flag, unless the condition holds."""
     if not holds:
-        raise UserError(f"{_flag(name)}: expected {expected}; got {value}")
+        raise UserError(f"--{name.replace('_', '-')}: expected {expected}; got {value}")
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a program's `main`, so that it ends in one line on stderr instead of a traceback.
 
-    Exit status: 2 after a UserError or OSError, 75 when Stopped, 130 after Ctrl-C, 1 after a broken
-    pipe. All processes of a node meet the same UserError, so only local rank 0 prints it. A
-    KeyboardInterrupt may carry a message, such as what is saved on disk; it is printed too.
+    Exit status: 2 after a UserError or OSError, 75 after Stopped, 130 after Ctrl-C, 1 after a
+    broken pipe. All processes of a node meet the same UserError, so only local rank 0 prints it.
     """
 
     @functools.wraps(main)
     def wrapped() -> None:
-        for stream in (sys.stdout, sys.stderr):  # escape what the terminal's encoding cannot print
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
+        if hasattr(sys.stdout, "reconfigure"):  # escape what the terminal's encoding cannot print
+            sys.stdout.reconfigure(errors="backslashreplace")
         is_local_rank_zero = os.environ.get("LOCAL_RANK", "0") == "0"
         try:
             main()
         except UserError as error:
             _end(2, f"error: {error}", is_local_rank_zero or isinstance(error, RankError))
         except Stopped as stopped:
-            _end(STOPPED, f"stopped: {stopped}", is_local_rank_zero)
+            _end(os.EX_TEMPFAIL, f"stopped: {stopped}", is_local_rank_zero)
         except KeyboardInterrupt as interrupt:
             print(file=sys.stderr)  # ends the line on which the terminal shows ^C
             _end(130, f"stopped: {interrupt}" if str(interrupt) else "stopped")
@@ -99,21 +93,15 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 # ---------------------------------------------------------------- flags and recipes -> dataclass
 
 
 def parse(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
     """Read `config_class` from a recipe and flags. Raises UserError; exits with 0 after --help."""
-    given = vars(_parser_for(config_class, description).parse_args(argv))
-    values, recipe = {}, given.pop("config")
-    if recipe:
-        table = load_toml(recipe, f"--config {recipe}")
-        values = check_table(table, types_of(config_class), recipe)
-    return config_class(**values | given)
+    flags = vars(_parser_for(config_class, description).parse_args(argv))
+    recipe = flags.pop("config")
+    table = load_toml(recipe, f"--config {recipe}") if recipe else {}
+    return config_class(**check_table(table, types_of(config_class), recipe) | flags)
 
 
 def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
@@ -121,20 +109,20 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
     parser = _Parser(
         prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
         description=f"{description} Flags are listed with their defaults.",
-        formatter_class=_HelpFormatter,
+        formatter_class=functools.partial(_HelpFormatter, max_help_position=36, width=110),
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE.toml", help="settings; flags override them")
-    usage, hints = "%(prog)s", _annotations(config_class)
-    for field in dataclasses.fields(config_class):
+    usage, hints = "%(prog)s", _hints(config_class)
+    for field in fields(config_class):
         kind, (text, *marks) = hints[field.name].__origin__, hints[field.name].__metadata__
         default = field.default if field.default_factory is MISSING else field.default_factory()
         # A flag that is not given must not override the recipe, so argparse has no defaults.
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
-        if typing.get_origin(kind) is Literal:
-            text += f" ({', '.join(typing.get_args(kind))})"
-        elif typing.get_origin(kind) is list:
-            [kind] = typing.get_args(kind)
+        if get_origin(kind) is Literal:
+            text += f" ({', '.join(get_args(kind))})"
+        elif get_origin(kind) is list:
+            [kind] = get_args(kind)
             options |= {"nargs": "+", "action": "extend"}
         elif kind is bool:
             options |= {"nargs": "?", "const": "true"}
@@ -146,7 +134,7 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
             text += f" (default: {_shown(default)})"
             options |= {"nargs": "?"}
         else:
-            name, metavar = _flag(field.name), _shown(default)
+            name, metavar = f"--{name.replace('_', '-')}", _shown(default)
         options |= {"metavar": metavar, "help": text.replace("%", "%%")}
         parser.add_argument(name, type=functools.partial(_from_text, kind=kind), **options)
     parser.usage = f"{usage} [--flag value ...]"
@@ -154,7 +142,7 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
 
 
 def _shown(default: Any) -> str:
-    return "none" if default is None else re.sub('[",]', "", _toml_value(default))
+    return "none" if default is None else json.dumps(default).replace('"', "").replace(",", "")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,9 +152,6 @@ class _Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.HelpFormatter):
     """One line per flag: the flag with its default, then its meaning."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36, width=110)
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         return action.metavar  # the default as it is, without [] and ...
@@ -182,16 +167,12 @@ def _from_text(text: str, kind: Any) -> Any:
 
 
 def _checked(value: Any, kind: Any) -> Any:
-    """`value` if its type is `kind`; an int becomes a float where only a float fits.
-
-    Raises ArgumentTypeError, which argparse turns into an error that names the flag.
-    """
-    in_union = typing.get_origin(kind) in (types.UnionType, typing.Union)
-    members = typing.get_args(kind) if in_union else (kind,)
+    """`value` if it has the type `kind`; an int may become a float. Raises ArgumentTypeError."""
+    members = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
     for member in members:
-        if typing.get_origin(member) is list and isinstance(value, list):
-            return [_checked(v, typing.get_args(member)[0]) for v in value]
-        if typing.get_origin(member) is Literal and value in typing.get_args(member):
+        if get_origin(member) is list and isinstance(value, list):
+            return [_checked(v, get_args(member)[0]) for v in value]
+        if get_origin(member) is Literal and value in get_args(member):
             return value
         if member is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
@@ -202,14 +183,14 @@ def _checked(value: Any, kind: Any) -> Any:
 
 
 def _kind_name(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
     names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
-    return "a list" if typing.get_origin(kind) is list else names.get(kind, "none")
+    return "a list" if get_origin(kind) is list else names.get(kind, "none")
 
 
 def load_toml(path: str | Path, label: str) -> dict[str, Any]:
-    """The content of a TOML file. Raises UserError, whose message begins with `label`."""
+    """Read a TOML file. Raises UserError: `label`, then what is wrong."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -219,10 +200,7 @@ def load_toml(path: str | Path, label: str) -> dict[str, Any]:
 
 
 def check_table(table: dict[str, Any], kinds: dict[str, Any], where: str) -> dict[str, Any]:
-    """The table, each value checked against the type of its key in `kinds`.
-
-    Raises UserError for an unknown key or a wrong type; `where` begins its message.
-    """
+    """The table, checked against `kinds` (key -> type). Raises UserError: `where`, then the key."""
     checked = {}
     for key, value in table.items():
         if key not in kinds:
@@ -237,32 +215,26 @@ def check_table(table: dict[str, Any], kinds: dict[str, Any], where: str) -> dic
 
 def to_toml(config: Any) -> str:
     """The dataclass as a TOML recipe that `parse` reads back; fields that are None are left out."""
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return "".join(f"{k} = {_toml_value(v)}\n" for k, v in fields.items() if v is not None)
-
-
-def _toml_value(value: bool | int | float | str | list) -> str:
+    items = asdict(config).items()
+    lines = (f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in items if v is not None)
     # TOML writes these values as JSON does, but the delete character must be escaped as well.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-# ---------------------------------------------------------------- fields of a config class
+    return "".join(lines).replace("\x7f", "\\u007f")
 
 
 def types_of(config_class: type) -> dict[str, Any]:
     """Field name -> its type, without the help."""
-    return {name: hint.__origin__ for name, hint in _annotations(config_class).items()}
+    return {name: hint.__origin__ for name, hint in _hints(config_class).items()}
 
 
 def fields_that_may_change(config_class: type) -> set[str]:
-    hints = _annotations(config_class).items()
-    return {name for name, hint in hints if may_change in hint.__metadata__}
+    """The fields marked `may_change`."""
+    return {name for name, hint in _hints(config_class).items() if may_change in hint.__metadata__}
 
 
-def _annotations(config_class: type) -> dict[str, Any]:
+def _hints(config_class: type) -> dict[str, Any]:
     """Field name -> its Annotated[type, help, ...], inherited where a subclass restates a field."""
     found: dict[str, Any] = {}
     for base in reversed(config_class.__mro__):
         hints = inspect.get_annotations(base).items()
-        found |= {name: hint for name, hint in hints if typing.get_origin(hint) is Annotated}
+        found |= {name: hint for name, hint in hints if get_origin(hint) is Annotated}
     return found

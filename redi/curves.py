@@ -1,7 +1,4 @@
-"""The curves of runs as one picture: one panel per metric, one color per run.
-
-`python -m redi.runlog RUN [RUN ...]` reads the records and calls `draw`.
-"""
+"""The curves of one or several runs as a picture: `python -m redi.runlog RUN [RUN ...]`."""
 
 from pathlib import Path
 from typing import Any
@@ -28,18 +25,18 @@ STYLES = {"train": "-", "eval": "o", "benchmark": ".-"}  # kind of record -> lin
 
 
 def draw(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Write the curves of several runs as a PNG: one panel for each metric that any run recorded.
+    """Write a PNG: one panel per metric that any of the runs recorded, one color per run.
 
-    histories: name of a run -> its records, as in metrics.jsonl; at least one record holds one of
-    the metrics of PANELS. Raises UserError if `path` cannot be written.
+    histories: name of a run -> its records, as in metrics.jsonl; at least one record holds a metric
+    of PANELS. Raises UserError if `path` cannot be written.
     """
     recorded = {key for records in histories.values() for record in records for key in record}
     metrics = [key for key in PANELS if key in recorded]
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, metric in zip(axes, metrics):
+    for position, metric in enumerate(metrics, start=1):
+        axis = figure.add_subplot(rows, columns, position)
         for number, (name, records) in enumerate(histories.items()):
             for kind, style in STYLES.items():
                 points = [
@@ -52,8 +49,6 @@ def draw(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
                     axis.plot(*zip(*points), style, color=f"C{number}", lw=1, ms=4, label=label)
         axis.set(title=PANELS[metric], xlabel="optimizer step")
         axis.grid(alpha=0.3)
-    for axis in axes[len(metrics) :]:
-        axis.set_visible(False)
-    axes[0].legend(fontsize="small")
+    figure.axes[0].legend(fontsize="small")
     with write_aside(path, binary=True) as file:
         figure.savefig(file, dpi=110, format="png")

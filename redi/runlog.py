@@ -3,7 +3,6 @@
 metrics.jsonl has one JSON object per line: {"kind": "train", "step": 12, "loss": ..., ...}, also of
 kind "eval" (held-out data) and "benchmark" (scores during training), and finally "finished".
 `python -m redi.runlog RUN [RUN ...]` draws the records of one or several runs as RUN/curves.png.
-
 Left out: anything that needs a server. TensorBoard and W&B get the same records on request.
 """
 
@@ -21,41 +20,30 @@ from tqdm import tqdm
 from redi.config import UserError, fields_that_may_change, load_toml, parse, program, to_toml
 from redi.data.files import lock, make_folder, write_aside
 
-QUIET_SECONDS = 10.0  # between progress lines when stdout is not a terminal
-
 
 def is_finished(out: str, config: Any) -> bool:
-    """Whether `out` holds this very run, complete.
-
-    Raises UserError if `out` holds another run, or files that are not of a run.
-    """
+    """Whether `out` holds this run, complete. Raises UserError if `out` holds anything else."""
     folder, config_file = Path(out), Path(out) / "config.toml"
     if folder.is_file():
         raise UserError(f"--out {out}: is a file; expected a folder")
-    # A run that was killed at its start has left only these files.
-    first_files = ("metrics.jsonl", ".part")
-    if not folder.is_dir() or all(path.name.endswith(first_files) for path in folder.iterdir()):
-        return False
+    if all(path.name.endswith(("metrics.jsonl", ".part")) for path in folder.glob("*")):
+        return False  # no files at all, or only those of a run that was killed at its start
     if not config_file.is_file():
         raise UserError(f"--out {folder}: holds files but no run; choose another folder")
     old, new = load_toml(config_file, str(config_file)), tomllib.loads(to_toml(config))
-    changed = [
+    changes = "; ".join(
         f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted((old.keys() | new.keys()) - fields_that_may_change(type(config)))
         if old.get(key) != new.get(key)
-    ]
-    if changed:
-        changes = "; ".join(changed)
+    )
+    if changes:
         raise UserError(f"--out {folder}: holds another run ({changes}); choose another folder")
-    records = list(read_metrics(folder))
-    return bool(records) and records[-1]["kind"] == "finished"
+    return any(record["kind"] == "finished" for record in read_metrics(folder))
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run, without a last line that was cut short by a kill. No file: no records.
-
-    Raises UserError for any other line that is not a record.
-    """
+    """The records of a run, if it has any. A last line that a kill cut short is left out; any other
+    line that is not a record raises a UserError."""
     path = run / "metrics.jsonl"
     if path.is_file():
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
@@ -75,8 +63,7 @@ class RunLog:
     ):
         """facts: what is not a setting (versions, hash of the data), written as TOML comments.
         begin: the step after which the run resumes; records of later steps are removed.
-
-        Raises UserError if another process is writing to `out`.
+        Raises UserError if another process writes to `out` or the tracker is not installed.
         """
         self.folder = Path(out)
         try:
@@ -91,21 +78,20 @@ class RunLog:
         with write_aside(self.folder / "config.toml") as file:
             file.write(comments + to_toml(config))
 
-    def record(self, kind: str, step: int, **values: Any) -> None:
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._metrics.flush()
+    def record(self, kind: str, step: int, **values: float) -> None:
+        print(json.dumps({"kind": kind, "step": step, **values}), file=self._metrics, flush=True)
         self._track(kind, step, values)
 
     def finish(self) -> None:
         """Write the last record: the run is complete and its model is saved."""
-        self._metrics.write(json.dumps({"kind": "finished"}) + "\n")
+        print(json.dumps({"kind": "finished"}), file=self._metrics)
         self._metrics.close()
 
 
 class NoLog:
     """The log of every rank but rank 0: writes nothing."""
 
-    def record(self, kind: str, step: int, **values: Any) -> None:
+    def record(self, kind: str, step: int, **values: float) -> None:
         pass
 
     def finish(self) -> None:
@@ -119,18 +105,17 @@ def read_facts(folder: Path) -> dict[str, str]:
 
 
 def _open_metrics(path: Path, begin: int) -> TextIO:
-    """Lock metrics.jsonl and open it for writing, cut behind its records up to step `begin`."""
+    """Lock metrics.jsonl, remove the records after step `begin` and open it for appending."""
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (the run closes it)
     if not lock(file):
         file.close()
         raise UserError(f"--out {path.parent}: another process is running there")
     kept = 0
-    with open(path, "rb") as lines:
-        for line in lines:
-            # Only a later step's line can be cut short: a checkpoint is written after its records.
-            if not line.endswith(b"\n") or json.loads(line).get("step", begin + 1) > begin:
-                break
-            kept += len(line)
+    for line in path.read_bytes().splitlines(keepends=True):
+        # Only a later step's line can be cut short: a checkpoint is written after its records.
+        if not line.endswith(b"\n") or json.loads(line).get("step", begin + 1) > begin:
+            break
+        kept += len(line)
     file.truncate(kept)
     return file
 
@@ -148,13 +133,13 @@ class Progress(contextlib.AbstractContextManager):
         self._start = self._last_line = time.monotonic()
 
     def update(self, values: dict[str, str]) -> None:
-        """Count one more as done, and show `values` beside it."""
+        """Count one more unit as done and show `values` beside the count."""
         self._done += 1
         text = " ".join(f"{key} {value}" for key, value in values.items())
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         now = time.monotonic()
-        is_due = now - self._last_line > QUIET_SECONDS or self._done == self._total
+        is_due = now - self._last_line > 10 or self._done == self._total
         if self._shown and self._bar.disable and is_due:
             self._last_line = now
             left = (now - self._start) / (self._done - self._first) * (self._total - self._done)
@@ -164,9 +149,7 @@ class Progress(contextlib.AbstractContextManager):
         self._bar.close()
 
 
-# ---------------------------------------------------------------- trackers get the same records
-
-Track = Callable[[str, int, dict[str, Any]], None]  # (kind, step, values)
+Track = Callable[[str, int, dict[str, float]], None]  # gets each record: kind, step, values
 
 
 def _no_tracker(folder: Path, settings: str) -> Track:
@@ -179,10 +162,9 @@ def _tensorboard(folder: Path, settings: str) -> Track:
     writer = SummaryWriter(str(folder / "tensorboard"))
     writer.add_text("settings", f"```\n{settings}```")
 
-    def track(kind: str, step: int, values: dict[str, Any]) -> None:
+    def track(kind: str, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            if isinstance(value, (int, float)):
-                writer.add_scalar(f"{kind}/{name}", value, step)
+            writer.add_scalar(f"{kind}/{name}", value, step)
         writer.flush()
 
     return track
@@ -198,9 +180,6 @@ def _wandb(folder: Path, settings: str) -> Track:
 
 
 TRACKERS = {"none": _no_tracker, "tensorboard": _tensorboard, "wandb": _wandb}
-
-
-# ---------------------------------------------------------------- python -m redi.runlog
 
 
 @dataclass(kw_only=True)

@@ -194,7 +194,7 @@ def test_progress_without_a_terminal_is_a_line_every_few_seconds(capsys, monkeyp
             now[0] += 1.0
             progress.update({"loss": "0.5"})
     lines = capsys.readouterr().out.splitlines()
-    # Every 11 s, as QUIET_SECONDS is 10 and must be exceeded: 11, 22, ... 99, and the last.
+    # A line is due after more than 10 s: at 11, 22, ... 99, and at the last.
     assert [line.split()[1] for line in lines] == [
         *(f"{k}/100" for k in range(11, 100, 11)), "100/100",
     ]  # fmt: skip
@@ -255,7 +255,7 @@ def test_tensorboard_gets_the_records(tmp_path, monkeypatch):
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     log = RunLog(str(tmp_path / "run"), Settings(), {}, "tensorboard")
-    log.record("train", 3, loss=0.5, note="text is no scalar")
+    log.record("train", 3, loss=0.5)
     [writer] = Writer.made
     assert writer.folder == str(tmp_path / "run" / "tensorboard")
     assert writer.scalars == [("train/loss", 0.5, 3)]
