@@ -1,19 +1,18 @@
 """How a run is distributed: devices, precision, and what ranks exchange.
 
-The optimizer updates fp32 weights; CUDA computes in bf16. FSDP2's mixed precision keeps the two
-apart, also on a single process: it casts a block's parameters when the block runs, and reduces
-gradients in fp32. There is no autocast.
+The optimizer updates fp32 weights; CUDA computes in bf16. FSDP2's mixed precision does both, also
+in a single process: it casts a block's parameters when the block runs, and reduces gradients in
+fp32. There is no autocast.
 
 Under torchrun every process is a rank with one device. Weights, gradients and optimizer state are
-sharded over the ranks of a node and replicated across nodes (a 2-D mesh, so all-gathers stay
-inside a node). Ranks sum their losses and gradients and never average them, because every loss is
-already divided by the counts of the whole step.
-
-The model knows nothing of this: `parallelize` changes it from outside.
+sharded over the ranks of a node and replicated across nodes, so all-gathers stay inside a node.
+Ranks sum their losses and gradients and never average them, because every loss is already divided
+by the counts of the whole step. The model knows nothing of this: `parallelize` changes it in place.
 """
 
 import os
 import re
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,10 +55,9 @@ def start(timeout_minutes: float) -> World:
     timeout_minutes: how long a rank waits for the others before it gives up. From here on only
     rank 0 writes to stdout. Raises UserError if nodes run different numbers of processes.
     """
-    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    rank, local_rank, world_size, local_world_size = (
-        int(os.environ.get(name, default)) for name, default in defaults.items()
-    )
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if world_size == 1:
@@ -87,9 +85,6 @@ def compute_dtype(name: str, world: World) -> torch.dtype:
     return DTYPES[name]
 
 
-# ---------------------------------------------------------------- distributing a model
-
-
 @dataclass(frozen=True)
 class Parallelism:
     """How a model is distributed: compute dtype, checkpointing, compilation, ZeRO stage."""
@@ -101,66 +96,55 @@ class Parallelism:
 
 
 def parallelize(model: Transformer, world: World, how: Parallelism) -> None:
-    """Distribute `model` in place.
-
-    The order matters: checkpoint the first blocks, compile, move to the device, shard (if there are
-    several ranks, or the compute dtype is not that of the weights). A model on the meta device gets
-    memory, but no values: checkpoint.weights.fill reads them, on each rank its own rows.
-    """
+    """Distribute `model` in place. It is sharded over several ranks, or if the compute dtype is not
+    that of the weights. A model on the meta device gets memory, but no values: checkpoint.weights
+    fills in each rank's own rows."""
+    # No block draws random numbers, so there is no random state to restore.
+    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in model.model.layers[: how.checkpointed]:
-        # Parameters keep their names. No block draws random numbers, so no state is restored.
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        block.forward = partial(recompute, block.forward)  # parameters keep their names
     if how.compiled:  # norms, rotation, SwiGLU and residuals; packs have any length: dynamic
         for block in model.model.layers:
             block.before_attention = torch.compile(block.before_attention, dynamic=True)
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
-    on_meta = model.output_weight.is_meta
-    if not on_meta:
+    if not model.output_weight.is_meta:
         model.to(world.device)
     if how.dtype != model.output_weight.dtype or world.world_size > 1:
         shard(model, world, how)
-    if on_meta:
+    if model.output_weight.is_meta:
         model.to_empty(device=world.device)
 
 
 def shard(model: Transformer, world: World, how: Parallelism) -> None:
     """FSDP2, in place: one group per block; the root's group is embedding, norm and head."""
-    # Imported here: it takes a second.
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second
 
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     reduce_dtype = torch.promote_types(how.dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=how.dtype, reduce_dtype=reduce_dtype)
+    mesh = _mesh(world)
     for module in [*model.model.layers, model]:
-        fully_shard(
-            module,
-            mesh=_mesh(world),
-            mp_policy=policy,
-            reshard_after_forward=how.reshard_after_forward and module is not model,
-        )
-    # Sum gradients. Neither setting recurses, so each module gets its own.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # a plain sum, not a product with 1
+        reshard = how.reshard_after_forward and module is not model
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        # Sum gradients. Neither setting recurses, so each module gets its own.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # a plain sum, not a product with 1
 
 
 @cache
 def _mesh(world: World):
     """One mesh for all models of a process: each mesh creates its own groups and their threads."""
-    sizes, names = (world.world_size,), ("shard",)
-    if world.num_nodes > 1:
-        sizes, names = (world.num_nodes, world.local_world_size), ("replicate", "shard")
+    if world.num_nodes == 1:
+        return dist.init_device_mesh(world.device.type, (world.world_size,))
+    sizes, names = (world.num_nodes, world.local_world_size), ("replicate", "shard")
     return dist.init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
 
 
 def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None:
-    """Tell a sharded model whether this pack is the last one of the step. Only the last backward
-    reduces gradients over ranks. It also frees the whole weights; ZeRO-3 does so after any pack."""
+    """Tell a sharded model whether this pack is the last one of the step: only its backward reduces
+    gradients over ranks. It also frees the whole weights, which ZeRO-3 does after every pack."""
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last or reshard_after_forward)
@@ -168,7 +152,7 @@ def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """torch.no_grad for forward passes without a backward, after which weights are sharded again.
+    """torch.no_grad for forward passes only, after which weights are sharded again.
 
     FSDP2 reshards in backward. Until then parameters are whole copies, which neither the optimizer
     nor a checkpoint may use."""
@@ -187,13 +171,10 @@ def gathered(model: nn.Module, reshard_after_forward: bool) -> Iterator[None]:
     for module in sharded:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
-    try:
-        with without_gradients(model):
-            yield
-    finally:
-        for module in sharded:
-            reshard = reshard_after_forward and module is not model
-            module.set_reshard_after_forward(reshard, recurse=False)
+    with without_gradients(model):
+        yield
+    for module in sharded[1:]:  # the first is the root, which `shard` never reshards after forward
+        module.set_reshard_after_forward(reshard_after_forward, recurse=False)
 
 
 def first_row(parameter: Tensor) -> int:
@@ -213,9 +194,6 @@ def local_shard(parameter: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank. All ranks must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-# ---------------------------------------------------------------- between ranks
 
 
 def sum_over_ranks(tensor: Tensor, world: World) -> None:
@@ -257,12 +235,11 @@ LOST = re.compile("gloo/transport/.*(closed|reset by peer|refused|[Bb]roken pipe
 
 @contextmanager
 def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
-    """Turn the error a rank gets when another one died or stalls into a RankError of one sentence.
-    All other errors pass through.
+    """Turn the error a rank gets when another one died or stalls into a RankError. After the body,
+    leave the process group: gloo's threads often abort a process that exits right after an
+    exchange, and torchrun would then stop the ranks that are still working.
 
-    timeout: how long `start` lets ranks wait, in words. After the body the rank leaves the process
-    group: gloo's threads often abort a process that exits right after an exchange, and torchrun
-    would then stop the ranks that are still working."""
+    timeout: how long `start` lets ranks wait, in words."""
     try:
         yield
     except RuntimeError as error:
@@ -282,7 +259,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has held: on the GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,7 +1,8 @@
 """How much memory a training step needs, and how many blocks to checkpoint so that it fits.
 
 The peak is where the last pack of a step turns from forward to backward. With N parameters, n ranks
-on a node, e bytes per number of the compute dtype (bf16: 2), L blocks and a pack of T tokens:
+on a node, e bytes per number of the compute dtype (bf16: 2), L blocks of width D, and at most T
+tokens in a pack:
 
     12 N / n            fp32 weights and two Adam moments, sharded
     4 N                 fp32 gradients, whole until the last backward pass reduces them over ranks
@@ -11,16 +12,13 @@ on a node, e bytes per number of the compute dtype (bf16: 2), L blocks and a pac
                         blocks are checkpointed, those of the one that is being recomputed
     head or backward    the larger of what the head and what the first backward of a block needs
 
-Sharded gradients add nothing: each appears as its whole one is freed. A step of a single pack needs
-less, because blocks have no gradients yet at its peak.
+Sharded gradients add nothing: each is created as the whole one is freed. Left out: buffers of the
+exchange between ranks, caches of libraries, and what ZeRO-3, compiled blocks and steps of a single
+pack save. bench/ranks.py and bench/gpu.py compare the formula with measured peaks.
 
-A checkpointed block keeps only its input and is recomputed in backward, which costs a third of its
-compute. The first blocks are the ones to checkpoint: when they are recomputed, the activations of
-all later blocks are freed already.
-
-bench/ranks.py and bench/gpu.py compare the formula with measured peaks. Left out: buffers of the
-exchange between ranks, caches of libraries, and what ZeRO-3 and compiled blocks save. Letters: T
-tokens of the longest pack, D hidden, I intermediate, V vocabulary.
+A checkpointed block keeps only its input and is recomputed in backward, which adds a third to its
+compute. We checkpoint the first blocks: by the time they are recomputed, the activations of all
+later blocks have been freed.
 """
 
 import os
@@ -49,27 +47,27 @@ class StepMemory:
     per_block: float  # activations of one block
     planned: float  # what a step may use
 
-    def parts(self, checkpointed: int) -> dict[str, float]:
-        """All bytes by purpose, with so many blocks checkpointed."""
-        kept = max(self.blocks - checkpointed, 1)
-        activations = f"activations inside {kept} of {self.blocks} blocks"
-        return self.fixed | {activations: kept * self.per_block}
-
     def total(self, checkpointed: int) -> float:
-        return sum(self.parts(checkpointed).values())
+        """The peak, with so many blocks checkpointed."""
+        return sum(self.fixed.values()) + self._kept(checkpointed) * self.per_block
+
+    def _kept(self, checkpointed: int) -> int:
+        return max(self.blocks - checkpointed, 1)
 
     def describe(self, checkpointed: int) -> str:
         """The lines of --dry-run, in GiB."""
-        total = self.total(checkpointed)
+        kept, total = self._kept(checkpointed), self.total(checkpointed)
         fits = "within" if total <= self.planned else "more than"
-        peak = f"at the peak, {fits} {SHARE:.0%} of the memory, {self.planned / 2**30:.3f}"
-        lines = [
-            f"activation checkpointing: {checkpointed} of {self.blocks} blocks",
-            f"GiB per process for packs of {self.tokens:,} tokens (formula: redi/memory.py):",
-        ]
-        rows = self.parts(checkpointed) | {peak: total}
-        lines += [f"{size / 2**30:>10.3f}  {purpose}" for purpose, size in rows.items()]
-        return "\n".join(lines)
+        rows = {
+            **self.fixed,
+            f"activations inside {kept} of {self.blocks} blocks": kept * self.per_block,
+            f"at the peak, {fits} {SHARE:.0%} of the memory, {self.planned / 2**30:.3f}": total,
+        }
+        table = "".join(f"\n{size / 2**30:>10.3f}  {purpose}" for purpose, size in rows.items())
+        return (
+            f"activation checkpointing: {checkpointed} of {self.blocks} blocks\n"
+            f"GiB per process for packs of {self.tokens:,} tokens (formula: redi/memory.py):{table}"
+        )
 
 
 def step_memory(model: Transformer, tokens: int, world: World, dtype: torch.dtype) -> StepMemory:
@@ -90,8 +88,8 @@ def step_memory(model: Transformer, tokens: int, world: World, dtype: torch.dtyp
     chunk = min(CHUNK_BYTES[world.device.type], 4 * tokens * config.vocab_size)
     weight = config.vocab_size * config.hidden_size
     head = chunk + 4 * weight + 5 * 4 * hidden
-    # A block's backward holds two (T, I), which meet where SwiGLU multiplies, and two (T, D). The
-    # gradient of a tied head weight waits for that of the embedding.
+    # A block's backward holds two (T, D), and two (T, intermediate_size) where SwiGLU multiplies.
+    # The gradient of a tied head weight waits for that of the embedding.
     backward = 2 * tokens * (config.intermediate_size + config.hidden_size) + config.tied * weight
     fixed["the head, or a block's backward"] = max(head, dtype.itemsize * backward)
     per_block = tokens * saved_bytes_per_token(config, dtype)
@@ -99,39 +97,33 @@ def step_memory(model: Transformer, tokens: int, world: World, dtype: torch.dtyp
 
 
 def blocks_to_checkpoint(setting: str, memory: StepMemory) -> int:
-    """How many blocks to checkpoint. setting: "all", "none", a number, or "auto", which is as few
-    as the planned memory allows. Raises UserError for another setting."""
+    """How many blocks to checkpoint. setting: "all", "none", a number, or "auto": as few as the
+    planned memory allows. Raises UserError for another setting."""
     blocks = memory.blocks
-    fitting = int((memory.planned - sum(memory.fixed.values())) // memory.per_block)
-    counts = {"auto": blocks - min(max(fitting, 0), blocks), "all": blocks, "none": 0}
-    counts |= {str(count): count for count in range(blocks + 1)}
+    counts = {str(count): count for count in range(blocks + 1)}
+    fitting = [count for count in counts.values() if memory.total(count) <= memory.planned]
+    counts |= {"auto": min(fitting, default=blocks), "all": blocks, "none": 0}
     if setting not in counts:
-        raise UserError(
-            f"--checkpoint-blocks is {setting}: expected auto, all, none or 0 to {blocks}"
-        )
+        raise UserError(f"--checkpoint-blocks {setting}: expected auto, all, none or 0 to {blocks}")
     return counts[setting]
 
 
 def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
     """What autograd saves of one block's forward pass, measured on a block of this size."""
-    tokens, sizes, alive = 16, {}, []
+    tokens, saved = 16, {}
     block = Block(config).to(dtype)
     x = torch.zeros(tokens, config.hidden_size, dtype=dtype, requires_grad=True)
-    angles = tokens, config.head_dim, config.rope_theta
-    cos, sin = rotary_tables(*angles, dtype, torch.device("cpu"))
+    cos, sin = rotary_tables(tokens, config.head_dim, config.rope_theta, dtype, x.device)
     shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), cos, sin)}
 
-    def count(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        alive.append(storage)  # so that no other tensor gets its address
-        if storage.data_ptr() not in shared:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage  # kept, so that no other tensor gets its address
         return tensor
 
-    attend = partial(packed_attention, cu_seqlens=None, lengths=[tokens])
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        block(x, cos, sin, attend)
-    return sum(sizes.values()) / tokens
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        block(x, cos, sin, partial(packed_attention, cu_seqlens=None, lengths=[tokens]))
+    return sum(s.nbytes() for address, s in saved.items() if address not in shared) / tokens
 
 
 def total_memory(world: World) -> int:

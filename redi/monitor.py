@@ -1,5 +1,4 @@
-"""What is watched while training: log-probs and entropies of a step, the update's norm, collapse,
-MFU.
+"""What is watched while training.
 
     StepStats           mean log-probs and entropies of chosen and rejected traces, over all ranks
     squared_update_norm how far an optimizer step will move the weights
@@ -22,8 +21,6 @@ from redi.distributed import local_shard, sum_over_ranks
 from redi.model import ModelConfig
 from redi.objectives import PackLoss
 from redi.packing import PackedBatch, StepPlan
-
-# ---------------------------------------------------------------- log-probs and entropies of a step
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,10 @@ class StepStats:
 
     def entropy_summary(self) -> dict[str, float]:
         """Mean entropy of the predictions of chosen and rejected traces, averaged over rows."""
-        sides = ("chosen", "rejected") if self.paired else ("chosen",)
-        return {
-            f"{side}_entropy": float(self.mean_entropies[i :: len(sides)].mean())
-            for i, side in enumerate(sides)
-        }
+        if not self.paired:
+            return {"chosen_entropy": float(self.mean_entropies.mean())}
+        chosen, rejected = self.mean_entropies[0::2], self.mean_entropies[1::2]
+        return {"chosen_entropy": float(chosen.mean()), "rejected_entropy": float(rejected.mean())}
 
 
 def gather_step_stats(
@@ -71,15 +67,17 @@ def gather_step_stats(
 
     results: this rank's packs, after backward (entropies are valid only then). scalars: are summed
     over ranks. replicated: scalars that are the same on every rank. Raises RuntimeError for a
-    log-prob above 0: a probability above 1 means a broken kernel or broken memory.
+    log-prob above 0, which a broken kernel or broken memory would give.
     """
     world, ids, paired = data.world, sequence_ids(step), data.dataset.store.paired
     # Every rank fills its own places of one vector; the sum over ranks is the whole vector.
-    sizes = [1, len(scalars), world.world_size, len(ids), len(ids)]
+    sizes = [1, len(scalars), len(replicated), world.world_size, len(ids), len(ids)]
     vector = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
-    loss, sums, largest, logp_sums, entropy_sums = vector.split(sizes)
+    loss, sums, copies, largest, logp_sums, entropy_sums = vector.split(sizes)
     for i, scalar in enumerate(scalars):
         sums[i] = scalar
+    for i, scalar in enumerate(replicated if world.rank == 0 else ()):  # counted once
+        copies[i] = scalar
     for batch, result in results:
         loss += result.loss
         lengths = batch.response_lengths
@@ -87,25 +85,19 @@ def gather_step_stats(
             continue  # an empty pack
         own = [2 * r + (s < 0) if paired else r for r, s in zip(batch.row_ids, batch.signs)]
         where = torch.from_numpy(np.searchsorted(ids, own)).to(world.device, non_blocking=True)
-        logp_sums[where] = sum_by_sequence(result.token_logps, lengths).double()
-        if result.entropies is not None:
-            entropy_sums[where] = sum_by_sequence(result.entropies, lengths).double()
+        for whole, values in (logp_sums, result.token_logps), (entropy_sums, result.entropies):
+            if values is not None:  # added in a fixed order, so that the sum is repeatable
+                parts = [part.sum() for part in values.split(lengths)]
+                whole[where] = torch.stack(parts).double()
         largest[world.rank] = torch.maximum(largest[world.rank], result.token_logps.max())
     sum_over_ranks(vector, world)
-    on_host = torch.cat([vector, *(scalar.reshape(1).to(vector) for scalar in replicated)]).tolist()
-    ends = np.cumsum(sizes).tolist()
-    parts = [on_host[end - size : end] for size, end in zip(sizes, ends)]
-    [loss], sums, largest, logp_sums, entropy_sums = parts
-    if max(largest) > 0:
-        raise RuntimeError(f"a token has log-prob {max(largest)}, above 0: the log-probs are wrong")
+    parts = [part.numpy() for part in vector.cpu().split(sizes)]
+    [loss], sums, copies, largest, logp_sums, entropy_sums = parts
+    if largest.max() > 0:
+        raise RuntimeError(f"a token has log-prob {largest.max()}: the log-probs are wrong")
     lengths = data.dataset.response_lengths[ids]
-    means = np.array(logp_sums) / lengths, np.array(entropy_sums) / lengths
-    return StepStats(loss, sums, on_host[ends[-1] :], ids, *means, paired)
-
-
-def sum_by_sequence(values: Tensor, lengths: list[int]) -> Tensor:
-    """(R,) -> (S,), S at least 1. The order of additions is fixed, so the result is repeatable."""
-    return torch.stack([part.sum() for part in values.split(lengths)])
+    means = logp_sums / lengths, entropy_sums / lengths
+    return StepStats(float(loss), sums.tolist(), copies.tolist(), ids, *means, paired)
 
 
 # ---------------------------------------------------------------- the update's norm
@@ -122,17 +114,14 @@ BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # weights at a time; on a CPU they st
 
 @torch.no_grad()
 def squared_update_norm(optimizer: torch.optim.AdamW) -> Tensor:
-    """Sum of squares of what the next `optimizer.step()` will add to this rank's weights: ()
-    float64.
-
-    Gradients must be clipped already. Exact up to the rounding of the addition to a weight.
-    """
-    parts = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                state = optimizer.state[parameter]
-                parts.append(group["lr"] ** 2 * _squared(parameter, state, group))
+    """() float64: sum of squares of what the next `optimizer.step()` will add to this rank's
+    weights. Gradients must be clipped already. Exact up to the rounding of the addition."""
+    parts = [
+        group["lr"] ** 2 * _squared(parameter, optimizer.state[parameter], group)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
     return torch.stack(parts).sum()
 
 
@@ -141,25 +130,19 @@ def _squared(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor
     beta1, beta2 = group["betas"]
     weight, gradient = (local_shard(t.detach()).reshape(-1) for t in (parameter, parameter.grad))
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    if state:
-        mean, square = (local_shard(state[name]).reshape(-1) for name in ("exp_avg", "exp_avg_sq"))
-        step = state["step"].double() + 1.0
-    else:  # before AdamW's first step, which creates the moments as zeros
-        mean = square = weight.new_zeros(()).expand_as(weight)
-        step = torch.ones_like(total)
+    zeros = weight.new_zeros(()).expand_as(weight)  # of a state that the first step will create
+    moments = (state.get(name, zeros) for name in ("exp_avg", "exp_avg_sq"))
+    mean, square = (local_shard(moment).reshape(-1) for moment in moments)
+    step = state.get("step", torch.zeros_like(total)).double() + 1.0
     root = (1.0 - beta2**step).sqrt()  # a tensor: the host does not wait for the device
     eps, times = group["eps"] * root, root / (1.0 - beta1**step)
-    size = min(BLOCK[weight.device.type], len(weight))
-    buffers = weight.new_empty(2, size)  # allocating per block would cost more than the math
-    for at in range(0, len(weight), max(1, size)):
-        block = slice(at, at + size)
-        g = gradient[block]
-        update, scale = buffers[:, : len(g)]
-        torch.lerp(mean[block], g, 1.0 - beta1, out=update)
-        torch.mul(square[block], beta2, out=scale).addcmul_(g, g, value=1.0 - beta2).sqrt_()
-        update.div_(scale.add_(eps)).mul_(times)
-        if group["weight_decay"]:
-            update.add_(weight[block], alpha=group["weight_decay"])
+    size = BLOCK[weight.device.type]
+    buffers = torch.empty_like(weight[:size]), torch.empty_like(weight[:size])  # for all blocks
+    for w, g, m, v in zip(*(t.split(size) for t in (weight, gradient, mean, square))):
+        update, scale = (buffer[: len(g)] for buffer in buffers)
+        torch.lerp(m, g, 1.0 - beta1, out=update)
+        torch.mul(v, beta2, out=scale).addcmul_(g, g, value=1.0 - beta2).sqrt_()
+        update.div_(scale.add_(eps)).mul_(times).add_(w, alpha=group["weight_decay"])
         total += update.dot(update)
     return total
 
@@ -209,12 +192,12 @@ class CollapseGuard:
 def watch(guard: CollapseGuard, step: int, record: dict[str, Any], checkpoints: Checkpoints) -> str:
     """Check a step's record -> the warning, or "". While the log-prob is low, and for good after a
     warning, the newest checkpoint from before the fall is kept."""
-    already_warned = guard.warned
+    warned_before = guard.warned
     warning = guard.check(record)
-    if not already_warned and guard.low == 1:
-        # The record is of the model before this step's update, that is after step - 1.
+    if not warned_before and guard.low == 1:
+        # The record is of the model before this step's update: that of step - 1 has fallen.
         checkpoints.pin_before(step - 2)
-    elif not already_warned and not guard.low:
+    elif not warned_before and not guard.low:
         checkpoints.pinned = 0
     if not warning:
         return ""
@@ -235,8 +218,6 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 def training_flops(config: ModelConfig, lengths: list[int], supervised: int) -> float:
     """FLOPs of forward and backward over documents of `lengths` tokens, with the head on
     `supervised` rows: 6 per weight and token, and 6 * H * d * L^2 per layer for causal attention.
-
-    Qwen2.5-Math-1.5B over one document of 8,192 tokens, all supervised: 11.4 GFLOP a token.
     """
     heads = config.num_heads * config.head_dim
     attention = config.hidden_size * 2 * (heads + config.num_kv_heads * config.head_dim)
@@ -249,7 +230,5 @@ def training_flops(config: ModelConfig, lengths: list[int], supervised: int) -> 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's peak in FLOP/s, or None if unknown (every CPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)

@@ -29,20 +29,18 @@ from redi.recipe import TrainConfig
 from redi.runlog import NoLog, RunLog, is_finished, read_facts, read_metrics
 from redi.train import Score, StopSignals, num_steps, train
 
-PrepareScore = Callable[[TrainConfig, Source, World], Score | None]
-
 
 def run(
     config: TrainConfig,
     objective: Objective,
     paired: bool,
     model_made_by: str | None,
-    prepare_score: PrepareScore,
+    prepare_score: Callable[[TrainConfig, Source, World], Score | None],
 ) -> None:
     """Load, check, train, save: what train_sft.py and train_redi.py do.
 
-    paired: rows are pairs. model_made_by: the command that makes the default --model, for the error
-    if it is missing. prepare_score: returns what evaluates the model between steps. Raises
+    paired: rows are pairs. model_made_by: the command that produces the default --model, for the
+    error if it is missing. prepare_score: returns what evaluates the model between steps. Raises
     UserError for everything a user can fix, before anything is written to --out, and Stopped
     after a signal.
     """
@@ -59,9 +57,12 @@ def run(
             return
         data = TrainData(dataset, objective, world, config.pack_tokens)
         eval_data = replace(data, dataset=eval_dataset) if eval_dataset else None
-        how, memory = _parallelism(config, model, dataset, world)
-        summary = (describe(dataset, source.chat), describe_plan(data, config), memory)
-        print(*summary, sep="\n", flush=True)
+        dtype = distributed.compute_dtype(config.dtype, world)
+        memory = step_memory(model, longest_pack(dataset, config), world, dtype)
+        checkpointed = blocks_to_checkpoint(config.checkpoint_blocks, memory)
+        how = Parallelism(dtype, checkpointed, config.compile, config.reshard_after_forward)
+        print(describe(dataset, source.chat), describe_plan(data, config), sep="\n")
+        print(memory.describe(checkpointed), flush=True)
         if not config.dry_run:
             _train_and_save(config, model, source, data, eval_data, how, score, facts)
 
@@ -70,30 +71,16 @@ def _load(
     config: TrainConfig, paired: bool, model_made_by: str | None, world: World
 ) -> tuple[Transformer, Source, Dataset, Dataset | None]:
     """The model, of which only the sizes are read, and the rows."""
-    defaults = type(config)
-    made_by = model_made_by if config.model == defaults.model else None
-    model, source = open_model(
-        config.model, config.rope_theta, config.max_position_embeddings, made_by
-    )
-    made_by = "python -m redi.prepare" if config.data == defaults.data else None
+    made_by = model_made_by if config.model == type(config).model else None
+    theta, context = config.rope_theta, config.max_position_embeddings
+    model, source = open_model(config.model, theta, context, made_by)
     verify = world.is_local_rank_zero
-    dataset = load_data(config.data, config, source, paired, made_by, verify)
-    eval_dataset = None
-    if config.eval_data:
-        eval_dataset = load_data(config.eval_data, config, source, paired, verify=verify)
-        print(f"held out, {config.eval_data}: {describe(eval_dataset, source.chat)}\n")
+    dataset = load_data(config.data, config, source, paired, verify)
+    if not config.eval_data:
+        return model, source, dataset, None
+    eval_dataset = load_data(config.eval_data, config, source, paired, verify)
+    print(f"held out, {config.eval_data}: {describe(eval_dataset, source.chat)}\n")
     return model, source, dataset, eval_dataset
-
-
-def _parallelism(
-    config: TrainConfig, model: Transformer, dataset: Dataset, world: World
-) -> tuple[Parallelism, str]:
-    """How the model is distributed, and the memory that a step needs."""
-    dtype = distributed.compute_dtype(config.dtype, world)
-    memory = step_memory(model, longest_pack(dataset, config), world, dtype)
-    checkpointed = blocks_to_checkpoint(config.checkpoint_blocks, memory)
-    how = Parallelism(dtype, checkpointed, config.compile, config.reshard_after_forward)
-    return how, memory.describe(checkpointed)
 
 
 def _train_and_save(
@@ -107,7 +94,8 @@ def _train_and_save(
     facts: dict[str, str],
 ) -> None:
     world, folder, cache = data.world, source.folder, config.cache
-    checkpoints = Checkpoints(Path(config.out), world, compared(facts), config.keep)
+    unchanged = {name: facts[name] for name in COMPARED}
+    checkpoints = Checkpoints(Path(config.out), world, unchanged, config.keep)
     history = [r for r in read_metrics(Path(config.out)) if r["kind"] == "train"]
     begin = checkpoints.newest_valid(len(history)) if config.resume == "auto" else 0
     log = NoLog()
@@ -126,24 +114,16 @@ def _train_and_save(
     train(model, data, config, log, checkpoints, eval_data, score, history[:begin])
     try:
         with StopSignals():  # a stop is too late now: saving finishes
-            card = model_card(config, facts)
-            save_model(model, config.out, source, save_dtype(config, source), card)
+            dtype = DTYPES.get(config.save_dtype, source.dtype)
+            save_model(model, config.out, source, dtype, model_card(config, facts))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"while saving; {config.out} holds no whole model") from None
     log.finish()
     print(f"saved {config.out}: a Hugging Face folder, config.toml, metrics.jsonl")
 
 
-# ---------------------------------------------------------------- before the first step
-
-
 def load_data(
-    path: str,
-    config: TrainConfig,
-    source: Source,
-    paired: bool,
-    made_by: str | None = None,
-    verify: bool = True,
+    path: str, config: TrainConfig, source: Source, paired: bool, verify: bool = True
 ) -> Dataset:
     """The rows of `path`, tokenized for this model, without those over the run's limits.
 
@@ -160,6 +140,7 @@ def load_data(
             f"--max-length: rows of {longest} tokens would be let in, but the model's context is "
             f"{context}; set --max-length {context}, or raise --max-position-embeddings"
         )
+    made_by = "python -m redi.prepare" if path == type(config).data else None
     files = dataset_files(path, made_by=made_by)
     store = load_store(files, source.chat, paired, config.cache, verify)
     limits = Limits(config.max_prompt, config.max_response, config.max_length)
@@ -171,12 +152,11 @@ def describe_plan(data: TrainData, config: TrainConfig) -> str:
     epoch = data.plan(config.rows_per_step, config.seed, epoch=0)
     packs, ranks = sum(len(step[0]) for step in epoch), data.world.world_size
     dealt = f" on each of {ranks} processes" if ranks > 1 else ""
-    tokens = int(data.dataset.lengths.sum())
     return (
         f"{num_steps(data, config):,} optimizer steps of {config.rows_per_step} rows "
         f"({len(epoch):,} per epoch, {config.epochs} epoch{'s' * (config.epochs > 1)}); an epoch "
-        f"has {tokens:,} tokens in {packs:,} pack{'s' * (packs != 1)} of {config.pack_tokens:,}"
-        f"{dealt} (a longer row gets its own), no padding"
+        f"has {data.dataset.lengths.sum():,} tokens in {packs:,} pack{'s' * (packs != 1)} of "
+        f"{config.pack_tokens:,}{dealt} (a longer row gets its own), no padding"
     )
 
 
@@ -206,18 +186,15 @@ def facts_of(source: Source, dataset: Dataset, data: str) -> dict[str, str]:
 COMPARED = ("parent's weights sha256", "tokenizer", "data sha256")  # must not change under a run
 
 
-def compared(facts: dict[str, str]) -> dict[str, str]:
-    return {name: facts[name] for name in COMPARED}
-
-
 def check_facts(config: TrainConfig, facts: dict[str, str]) -> None:
     """Raises UserError if a finished run was made from something else."""
     recorded = read_facts(Path(config.out))
-    for name, now in compared(facts).items():
-        if recorded.get(name, now) != now:
+    for name in COMPARED:
+        now, before = facts[name], recorded.get(name, facts[name])
+        if before != now:
             raise UserError(
-                f"--out {config.out}: holds a finished run whose {name} was {recorded[name]}; it "
-                f"is {now} now; choose another --out"
+                f"--out {config.out}: holds a finished run whose {name} was {before}; it is {now} "
+                "now; choose another --out"
             )
 
 
@@ -230,7 +207,3 @@ def model_card(config: TrainConfig, facts: dict[str, str]) -> str:
         f"# {Path(config.out).name}\n\nTrained with redi (Reinforcement Distillation, arXiv "
         f"2505.24850).\n\n{lines}\n```toml\n{to_toml(config)}```\n"
     )
-
-
-def save_dtype(config: TrainConfig, source: Source) -> torch.dtype:
-    return source.dtype if config.save_dtype == "source" else DTYPES[config.save_dtype]
