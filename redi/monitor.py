@@ -29,7 +29,6 @@ class StepStats:
 
     loss: float
     scalars: list[float]  # summed over ranks
-    replicated: list[float]
     ids: np.ndarray  # (S,) ascending; of pairs: chosen, rejected, chosen, ...
     mean_logps: np.ndarray  # (S,) over the tokens of each sequence, in nats
     mean_entropies: np.ndarray  # (S,)
@@ -61,23 +60,20 @@ def gather_step_stats(
     step: StepPlan,
     results: list[tuple[PackedBatch, PackLoss]],
     scalars: list[Tensor | float] = (),
-    replicated: list[Tensor] = (),
 ) -> StepStats:
     """Bring a step's statistics to the host of every rank: one exchange, one wait for the device.
 
     results: this rank's packs, after backward (entropies are valid only then). scalars: are summed
-    over ranks. replicated: scalars that are the same on every rank. Raises RuntimeError for a
-    log-prob above 0, which a broken kernel or broken memory would give.
+    over ranks. Raises RuntimeError for a log-prob above 0, which a broken kernel or broken memory
+    would give.
     """
     world, ids, paired = data.world, sequence_ids(step), data.dataset.store.paired
     # Every rank fills its own places of one vector; the sum over ranks is the whole vector.
-    sizes = [1, len(scalars), len(replicated), world.world_size, len(ids), len(ids)]
+    sizes = [1, len(scalars), world.world_size, len(ids), len(ids)]
     vector = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
-    loss, sums, copies, largest, logp_sums, entropy_sums = vector.split(sizes)
+    loss, sums, largest, logp_sums, entropy_sums = vector.split(sizes)
     for i, scalar in enumerate(scalars):
         sums[i] = scalar
-    for i, scalar in enumerate(replicated if world.rank == 0 else ()):  # counted once
-        copies[i] = scalar
     for batch, result in results:
         loss += result.loss
         lengths = batch.response_lengths
@@ -92,12 +88,12 @@ def gather_step_stats(
         largest[world.rank] = torch.maximum(largest[world.rank], result.token_logps.max())
     sum_over_ranks(vector, world)
     parts = [part.numpy() for part in vector.cpu().split(sizes)]
-    [loss], sums, copies, largest, logp_sums, entropy_sums = parts
+    [loss], sums, largest, logp_sums, entropy_sums = parts
     if largest.max() > 0:
         raise RuntimeError(f"a token has log-prob {largest.max()}: the log-probs are wrong")
     lengths = data.dataset.response_lengths[ids]
     means = logp_sums / lengths, entropy_sums / lengths
-    return StepStats(float(loss), sums.tolist(), copies.tolist(), ids, *means, paired)
+    return StepStats(float(loss), sums.tolist(), ids, *means, paired)
 
 
 # ---------------------------------------------------------------- the update's norm

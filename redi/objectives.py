@@ -7,15 +7,14 @@ starts, and there are two ways to train on it:
 
     LinearObjective     the loss is linear in the log-probs. Its slopes are constants, so the weight
                         of every token is known before the forward pass, and one fused pass computes
-                        loss and gradient. A pair's traces may be in different packs, on different
-                        ranks.
+                        loss and gradient. A pair's traces may be in different packs and ranks.
     PairwiseObjective   any differentiable function of a pair's log-probs: two passes over the
                         vocabulary, and both traces of a pair in one pack.
 
 Nothing is averaged over packs or ranks: each pack returns its share of the step's loss, already
 divided by the counts of the whole step. Shares add up.
-To add an objective: docs/new-objective.md. Letters: P pairs, S sequences, R supervised tokens,
-N rows of the data.
+To add an objective: docs/new-objective.md. Letters: P pairs, S sequences, R supervised tokens, N
+rows.
 """
 
 import inspect
@@ -100,13 +99,10 @@ class PairwiseObjective:
     def loss(
         self, model: Transformer, batch: PackedBatch, totals: Totals, reference: Tensor | None
     ) -> PackLoss:
-        """reference (N, 2), on the host: summed log-probs of each row's chosen and rejected trace
-        under the reference model."""
-
-        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-            return token_logps_and_entropies(hidden, weight, batch.targets)
-
-        token_logps, entropies = model(batch, head)  # (R,)
+        """reference (N, 2), on the host: see checkpoint/reference.py."""
+        token_logps, entropies = model(  # (R,)
+            batch, lambda h, w: token_logps_and_entropies(h, w, batch.targets)
+        )
         if batch.row_ids:
             values = pair_arguments(token_logps, batch, reference)
             per_pair = self.pair_loss(**{name: values[name] for name in self.arguments})  # (P,)
@@ -154,9 +150,7 @@ def sft() -> Objective:
     """Stage 1, Eq. 1: every supervised token of the step has the weight slope / num_tokens."""
     [slope] = constant_slopes(partial(losses.sft_loss, num_tokens=1), ["logp_sum"], "sft")
     return LinearObjective(
-        lambda signs, lengths, totals: torch.full(
-            signs.shape, slope / totals.num_tokens, dtype=torch.float64
-        )
+        lambda signs, lengths, totals: slope / torch.full_like(lengths, totals.num_tokens).double()
     )
 
 

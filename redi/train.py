@@ -157,7 +157,7 @@ def _steps(data: TrainData, config: TrainConfig) -> Iterator[StepPlan]:
         yield from data.plan(config.rows_per_step, config.seed, epoch)
 
 
-STOP, UPDATE = 0, 1  # the scalars that ranks sum in a step
+STOP, UPDATE, GRAD_NORM = range(3)  # the scalars that ranks sum in a step
 
 
 def train_step(
@@ -185,12 +185,13 @@ def train_step(
     update = squared_update_norm(optimizer) / world.num_nodes
 
     # ---- one exchange between ranks; the host waits for the device here
-    scalars = [float(signals.wanted), update]
-    stats = gather_step_stats(data, step, results, scalars, replicated=[grad_norm])
+    # Every rank has the whole gradient's norm, so only rank 0 contributes it.
+    scalars = [float(signals.wanted), update, grad_norm if world.rank == 0 else 0.0]
+    stats = gather_step_stats(data, step, results, scalars)
 
     # ---- update
     record = {"loss": stats.loss, **stats.logp_summary(), **stats.entropy_summary()}
-    record |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": stats.replicated[0]}
+    record |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": stats.scalars[GRAD_NORM]}
     record["update_norm"] = math.sqrt(stats.scalars[UPDATE])
     if math.isfinite(record["loss"] + record["grad_norm"]):
         optimizer.step()

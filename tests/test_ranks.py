@@ -93,10 +93,10 @@ def one_step(
         results.append((batch, result._replace(loss=result.loss.detach())))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     update = squared_update_norm(torch.optim.AdamW(model.parameters(), lr=1e-2)) / world.num_nodes
-    stats = gather_step_stats(data, step, results, [update], replicated=[full_tensor(norm)])
+    stats = gather_step_stats(data, step, results, [update])
     grads = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
     logged = stats.logp_summary() | stats.entropy_summary() | {"squared update": stats.scalars[0]}
-    return stats.loss, stats.replicated[0], logged, grads, packs
+    return stats.loss, full_tensor(norm).item(), logged, grads, packs
 
 
 def in_turn(world: World, folder: Path, failing: int | None) -> str:
