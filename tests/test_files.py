@@ -118,7 +118,7 @@ def test_a_parquet_file_without_rows_is_an_error(tmp_path):
 def test_a_missing_file_of_a_list_is_found_before_the_first_row(tmp_path):
     there = write(tmp_path / "a.jsonl", '{"n": 1}\n')
     with pytest.raises(UserError, match=r"b\.jsonl: no such file"):
-        read_rows([there, tmp_path / "b.jsonl"])
+        next(read_rows([there, tmp_path / "b.jsonl"]))
 
 
 # ---------------------------------------------------------------- memory

@@ -4,20 +4,17 @@
                    {"problem": "2+2", ...}              ("raw.jsonl:1", {"problem": "1+1", ...})
                                                         ("raw.jsonl:2", {"problem": "2+2", ...})
 
-Every later error about a row begins with `where` it is, "raw.jsonl:2". Teacher data is tens of
-gigabytes, so rows are streamed: memory holds one line of a JSONL file or one batch of a Parquet
-file. A .json file may have lines, or one array, which has to fit into memory. JSON files may be
-compressed: NAME.gz, or NAME.zst. Left out: CSV (it has no lists), `{"data": [...]}` wrappers.
+The first item says where the row is; every later error about the row begins with it. Teachers' data
+is tens of gigabytes, so memory holds one line or one batch of a Parquet file; only an array in a
+.json file is read as a whole. JSON may be compressed (.gz, .zst). Left out: CSV (it has no lists).
 """
 
 import contextlib
 import fcntl
-import gzip
 import hashlib
 import io
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -34,26 +31,20 @@ Row = dict[str, Any]
 def read_rows(source: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row]]:
     """Yield (where, row) of a file, a folder, a hub id or a list of them, in their order.
 
-    where: "file:LINE" in a file of JSON lines, "file: row ROW" in an array or a Parquet file; both
-    count from 1. Blank lines are skipped. Missing files are found before the first row is read.
-    Raises UserError: a file that is missing, unreadable or without a row; a line that is not UTF-8,
-    not JSON or not an object.
+    where: "FILE:LINE" in JSON lines, "FILE: row ROW" in an array or a Parquet file; both from 1.
+    Blank lines are skipped. Raises UserError: a file that is missing (before the first row of any
+    file), unreadable or without a row; a line that is not UTF-8, not JSON or not an object.
     """
     sources = [source] if isinstance(source, (str, Path)) else source
-    return _read_files([file for one in sources for file in dataset_files(one)])
-
-
-def _read_files(paths: list[Path]) -> Iterator[tuple[str, Row]]:
-    for path in paths:
+    for path in [file for one in sources for file in dataset_files(one)]:
+        read = _read_parquet if path.suffix == ".parquet" else _read_json
         empty = True
         try:
-            read = _read_parquet if path.suffix == ".parquet" else _read_json
             for where, row in read(path):
                 empty = False
                 yield where, row
-        except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: cannot be read ({reason})") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         if empty:
             raise UserError(f"{path}: holds no rows")
 
@@ -82,22 +73,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         # With these two, pages are read one by one; by default a whole row group is read.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
+            batches = file.iter_batches(PARQUET_BATCH_ROWS)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"{path}: row {number}", row
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a sound Parquet file after row {number} ({error})") from None
 
 
-def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
-    """Open a file for reading; decompress it if its name says that it is compressed."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
+def _open(path: Path) -> io.BufferedReader:
+    if path.suffix in (".gz", ".zst"):
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+        return io.BufferedReader(pyarrow.input_stream(str(path)))  # decompressed, by its suffix
     return open(path, "rb")
 
 
@@ -128,10 +116,9 @@ def is_encodable(text: str) -> bool:
 def write_aside(path: str | Path, binary: bool = False) -> Iterator[IO]:
     """A file that gets its name `path` only if the block ends without an exception.
 
-    Until then it is NAME.PID.part beside it, which any exception, Ctrl-C included, removes; a file
-    that was there before stays. The data is flushed to the disk before the rename, so not even a
-    power cut leaves half a file. Text is written in UTF-8 with \\n at line ends.
-    Raises UserError if the file cannot be written.
+    Until then it is NAME.PID.part, which any exception, Ctrl-C included, removes; an older file
+    stays. The data reaches the disk before the rename, so not even a power cut leaves half a file.
+    Text is UTF-8 with \\n at line ends. Raises UserError if the file cannot be written.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -176,10 +163,7 @@ def folder_to_disk(folder: Path) -> None:
 
 
 def lock(file: IO, wait: bool = False) -> bool:
-    """Lock an open file for this process. The kernel releases the lock when the process ends.
-
-    Returns False if another process holds the lock and `wait` is off.
-    """
+    """Lock an open file until the process ends. False if another one holds it and `wait` is off."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -192,6 +176,5 @@ def hash_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # adds the file's bytes to the digest
     return digest.hexdigest()
