@@ -4,13 +4,8 @@
     for pairs   {"prompt", "chosen", "rejected"}    {"chosen", "rejected"}: they share the prompt
 
 A prompt is text (a user's turn) or a list of {"role", "content"} messages. A response is text (an
-assistant's turn), messages, or a whole conversation that repeats the prompt: in
-
-    {"prompt": "1+1?", "chosen":   [{"role": "user", "content": "1+1?"}, {"role": "assistant", ..}],
-                       "rejected": [{"role": "user", "content": "1+1?"}, {"role": "assistant", ..}]}
-
-the prompt is removed from both responses. Texts go through the chat template like any turn. Each
-row's format is found from its fields; other fields are ignored.
+assistant's turn), messages, or a whole conversation that begins with the prompt, which is removed.
+Each row's format is found from its fields; other fields are ignored.
 
 Left out: ShareGPT's {"from", "value"}, tool calls, images; a prompt inside two plain texts (where
 it ends would be a guess). Teachers' traces with verdicts are for redi.prepare.
@@ -27,20 +22,18 @@ from redi.data.files import Row, is_encodable
 from redi.data.tokenizer import Message, is_answer
 
 ROLES = ("system", "user", "assistant", "tool")
-EQUAL = "chosen equals rejected"
-# Other fields of a message that hold text, which would be lost without a word.
+# Fields of a message whose text would be lost silently.
 OTHER_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 FORMATS = {  # paired -> the fields of each format; the first that fits is taken
     False: (("prompt", "completion"), ("messages",)),
     True: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
 }
-PROGRAMS = {False: "train_sft.py", True: "train_redi.py"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row. A response begins and ends with an assistant's message; all assistant's messages in
-    it are learned from, others are not."""
+    """A row. Each response begins and ends with an assistant's message. Only the assistant's
+    messages of a response are learned from."""
 
     prompt: list[Message]
     responses: list[list[Message]]  # SFT: one; pairs: chosen, rejected
@@ -54,7 +47,7 @@ def read_examples(
     for number, (where, row) in enumerate(rows, start=1):
         example = to_example(row, where, paired)
         if paired and example.responses[0] == example.responses[1]:
-            skipped[EQUAL] += 1
+            skipped["chosen equals rejected"] += 1
         else:
             yield number, example
 
@@ -69,7 +62,7 @@ def find_format(row: Mapping[str, Any], where: str, paired: bool) -> tuple[str, 
     if {"generations", "traces"} & set(present):
         hint = "; it looks like a teacher's: python -m redi.prepare makes rows to train on"
     elif any(set(fields) <= set(present) for fields in FORMATS[not paired]):
-        hint = f"; {PROGRAMS[not paired]} trains on such rows"
+        hint = f"; {'train_sft.py' if paired else 'train_redi.py'} trains on such rows"
     expected = " or ".join("{" + ", ".join(fields) + "}" for fields in FORMATS[paired])
     listed = ", ".join(str(name)[:40] for name in present[:20]) or "none"
     raise UserError(f"{where}: fields seen: {listed}; expected {expected}{hint}")
@@ -99,12 +92,9 @@ def to_example(row: Row, where: str, paired: bool) -> Example:
     return Example(prompt, [_after_prompt(prompt, r, f"{where}: {side!r}") for side, r in named])
 
 
-# ---------------------------------------------------------------- conversations and messages
-
-
 def _shared_prompt(conversations: list[list[Message]]) -> list[Message]:
-    """The messages before the first answer; of several conversations, those that all begin with,
-    without the answers at the end if nothing differs."""
+    """Of one conversation the messages before its first answer; of two, those that both begin with
+    (of two equal ones, without the answers at the end)."""
     if len(conversations) == 1:
         return list(takewhile(lambda message: not is_answer(message), conversations[0]))
     shared = []
@@ -118,7 +108,7 @@ def _shared_prompt(conversations: list[list[Message]]) -> list[Message]:
 
 
 def _after_prompt(prompt: list[Message], response: list[Message], what: str) -> list[Message]:
-    """The response, checked, without the prompt if it repeats it."""
+    """The response without the prompt that it may repeat. Raises UserError if it is no answer."""
     if not is_answer(response[0]):
         if response[: len(prompt)] != prompt:
             raise UserError(f"{what} is a whole conversation that does not begin with the prompt")
@@ -133,7 +123,7 @@ def _after_prompt(prompt: list[Message], response: list[Message], what: str) -> 
 
 
 def _read_messages(row: Row, field: str, where: str, role: str | None = None) -> list[Message]:
-    """The messages of a field, checked. With a role, the field may be text: a turn of that role."""
+    """The messages of a field. With a role, the field may also be text: a turn of that role."""
     value = row[field]
     if role and isinstance(value, str):
         value = [{"role": role, "content": value}]
