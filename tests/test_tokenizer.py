@@ -379,8 +379,8 @@ def break_template(folder) -> None:
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "not a tokenizer"),
-        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "not JSON"),
-        (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "JSON object"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "not a JSON object"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[1]"), "not a JSON object"),
         (break_template, "no chat template"),
     ],
 )

@@ -12,13 +12,11 @@ So the template never sees the contents:
     control      text            control    ...        the prompt ends here | response
 
 If no content quotes a control token, these are the ids of the whole rendered string. A training row
-is the prompt exactly as generation will see it, then the response, then the stop token, the first
-control token that the template writes after an answer; the row ends there. The response is encoded
-apart from the header before it, because a newline at its beginning must not merge with the
-header's: in generation it could not either.
-
-In a conversation of several turns every answer is learned from, with its stop token; the turns
-between two answers are in the row but not learned from. Masks go by position, never by token id.
+is the prompt exactly as generation will see it, then the response, then the stop token: the first
+control token that the template writes after an answer. The response is encoded apart from the
+header before it: a newline at its beginning must not merge with the header's, because in generation
+it could not. Of several turns every answer is learned from, with its stop token; the turns between
+two answers are not. Masks go by position, never by token id.
 """
 
 import hashlib
@@ -41,20 +39,20 @@ from redi.config import UserError
 Message = dict[str, str]  # role, content
 # The system prompt of Qwen2.5-Math's own template, which the paper trains with.
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
-MARKER = "\ue0f0{}\ue0f1"  # private-use characters, which no template writes
+MARKER = "\ue0f0{}\ue0f1"  # holds a message's number in private-use characters
 
 
 def chatml(system: str | None = SYSTEM_PROMPT) -> str:
     """The ChatML template in Jinja. Conversations without a system turn get `system`."""
-    turn = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
-    default = ""
-    if system is not None:
-        text = json.dumps(f"<|im_start|>system\n{system}<|im_end|>\n")
-        default = "{%- if messages[0]['role'] != 'system' %}{{ " + text + " }}{%- endif %}"
-    return (
-        f"{default}{{%- for m in messages %}}{turn}{{%- endfor %}}"
-        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+    template = (
+        "{%- for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
     )
+    if system is None:
+        return template
+    turn = json.dumps(f"<|im_start|>system\n{system}<|im_end|>\n")
+    return "{%- if messages[0]['role'] != 'system' %}{{ " + turn + " }}{%- endif %}" + template
 
 
 def is_answer(message: Message) -> bool:
@@ -64,9 +62,9 @@ def is_answer(message: Message) -> bool:
 class Piece(NamedTuple):
     """A part of a rendered conversation."""
 
-    text: str = ""
+    text: str
     control_id: int | None = None  # if the text is a control token
-    message: int | None = None  # if the content of this message belongs here: its index
+    message: int | None = None  # if the text is the marker of a message: its index
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,9 @@ class ChatTokenizer:
         self.special_tokens = special_tokens or {}  # bos_token, eos_token, ...: templates use them
         added = tokenizer.get_added_tokens_decoder()
         self.control_ids = {token.content: i for i, token in added.items() if token.special}
-        # Longest first: a control token may begin with another one. (?!) matches nothing.
-        names = sorted(map(re.escape, self.control_ids), key=len, reverse=True) or ["(?!)"]
-        self._controls = re.compile(f"({'|'.join(names)})")
+        # Longest first: a control token may begin with another one.
+        controls = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
+        self._pieces = re.compile(f"({'|'.join([*controls, MARKER.format('[0-9]+')])})")
         self._jinja = self._compile_template()
         self._rendered: dict[tuple, list[Piece]] = {}
         tokenizer.encode_special_tokens = True  # encode "<|im_end|>" as the text it is
@@ -118,21 +116,25 @@ class ChatTokenizer:
         path, config = folder / "tokenizer_config.json", {}
         if path.is_file():
             try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path}: not JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{path}: expected a JSON object")
+                config = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}: not a JSON object ({error})") from None
         special = {k: v for k, v in config.items() if k.endswith("_token") and v is not None}
         special = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items()}
-        return cls(tokenizer, _find_template(folder, config), special, where=str(folder))
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several named ones
+            template = {one["name"]: one["template"] for one in template}.get("default")
+        path = folder / "chat_template.jinja"
+        if path.is_file():
+            template = path.read_text(encoding="utf-8")
+        if not template:
+            raise UserError(f"{path}: no such file, and no chat template in tokenizer_config.json")
+        return cls(tokenizer, template, special, where=str(folder))
 
     def encode_prompt(self, messages: Sequence[Message], prefix: str = "") -> list[int]:
-        """Token ids up to where the assistant's answer begins, then those of the text `prefix`.
-
-        The prefix is left out if the template writes it already (`<think>` in some).
-        """
-        pieces = _fill(self._render(messages, add_generation_prompt=True), messages)
+        """Token ids up to where the assistant's answer begins, then those of the text `prefix`,
+        unless the template writes the prefix itself (`<think>` in some)."""
+        pieces = _fill(self._render(messages, generation=True), messages)
         written = "".join(piece.text for piece in pieces)
         if prefix and not written.rstrip().endswith(prefix.rstrip()):
             pieces.append(Piece(prefix))
@@ -150,7 +152,7 @@ class ChatTokenizer:
         segments = []
         for prompt, response in conversations:
             messages = [*prompt, *([response] if isinstance(response, dict) else response)]
-            segments.append(self._split_at_answers(messages, begin=len(prompt)))
+            segments.append(self._split_at_answers(messages, num_prompt=len(prompt)))
         encoded = iter(self._encode([pieces for row in segments for pieces in row]))
         rows = []
         for row in segments:
@@ -173,18 +175,15 @@ class ChatTokenizer:
         text = self.tokenizer.to_str() + self.template + json.dumps(self.special_tokens)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    # ------------------------------------------------------------ pieces
-
-    def _split_at_answers(self, messages: list[Message], begin: int) -> list[list[Piece]]:
-        """[prompt, answer, other turns, answer, ...]; answers have their stop token. Messages
-        before `begin` are prompt."""
-        pieces = self._render(messages, add_generation_prompt=False)
+    def _split_at_answers(self, messages: list[Message], num_prompt: int) -> list[list[Piece]]:
+        """[prompt, answer with its stop token, other turns, answer, ...]"""
+        pieces = self._render(messages, generation=False)
         segments, end = [], 0  # where the last answer ends
-        for number in range(begin, len(messages)):
+        for number in range(num_prompt, len(messages)):
             if not is_answer(messages[number]):
                 continue
-            at = pieces.index(Piece(message=number))
-            if pieces[:at] != self._render(messages[:number], add_generation_prompt=True):
+            at = [piece.message for piece in pieces].index(number)
+            if pieces[:at] != self._render(messages[:number], generation=True):
                 raise UserError(
                     f"{self.where}: the chat template puts other text before a written answer "
                     "than before a generated one, so training would not match generation"
@@ -196,9 +195,9 @@ class ChatTokenizer:
         return [_fill(segment, messages) for segment in segments]
 
     def _find_stop_id(self) -> int:
-        conversation = [{"role": "user"}, {"role": "assistant"}]
-        pieces = self._render(conversation, add_generation_prompt=False)
-        stop = next(iter(pieces[pieces.index(Piece(message=1)) + 1 :]), Piece())
+        pieces = self._render([{"role": "user"}, {"role": "assistant"}], generation=False)
+        answer = [piece.message for piece in pieces].index(1)
+        stop = [*pieces, Piece("")][answer + 1]
         if stop.control_id is None:
             raise UserError(
                 f"{self.where}: no stop token: the chat template ends an answer with {stop.text!r},"
@@ -206,43 +205,36 @@ class ChatTokenizer:
             )
         return stop.control_id
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
-        """What the template writes for messages of these roles; cached, whatever their contents."""
+    def _render(self, messages: Sequence[Message], generation: bool) -> list[Piece]:
+        """What the template writes, with a marker for each content. Cached by the roles."""
         roles = [message["role"] for message in messages]
-        key = (*roles, add_generation_prompt)
+        key = (*roles, generation)
         if key not in self._rendered:
-            markers = [{"role": role, "content": MARKER.format(i)} for i, role in enumerate(roles)]
+            markers = {MARKER.format(number): number for number in range(len(roles))}
+            marked = [{"role": role, "content": mark} for role, mark in zip(roles, markers)]
             try:
-                text = self._jinja.render(
-                    messages=markers, add_generation_prompt=add_generation_prompt
-                )
+                text = self._jinja.render(messages=marked, add_generation_prompt=generation)
             except TemplateError as error:
                 raise UserError(f"{self.where}: the chat template fails ({error})") from None
-            # Every second part is the number in a marker.
-            parts = re.split(MARKER.format(r"(\d+)"), text)
-            if [int(number) for number in parts[1::2]] != list(range(len(roles))):
+            texts = filter(None, self._pieces.split(text))
+            pieces = [Piece(t, self.control_ids.get(t), markers.get(t)) for t in texts]
+            if [p.message for p in pieces if p.message is not None] != list(range(len(roles))):
                 problem = f"drops, repeats or moves a message (roles {roles})"
                 raise UserError(f"{self.where}: the chat template {problem}")
-            pieces = []
-            for message, part in enumerate(parts[::2]):
-                texts = filter(None, self._controls.split(part))
-                pieces += [Piece(text, self.control_ids.get(text)) for text in texts]
-                pieces.append(Piece(message=message))
-            self._rendered[key] = pieces[:-1]  # no message follows the last part
+            self._rendered[key] = pieces
         return self._rendered[key]
 
     def _compile_template(self) -> Template:
-        def raise_exception(message: str):
+        def refuse(message: str):
             raise UserError(f"{self.where}: the chat template refuses the messages: {message}")
 
-        environment = ImmutableSandboxedEnvironment(
+        env = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
-        environment.globals |= {"tools": None, "documents": None, **self.special_tokens}
-        environment.globals["raise_exception"] = raise_exception
-        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+        env.globals.update(self.special_tokens, tools=None, documents=None, raise_exception=refuse)
+        env.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
         try:
-            return environment.from_string(self.template)
+            return env.from_string(self.template)
         except TemplateError as error:
             raise UserError(f"{self.where}: broken chat template ({error})") from None
 
@@ -268,18 +260,3 @@ def _fill(pieces: list[Piece], messages: Sequence[Message]) -> list[Piece]:
         else:
             filled.append(piece)
     return filled
-
-
-def _find_template(folder: Path, config: dict) -> str:
-    """The chat template: in a file of its own, or inside tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    if not template:
-        raise UserError(
-            f"{folder}: no chat template in chat_template.jinja or tokenizer_config.json"
-        )
-    return template
