@@ -95,7 +95,7 @@ from pathlib import Path
 from redi.data import store
 from redi.data.tokenizer import ChatTokenizer
 store.BLOCK_CHARS = 700
-to_disk, tokenize_rows = store.to_disk, store.tokenize_rows
+savez, tokenize_rows = store.np.savez, store.tokenize_rows
 {script}
 found = store.load_store([Path("rows.jsonl")], ChatTokenizer.from_folder("student"), True, "cache")
 print(store.hash_files([found.folder / "tokens.bin"]))
@@ -203,7 +203,7 @@ def test_the_progress_bar_has_a_total_where_rows_are_lines(here, monkeypatch, na
     shutil.copy("rows.jsonl", "rows.json")
     totals, tqdm = [], store_module.tqdm
     monkeypatch.setattr(
-        store_module, "tqdm", lambda **given: totals.append(given["total"]) or tqdm(**given)
+        store_module, "tqdm", lambda *given, **kw: totals.append(given[2]) or tqdm(*given, **kw)
     )
     chat = ChatTokenizer.from_folder("student")
     load_store([Path(name) for name in names], chat, True, "cache")
@@ -272,12 +272,12 @@ def test_pairs_and_sft_rows_of_one_file_have_separate_stores(here):
 
 def test_a_process_waits_for_the_one_that_tokenizes_and_takes_its_store(here):
     first = child("""
-def slowly(file):
+def slowly(*given, **arrays):
     Path("begun").touch()
     while not Path("proceed").exists():
         time.sleep(0.01)
-    to_disk(file)
-store.to_disk = slowly
+    savez(*given, **arrays)
+store.np.savez = slowly
 """)
     while not Path("begun").exists():
         assert first.poll() is None, first.stderr.read()
@@ -299,12 +299,11 @@ store.to_disk = slowly
     "killed",
     [
         "store.tokenize_rows = lambda *a: (r for r in tokenize_rows(*a) if r[0] < 20 or die())",
-        "store.to_disk = die",
         "store.np.savez = die",
         "store.json.dump = die",
         "Path.rename = die",
     ],
-    ids=["rows", "tokens", "index", "store.json", "rename"],
+    ids=["rows", "index", "store.json", "rename"],
 )
 def test_a_kill_leaves_no_half_store_and_the_next_process_starts_again(here, killed):
     whole = load(cache="undisturbed").folder
@@ -337,10 +336,10 @@ def test_whatever_ends_the_writing_nothing_is_left(here, monkeypatch, raised):
 
 
 def test_a_full_disk_is_an_error_of_one_line(here, monkeypatch):
-    def full(file):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module, "to_disk", full)
+    monkeypatch.setattr(store_module.np, "savez", full)
     with pytest.raises(UserError, match=r"^--cache cache: cannot write there \(.*No space left"):
         load()
     assert folders() == []
@@ -366,11 +365,12 @@ def flip(path: Path) -> None:
         lambda folder: cut(folder / "tokens.bin", 4),
         lambda folder: flip(folder / "tokens.bin"),
         lambda folder: cut(folder / "index.npz", 30),
+        lambda folder: (folder / "index.npz").write_bytes(b""),
         lambda folder: (folder / "index.npz").unlink(),
         lambda folder: (folder / "store.json").write_text("{}"),
         lambda folder: (folder / "store.json").unlink(),
     ],
-    ids=["empty", "cut", "a bit", "index cut", "no index", "other json", "no json"],
+    ids=["empty", "cut", "a bit", "index cut", "empty index", "no index", "other json", "no json"],
 )
 def test_a_damaged_store_is_noticed_and_tokenized_again(damage, here):
     folder = load().folder

@@ -8,12 +8,11 @@ the sequences of all rows end to end:
     store.json       whether rows are pairs, skipped rows by reason, sha256 of data and tokens
 
 Tokens between two answers of a conversation are not learned from. They are stored as ~id, which is
-negative, so the mask takes no space. response_lengths counts learned tokens only.
+negative, so the mask takes no space.
 
-The folder's name, KEY, is a hash of the data, the tokenizer, the template and FORMAT. If one of
-them changes, the data is tokenized into another folder, so a stale store is never read. Tokens are
-written to KEY.part, which is renamed to KEY when it is complete. One process does this while others
-wait for its lock. After a kill the next process removes KEY.part and starts again.
+The folder's name, KEY, is a hash of the data, the tokenizer, the template and FORMAT: a change of
+one makes another folder. One process writes KEY.part and renames it to KEY when it is complete;
+others wait for its lock. If it is killed, or the sha256 of a store is wrong, the next starts again.
 Letters: N rows, S sequences (N or 2 N), T tokens of all sequences.
 """
 
@@ -23,10 +22,9 @@ import json
 import os
 import shutil
 import sys
-import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from redi.config import UserError
-from redi.data.files import hash_files, lock, read_rows, to_disk
+from redi.data.files import hash_files, lock, read_rows
 from redi.data.formats import Example, read_examples
 from redi.data.tokenizer import ChatTokenizer, TokenizedRow
 
@@ -64,10 +62,8 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> "TokenStore | None":
-        """The store in `folder`, or None if it is missing or damaged.
-
-        verify: compare the sha256 of all tokens; otherwise only their number is checked.
-        """
+        """The store in `folder`, or None if it is missing or damaged. Without `verify`, the number
+        of tokens is checked, but not their sha256."""
         try:
             about = json.loads((folder / "store.json").read_text())
             index = dict(np.load(folder / "index.npz"))
@@ -78,7 +74,7 @@ class TokenStore:
                 return None
             fields = {name: about[name] for name in ("paired", "data_hash", "skipped")}
             return cls(folder, tokens=tokens, **fields, **index)
-        except (OSError, ValueError, KeyError, TypeError, BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile):
             return None
 
     @cached_property
@@ -91,9 +87,8 @@ def load_store(
 ) -> TokenStore:
     """The token store of these files; they are tokenized if `cache` has no valid store of them.
 
-    verify: compare an existing store with its sha256, which reads all of it; once per node is
-    enough. Raises UserError: a row that cannot be trained on (which file and line), no row to
-    train on, a cache that cannot be written.
+    verify: compare an existing store with its sha256; it reads all, so once per node is enough.
+    Raises UserError: a row that cannot be trained on, no row to train on, an unwritable cache.
     """
     data_hash = hash_files(files)
     key = json.dumps([FORMAT, data_hash, chat.fingerprint, paired])
@@ -101,7 +96,7 @@ def load_store(
     store = TokenStore.open(folder, verify)
     if store is None:
         try:
-            _make_store(folder, files, chat, paired, data_hash)
+            _write_once(folder, lambda part: _write_store(part, files, chat, paired, data_hash))
         except OSError as error:
             raise UserError(f"--cache {cache}: cannot write there ({error})") from None
         store = TokenStore.open(folder)
@@ -110,13 +105,8 @@ def load_store(
     return store
 
 
-# ---------------------------------------------------------------- one process makes the store
-
-
-def _make_store(
-    folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, data_hash: str
-) -> None:
-    """Tokenize the files into `folder`. If another process is doing that, wait for it instead."""
+def _write_once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Make the folder; `write` fills it. If another process is doing that, wait for it instead."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "ab") as lock_file:
         if not lock(lock_file):
@@ -129,7 +119,7 @@ def _make_store(
         shutil.rmtree(part, ignore_errors=True)  # from a process that was killed
         part.mkdir()
         try:
-            _write_store(part, files, chat, paired, data_hash)
+            write(part)
             shutil.rmtree(folder, ignore_errors=True)  # damaged
             part.rename(folder)
         except KeyboardInterrupt:
@@ -143,7 +133,6 @@ def _write_store(
 ) -> None:
     """Tokenize the files into an empty folder, with a progress bar."""
     skipped: Counter[str] = Counter()
-    examples = read_examples(read_rows(files), paired, skipped)
     sha256 = hashlib.sha256()
     row_numbers, offsets = array("q"), array("q", [0])
     prompt_lengths, response_lengths = array("i"), array("i")
@@ -151,10 +140,9 @@ def _write_store(
     if all(path.suffix == ".jsonl" for path in files):
         with fileinput.FileInput(files, mode="rb") as lines:
             total = sum(1 for _ in lines)
-    bar = tqdm(desc="tokenizing", unit=" rows", total=total, disable=None, leave=False)
-    with open(folder / "tokens.bin", "wb") as file, bar:
-        started = time.monotonic()
-        for number, sequences in tokenize_rows(chat, examples):
+    bar = tqdm(read_rows(files), "tokenizing", total, leave=False, disable=None, unit=" rows")
+    with open(folder / "tokens.bin", "wb") as file, bar as rows:
+        for number, sequences in tokenize_rows(chat, read_examples(rows, paired, skipped)):
             row_numbers.append(number)
             for sequence in sequences:
                 ids, learned = sequence.response_ids, sequence.learned
@@ -166,26 +154,19 @@ def _write_store(
                 offsets.append(offsets[-1] + len(tokens))
                 prompt_lengths.append(len(sequence.prompt_ids))
                 response_lengths.append(sum(learned) if learned else len(ids))
-            tokens_per_second = offsets[-1] / (time.monotonic() - started)
-            bar.set_postfix_str(f"{tokens_per_second:,.0f} tokens/s", refresh=False)
-            bar.update(number - bar.n)
-        to_disk(file)
     if not row_numbers:
         raise UserError(f"{files[0]}: no row to train on ({dict(skipped)})")
 
-    with open(folder / "index.npz", "wb") as file:
-        np.savez(
-            file,
-            offsets=offsets,
-            prompt_lengths=prompt_lengths,
-            response_lengths=response_lengths,
-            row_numbers=row_numbers,
-        )
-        to_disk(file)
+    np.savez(
+        folder / "index.npz",
+        offsets=offsets,
+        prompt_lengths=prompt_lengths,
+        response_lengths=response_lengths,
+        row_numbers=row_numbers,
+    )
     about = {"paired": paired, "data_hash": data_hash, "skipped": skipped}
     with open(folder / "store.json", "w") as file:
         json.dump({**about, "tokens_hash": sha256.hexdigest()}, file, indent=1)
-        to_disk(file)
 
 
 def tokenize_rows(
@@ -193,8 +174,8 @@ def tokenize_rows(
 ) -> Iterator[tuple[int, list[TokenizedRow]]]:
     """(row number, example) -> (row number, its sequences), in the same order.
 
-    Threads tokenize blocks of rows, because the tokenizer releases the GIL. At most THREADS + 2
-    blocks are in memory: examples are read no further ahead.
+    Threads tokenize blocks of rows, because the tokenizer releases the GIL. Examples are read
+    ahead only so far that at most THREADS + 2 blocks are in memory.
     """
 
     def tokenize(block: list[NumberedExample]) -> list[tuple[int, list[TokenizedRow]]]:
