@@ -1,8 +1,7 @@
 """The rows of a token store (store.py) that a run trains on, and a description of them.
 
 No row is ever cut: one over a limit is left out and counted, or with over_length "error" refused.
-Left out: shuffling and batching (packing.plan).
-Letters: N rows of the run, S sequences (N or 2 N), L tokens of a sequence.
+Left out: shuffling and batching (packing.plan). Letters: N rows, S sequences (N or 2 N).
 """
 
 from dataclasses import dataclass
@@ -45,8 +44,8 @@ class Dataset:
 
     @cached_property
     def lengths(self) -> np.ndarray:  # (N,) tokens of each row, or (N, 2) of chosen and rejected
-        lengths = self.store.sequence_lengths[self.stored]
-        return lengths.reshape(-1, 2) if self.store.paired else lengths
+        shape = (-1, 2) if self.store.paired else -1
+        return self.store.sequence_lengths[self.stored].reshape(shape)
 
     @cached_property
     def prompt_lengths(self) -> np.ndarray:  # (S,)
@@ -61,12 +60,11 @@ class Dataset:
         stored = self.stored[sequence_id]
         start, end = self.store.offsets[stored : stored + 2]
         tokens, prompt_length = self.store.tokens[start:end], int(self.prompt_lengths[sequence_id])
-        learned = None
-        if prompt_length + self.response_lengths[sequence_id] < len(tokens):  # several answers
-            learned = tokens[prompt_length:] >= 0
-            tokens = np.where(tokens < 0, ~tokens, tokens)
-        row, rejected = divmod(int(sequence_id), 2) if self.store.paired else (int(sequence_id), 0)
-        return TokenSequence(tokens, prompt_length, row, -1 if rejected else 1, learned)
+        learned = tokens[prompt_length:] >= 0  # the tokens between two answers are stored as ~id
+        learned = None if learned.all() else learned
+        row, side = divmod(int(sequence_id), 2) if self.store.paired else (int(sequence_id), 0)
+        sign = -1 if side else 1
+        return TokenSequence(np.maximum(tokens, ~tokens), prompt_length, row, sign, learned)
 
     def row_number(self, row: int) -> int:
         """The position of a row in the data, from 1."""
@@ -74,29 +72,23 @@ class Dataset:
 
 
 def select(store: TokenStore, limits: Limits, over_length: str, source: str) -> Dataset:
-    """The rows within `limits`. Longer ones are counted, or with over_length "error" refused.
-
-    Raises UserError, which names `source`, if no row is left.
-    """
-    sides = 2 if store.paired else 1
-    totals = store.sequence_lengths.reshape(-1, sides)
-    prompts = store.prompt_lengths.reshape(-1, sides)
+    """Rows within `limits`. Raises UserError (about `source`) if none is left or one is refused."""
+    totals = store.sequence_lengths.reshape(len(store.row_numbers), -1)  # (N, 1), pairs (N, 2)
+    prompts = store.prompt_lengths.reshape(totals.shape)
     over = {
         f"prompt over {limits.prompt} tokens": prompts > limits.prompt,
         f"response over {limits.response} tokens": totals - prompts > limits.response,
         f"prompt and response over {limits.total} tokens": totals > limits.total,
     }
-    kept = np.ones(len(totals), dtype=bool)
-    dropped = {}
+    kept, dropped = np.ones(len(totals), dtype=bool), {}
     for reason, too_long in over.items():
         newly = np.flatnonzero(kept & too_long.any(axis=1))  # a row counts for its first reason
-        if not len(newly):
-            continue
-        if over_length == "error":
+        if len(newly) and over_length == "error":
             where = f"{source}: row {store.row_numbers[newly[0]]}"
             raise UserError(f"{where}: {reason} (--over-length drop leaves such rows out)")
+        if len(newly):
+            dropped[reason] = len(newly)
         kept[newly] = False
-        dropped[reason] = len(newly)
     if not kept.any():
         counts = [f"{count} {reason}" for reason, count in (store.skipped | dropped).items()]
         raise UserError(f"{source}: no row is left to train on ({', '.join(counts)})")
@@ -119,13 +111,11 @@ def describe(dataset: Dataset, chat: ChatTokenizer) -> str:
         parts["between"] = between
     for name, lengths in parts.items():
         quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
-        cells = "".join(f"{int(q):>9,}" for q in quantiles)
-        lines.append(f"{name:<10}{int(lengths.sum()):>14,}{cells}")
+        lines.append(f"{name:<10}{lengths.sum():>14,}" + "".join(f"{q:>9,}" for q in quantiles))
 
     number, first = dataset.row_number(0), dataset.sequence(0)
     lines.append(f"row {number} as the model sees it (only the response is learned from):")
-    learned = np.zeros(len(first.tokens), dtype=bool)
-    learned[first.supervised()] = True
+    learned = np.isin(np.arange(len(first.tokens)), first.supervised())
     stretches = np.split(first.tokens, np.flatnonzero(np.diff(learned)) + 1)
     for name, ids in zip(["prompt", *["response", "between"] * len(stretches)], stretches):
         text = chat.decode(ids)

@@ -7,8 +7,7 @@ the sequences of all rows end to end:
     index.npz        offsets (S+1,), prompt_lengths (S,), response_lengths (S,), row_numbers (N,)
     store.json       whether rows are pairs, skipped rows by reason, sha256 of data and tokens
 
-Tokens between two answers of a conversation are not learned from. They are stored as ~id, which is
-negative, so the mask takes no space.
+Tokens between two answers are not learned from; they are stored as ~id, which is negative.
 
 The folder's name, KEY, is a hash of the data, the tokenizer, the template and FORMAT: a change of
 one makes another folder. One process writes KEY.part and renames it to KEY when it is complete;

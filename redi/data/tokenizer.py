@@ -145,9 +145,8 @@ class ChatTokenizer:
     ) -> list[TokenizedRow]:
         """(prompt messages, response) -> rows; many at once are encoded in parallel.
 
-        A response is an assistant's message, or several messages that begin and end with one: all
-        of the assistant's are learned from. Raises UserError if the template writes another header
-        before an answer than generation begins with.
+        A response is an assistant's message or several messages; the assistant's are learned from.
+        Raises UserError if the template begins a written answer otherwise than a generated one.
         """
         segments = []
         for prompt, response in conversations:
