@@ -1,16 +1,14 @@
-"""Resolve a local path or a hub id to local files: everything else in redi reads files only.
+"""Resolve a local path or a hub id to local files. Everything else in redi only reads files.
 
-    model_folder("out/sft")                       -> out/sft, or "`python train_sft.py` makes it"
     model_folder("Qwen/Qwen2.5-Math-1.5B")        -> ~/.cache/huggingface/.../snapshots/<commit>
     dataset_files("data/positives.jsonl")         -> [data/positives.jsonl]
     dataset_files("open-r1/OpenR1-Math-Raw")      -> [.../data/train-00000-of-00010.parquet, ...]
     dataset_files("org/name:test")                -> the files of another split
 
-A path that exists is local. Any other text of the form `organization/name` is a hub id, unless it
-is below out/ or data/, where the programs write by default, or ends like a data file.
-
-The hub's client caches: a snapshot is downloaded once and found again without a network. Left out:
-revisions and dataset configurations (to use one of several, pass its files).
+A path that exists is local. Any other `organization/name` is a hub id, unless it is below out/ or
+data/, where the programs write by default, or has the ending of a data file. A hub id is downloaded
+once; from then on the cache is enough. Left out: revisions and dataset configurations (download the
+one you need and pass its files).
 """
 
 import re
@@ -18,29 +16,26 @@ from pathlib import Path
 
 from redi.config import UserError
 
-DATA_SUFFIXES = (
-    ".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"
-)  # fmt: skip
+DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 DATA_FILE = ".parquet, .jsonl or .json file"  # in errors
-CARD = "card.json"  # what redi.prepare writes about its data, beside them
+CARD = "card.json"  # redi.prepare's description of its data, in the same folder
 TOKENIZER_FILES = [
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja",
 ]  # fmt: skip
-# Named one by one, so that adapters and weights in other formats are not downloaded.
+# An explicit list, so that adapters and weights in other formats are not downloaded.
 MODEL_FILES = [
     "config.json", "generation_config.json", *TOKENIZER_FILES,
     "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors",
 ]  # fmt: skip
-OUTPUT_FOLDERS = ("out", "data")  # a path below them is never a hub id
 
 
 def model_folder(
     folder_or_hub_id: str | Path, made_by: str | None = None, files: list[str] = MODEL_FILES
 ) -> Path:
-    """The Hugging Face folder of a model; of a hub id, `files` are downloaded.
+    """The Hugging Face folder of a model. For a hub id, `files` are downloaded.
 
-    made_by: the command that produces this folder, for the error if it is missing.
+    made_by: the command that produces the folder, for the error if it is missing.
     Raises UserError: missing, not a folder, or not on the hub.
     """
     path = Path(folder_or_hub_id).expanduser()
@@ -56,20 +51,18 @@ def model_folder(
 def dataset_files(
     path_or_hub_id: str | Path, split: str = "train", made_by: str | None = None
 ) -> list[Path]:
-    """The data files (.parquet, .jsonl, .json; the last two also as .gz or .zst) of a file, a
-    folder or a hub id, sorted by name.
+    """The data files that a file, a folder or a hub id stands for, sorted by name.
 
-    Of a folder: every data file directly in it, except redi.prepare's card. Subfolders are not
-    searched: they may hold models or earlier outputs. Of a hub id: the files of one split, named
-    after a colon or by `split`. Raises UserError: missing, no data file, or not on the hub.
+    A folder: every data file directly in it, except redi.prepare's card. Subfolders are not
+    searched: they may hold models or earlier outputs. A hub id: the files of one split, named
+    after a colon or by `split`. made_by: see `model_folder`.
+    Raises UserError: missing, no data file, or not on the hub.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if _is_data(file) and file.name != CARD)
         if not files:
-            raise UserError(
-                f"{path}: no {DATA_FILE} directly in this folder (subfolders are not searched)"
-            )
+            raise UserError(f"{path}: no {DATA_FILE} in this folder (subfolders are not searched)")
         return files
     if path.exists():
         if not _is_data(path):
@@ -83,8 +76,8 @@ def dataset_files(
     files = _files_of_split(_download(hub_id, "dataset", patterns), split)
     if not files:
         raise UserError(
-            f"{hub_id}: no {DATA_FILE} of this dataset on the hub is named after the split "
-            f"{split!r}; download it and pass its files"
+            f"{hub_id}: no {DATA_FILE} on the hub is named after the split {split!r}; "
+            "download the dataset and pass its files"
         )
     return files
 
@@ -94,44 +87,34 @@ def _is_data(path: Path) -> bool:
 
 
 def _files_of_split(snapshot: Path, split: str) -> list[Path]:
-    """The hub's convention: data/train-00000-of-00010.parquet if there are such files, else files
-    with the split as a word of their path (train.jsonl, main/train/0.parquet)."""
+    """Follow the hub's convention: data/train-00000-of-00010.parquet if there are such files, else
+    the files whose path contains the split as a word (train.jsonl, main/train/0.parquet)."""
     names = sorted(f.relative_to(snapshot).as_posix() for f in snapshot.rglob("*") if _is_data(f))
     word = re.escape(split)
     for pattern in (rf"data/{word}-\d{{5}}-of-\d{{5}}\b", rf".*(?<![^\W_]){word}(?![^\W_])"):
-        files = [snapshot / name for name in names if re.match(pattern, name)]
-        if files:
+        if files := [snapshot / name for name in names if re.match(pattern, name)]:
             return files
     return []
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` is no local path and has the form of a hub id."""
-    if Path(text).expanduser().exists() or text.split("/")[0] in OUTPUT_FOLDERS:
+    """Whether `text` has the form of a hub id and is not a local path."""
+    if text.startswith(("out/", "data/")) or text.endswith(DATA_SUFFIXES) or Path(text).exists():
         return False
-    if "/" not in text or text.endswith(DATA_SUFFIXES):
-        return False
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return True
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
 
 
 def _download(hub_id: str, kind: str, patterns: list[str]) -> Path:
-    """The files of a hub repository that match `patterns`, in a local folder."""
+    """The local folder of a hub repository, with the files that match `patterns`."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(hub_id, repo_type=kind, allow_patterns=patterns))
     except Exception as error:  # the client's own errors, its HTTP library's, OSError
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{hub_id}: no such local path, and downloading this {kind} from the hub failed "
-            f"({type(error).__name__}: {reason}); check the name, the network and, for a gated "
-            "repository, HF_TOKEN"
+            f"({type(error).__name__}: {reason}); check the name, the network and HF_TOKEN"
         ) from None
 
 

@@ -10,14 +10,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
 from redi.checkpoint import __main__ as exporting
 from redi.checkpoint import folder as checkpoint
 from redi.checkpoint.config_json import read_rope_theta
-from redi.checkpoint.folder import load_model, save_model
+from redi.checkpoint.folder import load_model, open_model, save_model
 from redi.checkpoint.resume import Checkpoints
+from redi.checkpoint.weights import fill
 from redi.config import UserError
 from redi.data.tokenizer import chatml
 from redi.distributed import Parallelism, World, first_row, parallelize
@@ -147,7 +149,9 @@ def test_overrides_are_printed_and_saved_in_both_forms(folder, tmp_path, capsys,
     if form == "old":
         changes = dict.fromkeys(("rope_parameters", "dtype", "layer_types"), ...)
         edit_json(folder / "config.json", rope_theta=10_000.0, torch_dtype="float32", **changes)
-    model, source = load_model(folder, rope_theta=300_000.0, max_position_embeddings=512)
+    model, source = open_model(folder, rope_theta=300_000.0, max_position_embeddings=512)
+    model.to_empty(device="cpu")
+    fill(model, folder)
     assert capsys.readouterr().out.splitlines() == [
         "max_position_embeddings: 128 -> 512",
         "rope_theta: 10000 -> 300000",
@@ -311,9 +315,9 @@ def full_disk(limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def failing(name: str, at: int):
-    """A stand-in for a function of checkpoint.py that raises at its `at`-th call."""
-    original, calls = getattr(checkpoint, name), []
+def failing(original, at: int):
+    """A stand-in for a function that raises at its `at`-th call."""
+    calls = []
 
     def stand_in(*arguments, **settings):
         calls.append(arguments)
@@ -324,15 +328,17 @@ def failing(name: str, at: int):
     return stand_in
 
 
-@pytest.mark.parametrize("name", ["save_file", "_write_json"])
+@pytest.mark.parametrize(
+    ("module", "name"), [(safetensors.torch, "save_file"), (checkpoint, "_write_json")]
+)
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_failing_write_leaves_the_previous_model_whole(folder, monkeypatch, name, at):
+def test_a_failing_write_leaves_the_previous_model_whole(folder, monkeypatch, module, name, at):
     model, source = load_model(folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with torch.no_grad():
         model.model.norm.weight.add_(1)
     monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 20_000)
-    monkeypatch.setattr(checkpoint, name, failing(name, at))
+    monkeypatch.setattr(module, name, failing(getattr(module, name), at))
     with pytest.raises(UserError, match="could not be saved") as error:
         save_model(model, folder, source)
     assert one_line(error).startswith(f"{folder}: ")
@@ -493,7 +499,7 @@ BREAKS = {
     ),
     "more tokens than embeddings": (
         lambda folder: edit_tokenizer(folder, 320),
-        ["tokenizer.json: token id 320 has no embedding", "vocab_size 320"],
+        ["tokenizer.json: token id 320 has no embedding", "vocab_size is 320"],
     ),
 }
 

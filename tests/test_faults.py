@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import test_resume
 import test_train
 import torch
@@ -40,7 +41,6 @@ from tokenizers import Tokenizer
 
 from redi import train
 from redi.batches import TrainData
-from redi.checkpoint import folder as checkpoint
 from redi.checkpoint.folder import open_model
 from redi.checkpoint.resume import damage
 from redi.config import UserError
@@ -259,13 +259,13 @@ def test_a_ctrl_c_that_arrives_twice_is_one(alone):
 
 
 def terminated_while_saving() -> None:
-    save = checkpoint.save_file
+    save = safetensors.torch.save_file
 
     def slowly(*arguments, **settings) -> None:
         SIGTERM()
         save(*arguments, **settings)
 
-    checkpoint.save_file = slowly
+    safetensors.torch.save_file = slowly
 
 
 def test_a_signal_while_the_model_is_saved_is_too_late(alone):

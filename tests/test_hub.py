@@ -93,7 +93,6 @@ def test_a_missing_default_names_the_command_that_makes_it(hub, find, asked, mad
         "a/b/",
         "a/rows.jsonl",
         "a b/c",
-        "a--b/c",
         "",
     ],
 )

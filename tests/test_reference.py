@@ -15,7 +15,7 @@ from test_train import here, made, redi_config, run, steps, weights  # noqa: F40
 
 from redi import run as run_module
 from redi.checkpoint import reference
-from redi.checkpoint.folder import load_model
+from redi.checkpoint.folder import open_model
 from redi.checkpoint.reference import load_reference, reference_path, save_reference
 from redi.distributed import World
 
@@ -80,7 +80,7 @@ def test_an_objective_without_a_reference_keeps_none(here, scored):  # noqa: F81
 
 
 def path_of(config, dtype=torch.float32) -> Path:
-    model, source = load_model(config.model, config.rope_theta)
+    model, source = open_model(config.model, config.rope_theta)
     dataset = run_module.load_data(config.data, config, source, paired=True)
     return reference_path(config.cache, source.folder, model.config, dtype, dataset)
 

@@ -8,6 +8,4 @@ reference.py     cached log-probs of the reference model
 __main__.py      export a checkpoint as a model folder
 """
 
-from redi.checkpoint.folder import load_model, save_model
-
-__all__ = ["load_model", "save_model"]
+from redi.checkpoint.folder import load_model, save_model  # noqa: F401 (re-exported)

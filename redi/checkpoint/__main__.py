@@ -1,7 +1,4 @@
-"""Export a checkpoint of a run as a model folder.
-
-python -m redi.checkpoint export OUT/checkpoints/step-000200 --out DIR
-"""
+"""Export a checkpoint as a model folder: python -m redi.checkpoint export CHECKPOINT --out DIR"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +25,11 @@ def main() -> None:
         raise UserError(f"{folder}: no such folder; expected RUN/checkpoints/step-NNNNNN")
     recorded = folder.parent.parent / "config.toml"
     run = load_toml(recorded, str(recorded))
-    try:
-        settings = [run[name] for name in ("model", "rope_theta", "max_position_embeddings")]
-    except KeyError as error:
-        raise UserError(f"{recorded}: not the settings of a run (no {error})") from None
+    if not {"model", "rope_theta", "max_position_embeddings"} <= run.keys():
+        raise UserError(f"{recorded}: expected the settings of a training run")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: is not empty; choose another folder")
-    model, source = open_model(*settings)
+    model, source = open_model(run["model"], run["rope_theta"], run["max_position_embeddings"])
     model.to_empty(device="cpu")
     load_weights(folder, model)
     save_model(model, out, source, DTYPES.get(run.get("save_dtype", "source")))

@@ -1,7 +1,7 @@
 """config.json of a Hugging Face folder -> ModelConfig.
 
-Both forms are read: that of transformers 5 (`rope_parameters`) and the older one (`rope_theta` at
-the top level, `rope_scaling`). The dtype is that of the weights, whatever config.json says.
+Both forms are read: `rope_parameters` (transformers 5), and the older `rope_scaling` with
+`rope_theta` at the top level. The dtype is that of the stored weights, whatever config.json says.
 """
 
 from typing import Any
@@ -27,16 +27,14 @@ SUPPORTED: dict[str, list] = {
     "layer_types": ["full_attention"],
     "hidden_act": ["silu", None],
     "attention_dropout": [0.0, None],
-    "quantization_config": [{}, None],
+    "quantization_config": [None, {}],
 }
 
 
 def read_config(config: dict[str, Any], where: str) -> ModelConfig:
-    """The sizes of a model from its config.json; `where` names the file in errors.
-
-    Raises UserError for a missing field, a wrong type, two fields that disagree, and a value with
-    which redi/model.py would compute other numbers than transformers.
-    """
+    """The sizes of a model. Raises UserError, which begins with `where`, for a missing field, a
+    wrong type, fields that disagree, and a value for which redi/model.py would compute other
+    numbers than transformers."""
     try:
         _refuse_unsupported(config, where)
         for name in SIZES:
@@ -66,21 +64,18 @@ def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
     found["rope_type"] = [table.get("rope_type") or table.get("type") for table in tables]
     found["partial_rotary_factor"] += [table.get("partial_rotary_factor") for table in tables]
     found["layer_types"] = config.get("layer_types") or []  # one per layer
-    for name, values in found.items():
-        if refused := {repr(value) for value in values if value not in SUPPORTED[name]}:
-            raise UserError(
-                f"{where}: {name} is {', '.join(sorted(refused))}; redi implements Qwen2 with full "
-                "attention, default rotary positions, silu, no dropout and no quantization"
-            )
+    for name, allowed in SUPPORTED.items():
+        for value in found[name]:
+            if value not in allowed:
+                raise UserError(f"{where}: {name} is {value!r}; redi supports only {allowed[0]!r}")
 
 
 def read_rope_theta(config: dict[str, Any], where: str) -> float:
     """The rotary base. Raises UserError if it is missing, or if two fields disagree."""
-    tables = [config, *_rope_tables(config)]
-    found = {float(t["rope_theta"]) for t in tables if t.get("rope_theta") is not None}
+    values = [table.get("rope_theta") for table in (config, *_rope_tables(config))]
+    found = {float(value) for value in values if value is not None}
     if len(found) != 1:
-        problem = f"has several values, {sorted(found)}" if found else "is missing"
-        raise UserError(f"{where}: rope_theta {problem}")
+        raise UserError(f"{where}: expected one rope_theta; found {sorted(found) or 'none'}")
     return found.pop()
 
 

@@ -1,7 +1,7 @@
 """The Hugging Face model folder: load_model, save_model.
 
-Loading reads config.json, weights, tokenizer and generation config. The weights become fp32: the
-optimizer updates them, and bf16 would lose an update at lr 1e-6.
+Loading reads config.json, weights, tokenizer and generation config. The weights become fp32,
+because bf16 would lose the optimizer's updates at lr 1e-6.
 
 Saving writes the same folder again, in the source's dtype, with what training changed: weights,
 rotary base, context length and stop tokens. A model trained on chat turns must stop at the
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from redi.checkpoint.config_json import read_config, read_rope_theta, set_rope_theta
@@ -36,9 +35,9 @@ KEEP = "keep"  # the overrides' default: the value in config.json
 
 @dataclass(frozen=True)
 class Source:
-    """The folder a model was loaded from, and what saving takes over from it."""
+    """The folder that a model was loaded from, with what saving copies from it."""
 
-    name: str  # the folder or hub id that was asked for
+    name: str  # the folder or hub id that the user gave
     folder: Path
     config: dict[str, Any]  # config.json, with the overrides
     generation: dict[str, Any]  # generation_config.json
@@ -48,13 +47,10 @@ class Source:
 
 
 def load_model(
-    folder_or_hub_id: str | Path,
-    rope_theta: float | str = KEEP,
-    max_position_embeddings: int | str = KEEP,
-    made_by: str | None = None,
+    folder_or_hub_id: str | Path, made_by: str | None = None
 ) -> tuple[Transformer, Source]:
     """(the model in fp32 on the CPU, its source). Arguments and errors: see `open_model`."""
-    model, source = open_model(folder_or_hub_id, rope_theta, max_position_embeddings, made_by)
+    model, source = open_model(folder_or_hub_id, made_by=made_by)
     model.to_empty(device="cpu")
     fill(model, source.folder)
     return model, source
@@ -68,44 +64,33 @@ def open_model(
 ) -> tuple[Transformer, Source]:
     """(the model on the meta device, its source). Only the headers of the weight files are read.
 
-    rope_theta and max_position_embeddings override config.json; changes are printed. made_by: the
-    command that produces the folder, for the error if it is missing.
+    rope_theta and max_position_embeddings override config.json, and the changes are printed.
+    made_by: see `model_folder`.
     Raises UserError for a file that is missing, broken, of the wrong shape or not supported.
     """
-    folder = model_folder(str(folder_or_hub_id), made_by=made_by)
+    folder = model_folder(folder_or_hub_id, made_by)
     path = folder / "config.json"
-    config_json = read_json(path)
-    _override(config_json, rope_theta, max_position_embeddings, str(path))
-    config = read_config(config_json, str(path))
+    config = read_json(path)
+    if max_position_embeddings != KEEP:
+        old = config.get("max_position_embeddings")
+        print(f"max_position_embeddings: {old} -> {max_position_embeddings}")
+        config["max_position_embeddings"] = max_position_embeddings
+    if rope_theta != KEEP:
+        print(f"rope_theta: {read_rope_theta(config, str(path)):g} -> {rope_theta:g}")
+        set_rope_theta(config, rope_theta)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(read_config(config, str(path)))
     dtype = check_weights(model, folder)
     path = folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     path = folder / "tokenizer.json"
     chat = ChatTokenizer.from_folder(folder) if path.is_file() else None
     if chat is not None:
-        largest = max(chat.tokenizer.get_vocab(with_added_tokens=True).values())
-        if largest >= config.vocab_size:
-            raise UserError(
-                f"{path}: token id {largest} has no embedding; config.json says vocab_size "
-                f"{config.vocab_size}"
-            )
-    stop_ids = _stop_ids(config_json, generation, chat)
-    name = str(folder_or_hub_id)
-    return model, Source(name, folder, config_json, generation, dtype, chat, stop_ids)
-
-
-def _override(
-    config: dict[str, Any], theta: float | str, max_positions: int | str, where: str
-) -> None:
-    if max_positions != KEEP:
-        old = config.get("max_position_embeddings")
-        config["max_position_embeddings"] = int(max_positions)
-        print(f"max_position_embeddings: {old} -> {int(max_positions)}")
-    if theta != KEEP:
-        print(f"rope_theta: {read_rope_theta(config, where):g} -> {float(theta):g}")
-        set_rope_theta(config, float(theta))
+        largest, size = max(chat.tokenizer.get_vocab().values()), model.config.vocab_size
+        if largest >= size:
+            raise UserError(f"{path}: token id {largest} has no embedding; vocab_size is {size}")
+    stop_ids = _stop_ids(config, generation, chat)
+    return model, Source(str(folder_or_hub_id), folder, config, generation, dtype, chat, stop_ids)
 
 
 def _stop_ids(
@@ -119,9 +104,6 @@ def _stop_ids(
     return [i for i in dict.fromkeys(ids) if i is not None]
 
 
-# ---------------------------------------------------------------- saving
-
-
 def save_model(
     model: Transformer,
     folder: str | Path,
@@ -129,11 +111,13 @@ def save_model(
     dtype: torch.dtype | None = None,
     card: str | None = None,
 ) -> None:
-    """Write `model` as a Hugging Face folder; dtype defaults to the source's.
+    """Write `model` as a Hugging Face folder, in the source's dtype unless another is given.
 
-    card: the text of README.md. Files of `folder` that belong to no model are left alone. All ranks
-    must call it; rank 0 gathers and writes. Raises UserError if the folder cannot be written.
+    card: the text of README.md. Other files in `folder` are left alone. All ranks must call it;
+    rank 0 gathers and writes. Raises UserError if the folder cannot be written.
     """
+    from huggingface_hub import save_torch_state_dict  # imported only where used
+
     folder, dtype = Path(folder), dtype or source.dtype
     tensors = _gather(model, dtype)
     if not tensors:
@@ -143,7 +127,7 @@ def save_model(
         for leftover in folder.glob(".saving-*"):  # of a killed process
             shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir(parents=True)
-        _write_weights(tensors, aside)
+        save_torch_state_dict(tensors, aside, max_shard_size=MAX_SHARD_BYTES)
         for name in TOKENIZER_FILES:
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, aside / name)
@@ -159,31 +143,18 @@ def save_model(
 
 def _gather(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     """All weights on the host of rank 0; nothing on the other ranks."""
-    sharded = hasattr(model.output_weight, "device_mesh")
-    is_rank_zero = not sharded or torch.distributed.get_rank() == 0
+    is_sharded = hasattr(model.output_weight, "device_mesh")
+    is_rank_zero = not is_sharded or torch.distributed.get_rank() == 0
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensor = full_tensor(tensor)  # all ranks take part
         if is_rank_zero:
-            tensors[name] = tensor.to("cpu", dtype).contiguous()
+            tensors[name] = tensor.to("cpu", dtype)
     return tensors
 
 
-def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
-    """safetensors in shards of at most MAX_SHARD_BYTES, with an index if there are several."""
-    from huggingface_hub import split_torch_state_dict_into_shards  # imported only where used
-
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_BYTES)
-    for file, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name] for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / INDEX, index)
-
-
 def _write_settings(config: ModelConfig, folder: Path, source: Source, dtype: torch.dtype) -> None:
-    """config.json in both forms and generation_config.json; the stop token in all files."""
+    """Write config.json in both forms and generation_config.json; name the stop token in all."""
     name = str(dtype).removeprefix("torch.")
     settings = {**source.config, "dtype": name, "torch_dtype": name}
     set_rope_theta(settings, config.rope_theta)
@@ -191,7 +162,7 @@ def _write_settings(config: ModelConfig, folder: Path, source: Source, dtype: to
     if source.stop_ids:
         settings["eos_token_id"] = source.stop_ids[0]
         generation["eos_token_id"] = source.stop_ids
-    # transformers may prefer the older special_tokens_map.json where there is one.
+    # transformers may prefer the older special_tokens_map.json if there is one.
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if source.chat is not None and (folder / file).is_file():
             tokens = read_json(folder / file)
@@ -206,9 +177,9 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _publish(aside: Path, folder: Path) -> None:
-    """Move the files to their final names, config.json last: nothing loads without it, so neither a
-    kill nor a power cut leaves a mixture of an old and a new model that does. Old files that the
-    new model lacks (shards, a chat template) are removed: they would be read with it."""
+    """Give the files their final names, config.json last: no model loads without it, so a kill or a
+    power cut never leaves a mixture of an old and a new model that loads. Old files that the new
+    model lacks (shards, a chat template) are removed: they would be read with it."""
     config = folder / "config.json"
     files = list(aside.iterdir())
     for path in files:

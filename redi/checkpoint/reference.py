@@ -1,20 +1,18 @@
 """Cached reference log-probs: the model that stage 2 starts from scores its pairs only once.
 
-CACHE/reference-KEY.bin is the sha256 of what follows, then (N, 2) float64: the summed log-probs of
-each row's chosen and rejected trace. KEY is a hash of all that they depend on, so every run that
-agrees in it uses the file, whatever its objective, learning rate or number of ranks. Rank 0 reads
-the file and broadcasts it: all ranks, and a run that resumes, train on the same bytes.
-
-Left out: a limit to the size of the folder (16 bytes per row).
+CACHE/reference-KEY.bin holds a sha256 and the values, (N, 2) float64: the summed log-probs of each
+row's chosen and rejected trace. KEY hashes all that they depend on, so runs with another objective,
+learning rate or number of ranks share the file. Rank 0 reads it and broadcasts the values, so all
+ranks, and a run that resumes, train on the same bytes. Left out: a limit on the cache's size.
 """
 
 import hashlib
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,22 +26,22 @@ from redi.logprobs import token_logps
 from redi.model import ModelConfig, Transformer
 from redi.runlog import Progress
 
-FORMAT = 2  # a file of another format has another key
-DIGEST = hashlib.sha256().digest_size
+FORMAT = 2  # part of the key: files of other formats are not found
 
 
 def reference_logps(
     model: Transformer, data: TrainData, folder: Path, dtype: torch.dtype, cache: str
 ) -> Tensor:
-    """Summed log-probs (N, 2) float64 of every row's chosen and rejected trace under `model`, which
-    holds the weights of `folder`: from `cache`, or computed and cached. On the host of every rank;
-    all ranks must call it."""
+    """Summed log-probs (N, 2) float64 of each row's chosen and rejected trace, on the host.
+
+    They are read from `cache`, or computed with `model`, which holds the weights of `folder`, and
+    cached. All ranks must call this function, and all get the same values."""
     path = reference_path(cache, folder, model.config, dtype, data.dataset)
     reference = load_reference(path, len(data.dataset), data.world)
     if reference is None:
         reference = _score(model, data)
         save_reference(path, reference, data.world)
-    elif data.world.rank == 0:
+    else:
         print(f"reference log-probs of {len(reference):,} pairs: {path}", flush=True)
     return reference
 
@@ -53,7 +51,7 @@ def reference_path(
 ) -> Path:
     """The file for this model (weights, sizes, rotary base), token store (data, tokenizer,
     template), selection of its rows, and compute dtype."""
-    rows = hashlib.sha256(np.ascontiguousarray(dataset.rows, dtype=np.int64).tobytes()).hexdigest()
+    rows = hashlib.sha256(dataset.rows.astype("int64").tobytes()).hexdigest()
     store = dataset.store.folder.name
     parts = [FORMAT, weights_hash(folder), asdict(config), store, rows, str(dtype)]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -62,13 +60,11 @@ def reference_path(
 
 def _score(model: Transformer, data: TrainData) -> Tensor:
     step, rank = data.all_rows(), data.world.rank
-    # On the host, where a pack's rows are looked up; float64 holds the sums of every compute dtype.
-    sums = torch.zeros(len(data.dataset), 2, dtype=torch.float64)
+    sums = torch.zeros(len(data.dataset), 2, dtype=torch.float64)  # no compute dtype is wider
     progress = Progress(len(step[rank]), "reference log-probs", "pack", shown=rank == 0)
     with progress, without_gradients(model):
         for batch in data.batches(step, data.totals(step)):
-            targets = batch.targets
-            logps = model(batch, lambda h, w, targets=targets: token_logps(h, w, targets))  # (R,)
+            logps = model(batch, partial(token_logps, targets=batch.targets))  # (R,)
             parts = [part.sum() for part in logps.split(batch.response_lengths)]
             if parts:
                 sums[batch.row_ids[0::2]] = torch.stack(parts).reshape(-1, 2).to(sums)
@@ -78,11 +74,11 @@ def _score(model: Transformer, data: TrainData) -> Tensor:
 
 
 def load_reference(path: Path, num_rows: int, world: World) -> Tensor | None:
-    """The (N, 2) float64 in rank 0's file, on every rank; None if it is missing or damaged."""
+    """The values (N, 2) in rank 0's file, on every rank; None if it is missing or damaged."""
     reference, valid = torch.zeros(num_rows, 2, dtype=torch.float64), True
     if world.rank == 0:
         content = path.read_bytes() if path.is_file() else b""
-        digest, data = content[:DIGEST], content[DIGEST:]
+        digest, data = content[:32], content[32:]
         valid = len(data) == 16 * num_rows and hashlib.sha256(data).digest() == digest
         if valid:
             reference = torch.frombuffer(bytearray(data), dtype=torch.float64).reshape(-1, 2)

@@ -4,26 +4,21 @@
                                      hashes-0.json, ...  sha256 of the files of each rank
                                      state.json          format, step, facts of the run
 
-torch.distributed.checkpoint writes the tensors, every rank its own shards, and reads them back on
-the same or another number of ranks. The rest needs no saving: the plan, the learning rate and the
-position in the data are functions of the step. A checkpoint is written under another name, flushed
-to disk and renamed. A damaged checkpoint is skipped and a failed save does not end the run: both
-are warnings.
-
+torch.distributed.checkpoint writes the tensors, every rank its own shards, and reads them on any
+number of ranks. The plan, the learning rate and the position in the data are functions of the step,
+so they are not saved. A checkpoint is written under another name, flushed to disk and renamed. A
+damaged checkpoint is skipped, and a failed save does not end the run: both are warnings.
 Left out: asynchronous saves. Every 200 steps, a save takes well under 1 % of the time.
 """
 
 import json
 import os
-import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +27,7 @@ from redi.config import UserError, one_line
 from redi.data.files import folder_to_disk, hash_files, write_aside
 from redi.distributed import World, all_ranks_ok
 
-FORMAT = 2  # of the files of a checkpoint; others are refused
+FORMAT = 2  # of a checkpoint's files; other formats are refused
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = "state.json"
 
@@ -43,9 +38,9 @@ class Checkpoints:
 
     out: Path
     world: World
-    facts: dict[str, str]  # must be the same when the run resumes: data, tokenizer, ...
-    keep: int  # how many of the newest are kept
-    pinned: int = 0  # a step whose checkpoint is kept too
+    facts: dict[str, str]  # data, tokenizer, ...: must be the same when the run resumes
+    keep: int  # how many of the newest checkpoints are kept
+    pinned: int = 0  # the step of a checkpoint that is kept as well
 
     @property
     def folder(self) -> Path:
@@ -56,8 +51,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first."""
-        found = [re.fullmatch(r"step-(\d{6,})", path.name) for path in self.folder.glob("step-*")]
-        return sorted((int(name[1]) for name in found if name), reverse=True)
+        numbers = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
     def pin_before(self, step: int) -> None:
         """Keep the newest checkpoint up to `step`, however many are newer."""
@@ -70,34 +65,33 @@ class Checkpoints:
             for path in [*later, *self.folder.glob(".writing-*")]:
                 shutil.rmtree(path, ignore_errors=True)
 
-    # ------------------------------------------------------------ save
-
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Write the checkpoint of `step`. Returns whether it succeeded; a failure is a warning."""
         aside = self.folder / f".writing-{step:06d}"
-        saved = self._try(step, partial(self._write, aside, model, optimizer))
-        saved = saved and self._try(step, partial(self._publish, aside, step))
+        saved = self._try(step, lambda: self._write(aside, model, optimizer))
+        saved = saved and self._try(step, lambda: self._publish(aside, step))
         if self.world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)  # after a failure
         return saved
 
     def _try(self, step: int, action: Callable[[], None]) -> bool:
         """Whether `action` succeeds on every rank. Failures are printed as warnings."""
-        from torch.distributed.checkpoint import CheckpointException  # not an Exception
+        from torch.distributed.checkpoint import CheckpointException
 
-        problem, same_on_all_ranks = "", False
+        ok = True
         try:
             action()
-        except (CheckpointException, Exception) as error:
-            problem, same_on_all_ranks = _cause(error), isinstance(error, CheckpointException)
-        if problem and (self.world.rank == 0 or not same_on_all_ranks):
-            newest = f"step {self.steps()[0]}" if self.steps() else "none"
-            print(
-                f"warning: the checkpoint of step {step} could not be saved ({problem}); training "
-                f"continues; newest checkpoint: {newest}",
-                file=sys.stderr,
-            )
-        return all_ranks_ok(not problem, self.world)
+        except (CheckpointException, Exception) as error:  # the former is a BaseException
+            ok = False
+            # A CheckpointException is raised on every rank.
+            if self.world.rank == 0 or not isinstance(error, CheckpointException):
+                newest = f"step {self.steps()[0]}" if self.steps() else "none"
+                print(
+                    f"warning: the checkpoint of step {step} could not be saved ({_cause(error)}); "
+                    f"training continues; newest checkpoint: {newest}",
+                    file=sys.stderr,
+                )
+        return all_ranks_ok(ok, self.world)
 
     def _write(self, aside: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Write this rank's shards and their hashes."""
@@ -105,7 +99,7 @@ class Checkpoints:
 
         rank, tensors = self.world.rank, tensors_of(model, optimizer)
         writer = dcp.FileSystemWriter(aside, thread_count=1, sync_files=True)  # makes the folder
-        with warnings.catch_warnings(action="ignore"):  # that there is no process group
+        with warnings.catch_warnings(action="ignore"):  # about the missing process group
             dcp.save(tensors, storage_writer=writer, no_dist=self.world.world_size == 1)
         files = [*aside.glob(f"__{rank}_*"), *([aside / ".metadata"] if rank == 0 else [])]
         with write_aside(aside / f"hashes-{rank}.json") as file:
@@ -115,25 +109,21 @@ class Checkpoints:
         """Give the complete checkpoint its name, and remove old ones."""
         if self.world.rank > 0:
             return
-        ranks = self.world.world_size
+        state = {"format": FORMAT, "step": step, "ranks": self.world.world_size}
         with write_aside(aside / STATE) as file:
-            state = {"format": FORMAT, "step": step, "ranks": ranks, "facts": self.facts}
-            json.dump(state, file, indent=1)
+            json.dump({**state, "facts": self.facts}, file, indent=1)
         folder_to_disk(aside)
-        shutil.rmtree(self.at(step), ignore_errors=True)  # a damaged one that was skipped
         os.replace(aside, self.at(step))
         folder_to_disk(self.folder)
         for old in self.steps()[self.keep :]:
             if old != self.pinned:
                 shutil.rmtree(self.at(old), ignore_errors=True)
 
-    # ------------------------------------------------------------ load
-
     def newest_valid(self, recorded: int) -> int:
-        """The step of the newest checkpoint that is not damaged, or 0.
+        """The step of the newest valid checkpoint, or 0.
 
-        recorded: the steps in metrics.jsonl. A later checkpoint is ignored: before a power cut, the
-        disk may have flushed the checkpoint but not the records.
+        recorded: the steps in metrics.jsonl. Later checkpoints, whose records a power cut lost, are
+        ignored.
         Raises UserError for a checkpoint of another format, or of a run with other facts.
         """
         for step in [s for s in self.steps() if s <= recorded]:
@@ -142,11 +132,12 @@ class Checkpoints:
             if problem:
                 print(f"warning: {folder} is damaged and skipped: {problem}", file=sys.stderr)
             if all_ranks_ok(not problem, self.world):
-                self._refuse_changes(_read_state(folder)["facts"])
+                self._refuse_changes(step)
                 return step
         return 0
 
-    def _refuse_changes(self, facts: dict[str, str]) -> None:
+    def _refuse_changes(self, step: int) -> None:
+        facts = json.loads((self.at(step) / STATE).read_text())["facts"]
         for name, now in self.facts.items():
             if facts.get(name) != now:
                 raise UserError(
@@ -162,44 +153,37 @@ class Checkpoints:
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and Adam moments by name. They share memory with model and optimizer."""
+    """Weights and Adam moments by name, which share memory with model and optimizer."""
     tensors = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
-        if not state:  # before the first step; the same as what AdamW creates
+        if not state:  # before the first step: the same as what AdamW creates
             state["step"] = torch.zeros((), device=parameter.device)
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter)
+            state.update({moment: torch.zeros_like(parameter) for moment in MOMENTS})
         tensors[f"model.{name}"] = parameter.detach()
         tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
     return tensors
 
 
 def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
-    """What is wrong with this rank's share of a checkpoint's files, or "".
-
-    Raises UserError for a checkpoint of another format.
-    """
+    """What is wrong with this rank's share of a checkpoint's files, or "". Raises UserError for a
+    checkpoint of another format."""
     try:
+        state = json.loads((folder / STATE).read_text())
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"{folder}: written by another version of redi; --resume never begins the run again"
+            )
+        dict(state["facts"])  # fails if the facts are damaged
         hashes: dict[str, str] = {}
-        for writer in range(_read_state(folder)["ranks"]):
+        for writer in range(state["ranks"]):
             hashes |= json.loads((folder / f"hashes-{writer}.json").read_text())
         for name in sorted(hashes)[rank::world_size]:
             if hash_files([folder / name]) != hashes[name]:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return one_line(str(error))
     return ""
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    state = json.loads((folder / STATE).read_text())
-    if isinstance(state, dict) and state.get("format") != FORMAT:
-        raise UserError(
-            f"{folder}: written by another version of redi; --resume never begins the run again"
-        )
-    dict(state["facts"])  # TypeError or KeyError if the file is damaged
-    return state
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:

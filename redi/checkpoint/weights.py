@@ -1,14 +1,11 @@
 """Read the weights of a Hugging Face model folder: safetensors, in one file or in shards.
 
-`check_weights` reads the headers only: every tensor must be there with the right shape, and none
-may be left over. `fill` copies the numbers into a model: on every rank, the rows of its own shards.
-
+`check_weights` reads only the headers: every tensor must be there with the right shape, and no
+other tensor. `fill` copies the numbers into a model: on every rank, the rows of its own shards.
 Left out: .bin and .pt files (unpickling runs code), quantized weights.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -28,48 +25,45 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def check_weights(model: Transformer, folder: Path) -> torch.dtype:
-    """The dtype of the stored weights. Raises UserError if they do not fit `model`, which may be on
-    the meta device."""
+    """The dtype of the stored weights. Raises UserError if they do not fit `model` (which may be on
+    the meta device)."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = stored_tensors(folder)
+    if model.config.tied and HEAD in stored:
+        shapes[HEAD] = list(model.output_weight.shape)  # `fill` compares the two
+    missing = [name for name in shapes if name not in stored]
+    unexpected = [name for name in stored if name not in shapes]
+    if missing or unexpected:
+        raise UserError(
+            f"{folder}: weights do not fit config.json; missing: {', '.join(missing) or 'none'}; "
+            f"unexpected: {', '.join(unexpected) or 'none'}"
+        )
     dtypes = set()
-    with stored_tensors(folder) as stored:
-        if model.config.tied and HEAD in stored:
-            shapes[HEAD] = list(model.output_weight.shape)  # `fill` compares the two
-        missing = [name for name in shapes if name not in stored]
-        unexpected = [name for name in stored if name not in shapes]
-        if missing or unexpected:
-            raise UserError(
-                f"{folder}: weights do not fit config.json; missing: "
-                f"{', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
-            )
-        for name, tensor in stored.items():
-            shape, dtype = tensor.get_shape(), tensor.get_dtype()
-            if shape != shapes[name]:
-                raise UserError(
-                    f"{folder}: {name} has shape {shape}; config.json asks for {shapes[name]}"
-                )
-            if dtype not in FLOATS:
-                raise UserError(f"{folder}: {name} is {dtype}; expected floating point")
-            dtypes.add(FLOATS[dtype])
+    for name, tensor in stored.items():
+        shape, dtype = tensor.get_shape(), tensor.get_dtype()
+        if shape != shapes[name]:
+            raise UserError(f"{folder}: {name} has shape {shape}; expected {shapes[name]}")
+        if dtype not in FLOATS:
+            raise UserError(f"{folder}: {name} is {dtype}; expected floating point")
+        dtypes.add(FLOATS[dtype])
     return reduce(torch.promote_types, dtypes)
 
 
 @torch.no_grad()
 def fill(model: Transformer, folder: Path) -> None:
-    """Copy the weights of `folder` into `model`, which has memory; of a sharded one, this rank's
-    rows. Raises UserError if a tied model's folder has an output weight that is not the embedding.
-    """
-    with stored_tensors(folder) as stored:
-        for name, parameter in model.named_parameters():
-            local_shard(parameter).copy_(_local_rows(stored[name], parameter))
-        if model.config.tied and HEAD in stored:
-            embedding = model.output_weight
-            head = _local_rows(stored[HEAD], embedding).to(local_shard(embedding))
-            if not torch.equal(head, local_shard(embedding)):
-                raise UserError(
-                    f"{folder}: config.json ties the output weight to the embedding, but {HEAD} is "
-                    "stored and differs; set tie_word_embeddings to false if that is intended"
-                )
+    """Copy the weights of `folder` into `model`, on every rank the rows of its own shards. Raises
+    UserError if the model is tied, but the stored output weight is not the embedding."""
+    stored = stored_tensors(folder)
+    for name, parameter in model.named_parameters():
+        local_shard(parameter).copy_(_local_rows(stored[name], parameter))
+    if model.config.tied and HEAD in stored:
+        embedding = local_shard(model.output_weight)
+        head = _local_rows(stored[HEAD], model.output_weight).to(embedding)
+        if not torch.equal(head, embedding):
+            raise UserError(
+                f"{folder}: config.json ties the output weight to the embedding, but {HEAD} is "
+                "stored and differs; set tie_word_embeddings to false if that is intended"
+            )
 
 
 def _local_rows(stored: Any, parameter: Tensor) -> Tensor:
@@ -78,45 +72,41 @@ def _local_rows(stored: Any, parameter: Tensor) -> Tensor:
 
 
 def weights_hash(folder: Path) -> str:
-    """16 hex digits of the sha256 of all weights: models with other weights differ in it."""
+    """The first 16 hex digits of the sha256 of all weight files."""
     return hash_files(weight_files(folder))[:16]
 
 
-@contextmanager
-def stored_tensors(folder: Path) -> Iterator[dict[str, Any]]:
+def stored_tensors(folder: Path) -> dict[str, Any]:
     """Name -> tensor on disk, read when it is indexed. Raises UserError if a file is broken."""
     stored: dict[str, Any] = {}
-    with ExitStack() as open_files:
-        for path in weight_files(folder):
-            try:
-                file = open_files.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: not a complete safetensors file ({error})") from None
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in stored:
-                    raise UserError(f"{path}: {name} is stored in another file too")
-                stored[name] = file.get_slice(name)
-        yield stored
+    for path in weight_files(folder):
+        try:
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a complete safetensors file ({error})") from None
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            if name in stored:
+                raise UserError(f"{path}: {name} is stored in another file too")
+            stored[name] = file.get_slice(name)  # keeps the file open
+    return stored
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The file or the shards, by name. Raises UserError if one is missing."""
-    if not (folder / INDEX).is_file():
-        if not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder / WEIGHTS}: no such file (nor {INDEX})")
-        return [folder / WEIGHTS]
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{folder / INDEX}: the field 'weight_map' is missing")
-    shards = [folder / name for name in sorted(set(weight_map.values()))]
-    for shard in shards:
-        if not shard.is_file():
-            raise UserError(f"{shard}: no such file, though {INDEX} lists it")
-    return shards
+    """The one file, or the shards sorted by name. Raises UserError if a file is missing."""
+    names = [WEIGHTS]
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{folder / INDEX}: the field 'weight_map' is missing")
+        names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: no such file; expected the model's weights")
+    return [folder / name for name in names]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError."""
+    """The JSON object in a file. Raises UserError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
