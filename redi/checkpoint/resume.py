@@ -76,14 +76,13 @@ class Checkpoints:
 
     def _try(self, step: int, action: Callable[[], None]) -> bool:
         """Whether `action` succeeds on every rank. Failures are printed as warnings."""
-        from torch.distributed.checkpoint import CheckpointException
+        from torch.distributed.checkpoint import CheckpointException  # a BaseException
 
         ok = True
         try:
             action()
-        except (CheckpointException, Exception) as error:  # the former is a BaseException
+        except (CheckpointException, Exception) as error:  # all ranks get the former
             ok = False
-            # A CheckpointException is raised on every rank.
             if self.world.rank == 0 or not isinstance(error, CheckpointException):
                 newest = f"step {self.steps()[0]}" if self.steps() else "none"
                 print(
@@ -122,8 +121,7 @@ class Checkpoints:
     def newest_valid(self, recorded: int) -> int:
         """The step of the newest valid checkpoint, or 0.
 
-        recorded: the steps in metrics.jsonl. Later checkpoints, whose records a power cut lost, are
-        ignored.
+        recorded: the steps in metrics.jsonl. Checkpoints without their records are ignored.
         Raises UserError for a checkpoint of another format, or of a run with other facts.
         """
         for step in [s for s in self.steps() if s <= recorded]:

@@ -25,8 +25,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def check_weights(model: Transformer, folder: Path) -> torch.dtype:
-    """The dtype of the stored weights. Raises UserError if they do not fit `model` (which may be on
-    the meta device)."""
+    """The dtype of the stored weights. Raises UserError if they do not fit `model`."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = stored_tensors(folder)
     if model.config.tied and HEAD in stored:
