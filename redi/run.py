@@ -14,7 +14,7 @@ from redi import __version__, distributed
 from redi.batches import TrainData
 from redi.checkpoint.folder import Source, open_model, save_model
 from redi.checkpoint.reference import reference_logps
-from redi.checkpoint.resume import Checkpoints
+from redi.checkpoint.resume import Checkpoints, refuse_changed_facts
 from redi.checkpoint.weights import fill, weights_hash
 from redi.config import UserError, to_toml
 from redi.data.dataset import Dataset, Limits, describe, select
@@ -52,7 +52,7 @@ def run(
             score = prepare_score(config, source, world)
         facts = facts_of(source, dataset, config.data)
         if finished:
-            check_facts(config, facts)
+            refuse_changed_facts(read_facts(Path(config.out)), facts, config.out)
             print(f"{config.out} is finished: nothing to do")
             return
         data = TrainData(dataset, objective, world, config.pack_tokens)
@@ -94,8 +94,7 @@ def _train_and_save(
     facts: dict[str, str],
 ) -> None:
     world, folder, cache = data.world, source.folder, config.cache
-    unchanged = {name: facts[name] for name in COMPARED}
-    checkpoints = Checkpoints(Path(config.out), world, unchanged, config.keep)
+    checkpoints = Checkpoints(Path(config.out), world, facts, config.keep)
     history = [r for r in read_metrics(Path(config.out)) if r["kind"] == "train"]
     begin = checkpoints.newest_valid(len(history)) if config.resume == "auto" else 0
     log = NoLog()
@@ -181,21 +180,6 @@ def facts_of(source: Source, dataset: Dataset, data: str) -> dict[str, str]:
         "rows": str(len(dataset)),
         **made_by_prepare,
     }
-
-
-COMPARED = ("parent's weights sha256", "tokenizer", "data sha256")  # must not change under a run
-
-
-def check_facts(config: TrainConfig, facts: dict[str, str]) -> None:
-    """Raises UserError if a finished run was made from something else."""
-    recorded = read_facts(Path(config.out))
-    for name in COMPARED:
-        now, before = facts[name], recorded.get(name, facts[name])
-        if before != now:
-            raise UserError(
-                f"--out {config.out}: holds a finished run whose {name} was {before}; it is {now} "
-                "now; choose another --out"
-            )
 
 
 def model_card(config: TrainConfig, facts: dict[str, str]) -> str:

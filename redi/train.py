@@ -16,8 +16,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ def train(
     if begin:
         checkpoints.load(begin, model, optimizer)
     guard = _replay(history, config, checkpoints)
-    steps = islice(_steps(data, config), begin, total)
+    epochs = (data.plan(config.rows_per_step, config.seed, epoch) for epoch in range(config.epochs))
+    steps = islice(chain.from_iterable(epochs), begin, total)
     is_first = data.world.rank == 0
     progress = Progress(total, Path(config.out).name, "step", is_first, begin)
     with progress, StopSignals() as signals:
@@ -149,12 +150,6 @@ def _replay(
         if warning and config.collapse_stop:
             raise UserError(f"--collapse-stop: {warning}; without the flag the run resumes")
     return guard
-
-
-def _steps(data: TrainData, config: TrainConfig) -> Iterator[StepPlan]:
-    """All steps of the run, in order."""
-    for epoch in range(config.epochs):
-        yield from data.plan(config.rows_per_step, config.seed, epoch)
 
 
 STOP, UPDATE, GRAD_NORM = range(3)  # the scalars that ranks sum in a step

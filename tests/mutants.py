@@ -308,8 +308,8 @@ MUTANTS = (
     Mutant(
         "a resumed run skips a step",
         "redi/train.py",
-        "islice(_steps(data, config), begin, total)",
-        "islice(_steps(data, config), begin + bool(begin), total)",
+        "islice(chain.from_iterable(epochs), begin, total)",
+        "islice(chain.from_iterable(epochs), begin + bool(begin), total)",
         ("tests/test_resume.py::test_a_stopped_run_resumes_to_the_same_bits[sft]",),
     ),
     Mutant(

@@ -444,7 +444,7 @@ def test_the_same_folder_by_another_name_is_the_same_run(here, stop_at):
 def test_a_finished_run_of_other_data_is_refused_by_name(here):
     run(sft_config())
     other_data()
-    with pytest.raises(UserError, match=r"finished run whose data sha256 was \w+; it is \w+ now"):
+    with pytest.raises(UserError, match=r"a run whose data sha256 was \w+; it is \w+ now"):
         run(sft_config())
 
 

@@ -30,6 +30,7 @@ from redi.distributed import World, all_ranks_ok
 FORMAT = 2  # of a checkpoint's files; other formats are refused
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = "state.json"
+UNCHANGED = ("parent's weights sha256", "tokenizer", "data sha256")  # facts, while a run resumes
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Checkpoints:
 
     out: Path
     world: World
-    facts: dict[str, str]  # data, tokenizer, ...: must be the same when the run resumes
+    facts: dict[str, str]  # what the run was made with and from
     keep: int  # how many of the newest checkpoints are kept
     pinned: int = 0  # the step of a checkpoint that is kept as well
 
@@ -130,24 +131,26 @@ class Checkpoints:
             if problem:
                 print(f"warning: {folder} is damaged and skipped: {problem}", file=sys.stderr)
             if all_ranks_ok(not problem, self.world):
-                self._refuse_changes(step)
+                facts = json.loads((folder / STATE).read_text())["facts"]
+                refuse_changed_facts(facts, self.facts, str(self.out))
                 return step
         return 0
-
-    def _refuse_changes(self, step: int) -> None:
-        facts = json.loads((self.at(step) / STATE).read_text())["facts"]
-        for name, now in self.facts.items():
-            if facts.get(name) != now:
-                raise UserError(
-                    f"--out {self.out}: holds a run whose {name} was {facts.get(name)}; it is "
-                    f"{now} now; choose another --out, or --resume never to begin again"
-                )
 
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Read the checkpoint of `step` into model and optimizer."""
         _read(self.at(step), tensors_of(model, optimizer), self.world.world_size)
         for state in optimizer.state.values():
             state["step"].fill_(float(step))
+
+
+def refuse_changed_facts(before: dict[str, str], now: dict[str, str], out: str) -> None:
+    """Raise UserError if the run in `out` was made from other weights, tokens or data."""
+    for name in UNCHANGED:
+        if before.get(name, now[name]) != now[name]:
+            raise UserError(
+                f"--out {out}: holds a run whose {name} was {before[name]}; it is {now[name]} now; "
+                "choose another --out (or, if it is unfinished, --resume never to begin again)"
+            )
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
