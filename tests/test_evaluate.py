@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
+from redi import programs
 from redi.distributed import World
 from redi.eval import complete, grade
 from redi.eval.completions import Completion, read_lines
@@ -72,7 +72,7 @@ def free_port() -> str:
 
 
 def evaluated(out: str, *more) -> int:
-    return run(evaluate.main, *arguments(out), *more)
+    return run(programs.evaluate, *arguments(out), *more)
 
 
 def contents(out: str) -> dict[str, bytes]:
@@ -289,7 +289,7 @@ def verdicts(out: str, grader: str) -> list[str]:
 def test_completions_from_elsewhere_are_graded_and_reported_like_our_own(here, capsys):
     write_made()
     given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl"]
-    assert run(evaluate.main, *given) == 0
+    assert run(programs.evaluate, *given) == 0
     out = "out/eval/made"
     assert verdicts(out, "math-verify") == [
         "correct", "truncated", "no_answer", "incorrect", "correct", "correct",
@@ -303,18 +303,18 @@ def test_completions_from_elsewhere_are_graded_and_reported_like_our_own(here, c
     assert score["mean_tokens"] is None
     assert contents(out)
     capsys.readouterr()
-    assert run(evaluate.main, *given) == 0
+    assert run(programs.evaluate, *given) == 0
     assert "is finished" in capsys.readouterr().out
     path = Path("made.jsonl")
     path.write_text(path.read_text().replace("nothing", "something"))
-    assert run(evaluate.main, *given) == 2
+    assert run(programs.evaluate, *given) == 2
     assert "holds other completions; choose another --out" in capsys.readouterr().err
 
 
 def test_the_paper_grader_gives_its_own_verdicts_beside_ours(here):
     write_made()
     given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
-    assert run(evaluate.main, *given) == 0
+    assert run(programs.evaluate, *given) == 0
     before = contents("run")
     assert run(grade.main, "regrade", "run", "--grader", "paper") == 0
     assert verdicts("run", "paper") == [
@@ -330,7 +330,7 @@ def test_the_paper_grader_gives_its_own_verdicts_beside_ours(here):
 def test_grading_again_needs_neither_torch_nor_a_model(here):
     write_made()
     given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
-    assert run(evaluate.main, *given) == 0
+    assert run(programs.evaluate, *given) == 0
     code = (
         "import sys; sys.modules['torch'] = None; sys.argv = ['grade', 'regrade', 'run']\n"
         "from redi.eval.grade import main; main()"
@@ -353,7 +353,7 @@ def test_a_sample_that_is_missing_is_refused_and_nothing_is_written(here, capsys
     write_made()
     Path("made.jsonl").write_text("".join(open("made.jsonl").readlines()[:-1]))  # noqa: SIM115
     given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
-    assert run(evaluate.main, *given) == 2
+    assert run(programs.evaluate, *given) == 2
     assert "sample 0 of problem '5' is missing" in capsys.readouterr().err
     assert not Path("run").exists()
 

@@ -1,6 +1,6 @@
 """A benchmark asked between training steps: evaluate.py's numbers, and a training left alone.
 
-python -m pytest tests/test_between_steps.py
+python -m pytest tests/test_in_training.py
 """
 
 import json
@@ -11,10 +11,13 @@ import pytest
 import test_resume
 import test_train
 from test_resume import SFT, ranks, records
-from test_train import run, sft_config, steps, weights
+from test_train import sft_config, steps, weights
 
-import evaluate
+from redi import programs
+from redi import run as run_module
 from redi.config import UserError
+from redi.objectives import sft
+from redi.runlog import read_metrics
 
 made, here, one_thread = test_train.made, test_train.here, test_resume.one_thread
 PROBLEMS = 5
@@ -32,6 +35,12 @@ def write_benchmark(folder: Path) -> None:
     rows = [{"problem": f"Compute {number}-1=?", "answer": "1"} for number in range(PROBLEMS)]
     lines = [json.dumps(row) + "\n" for row in rows]
     (folder / "benchmark.jsonl").write_text("".join(lines))
+
+
+def run(config) -> list[dict]:
+    """Train with what train_sft.py joins to it; the records."""
+    run_module.run(config, sft(), False, None, prepare_score=programs.prepare_score)
+    return list(read_metrics(Path(config.out)))
 
 
 def without_time(out: str | Path) -> list[dict]:
@@ -52,7 +61,7 @@ def test_scores_are_those_of_evaluate_and_training_does_not_notice(here, monkeyp
                  "--temperature", 0.8, "--user-prompt", "plain",
                  "--max-new-tokens", 100]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    evaluate.main()
+    programs.evaluate()
     [of_saved] = json.loads(Path("asked/eval/report.json").read_text())["benchmarks"]
     for name in ("pass_at_1", "mean_tokens", "truncated", "no_answer"):
         assert scores[-1][name] == pytest.approx(of_saved[name], abs=1e-12)

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import pytest
 
-import evaluate
 from redi import programs
 from redi.config import Stopped, UserError
 from redi.prepare import __main__ as prepare
@@ -452,7 +451,7 @@ class InThisProcess:
     PROGRAMS: ClassVar = {
         "redi.toy": toy.main, "redi.prepare": prepare.main,
         "train_sft.py": programs.train_sft, "train_redi.py": programs.train_redi,
-        "evaluate.py": evaluate.main,
+        "evaluate.py": programs.evaluate,
     }  # fmt: skip
     ran: ClassVar[list[str]] = []
 

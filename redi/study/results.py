@@ -212,7 +212,7 @@ def _scores(path: Path) -> tuple[float, dict[str, dict[str, float]]]:
 def _collapse(records: list[dict[str, Any]], study: Study, model: Model) -> int | None:
     config = REDIConfig(**{**study.stage2, **model.variant.settings})
     guard = CollapseGuard(config.collapse_threshold, config.collapse_steps)
-    return next((r["step"] for r in records if guard.look(r)), None)
+    return next((r["step"] for r in records if guard.check(r)), None)
 
 
 # ---------------------------------------------------------------- over seeds
