@@ -115,7 +115,6 @@ def test_one_row_per_rule_gives_exactly_the_rows_expected_with_every_drop_counte
     assert out == (
         "format: OpenR1-Math-Raw\n"
         "raw rows                   13\n"
-        "  malformed                 0\n"
         "  problem not valid         1\n"
         "  source cn_k12             1\n"
         "  empty problem             1\n"
@@ -226,12 +225,12 @@ def test_relabel_grades_every_trace_and_prints_how_far_the_labels_agree(tmp_path
     status, out, err = run("raw.jsonl", "--out", "made", "--relabel", cwd=tmp_path)
     assert (status, err) == (0, "")
     assert out.endswith(
-        "graded \\ given  correct  incorrect\n"
-        "  correct             1          1\n"
-        "  incorrect           0          1\n"
-        "  no_answer           2          0\n"
-        "  truncated           0          0\n"
-        "  timeout             0          0\n"
+        "graded \\ given    correct  incorrect\n"
+        "  correct               1          1\n"
+        "  incorrect             0          1\n"
+        "  no_answer             2          0\n"
+        "  truncated             0          0\n"
+        "  timeout               0          0\n"
         "agreement on correct or not: 2 of 5, 40.0%\n"
     )
     card = json.loads((tmp_path / "made" / "card.json").read_text())

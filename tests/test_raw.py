@@ -1,4 +1,4 @@
-"""redi/data/raw.py: four forms of teacher data, told by their fields, and the same rows of each."""
+"""redi/prepare/raw.py: four forms of teacher data, and the same rows from each."""
 
 import json
 import random
@@ -6,7 +6,7 @@ import random
 import pytest
 
 from redi.config import UserError
-from redi.prepare.raw import HEAD, RawRow, read, recognise
+from redi.prepare.raw import HEAD, RawRow, read, recognize
 from redi.prepare.traces import Rules, choose
 
 PROBLEM, WRONG, RIGHT = "1+1?", "It is 3.", "It is 2."
@@ -63,7 +63,7 @@ def write(path, rows):
 def rows_of(tmp_path, rows):
     """(name of the form, the problems) of a file of `rows`."""
     files = [write(tmp_path / "raw.jsonl", rows)]
-    form = recognise(files)
+    form = recognize(files)
     return form.name, list(read(files, form, tmp_path))
 
 
@@ -193,7 +193,7 @@ def test_rows_of_a_problem_are_gathered_from_anywhere_in_order_of_first_appearan
     rows = [{"prompt": p, "output": f"{p}{i}", "label": i % 2} for i, p in enumerate(order)]
     (tmp_path / "spool").mkdir()
     files = [write(tmp_path / "1.jsonl", rows[:3]), write(tmp_path / "2.jsonl", rows[3:])]
-    gathered = list(read(files, recognise(files), tmp_path / "spool"))
+    gathered = list(read(files, recognize(files), tmp_path / "spool"))
     assert [(row.problem, row.traces) for row in gathered] == [
         ("b", ["b0", "b2", "b5"]),
         ("a", ["a1", "a4"]),
@@ -254,7 +254,7 @@ def test_the_form_is_that_of_the_first_rows_together(tmp_path):
 def test_files_of_different_forms_are_not_mixed(tmp_path):
     files = [write(tmp_path / "a.jsonl", [RAW]), write(tmp_path / "b.jsonl", [LISTED])]
     with pytest.raises(UserError) as error:
-        recognise(files)
+        recognize(files)
     assert str(error.value) == (
         f"{tmp_path}/b.jsonl: is in the form problem, traces, and {tmp_path}/a.jsonl in the form "
         "OpenR1-Math-Raw; prepare them apart"
@@ -265,5 +265,5 @@ def test_rows_are_streamed(tmp_path):
     files = [write(tmp_path / "raw.jsonl", [RAW] * (HEAD + 1) + [{"problem": 1}])]
     with open(files[0], "a") as file:
         file.write("{broken\n")
-    rows = read(files, recognise(files), tmp_path)
+    rows = read(files, recognize(files), tmp_path)
     assert next(rows).problem == PROBLEM

@@ -1,4 +1,4 @@
-"""redi/data/traces.py: one hand-made row per rule of the recipe, and an account that adds up."""
+"""redi/prepare/traces.py: one hand-made row per rule of the recipe, and an account that adds up."""
 
 import copy
 import hashlib
@@ -8,10 +8,14 @@ import random
 import pytest
 
 from redi.config import UserError
-from redi.prepare.raw import FIELDS, RAW, RawRow
-from redi.prepare.traces import NO_PAIR, NO_POSITIVE, Rules, build, choose
+from redi.prepare.__main__ import PrepareConfig, no_counts
+from redi.prepare.raw import FORMS, RawRow
+from redi.prepare.traces import Rules, choose
 
 DELETE = object()
+RAW = FORMS[0]
+COUNTS = no_counts(PrepareConfig(), RAW)
+NO_POSITIVE, NO_PAIR = list(COUNTS.no_positive), list(COUNTS.no_pair)
 
 
 def raw(**changes):
@@ -38,8 +42,11 @@ def labelled(llama, math_verify, **changes):
 
 
 def only(row):
-    (built,) = build([row])
-    return built
+    """(positive, pair, reason) of a row under the paper's rules."""
+    choice = choose(RAW.read(row), Rules())
+    (reason,) = choice.no_pair or [choice.no_positive]
+    (pair,) = choice.pairs or [None]
+    return choice.positive, pair, reason
 
 
 # ---------------------------------------------------------------- what a row becomes
@@ -82,8 +89,8 @@ def test_texts_are_taken_as_they_are():
 
 def test_the_id_is_that_of_the_content_not_of_the_place():
     rows = [raw(), raw(problem="2+2?"), raw(generations=["3", "2", "2", "3"])]
-    forward = [positive["id"] for positive, _, _ in build(rows)]
-    backward = [positive["id"] for positive, _, _ in build(reversed(rows))]
+    forward = [positive["id"] for positive, _, _ in map(only, rows)]
+    backward = [positive["id"] for positive, _, _ in map(only, reversed(rows))]
     assert forward == backward[::-1]
     assert len(set(forward)) == 3
 
@@ -183,7 +190,7 @@ def test_the_rules_are_asked_in_their_order():
 
 def test_rows_come_out_one_for_one_and_in_order():
     rows = [raw(problem="a"), raw(source="cn_k12"), labelled(ALL, ALL, problem="b"), raw()]
-    seen = [(p and p["prompt"][0]["content"], q is not None, why) for p, q, why in build(rows)]
+    seen = [(p and p["prompt"][0]["content"], q is not None, why) for p, q, why in map(only, rows)]
     assert seen == [
         ("a", True, None),
         (None, False, "source cn_k12"),
@@ -192,13 +199,11 @@ def test_rows_come_out_one_for_one_and_in_order():
     ]
 
 
-def test_build_takes_one_row_at_a_time_and_leaves_it_unchanged():
-    taken = []
-    rows = [raw(), raw(problem="2+2?")]
-    before = copy.deepcopy(rows)
-    next(build(taken.append(row) or row for row in rows))
-    assert len(taken) == 1
-    assert rows == before
+def test_a_row_is_left_unchanged():
+    row = raw()
+    before = copy.deepcopy(row)
+    only(row)
+    assert row == before
 
 
 def test_whatever_stands_in_the_fields_is_a_row_or_a_counted_drop():
@@ -208,7 +213,7 @@ def test_whatever_stands_in_the_fields_is_a_row_or_a_counted_drop():
     reasons = set()
     for _ in range(5000):
         row = raw(generations=["a", "b"], correctness=dict(labels))
-        for name in chance.sample((*FIELDS[RAW], "source"), chance.choice([0, 1, 2])):
+        for name in chance.sample((*RAW.fields, "source"), chance.choice([0, 1, 2])):
             row[name] = chance.choice(scraps)
         if isinstance(row["correctness"], dict) and chance.random() < 0.5:
             row["correctness"][chance.choice(list(labels))] = chance.choice(scraps)
@@ -244,8 +249,11 @@ YES, NO, DISPUTED = (True, True), (False, False), (True, False)
 
 
 def test_the_defaults_are_the_papers_rules():
-    assert tuple(Rules().no_positive()) == NO_POSITIVE
-    assert tuple(Rules().no_pair()) == NO_PAIR
+    assert NO_POSITIVE == [
+        "malformed", "problem not valid", "source cn_k12", "empty problem", "no generations",
+        "labels missing", "labels misaligned", "no correct generation", "empty chosen",
+    ]  # fmt: skip
+    assert NO_PAIR == ["no incorrect generation", "empty rejected", "chosen equals rejected"]
 
 
 def test_under_the_reject_rule_both_a_disputed_trace_is_neither():
@@ -315,7 +323,7 @@ def test_every_reason_under_any_rules_is_one_that_they_list():
     chance = random.Random(0)
     met = set()
     for _ in range(5000):
-        rules = Rules(
+        rules = PrepareConfig(
             reject_rule=chance.choice(["either", "both"]),
             require_complete=chance.random() < 0.5,
             pairs_per_problem=chance.choice([1, 2, 5]),
@@ -328,11 +336,12 @@ def test_every_reason_under_any_rules_is_one_that_they_list():
             for whole in chance.choices([True, False], [3, 1], k=chance.randrange(7))
         ]
         choice = choose(judged(*traces, source=chance.choice([None, "a", "none"])), rules)
+        listed = no_counts(rules, RAW)
         if choice.positive is None:
-            assert choice.no_positive in rules.no_positive()
+            assert choice.no_positive in listed.no_positive
             assert choice.pairs == choice.no_pair == []
         else:
-            assert set(choice.no_pair) <= set(rules.no_pair())
+            assert set(choice.no_pair) <= set(listed.no_pair)
             assert 1 <= len(choice.pairs) + len(choice.no_pair) <= rules.pairs_per_problem
             assert len({pair["id"] for pair in choice.pairs}) == len(choice.pairs)
         met.update([choice.no_positive, *choice.no_pair])

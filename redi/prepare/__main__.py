@@ -3,8 +3,7 @@
     python -m redi.prepare                 # open-r1/OpenR1-Math-Raw -> data/, as in the paper
     python -m redi.prepare raw.parquet --out small
 
-prints, for 50 problems of which one has no correct trace and 45 have no incorrect one (reasons
-that took no row are printed too, and left out here),
+prints, for 50 problems of which one has no correct trace and 45 have no incorrect one,
 
     format: OpenR1-Math-Raw
     raw rows                   50
@@ -13,18 +12,18 @@ that took no row are printed too, and left out here),
       no incorrect generation  45
     pairs                       4  small/pairs.jsonl
 
-Each count is the one above it less the dropped rows between them. The forms that the data may have
-are those of data/raw.py, the rules those of data/traces.py; the defaults are the paper's. Beyond
-the paper, on request: labels by our own grader (labels.py), no problem twice, none of a benchmark
-(data/overlap.py). Traces without labels are graded in any case, except in OpenR1-Math-Raw.
+Each count is the one above it less the dropped rows between them. raw.py lists the forms the data
+may have, traces.py the rules; the defaults are the paper's. Optional, and not in the paper: labels
+from our own grader (labels.py), dropping repeated problems, dropping problems of a benchmark
+(overlap.py). Traces without labels are always graded, except in OpenR1-Math-Raw.
 
-card.json beside the files says what they are: the source, the rules, the counts, the SHA-256 of
-what was read and written. contaminated.jsonl names the rows that were found in a benchmark.
+card.json describes the files beside it: the source, the rules, the counts (zeros included), and the
+SHA-256 of everything read and written. contaminated.jsonl lists the rows found in a benchmark.
 
-Rows are streamed from file to file, so the size of the data does not matter, and the same rows in
-the same order give the same bytes whatever format they came in and however many workers grade.
-Left out: shuffling and limits on length, which are the trainers'. Nothing here is drawn by chance,
-so the card's seed is null.
+Rows are streamed from file to file, so memory does not depend on the size of the data. The same
+rows in the same order give the same bytes, whatever their form and however many workers grade.
+Left out: shuffling and limits on length, which are the trainers'. Nothing here is random, so the
+card's seed is null.
 """
 
 import contextlib
@@ -33,9 +32,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -56,7 +53,6 @@ POSITIVES, PAIRS = "positives.jsonl", "pairs.jsonl"
 CONTAMINATED = "contaminated.jsonl"
 REPEATED = {"exact": "duplicate", "normalised": "duplicate but for its typesetting"}
 OVERLAPPING = {"same text": "in a benchmark", "other numbers": "in a benchmark, other numbers"}
-BATCH_ROWS = 64  # graded together; a row is up to half a megabyte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +63,11 @@ class PrepareConfig(Rules):
     out: Annotated[str, "folder for positives.jsonl, pairs.jsonl and card.json"] = "data"
     relabel: Annotated[bool, "grade every trace, whatever labels are given"] = False
     workers: Annotated[int, "processes that grade"] = 4
-    dedup: Annotated[bool, "keep the first only of problems that are the same"] = False
+    dedup: Annotated[bool, "keep only the first of problems that are the same"] = False
     decontaminate: Annotated[list[str], "drop problems of these benchmarks (names or files)"] = (
         field(default_factory=list)
     )
-    ngram: Annotated[int, "words that are compared at once to find a benchmark's problem"] = 8
+    ngram: Annotated[int, "words per n-gram when looking for a benchmark's problems"] = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,18 +75,16 @@ class PrepareConfig(Rules):
         require(self.ngram > 0, "ngram", self.ngram, "1 or more")
 
     def shaping(self) -> dict[str, Any]:
-        """Every setting that shapes the output."""
-        names = [
-            f.name for f in dataclasses.fields(self) if f.name not in ("raw", "out", "workers")
-        ]
-        return {name: getattr(self, name) for name in names}
+        """Every setting that changes the output."""
+        rules = dataclasses.asdict(self)
+        return {name: rules[name] for name in rules if name not in ("raw", "out", "workers")}
 
 
 @dataclass
 class Counts:
     """rows = positives + all of no_positive; positives + further = pairs + all of no_pair.
 
-    further: pairs that there might have been beside a problem's first, with --pairs-per-problem.
+    further: pairs that could have been made beside a problem's first, with --pairs-per-problem.
     sources: of the positives.
     """
 
@@ -118,13 +112,36 @@ class Counts:
 
 
 def no_counts(config: PrepareConfig, form: Form) -> Counts:
-    """Zeros, for each reason that there may be."""
-    reasons = config.no_positive()
-    if config.relabel or form.name != raw.RAW:
-        reasons.insert(reasons.index("no correct generation"), NO_ANSWER)
-    reasons += [*OVERLAPPING.values()] if config.decontaminate else []
-    reasons += [*REPEATED.values()] if config.dedup else []
-    return Counts(dict.fromkeys(reasons, 0), dict.fromkeys(config.no_pair(), 0))
+    """Zeros for every reason that can occur with these settings, in the order of the checks."""
+    several = config.pairs_per_problem > 1
+    no_positive = {
+        "malformed": True,  # a field of another type, or text that UTF-8 cannot hold
+        "problem not valid": True,  # problem_is_valid is not "yes"
+        **{f"source {source}": True for source in config.excluded},
+        "source not asked for": config.sources,
+        "empty problem": True,
+        "no generations": True,
+        "labels missing": True,  # a verifier's list is missing, or null for a generation
+        "labels misaligned": True,  # a verifier's list is not as long as generations
+        NO_ANSWER: config.relabel or form.name != raw.RAW,
+        "no correct generation": True,
+        "no complete correct one": config.require_complete,
+        "empty chosen": True,  # the first correct generation is null or blank
+        **dict.fromkeys(OVERLAPPING.values(), config.decontaminate),
+        **dict.fromkeys(REPEATED.values(), config.dedup),
+    }
+    no_pair = {
+        "no incorrect generation": True,
+        "none that both reject": config.reject_rule == "both",
+        "no complete incorrect one": config.require_complete,
+        "empty further chosen": several,
+        "empty rejected": True,  # the first incorrect generation is null or blank
+        "chosen equals rejected": True,  # the same text was judged both ways
+        "rejected too short": config.min_length_ratio > 0,
+        "same as another pair": several,
+    }
+    zeros = [{name: 0 for name, can in table.items() if can} for table in (no_positive, no_pair)]
+    return Counts(*zeros)
 
 
 class JsonLines:
@@ -140,24 +157,24 @@ class JsonLines:
         self.sha256.update(line.encode())
 
     def finish(self) -> str:
-        """Put everything on the disk; the SHA-256 in hex."""
+        """Sync the file to disk; its SHA-256 in hex."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.sha256.hexdigest()
 
 
 class Overlaps:
-    """Drops problems that stand elsewhere: in a benchmark, or in an earlier row."""
+    """Drops problems that also occur in a benchmark, or in an earlier row."""
 
     def __init__(self, config: PrepareConfig) -> None:
-        named = [benchmarks.load(name) for name in dict.fromkeys(config.decontaminate)]
-        self.benchmarks = {test.name: len(test.problems) for test in named}
-        problems = ((test.name, p.id, p.problem) for test in named for p in test.problems)
-        self.index = overlap.Index(problems, config.ngram) if named else None
+        tests = [benchmarks.load(name) for name in dict.fromkeys(config.decontaminate)]
+        self.benchmarks = {test.name: len(test.problems) for test in tests}
+        problems = ((test.name, p.id, p.problem) for test in tests for p in test.problems)
+        self.index = overlap.Index(problems, config.ngram) if tests else None
         self.seen = overlap.Seen() if config.dedup else None
 
     def check(self, number: int, row: RawRow, choice: Choice, found: JsonLines | None) -> Choice:
-        """`choice`, or none if its problem stands elsewhere; matches are written to `found`."""
+        """`choice`, or no positive if the problem occurs elsewhere; matches go to `found`."""
         if choice.positive is None:
             return choice
         matches = self.index.matches(row.problem) if self.index else []
@@ -174,22 +191,24 @@ class Overlaps:
 
 
 def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
-    """Write positives.jsonl, pairs.jsonl and card.json into the folder `config.out`. card.json
-    takes its name last: where it is missing, the others may not belong together."""
+    """Write positives.jsonl, pairs.jsonl and card.json into the folder `config.out`. card.json gets
+    its name last: without it, the other files may not belong together."""
     files, out = dataset_files(config.raw), Path(config.out)
-    names = [CARD, POSITIVES, PAIRS, *[CONTAMINATED] * bool(config.decontaminate)]
-    _refuse_clash(files, [out / name for name in names])
-    form, overlaps = raw.recognise(files), Overlaps(config)
+    names = [CARD, POSITIVES, PAIRS, *([CONTAMINATED] if config.decontaminate else [])]
+    clash = {file.resolve() for file in files} & {(out / name).resolve() for name in names}
+    if clash:
+        raise UserError(f"{min(clash)}: both raw data and output; choose another --out")
+    form, overlaps = raw.recognize(files), Overlaps(config)
     counts = no_counts(config, form)
     make_folder(out)
     with contextlib.ExitStack() as opened:
-        # Renamed last to first: card.json, the seal on the others, takes its name last.
+        # The files are renamed in reverse order, card.json last.
         card, *others = (opened.enter_context(write_aside(out / name)) for name in names)
         written = {name: JsonLines(file) for name, file in zip(names[1:], others)}
         grader = opened.enter_context(Grader(config.workers))
         labels = Labels(grader, config, config.relabel)
         hashes = _hashes(files)
-        rows, total = _labelled(raw.read(files, form, out), labels), _number_of_rows(files, form)
+        rows, total = labels.add(raw.read(files, form, out)), _number_of_rows(files, form)
         bar = tqdm(rows, desc="prepare", unit=" rows", disable=None, total=total)
         for number, row in enumerate(opened.enter_context(bar), start=1):
             choice = traces.choose(row, config)
@@ -216,25 +235,13 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
         }
         json.dump(facts, card, indent=2)
         card.write("\n")
-    if not config.decontaminate:  # that of an earlier run would tell of other files
+    if not config.decontaminate:  # the file of an earlier run would describe other files
         (out / CONTAMINATED).unlink(missing_ok=True)
     return counts, form, labels
 
 
-def _refuse_clash(files: list[Path], outputs: list[Path]) -> None:
-    clash = {file.resolve() for file in files} & {output.resolve() for output in outputs}
-    if clash:
-        raise UserError(f"{min(clash)}: both raw data and output; choose another --out")
-
-
-def _labelled(rows: Iterable[RawRow], labels: Labels) -> Iterator[RawRow]:
-    rows = iter(rows)
-    while batch := list(islice(rows, BATCH_ROWS)):
-        yield from labels.add(batch)
-
-
 def _hashes(files: list[Path]) -> dict[str, str]:
-    """The SHA-256 of each file, by its path below the folder that holds them all."""
+    """The SHA-256 of each file, by its path relative to the folder that holds them all."""
     top = os.path.commonpath([file.parent for file in files])
     hashes = {}
     for path in tqdm(files, desc="hash", unit=" files", disable=None, leave=False):
@@ -244,7 +251,7 @@ def _hashes(files: list[Path]) -> dict[str, str]:
 
 
 def _number_of_rows(files: list[Path], form: Form) -> int | None:
-    """For the bar's end, where the files say it without being read."""
+    """For the progress bar, if the files say it without being read."""
     if form.one_trace or any(file.suffix != ".parquet" for file in files):
         return None
     import pyarrow.parquet
@@ -253,17 +260,16 @@ def _number_of_rows(files: list[Path], form: Form) -> int | None:
 
 
 def table(counts: Counts, form: Form, out: Path) -> str:
-    """The account as aligned text, as in the module's docstring."""
+    """The account as aligned text, as in the module's docstring; zeros are left out."""
     lines = [
-        ("traces" if form.one_trace else "", counts.traces, ""),
+        *([("traces", counts.traces, "")] if form.one_trace else []),
         ("problems" if form.one_trace else "raw rows", counts.rows, ""),
-        *((f"  {reason}", count, "") for reason, count in counts.no_positive.items()),
+        *((f"  {reason}", n, "") for reason, n in counts.no_positive.items() if n),
         ("positives", counts.positives, f"  {out / POSITIVES}"),
-        ("  more pairs to be had" if counts.further else "", counts.further, ""),
-        *((f"  {reason}", count, "") for reason, count in counts.no_pair.items()),
+        *([("  more pairs to be had", counts.further, "")] if counts.further else []),
+        *((f"  {reason}", n, "") for reason, n in counts.no_pair.items() if n),
         ("pairs", counts.pairs, f"  {out / PAIRS}"),
     ]
-    lines = [line for line in lines if line[0]]
     left = max(len(label) for label, _, _ in lines)
     right = max(len(str(count)) for _, count, _ in lines)
     return "\n".join(f"{label:<{left}}  {count:>{right}}{file}" for label, count, file in lines)

@@ -1,23 +1,24 @@
-"""Labels for teacher traces by the project's own grader (eval/grade.py), a batch of rows at a time.
+"""Labels for teacher traces by our own grader (redi/eval/grade.py), a batch of rows at a time.
 
     given votes    (True, True)   (False, True)   ()      the verifiers that came with the data
     verdict        correct        incorrect       correct
     new votes      (True,)        (False,)        (True,)
 
-Graded are the traces that have no vote, or with `relabel` all, against the row's `answer`. What is
-not correct is incorrect, an answer that is missing or cut off too, as in the paper; a comparison
-that timed out is no verdict: such a trace stays without a vote, neither correct nor incorrect.
+The traces without a vote are graded against the row's `answer`, with `relabel` all traces. Whatever
+is not correct is incorrect, a missing or truncated answer included, as in the paper. A comparison
+that timed out is no verdict: the trace has no vote and is neither correct nor incorrect.
 
-The grader reads what follows `</think>`. Where no trace of a row has a `<think>` or `</think>`, the
-teacher does not think in that way, and its traces are read whole; in a row where another trace has
-one, a trace without `</think>` was cut off.
-Left out: rows of OpenR1-Math-Raw whose labels are missing are graded on `relabel` only, since the
-paper drops them.
+The grader reads what follows `</think>`. If no trace of a row has `<think>` or `</think>`, the
+teacher does not mark its thinking, and its traces are read whole; if another trace of the row has
+one, a trace without `</think>` was truncated.
+Left out: rows of OpenR1-Math-Raw without labels are graded with `relabel` only; the paper drops
+them.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import get_args
 
 from redi.eval.grade import Grader, Verdict, extract
@@ -27,10 +28,11 @@ from redi.prepare.traces import Rules
 
 NO_ANSWER = "no answer to grade by"
 GIVEN = ("correct", "disputed", "incorrect", "none")
+BATCH_ROWS = 64  # graded together; a row is up to half a megabyte
 
 
 class Labels:
-    """Grades rows, and counts verdicts beside the labels that were given.
+    """Grades rows, and counts its verdicts by the labels that were given.
 
     counts: (what the given votes said, the verdict) -> traces.
     """
@@ -41,64 +43,59 @@ class Labels:
         self.relabel = relabel
         self.counts: Counter[tuple[str, Verdict]] = Counter()
 
-    def add(self, rows: Sequence[RawRow]) -> Iterator[RawRow]:
-        """`rows` with votes on every trace that is to be graded, and with `complete` as the texts
-        tell it, if the rules ask."""
-        wanted = [self._wanted(row) for row in rows]
-        items = [
-            item
-            for row, indices in zip(rows, wanted)
-            if indices and row.answer is not None
-            for item in _questions(row, indices)
-        ]
-        verdicts = iter(self.grader.grade_all(items))
-        for row, indices in zip(rows, wanted):
-            if indices and row.answer is not None:
-                row = self._voted(row, indices, verdicts)
-            elif indices and (self.relabel or not any(row.votes)):
-                row = replace(row, flaw=NO_ANSWER)
-            yield _complete(row) if self.rules.require_complete else row
+    def add(self, rows: Iterable[RawRow]) -> Iterator[RawRow]:
+        """`rows` with votes on every trace to be graded. If the rules ask for complete traces,
+        `complete` is then decided by the texts."""
+        rows = iter(rows)
+        while batch := list(islice(rows, BATCH_ROWS)):
+            chosen = [self._to_grade(row) for row in batch]
+            items = [
+                item for row, indices in zip(batch, chosen) for item in _questions(row, indices)
+            ]
+            verdicts = iter(self.grader.grade_all(items))
+            for row, indices in zip(batch, chosen):
+                if indices and row.answer is not None:
+                    row = self._with_votes(row, indices, verdicts)
+                elif indices and (self.relabel or not any(row.votes)):
+                    row = replace(row, flaw=NO_ANSWER)
+                yield _with_complete(row) if self.rules.require_complete else row
 
-    def _wanted(self, row: RawRow) -> list[int]:
-        """Which traces of a row are to be graded; none of a row that is dropped anyway."""
+    def _to_grade(self, row: RawRow) -> list[int]:
+        """Indices of the traces to be graded; none of a row that is dropped anyway."""
         if traces.unusable(row, self.rules) or (row.flaw and not self.relabel):
             return []
         return [i for i, votes in enumerate(row.votes) if self.relabel or not votes]
 
-    def _voted(self, row: RawRow, indices: list[int], verdicts: Iterator[Verdict]) -> RawRow:
+    def _with_votes(self, row: RawRow, indices: list[int], verdicts: Iterator[Verdict]) -> RawRow:
         votes = list(row.votes)
         for index in indices:
             verdict = next(verdicts)
-            self.counts[_said(row.votes[index]), verdict] += 1
+            self.counts[_given(row.votes[index]), verdict] += 1
             votes[index] = () if verdict == "timeout" else (verdict == "correct",)
         return replace(row, votes=votes, flaw=None)
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """{what was given: {verdict: traces}}, all zeros but those of the first left out."""
-        rows = {said: {v: self.counts[said, v] for v in get_args(Verdict)} for said in GIVEN}
-        return {said: row for said, row in rows.items() if any(row.values())}
+        """{what was given: {verdict: traces}}; labels that were never given are left out."""
+        rows = {given: {v: self.counts[given, v] for v in get_args(Verdict)} for given in GIVEN}
+        return {given: row for given, row in rows.items() if any(row.values())}
 
     def table(self) -> str:
-        """The verdicts beside the given labels, and how far they agree."""
+        """The verdicts by the given labels, and how far the two agree."""
         columns = self.summary()
-        lines = [["graded \\ given", *columns]]
-        lines += [[f"  {v}", *(str(columns[c][v]) for c in columns)] for v in get_args(Verdict)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = "\n".join(
-            "  ".join(
-                [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]
-            )
-            for line in lines
-        )
+        lines = [f"graded \\ given{''.join(f'  {given:>9}' for given in columns)}"]
+        for verdict in get_args(Verdict):
+            counts = "".join(f"  {column[verdict]:>9}" for column in columns.values())
+            lines.append(f"  {verdict:12}{counts}")
         both = {k: n for k, n in self.counts.items() if k[0] != "none" and k[1] != "timeout"}
-        agree = sum(n for (said, v), n in both.items() if (said == "correct") == (v == "correct"))
-        total = sum(both.values())
-        if total:
-            text += f"\nagreement on correct or not: {agree} of {total}, {agree / total:.1%}"
-        return text
+        agree = sum(n for (given, v), n in both.items() if (given == "correct") == (v == "correct"))
+        if total := sum(both.values()):
+            lines.append(f"agreement on correct or not: {agree} of {total}, {agree / total:.1%}")
+        return "\n".join(lines)
 
 
 def _questions(row: RawRow, indices: list[int]) -> Iterator[tuple[str, str, str]]:
+    if row.answer is None:
+        return
     tagged = any("<think>" in trace or "</think>" in trace for trace in row.traces if trace)
     for index in indices:
         trace = row.traces[index] or ""
@@ -106,16 +103,16 @@ def _questions(row: RawRow, indices: list[int]) -> Iterator[tuple[str, str, str]
         yield trace if tagged else f"</think>{trace}", row.answer, reason
 
 
-def _said(votes: tuple[bool, ...]) -> str:
+def _given(votes: tuple[bool, ...]) -> str:
     if not votes:
         return "none"
     return "correct" if all(votes) else "disputed" if any(votes) else "incorrect"
 
 
-def _complete(row: RawRow) -> RawRow:
-    """Complete is what closes its thinking and then answers: `extract` finds nothing else."""
-    whole = [
-        whole and trace is not None and extract(trace) is not None
-        for whole, trace in zip(row.complete, row.traces)
+def _with_complete(row: RawRow) -> RawRow:
+    """A trace is complete if it closes its thinking and then gives an answer."""
+    complete = [
+        complete and trace is not None and extract(trace) is not None
+        for complete, trace in zip(row.complete, row.traces)
     ]
-    return replace(row, complete=whole)
+    return replace(row, complete=complete)
