@@ -25,7 +25,7 @@ from redi.config import UserError, parse, positional, program, require
 from redi.data.files import make_folder, write_aside
 from redi.study.commands import jobs
 from redi.study.jobs import run_jobs, shown
-from redi.study.page import report, summary, table, to_html, to_markdown
+from redi.study.page import as_markdown, report, summary, table, to_html, to_markdown
 from redi.study.plan import Study, read_study
 from redi.study.results import Results, collect
 
@@ -59,7 +59,7 @@ def main() -> None:
     places = config.workers or (1 if gpus else len(os.sched_getaffinity(0)))
     failed = run_jobs(wanted, study.out, places)
     results = write(study, failed)
-    print(_as_text(results))
+    print(as_markdown(table(results, results.table)))
     print(f"{summary(results)}\nsaved {study.out}/report.md, report.html, study.json and figures/")
     if failed:
         first, why = next(iter(failed.items()))
@@ -93,17 +93,6 @@ def write(study: Study, failed: dict[str, str]) -> Results:
         with write_aside(study.out / name) as file:
             file.write(text)
     return results
-
-
-def _as_text(results: Results) -> str:
-    """The table, aligned for a terminal."""
-    made = table(results, results.table)
-    lines = [made.header, *made.rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
-        for line in lines
-    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from redi.recipe import PUBLISHED
 from redi.study.plan import STAGE_1
@@ -36,9 +35,8 @@ def figures(results: Results) -> dict[str, bytes]:
 
 
 def _png(figure: Figure) -> bytes:
-    figure.savefig(raw := io.BytesIO(), dpi=90, format="png")
-    Image.open(raw).convert("RGB").quantize(64).save(small := io.BytesIO(), "png")
-    return small.getvalue()  # a third of the bytes
+    figure.savefig(file := io.BytesIO(), dpi=90, format="png")
+    return file.getvalue()
 
 
 def name_of(settings: dict) -> str:

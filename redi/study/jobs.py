@@ -1,13 +1,13 @@
-"""Runs the jobs of a study: as many at a time as there are places, each only once.
+"""Runs the jobs of a study, several at a time and each only once.
 
-    OUT/journal.jsonl     a line a finished job: its commands, exit status, seconds
+    OUT/journal.jsonl     one line per finished job: its commands, exit status, seconds
     OUT/logs/             what the commands print
     OUT/study.lock        held by the study and by every program it started
 
-A job whose commands, and those of all it needs, are in the journal as done is not run again. One
-that a kill interrupted is: the programs go on where they were. A study that was killed alone leaves
-its programs behind to end their work; the next one waits for them at the lock. A job that fails
-takes along those that need it and no others.
+A job is skipped if the journal says that its commands, and those of all jobs it needs, succeeded. A
+job that was killed runs again, and its programs resume. If only the study was killed, its programs
+run on; the next study waits at the lock until they end. When a job fails, the jobs that need it are
+not run; all others are.
 
 Left out: several machines; threads. A loop looks at its processes ten times a second.
 """
@@ -25,7 +25,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -36,8 +35,8 @@ from redi.study.commands import ROOT, Job
 from redi.train import StopSignals
 
 LOOK_SECONDS = 0.1
-ENTRY = {"job", "kind", "key", "status", "seconds", "ended"}  # of a line of the journal
-GRACE_SECONDS = 120.0  # to end the step at hand and save a checkpoint, when asked to stop
+ENTRY = {"job", "kind", "key", "status", "seconds", "ended"}  # fields of a line of the journal
+GRACE_SECONDS = 120.0  # for a program to finish its step and save a checkpoint
 
 
 @dataclass
@@ -45,15 +44,15 @@ class _Running:
     job: Job
     log: TextIO
     began: float = field(default_factory=time.monotonic)
-    number: int = 0  # of the command at hand
+    number: int = 0  # of the command that is running
     process: subprocess.Popen | None = None
 
 
 def run_jobs(jobs: Sequence[Job], out: Path, places: int) -> dict[str, str]:
-    """Do what is not done yet, `places` at a time. -> job -> why it failed, or which one that it
-    needs did.
+    """Run the jobs that are not done, `places` at a time.
 
-    Raises Stopped if the study was asked to stop: its programs were, too, and have ended.
+    Returns job -> why it failed, or which failed job it needs. Raises Stopped if the study was
+    asked to stop; its programs have then ended, too.
     """
     make_folder(out / "logs")
     with _locked(out / "study.lock") as lock, StopSignals() as signals:
@@ -62,7 +61,9 @@ def run_jobs(jobs: Sequence[Job], out: Path, places: int) -> dict[str, str]:
             while work.waiting or work.running:
                 if signals.wanted:
                     done = len(jobs) - len(work.waiting) - len(work.running)
-                    raise Stopped(f"{done} of {len(jobs)} jobs are done; the same command goes on")
+                    raise Stopped(
+                        f"{done} of {len(jobs)} jobs are done; the same command resumes them"
+                    )
                 work.start_what_fits()
                 time.sleep(LOOK_SECONDS)
                 work.look()
@@ -83,17 +84,14 @@ class _Work:
         self.waiting = [job for job in jobs if job.name not in self.done]
         self.running: list[_Running] = []
         self.failed: dict[str, str] = {}
-        self.bar = tqdm(
-            total=len(jobs), initial=len(done), desc=out.name, unit="job", disable=None,
-            dynamic_ncols=True, bar_format="{desc} {n}/{total} |{bar}| {elapsed}{postfix}",
-        )  # fmt: skip
+        self.bar = tqdm(total=len(jobs), initial=len(done), desc=out.name, disable=None)
         if done and self.waiting:
             print(f"{out}: {len(done)} of {len(jobs)} jobs are done already", flush=True)
 
     def _is_done(self, job: Job) -> bool:
-        entry = self.entries.get(job.name)
-        right = entry and entry["key"] == self.keys[job.name] and entry["status"] == 0
-        return bool(right) and job.product.exists()
+        entry = self.entries.get(job.name, {"key": None})
+        succeeded = entry["key"] == self.keys[job.name] and entry["status"] == 0
+        return succeeded and job.product.exists()
 
     def start_what_fits(self) -> None:
         ready = [job for job in self.waiting if self.done.issuperset(job.needs)]
@@ -115,11 +113,11 @@ class _Work:
             stderr=subprocess.STDOUT,
             env=_environment(self.places),
             pass_fds=[self.lock.fileno()],
-            start_new_session=True,  # Ctrl-C is for the study, which tells its programs
+            start_new_session=True,  # Ctrl-C reaches the study, which passes it on
         )
 
     def look(self) -> None:
-        """Go on with the jobs whose command has ended."""
+        """Start the next command of jobs whose command has ended, or finish them."""
         for running in list(self.running):
             status = running.process.poll()
             if status is None:
@@ -149,42 +147,28 @@ class _Work:
         _append(self.out / "journal.jsonl", entry)
         if status == 0:
             self.done.add(job.name)
-            said = f"{job.name}: {seconds:.0f} s"
+            line = f"{job.name}: {seconds:.0f} s"
         else:
-            why = f"{_last_line(_log(self.out, job))} (all of it: {_log(self.out, job)})"
-            self._fail(job, why)
-            said = f"failed: {job.name}: {why}"
+            log = _log(self.out, job)
+            self._fail(job, f"{_last_line(log)} (all of it: {log})")
+            line = f"failed: {job.name}: {self.failed[job.name]}"
         self.bar.n = len(self.done) + len(self.failed)
-        self.bar.set_postfix_str(f"{_time(self.seconds_left())} left")
+        self.bar.refresh()
         if self.bar.disable:
-            said = f"[{self.bar.n}/{self.bar.total}, {_time(self.seconds_left())} left] {said}"
+            line = f"[{self.bar.n}/{self.bar.total}] {line}"
         if self.bar.disable or status:
-            self.bar.write(said, file=sys.stdout if status == 0 else sys.stderr)
+            self.bar.write(line, file=sys.stdout if status == 0 else sys.stderr)
             sys.stdout.flush()
 
     def _fail(self, job: Job, why: str) -> None:
-        """The job, and all those that cannot be done without it."""
+        """Record the failure of the job, and of all jobs that need it."""
         self.failed[job.name] = why
         for other in [other for other in self.waiting if job.name in other.needs]:
             self.waiting.remove(other)
             self._fail(other, f"needs {job.name}")
 
-    def seconds_left(self) -> float:
-        """By the mean time of jobs of the same kind; of all jobs where none of a kind is done."""
-        times: dict[str, list[float]] = {}
-        for entry in self.entries.values():
-            if entry["status"] == 0:
-                times.setdefault(entry["kind"], []).append(entry["seconds"])
-        known = {kind: fmean(seconds) for kind, seconds in times.items()}
-        usual = fmean(known.values()) if known else 0.0
-        now = time.monotonic()
-        left = sum(known.get(job.kind, usual) for job in self.waiting)
-        for one in self.running:
-            left += max(0.0, known.get(one.job.kind, usual) - (now - one.began))
-        return left / self.places
-
     def end(self) -> None:
-        """Ask the programs that still run to stop, and wait until they have."""
+        """Ask the programs that are still running to stop, and wait for them."""
         for running in self.running:
             with suppress(ProcessLookupError):
                 running.process.send_signal(signal.SIGTERM)
@@ -204,16 +188,16 @@ class _Work:
 
 
 def keys(jobs: Sequence[Job]) -> dict[str, str]:
-    """A job's name -> a hash of its commands and of those of all jobs before it."""
-    found: dict[str, str] = {}
+    """A job's name -> a hash of its commands and of those of all jobs it needs."""
+    hashes: dict[str, str] = {}
     for job in jobs:
-        said = [[shown(command) for command in job.commands], [found[n] for n in job.needs]]
-        found[job.name] = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-    return found
+        content = [[shown(command) for command in job.commands], [hashes[n] for n in job.needs]]
+        hashes[job.name] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return hashes
 
 
 def read_journal(out: Path) -> dict[str, dict[str, Any]]:
-    """The last entry of each job. A line that a kill cut short is left out."""
+    """The last entry of each job. A line cut short by a kill is left out."""
     path, entries = out / "journal.jsonl", {}
     if path.is_file():
         for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
@@ -249,11 +233,11 @@ def _log(out: Path, job: Job) -> Path:
 
 def _last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def _environment(places: int) -> dict[str, str]:
-    """What programs that run side by side have alike: threads that share the cores."""
+    """The environment of a program: programs that run side by side share the cores."""
     own = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // places)),
         "OMP_WAIT_POLICY": "passive",
@@ -269,11 +253,9 @@ def _locked(path: Path) -> Iterator[TextIO]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            print(f"{path.parent}: another study, or what one left behind, is at work; waiting")
-            sys.stdout.flush()
+            print(
+                f"{path.parent}: another study, or a program of one, is running; waiting",
+                flush=True,
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

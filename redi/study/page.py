@@ -10,6 +10,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from redi.eval import tables
 from redi.study.figures import name_of, number
 from redi.study.plan import STAGE_1
 from redi.study.results import Results, Row
@@ -173,13 +174,13 @@ def _markdown(block: Block, pictures: str) -> str:
         case Code(text, folded):
             inside = f"```\n{text.strip()}\n```"
             return f"<details><summary>{folded}</summary>\n\n{inside}\n\n</details>"
-        case Table(header, rows):
-            lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-            return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+        case Table():
+            return as_markdown(block)
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def as_markdown(block: Table) -> str:
+    rows = [block.header, *block.rows]
+    return tables.table([[cell.replace("\n", " ") for cell in row] for row in rows])
 
 
 STYLE = (

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mpmath import betainc
 
 import redi
 from redi.config import UserError
@@ -133,7 +134,11 @@ def collect(study: Study, failed: dict[str, str]) -> Results:
         study=study.path.read_text(encoding="utf-8"),
         in_full=_in_full(study),
         machine=machine(),
-        versions={"redi": redi.__version__, **versions()},
+        versions={
+            "redi": redi.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
         wall_seconds=busy_seconds([(e["ended"] - e["seconds"], e["ended"]) for e in done]),
         job_seconds=sum(e["seconds"] for e in done),
         samples=EvalConfig(**study.evaluation).samples,
@@ -307,18 +312,9 @@ def paired_t_test(ours: Sequence[float], theirs: Sequence[float]) -> float | Non
 
 
 def t_tail(t: float, df: int) -> float:
-    """P(|T| > |t|) of Student's distribution with `df` degrees of freedom, a whole number: then it
-    is a finite sum (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    assert df >= 1, df
-    theta = math.atan(abs(t) / math.sqrt(df))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    term = cosine if df % 2 else 1.0
-    total = 0.0
-    for k in range(2 + df % 2, df + 1, 2):  # cos^(k-2), with its quotient of odd and even numbers
-        total += term
-        term *= cosine**2 * (k - 1) / k
-    inside = 2 / math.pi * (theta + sine * total) if df % 2 else sine * total
-    return max(0.0, 1.0 - inside)
+    """P(|T| > |t|) of Student's distribution with `df` degrees of freedom."""
+    # sympy, which math-verify needs, needs mpmath.
+    return float(betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
 
 
 # ---------------------------------------------------------------- where it ran
@@ -328,14 +324,8 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    found: dict[str, Any] = {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-    }
+    cpu = models[0] if models else platform.processor()
+    found: dict[str, Any] = {"cpu": cpu, "cores": len(os.sched_getaffinity(0))}
     if torch.cuda.is_available():
         found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return found
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__}
