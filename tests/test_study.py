@@ -22,7 +22,7 @@ from redi.study import __main__ as study
 from redi.study import jobs as study_jobs
 from redi.study.commands import Job, jobs
 from redi.study.figures import figures, number
-from redi.study.jobs import read_journal, run_jobs
+from redi.study.jobs import run_jobs
 from redi.study.page import report, table, to_html, to_markdown
 from redi.study.plan import read_study
 from redi.study.results import (
@@ -30,7 +30,6 @@ from redi.study.results import (
     Results,
     Run,
     best_of,
-    busy_seconds,
     grid_of,
     paired_t_test,
     sem,
@@ -241,10 +240,6 @@ def test_a_test_that_says_nothing_has_no_p_value():
     assert sem([1.0]) is None
 
 
-def test_time_by_the_wall_leaves_out_pauses_and_counts_what_ran_together_once():
-    assert busy_seconds([(100, 110), (0, 10), (5, 12), (6, 7)]) == 22.0
-
-
 def a_run(
     method: str, seed: int, score: float, setting: str = "", share: float = 0.0, **settings
 ) -> Run:
@@ -304,8 +299,8 @@ def test_settings_and_shares_are_compared_with_their_own_stage_1_and_dpo():
 def results_of(runs: list[Run], **changes) -> Results:
     grid = grid_of(runs)
     values = {
-        "title": "a study", "study": "seeds = [1]", "in_full": {"evaluate.py": "samples = 4"},
-        "machine": {"cpu": "a CPU", "cores": 2}, "versions": {"redi": "0"}, "wall_seconds": 100.0,
+        "title": "a study", "study": "seeds = [1]",
+        "machine": {"cpu": "a CPU", "cores": 2}, "versions": {"redi": "0"},
         "job_seconds": 200.0, "samples": 4, "missing": {}, "runs": runs, "grid": grid,
         "table": best_of(grid),
     }  # fmt: skip
@@ -422,25 +417,17 @@ def test_a_study_that_was_killed_waits_for_the_program_it_left_and_then_goes_on(
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert run_jobs(found, tmp_path / "work", 1) == {}
-    assert order(tmp_path) == ["a", "b", "b"]  # a is in the journal; b was not yet
+    assert order(tmp_path) == ["a", "b", "b"]  # a was done; b was not yet
     assert "another study, or a program of one, is running; waiting" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", [b'{"job": "a"}\n', b"[]\n", b"3\n"])
-def test_a_journal_line_of_something_else_is_named(tmp_path, line):
-    (tmp_path / "journal.jsonl").write_bytes(b"\xff\xfe no JSON\n" + line)
-    with pytest.raises(UserError, match=r"journal.jsonl:2: not a record of a study; delete"):
-        read_journal(tmp_path)
-
-
-def test_a_journal_line_that_a_kill_cut_short_is_left_out(tmp_path):
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 3}'])
+def test_a_job_whose_record_is_damaged_runs_again(tmp_path, damage):
     found = [shell(tmp_path, "a", "true"), shell(tmp_path, "b", "true")]
     run_jobs(found, tmp_path / "work", 1)
-    journal = tmp_path / "work" / "journal.jsonl"
-    journal.write_text(journal.read_text()[:-20])
+    (tmp_path / "work" / "done" / "b.json").write_text(damage)
     run_jobs(found, tmp_path / "work", 1)
     assert order(tmp_path) == ["a", "b", "b"]
-    assert set(read_journal(tmp_path / "work")) == {job.name for job in found}
 
 
 # ---------------------------------------------------------------- from end to end

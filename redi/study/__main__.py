@@ -5,9 +5,9 @@
     python -m redi.study recipes/study_paper.toml                the paper's grid
 
 study/plan.py says what stands in a STUDY.toml. The study starts the same programs as a user would,
-as many at a time as there are cores, or on GPUs one at a time on all of them; every command line is
-in OUT/journal.jsonl. Started again after a kill, it goes on; methods, learning rates and seeds may
-be added to the file. A run that fails is named, the others go on, and the exit status is 2.
+as many at a time as there are cores, or on GPUs one at a time on all of them; OUT/done/ has every
+command line. Started again after a kill, it resumes; methods, learning rates and seeds may be added
+to the file. A run that fails is named, the others continue, and the exit status is 2.
 
 Writes OUT/study.json (every number), report.md, report.html and figures/*.png: a table in the shape
 of the paper's Table 2 with SEM and paired t-tests over seeds, the whole grid, and the figures.

@@ -17,7 +17,7 @@ class Job:
     """Commands that are run one after another. They can be run again; done, `product` is there."""
 
     name: str
-    kind: str  # jobs of a kind take about equally long
+    kind: str  # data, stage 1, stage 2 or evaluation
     commands: list[list[str]]
     needs: list[str]  # names of jobs that are to be done before
     product: Path

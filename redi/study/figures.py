@@ -24,7 +24,7 @@ from redi.study.results import Results, Row, Run, sem
 
 COLUMNS = 4
 WINDOWS = 12  # a point of a log-prob or a norm is the mean of so small a part of the run
-GREY = "0.45"
+GRAY = "0.45"
 WEIGHTED = ("redi", "symmetric", "positives")  # objectives that are points of one line: alpha
 
 
@@ -101,11 +101,11 @@ def curve(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(len(means)) + (window + 1) / 2, means
 
 
-def _panels(count: int, height: float = 3.1, share_y: bool = True) -> tuple[Figure, list]:
+def _panels(count: int, height: float = 3.1) -> tuple[Figure, list]:
     columns = min(COLUMNS, count)
     lines = -(-count // columns)
     figure = Figure(figsize=(max(4.6, 3.4 * columns), height * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=share_y).flat
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     for axis in axes[count:]:
         axis.set_visible(False)
     return figure, list(axes[:count])
@@ -238,7 +238,7 @@ def lr(results: Results) -> Figure | None:
 def _level(axis, results: Results) -> None:
     stage_1 = stage_1_of(first_place(results.table))
     if stage_1:
-        axis.axhline(stage_1.mean, color=GREY, ls="--", lw=1, label="stage 1")
+        axis.axhline(stage_1.mean, color=GRAY, ls="--", lw=1, label="stage 1")
 
 
 def alpha_of(row: Row) -> float | None:
@@ -284,7 +284,7 @@ def labels(results: Results) -> Figure | None:
                 if (row.method, row.setting) == (method, setting)
             }
             _line(axis, {at: g for at, g in points.items() if g}, setting or "the toy", place)
-        axis.axhline(0, color=GREY, ls="--", lw=1)
+        axis.axhline(0, color=GRAY, ls="--", lw=1)
         axis.set_title(_plain(method), fontsize="medium")
         axis.set_xlabel("share of rejected traces that are right")
     axes[0].set_ylabel("gain of pass@1 over stage 1")

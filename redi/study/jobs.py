@@ -1,13 +1,13 @@
 """Runs the jobs of a study, several at a time and each only once.
 
-    OUT/journal.jsonl     one line per finished job: its commands, exit status, seconds
-    OUT/logs/             what the commands print
-    OUT/study.lock        held by the study and by every program it started
+    OUT/done/         one file per finished job: its commands, key and seconds
+    OUT/logs/         what the commands print
+    OUT/study.lock    held by the study and by every program it started
 
-A job is skipped if the journal says that its commands, and those of all jobs it needs, succeeded. A
-job that was killed runs again, and its programs resume. If only the study was killed, its programs
-run on; the next study waits at the lock until they end. When a job fails, the jobs that need it are
-not run; all others are.
+A job's key is a hash of its commands and of the keys of all jobs it needs; a job is skipped if it
+finished with the same key. A job that was killed runs again, and its programs resume. If only the
+study was killed, its programs run on, and the next study waits at the lock until they end. When a
+job fails, the jobs that need it are not run; all others are.
 
 Left out: several machines; threads. A loop looks at its processes ten times a second.
 """
@@ -29,13 +29,12 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from redi.config import Stopped, UserError
-from redi.data.files import make_folder
+from redi.config import Stopped
+from redi.data.files import make_folder, write_aside
 from redi.study.commands import ROOT, Job
 from redi.train import StopSignals
 
 LOOK_SECONDS = 0.1
-ENTRY = {"job", "kind", "key", "status", "seconds", "ended"}  # fields of a line of the journal
 GRACE_SECONDS = 120.0  # for a program to finish its step and save a checkpoint
 
 
@@ -54,16 +53,15 @@ def run_jobs(jobs: Sequence[Job], out: Path, places: int) -> dict[str, str]:
     Returns job -> why it failed, or which failed job it needs. Raises Stopped if the study was
     asked to stop; its programs have then ended, too.
     """
-    make_folder(out / "logs")
+    for folder in ("logs", "done"):
+        make_folder(out / folder)
     with _locked(out / "study.lock") as lock, StopSignals() as signals:
         work = _Work(jobs, out, places, lock)
         try:
             while work.waiting or work.running:
                 if signals.wanted:
-                    done = len(jobs) - len(work.waiting) - len(work.running)
-                    raise Stopped(
-                        f"{done} of {len(jobs)} jobs are done; the same command resumes them"
-                    )
+                    done = f"{len(work.done)} of {len(jobs)} jobs are done"
+                    raise Stopped(f"{done}; the same command resumes them")
                 work.start_what_fits()
                 time.sleep(LOOK_SECONDS)
                 work.look()
@@ -78,29 +76,34 @@ class _Work:
     def __init__(self, jobs: Sequence[Job], out: Path, places: int, lock: TextIO):
         self.out, self.places, self.lock = out, places, lock
         self.keys = keys(jobs)
-        self.entries = read_journal(out)
-        done = [job for job in jobs if self._is_done(job)]
-        self.done = {job.name for job in done}
+        self.done = {job.name for job in jobs if self._is_done(job)}
         self.waiting = [job for job in jobs if job.name not in self.done]
         self.running: list[_Running] = []
         self.failed: dict[str, str] = {}
-        self.bar = tqdm(total=len(jobs), initial=len(done), desc=out.name, disable=None)
-        if done and self.waiting:
-            print(f"{out}: {len(done)} of {len(jobs)} jobs are done already", flush=True)
+        self.bar = tqdm(total=len(jobs), initial=len(self.done), desc=out.name, disable=None)
+        if self.done and self.waiting:
+            print(f"{out}: {len(self.done)} of {len(jobs)} jobs are done already", flush=True)
 
     def _is_done(self, job: Job) -> bool:
-        entry = self.entries.get(job.name, {"key": None})
-        succeeded = entry["key"] == self.keys[job.name] and entry["status"] == 0
-        return succeeded and job.product.exists()
+        record = read_record(self._record(job))
+        return record.get("key") == self.keys[job.name] and job.product.exists()
+
+    def _record(self, job: Job) -> Path:
+        return self.out / "done" / f"{self._file_name(job)}.json"
+
+    def _log(self, job: Job) -> Path:
+        return self.out / "logs" / f"{self._file_name(job)}.log"
+
+    def _file_name(self, job: Job) -> str:
+        return os.path.relpath(job.name, self.out).replace(os.sep, "--")
 
     def start_what_fits(self) -> None:
         ready = [job for job in self.waiting if self.done.issuperset(job.needs)]
         for job in ready[: self.places - len(self.running)]:
             self.waiting.remove(job)
-            log = open(_log(self.out, job), "a", encoding="utf-8")  # noqa: SIM115 (till it ends)
-            running = _Running(job, log)
-            self._start(running)
-            self.running.append(running)
+            log = open(self._log(job), "a", encoding="utf-8")  # noqa: SIM115 (until it ends)
+            self.running.append(_Running(job, log))
+            self._start(self.running[-1])
 
     def _start(self, running: _Running) -> None:
         command = running.job.commands[running.number]
@@ -132,32 +135,23 @@ class _Work:
 
     def _finish(self, running: _Running, status: int) -> None:
         job, seconds = running.job, time.monotonic() - running.began
-        if status == 0 and not job.product.exists():
-            status = 1
-        entry = {
-            "job": job.name,
-            "kind": job.kind,
-            "key": self.keys[job.name],
-            "status": status,
-            "seconds": round(seconds, 2),
-            "ended": round(time.time(), 2),
-            "commands": [shown(command) for command in job.commands],
-        }
-        self.entries[job.name] = entry
-        _append(self.out / "journal.jsonl", entry)
-        if status == 0:
+        succeeded = status == 0 and job.product.exists()
+        if succeeded:
+            commands = [shown(command) for command in job.commands]
+            record = {"key": self.keys[job.name], "seconds": seconds, "commands": commands}
+            with write_aside(self._record(job)) as file:
+                json.dump(record, file, indent=2)
             self.done.add(job.name)
             line = f"{job.name}: {seconds:.0f} s"
         else:
-            log = _log(self.out, job)
-            self._fail(job, f"{_last_line(log)} (all of it: {log})")
+            self._fail(job, f"{_last_line(self._log(job))} (all of it: {self._log(job)})")
             line = f"failed: {job.name}: {self.failed[job.name]}"
         self.bar.n = len(self.done) + len(self.failed)
         self.bar.refresh()
         if self.bar.disable:
             line = f"[{self.bar.n}/{self.bar.total}] {line}"
-        if self.bar.disable or status:
-            self.bar.write(line, file=sys.stdout if status == 0 else sys.stderr)
+        if self.bar.disable or not succeeded:
+            self.bar.write(line, file=sys.stdout if succeeded else sys.stderr)
             sys.stdout.flush()
 
     def _fail(self, job: Job, why: str) -> None:
@@ -184,11 +178,8 @@ class _Work:
         self.bar.close()
 
 
-# ---------------------------------------------------------------- the journal
-
-
 def keys(jobs: Sequence[Job]) -> dict[str, str]:
-    """A job's name -> a hash of its commands and of those of all jobs it needs."""
+    """A job's name -> a hash of its commands and of the keys of all jobs it needs."""
     hashes: dict[str, str] = {}
     for job in jobs:
         content = [[shown(command) for command in job.commands], [hashes[n] for n in job.needs]]
@@ -196,39 +187,23 @@ def keys(jobs: Sequence[Job]) -> dict[str, str]:
     return hashes
 
 
-def read_journal(out: Path) -> dict[str, dict[str, Any]]:
-    """The last entry of each job. A line cut short by a kill is left out."""
-    path, entries = out / "journal.jsonl", {}
-    if path.is_file():
-        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), start=1):
-            with suppress(ValueError):
-                entry = json.loads(line)
-                if not isinstance(entry, dict) or not ENTRY.issubset(entry):
-                    raise UserError(f"{path}:{number}: not a record of a study; delete the line")
-                entries[entry["job"]] = entry
-    return entries
+def read_record(path: Path) -> dict[str, Any]:
+    """A file of OUT/done; {} if it is missing or damaged: then the job runs again."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    with open(path, "a+b") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a kill cut the last line short
-                file.write(b"\n")
-        file.write(json.dumps(entry).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+def seconds_of(out: Path) -> float:
+    """The seconds of all finished jobs, added up."""
+    return sum(read_record(path).get("seconds", 0.0) for path in (out / "done").glob("*.json"))
 
 
 def shown(command: Sequence[str]) -> str:
     """A command as it is typed."""
     return shlex.join(["python" if word == sys.executable else word for word in command])
-
-
-def _log(out: Path, job: Job) -> Path:
-    inside = os.path.relpath(job.name, out)
-    return out / "logs" / f"{inside.replace(os.sep, '--')}.log"
 
 
 def _last_line(path: Path) -> str:
@@ -253,9 +228,7 @@ def _locked(path: Path) -> Iterator[TextIO]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            print(
-                f"{path.parent}: another study, or a program of one, is running; waiting",
-                flush=True,
-            )
+            waiting = "another study, or a program of one, is running; waiting"
+            print(f"{path.parent}: {waiting}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file

@@ -78,9 +78,7 @@ def report(results: Results, pictures: Sequence[str]) -> list[Block]:
     for name in pictures:
         blocks.append(Picture(name, CAPTIONS[name]))
     blocks += [Heading("The whole grid"), table(results, results.grid)]
-    blocks += [Heading("Settings"), Text(COMMANDS), Code(results.study)]
-    blocks += [Code(text, f"every setting of {name}") for name, text in results.in_full.items()]
-    return blocks
+    return [*blocks, Heading("Settings"), Text(COMMANDS), Code(results.study)]
 
 
 NOTES = (
@@ -90,8 +88,8 @@ NOTES = (
 )
 
 COMMANDS = (
-    "The study's file, and below it every setting of the programs it starts, as the first of each "
-    "wrote it down. journal.jsonl has the command lines, the seconds and the exit status of each."
+    "The study's file. done/ has the command lines and the seconds of every job it finished, and "
+    "config.toml in the folder of every run all of its settings."
 )
 
 
@@ -104,8 +102,8 @@ def summary(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     return (
         f"{len(results.runs)} models: {methods} methods in {variants(results)} variants, seeds "
-        f"{', '.join(map(str, seeds))}; {minutes(results.wall_seconds)} by the wall, "
-        f"{minutes(results.job_seconds)} of programs, on {machine} ({versions})."
+        f"{', '.join(map(str, seeds))}; {minutes(results.job_seconds)} of programs, on {machine} "
+        f"({versions})."
     )
 
 

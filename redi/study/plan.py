@@ -51,7 +51,7 @@ TAKEN: dict[type, set[str]] = {
 BY_TOY = {"model", "data", "benchmark", "eval_benchmark"}
 TABLES = ("toy", "stage1", "stage2", "evaluation")
 BENCHMARK_SEED = 42
-OWN_FILES = {"journal.jsonl", "logs", "tokens", "figures", "study.json", "study.lock", "report.md",
+OWN_FILES = {"done", "logs", "tokens", "figures", "study.json", "study.lock", "report.md",
              "report.html"}  # fmt: skip
 STAGE_1 = "stage 1"  # among methods, the name of what all start from
 

@@ -34,7 +34,7 @@ from redi.eval.protocol import EvalConfig
 from redi.monitor import CollapseGuard
 from redi.recipe import REDIConfig
 from redi.runlog import read_metrics
-from redi.study.jobs import read_journal
+from redi.study.jobs import seconds_of
 from redi.study.plan import STAGE_1, Model, Study
 
 ROUNDING = 1e-12  # two scores that differ at all differ by one completion, some 1e-5
@@ -85,10 +85,8 @@ class Row:
 class Results:
     title: str
     study: str  # the TOML
-    in_full: dict[str, str]  # program -> every setting of the first run of it
     machine: dict[str, Any]
     versions: dict[str, str]
-    wall_seconds: float  # in which any of the jobs ran
     job_seconds: float  # of all jobs, added up
     samples: int  # of a problem, at the end
     missing: dict[str, str]  # what has no result -> why
@@ -120,58 +118,31 @@ class Results:
 
 def collect(study: Study, failed: dict[str, str]) -> Results:
     """failed: jobs that have no result, and why. Raises UserError if nothing has one."""
-    journal, runs = read_journal(study.out), []
-    for model in study.models():
-        report = model.folder / "eval" / "report.json"
-        if str(model.folder / "eval") not in failed:
-            runs.append(_run(study, model, report))
-    grid, done = grid_of(runs), [e for e in journal.values() if e["status"] == 0]
+    runs = [
+        _run(study, model, model.folder / "eval" / "report.json")
+        for model in study.models()
+        if str(model.folder / "eval") not in failed
+    ]
+    grid = grid_of(runs)
     if not grid:
         first, why = next(iter(failed.items()))
         raise UserError(f"{study.out}: nothing to report on; first of what failed: {first}: {why}")
     return Results(
         title=study.path.stem,
         study=study.path.read_text(encoding="utf-8"),
-        in_full=_in_full(study),
         machine=machine(),
         versions={
             "redi": redi.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        wall_seconds=busy_seconds([(e["ended"] - e["seconds"], e["ended"]) for e in done]),
-        job_seconds=sum(e["seconds"] for e in done),
+        job_seconds=seconds_of(study.out),
         samples=EvalConfig(**study.evaluation).samples,
         missing=failed,
         runs=runs,
         grid=grid,
         table=best_of(grid),
     )
-
-
-def busy_seconds(spans: Sequence[tuple[float, float]]) -> float:
-    """The length of the union of (begin, end): pauses between a kill and the next start are out.
-
-    >>> busy_seconds([(0, 2), (1, 3), (10, 11)])
-    4.0
-    """
-    total, until = 0.0, -math.inf
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
-
-
-def _in_full(study: Study) -> dict[str, str]:
-    """What the programs wrote down of their settings: of one run each, since the rest is theirs."""
-    models = list(study.models())
-    folders = {
-        "train_sft.py": next(m.folder for m in models if m.variant is None),
-        "train_redi.py": next(m.folder for m in models if m.variant),
-        "evaluate.py": models[0].folder / "eval",
-    }
-    files = {name: folder / "config.toml" for name, folder in folders.items()}
-    return {n: file.read_text(encoding="utf-8") for n, file in files.items() if file.is_file()}
 
 
 def _run(study: Study, model: Model, report: Path) -> Run:
