@@ -54,8 +54,8 @@ class Clock(Usage):
     times: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
 
-    def count_step(self, rows: int, pages: int, full: bool) -> None:
-        super().count_step(rows, pages, full)
+    def count_step(self, rows: int, full: bool) -> None:
+        super().count_step(rows, full)
         self.times.append(time.perf_counter())
         self.rows.append(rows)
 

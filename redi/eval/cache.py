@@ -104,10 +104,6 @@ class Cache:
         self.starts = np.zeros(num_pages, dtype=np.int64)  # place of its first token in the row
 
     @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
-
-    @property
     def used(self) -> int:
         """Pages."""
         return len(self.owners) - len(self.free)

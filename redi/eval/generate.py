@@ -5,17 +5,16 @@
             2: <prompt B> x x x x x x        prefill: prompts in one pack, through the training
                                              forward, once for all the samples of a problem
 
-The pages are the memory, and their number is given: a request is admitted when its prompt and one
-page more for every row fit, and when rows have grown until no page is free, the row admitted last
-gives its pages back and waits in front of the queue with what it has written. Later its text is
-prefilled again, and it goes on to the same end.
+The number of pages is fixed. A request is admitted when its prompt fits and every live row can
+still get one more page. When no page is left, the row admitted last gives its pages back and goes
+to the front of the queue with what it has written; later its text is prefilled again, and it
+continues to the same end.
 
-Every request draws from random numbers of its own, keyed by (seed, request key, position),
-whichever other requests share the batch (sampling.py). Temperature 0 is greedy.
+Every request has its own random numbers, keyed by (seed, request key, position), so the other
+requests of the batch do not matter (sampling.py). Temperature 0 is greedy. A completion that
+repeats itself until its limit is reported (loops.py), never stopped.
 
-A model may run in circles until its limit: that is reported (loops.py), never stopped.
-
-Left out: beam search, penalties; a next step launched before this one's tokens are read.
+Left out: beam search, penalties; launching a step before the last one's tokens are read.
 Letters: B rows of a step, T packed tokens, D hidden, V vocabulary.
 """
 
@@ -58,24 +57,20 @@ class Generated:
 
 @dataclass
 class Usage:
-    """What a call of `generate` has cost so far; it is written to while results come."""
+    """What a call of `generate` has cost so far; updated while results come."""
 
-    cache_bytes: int = 0
-    peak_pages: int = 0
     prefilled_tokens: int = 0
     steps: int = 0  # of decoding
-    row_steps: int = 0  # tokens that those steps wrote
-    full_steps: int = 0  # the steps before the queue was empty,
-    full_row_steps: int = 0  # and their tokens
+    row_steps: int = 0  # tokens written by those steps
+    full_steps: int = 0  # the steps while requests were still queued
+    full_row_steps: int = 0  # tokens written by those
     evictions: int = 0
 
-    def count_step(self, rows: int, pages: int, full: bool) -> None:
+    def count_step(self, rows: int, full: bool) -> None:
         self.steps += 1
         self.row_steps += rows
-        self.peak_pages = max(self.peak_pages, pages)
-        if full:
-            self.full_steps += 1
-            self.full_row_steps += rows
+        self.full_steps += full
+        self.full_row_steps += rows if full else 0
 
 
 @dataclass
@@ -86,13 +81,11 @@ class _Text:
     token_ids: list[int] = field(default_factory=list)
 
     @property
-    def prefix(self) -> tuple[int, ...]:
-        """What a prefill must read."""
+    def prefix(self) -> tuple[int, ...]:  # what a prefill must read
         return (*self.request.prompt_ids, *self.token_ids)
 
     @property
-    def longest(self) -> int:
-        """Tokens of prompt and answer, if nothing stops it."""
+    def longest(self) -> int:  # tokens of prompt and answer, if nothing stops it
         return len(self.request.prompt_ids) + self.request.max_new_tokens
 
 
@@ -129,9 +122,9 @@ def generate(
     """Complete every request, up to `slots` at once; results come as they finish, in no fixed
     order.
 
-    Requests of one problem should follow each other: they share a prefill. cache_bytes: the
-    most that keys and values may take; None: what the slots can need, if the machine has it. fused:
-    decode from a copy of the weights that is laid out for it; without, from the model's own.
+    Requests of one problem should follow each other: they share a prefill. cache_bytes: the most
+    that keys and values may take; None: as much as the slots can need, if the machine has it.
+    fused: decode from a copy of the weights that is laid out for it, not from the model's own.
     Raises ValueError if a request's prompt and max_new_tokens, at least 1 each, do not fit the
     model's context, UserError if they do not fit the cache.
     """
@@ -177,7 +170,6 @@ class _Engine:
         longest = max(text.longest for text in texts)
         pages = _pages_needed(texts, slots)
         self.cache = Cache(model.config, weight, pages, cache_bytes, 2 * slots, longest)
-        usage.cache_bytes = self.cache.num_bytes
         self.kernel_steps = None
         if self.cache.with_kernel:
             from redi.eval.kernel_steps import KernelSteps  # needs triton
@@ -193,8 +185,8 @@ class _Engine:
     # ---- who is in the batch
 
     def admit(self) -> _Pack:
-        """Texts that begin, or go on. Several at a time where there are many rows: a pass over one
-        prompt costs as much as a step."""
+        """Texts that start or continue. With many rows several are admitted at once, since a pass
+        over one prompt costs as much as a step."""
         pack = _Pack()
         few = len(self.free) < min(len(self.queue), max(1, self.slots // 32))
         if few and self.live:
@@ -324,7 +316,7 @@ class _Engine:
             step = self.cache.step(rows)
             attend = partial(self.cache.attend, step=step)
             logits = self.decoder.logits(torch.tensor(tokens), step.lengths - 1, attend)
-        self.usage.count_step(len(rows), self.cache.used, bool(self.queue))
+        self.usage.count_step(len(rows), bool(self.queue))
         return logits, rows
 
     def advance(self, logits: Tensor, rows: list[int], stop_ids: set[int]) -> Iterator[Generated]:
@@ -339,25 +331,20 @@ class _Engine:
             raise UserError("the model's logits are not finite numbers: its weights are broken")
         for row, text, token in zip(rows, texts, drawn):
             text.token_ids.append(token)
-            stopped = token in stop_ids
-            if stopped or len(text.token_ids) == text.request.max_new_tokens:
+            stopped, written = token in stop_ids, len(text.token_ids)
+            if stopped or written == text.request.max_new_tokens:
                 del self.live[row]
                 self._give_back(row)
-                yield _finished(text, stopped)
+                reason = "stop" if stopped else "length"
+                token_ids = text.token_ids[: written - stopped]
+                yield Generated(text.request.key, token_ids, written, reason)
 
     def _tensor(self, values) -> Tensor:
         return to_device(values, self.device)
 
 
 def _pages_needed(texts: list[_Text], slots: int) -> int:
-    """With so many no text ever waits for a page: the rows and the held prompts at their longest,
-    and the page a row that is kept back at admission."""
+    """Enough that no text ever waits: longest rows, longest held prompts, a spare page per row."""
     whole = sorted(pages_for(text.longest) for text in texts)
     prompts = sorted(pages_for(len(text.request.prompt_ids)) for text in texts)
     return sum(whole[-slots:]) + sum(prompts[-slots:]) + slots
-
-
-def _finished(text: _Text, stopped: bool) -> Generated:
-    written = len(text.token_ids)
-    reason = "stop" if stopped else "length"
-    return Generated(text.request.key, text.token_ids[: written - stopped], written, reason)

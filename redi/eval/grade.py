@@ -118,24 +118,21 @@ class Grader:
     def marks(self, test: Benchmark, completions: Iterable[Completion]) -> list[Mark]:
         """A mark for each completion, in their order; of their texts nothing is kept."""
         answers = {problem.id: problem.answers for problem in test.problems}
-        read, decided = [], []
+        facts, decided = [], []
         for c in completions:
             extracted, decision = self._decide(c.text, answers[c.id], c.finish_reason)
-            read.append((c.id, c.sample, extracted, c.num_tokens, period(c.text) > 0))
+            facts.append(
+                {
+                    "id": c.id,
+                    "sample": c.sample,
+                    "extracted": extracted,
+                    "num_tokens": c.num_tokens,
+                    "loops": period(c.text) > 0,
+                }
+            )
             decided.append(decision)
-        return [
-            Mark(
-                id=id,
-                sample=sample,
-                verdict=verdict,
-                extracted=extracted,
-                num_tokens=num_tokens,
-                loops=loops,
-            )
-            for (id, sample, extracted, num_tokens, loops), verdict in zip(
-                read, self._settle(decided)
-            )
-        ]
+        verdicts = self._settle(decided)
+        return [Mark(verdict=verdict, **fact) for fact, verdict in zip(facts, verdicts)]
 
     def unreadable(self, test: Benchmark) -> list[tuple[str, str]]:
         """(problem's id, gold) of golds that are no mathematics to this grader: only an answer of
