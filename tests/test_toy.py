@@ -1,4 +1,4 @@
-"""The toy's teacher: each fault does what the table in redi/toy_teacher.py says, and no more."""
+"""The toy's teacher: each fault does what the table in redi/toy/teacher.py says, and no more."""
 
 import hashlib
 import json

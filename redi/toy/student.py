@@ -1,25 +1,17 @@
-"""An impatient teacher: the paper's situation in miniature, for a CPU and a few minutes.
-
-    Compute modulo 10 from left to right: 6-1-9*7=?        <think>
-                                                           6-1=5
-                                                           5-9=6
-                                                           6*7=2
-                                                           </think>
-                                                           \\boxed{2}
-
-The teacher works such a chain out a line at a time, but before each operation except the last it
-may lose patience and state an answer at once, right by luck or else a wrong digit; and each step it
-does take may slip by one. Traces are drawn until one is right, so what rejection sampling keeps
-holds lucky guesses: the student learns to guess, and cannot do in its head what the teacher does.
-Only the wrong traces tell it that guessing fails. toy_teacher.py has the teacher, and a table of
-the other faults it can be given: when negatives help and when they hurt depends on them.
+"""The toy: an impatient teacher's traces, an untrained student, and a benchmark.
 
     python -m redi.toy OUT       OUT/raw.parquet      teacher traces, with OpenR1-Math-Raw's fields
                                  OUT/student/         an untrained model, a Hugging Face folder
                                  OUT/benchmark.jsonl  problems that no trace is about
 
-Everything after this file is the real path: the same programs, byte-level BPE with Qwen2's
-pre-tokenization, ChatML, a Qwen2 of 0.4 M parameters.
+The teacher (teacher.py) works out a chain of operations line by line, but before each operation
+except the last it may lose patience and state an answer, lucky or wrong; and each step may be off
+by one. Traces are drawn until one is right, so what rejection sampling keeps includes lucky
+guesses: the student learns to guess, and cannot do in its head what the teacher does. Only the
+wrong traces tell it that guessing fails.
+
+Everything after this is the real path: the same programs, byte-level BPE with Qwen2's
+pre-tokenization, ChatML, and a Qwen2 of 0.4 M parameters.
 """
 
 import json
@@ -39,7 +31,7 @@ from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.model import Transformer
 from redi.toy.teacher import Faults, draw_problems, raw_row
 
-VOCABULARY = 320  # 256 bytes, 3 control tokens, and the merges that this text is worth
+VOCABULARY = 320  # 256 bytes, 3 control tokens, and a few merges
 # Qwen2's: letters in words, digits one by one, punctuation with the newlines after it.
 PRE_TOKENIZATION = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -67,7 +59,7 @@ STUDENT = {
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig(Faults):
     out: Annotated[str, "folder to write"]
-    problems: Annotated[int, "that the teacher is asked"] = 5000
+    problems: Annotated[int, "problems given to the teacher"] = 5000
     benchmark: Annotated[int, "problems kept for evaluation"] = 300
     operations: Annotated[int, "in a problem"] = 6
     seed: Annotated[int, "of problems, traces and weights"] = 42
@@ -80,9 +72,6 @@ class ToyConfig(Faults):
         for name in ("problems", "benchmark", "operations"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.operations <= 40, "operations", self.operations, "at most 40")
-
-
-# ---------------------------------------------------------------- the student
 
 
 def train_tokenizer(texts: list[str]):
@@ -150,7 +139,7 @@ def main() -> None:
         raise UserError(
             f"--problems {config.problems}: too many for {config.operations} operations"
         )
-    # The benchmark is about none of the traces, whichever of the two is drawn first.
+    # No problem of the benchmark has a trace, whichever of the two is drawn first.
     rng, operations = random.Random(config.seed), config.operations
     if config.benchmark_seed is None:
         asked = draw_problems(rng, config.problems, operations)

@@ -12,15 +12,15 @@
 | impatience | `impatience`, `luck` | stops before an operation and states an answer, a guess |
 | slips | `slip` | one line is off by one, and all after it follow from that |
 | systematic slips | `weak_steps` | every `*7`, say, comes out one too high: no luck helps |
-| wrong strategy | `precedence` | multiplications first; right where the order is all the same |
-| rambling | `rambling` | goes over the whole chain again; as right as others, but longer |
+| wrong strategy | `precedence` | multiplications first; right if the order does not matter |
+| rambling | `rambling` | goes over the whole chain again; no less often right, but longer |
 | a bad verifier | `mislabelled_*` | a right trace among the wrong ones, or the other way round |
 
 Traces are drawn until one is right, and the first wrong one is kept beside it: the shape of the
-paper's data. The verifier's faults come from random numbers of their own: with a larger share of
-them, those of a smaller one are there still, and problems and all other traces stay as they are. A
-trace that takes another's place is none that was drawn before, so that no pair is lost: beside a
-careful right trace, of which there is one, it is a lucky guess.
+paper's data. The verifier's faults use their own random numbers: a larger share of them includes
+those of a smaller one, and problems and all other traces stay the same. A trace that replaces
+another one is new, so no pair is lost: beside a careful right trace, of which there is one, it is
+a lucky guess.
 """
 
 import random
