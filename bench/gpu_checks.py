@@ -243,13 +243,9 @@ def decoding(device: torch.device, config: ModelConfig = DECODER) -> Entries:
     right = greedy(model, asked)
     model.to(device)
     found = {}
-    for name, sizes, fused in (
-        ("recorded", kernel_steps.SIZES, True),
-        ("launched", (), True),
-        ("unfused", (), False),
-    ):
+    for name, sizes in (("recorded", kernel_steps.SIZES), ("launched", ())):
         with patch.object(kernel_steps, "SIZES", sizes):
-            answers = greedy(model, asked, fused)
+            answers = greedy(model, asked)
         wrong = sum(a != b for a, b in zip(answers, right))
         found[f"G9_greedy_{name}"] = result([wrong], 0.0, f"answers of {len(asked)}, not the CPU's")
     model.bfloat16()
@@ -265,8 +261,8 @@ def decoding(device: torch.device, config: ModelConfig = DECODER) -> Entries:
     return found
 
 
-def greedy(model: Transformer, asked: list[Request], fused: bool = True) -> list[list[int]]:
-    answers = generate(model, asked, [], Sampling(temperature=0.0), SLOTS, fused=fused)
+def greedy(model: Transformer, asked: list[Request]) -> list[list[int]]:
+    answers = generate(model, asked, [], Sampling(temperature=0.0), SLOTS)
     return [answer.token_ids for answer in sorted(answers, key=lambda answer: answer.key)]
 
 

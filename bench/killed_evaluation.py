@@ -36,9 +36,8 @@ COUNTED = "from bench.killed_evaluation import evaluate_counted; evaluate_counte
 def evaluate_counted() -> None:
     """evaluate.py, after a file's name among the arguments: in the file stands how many tokens the
     model has read, in this process and in those before it."""
-    from redi.eval import decoder
+    from redi import programs
     from redi.model import Layers
-    from redi.programs import evaluate
 
     counter = os.open(sys.argv.pop(1), os.O_RDWR | os.O_CREAT)
     total = int(os.pread(counter, 20, 0) or 0)
@@ -52,9 +51,8 @@ def evaluate_counted() -> None:
 
         return reading
 
-    Layers.forward = counted(Layers.forward)  # prompts
-    decoder.Decoder.logits = counted(decoder.Decoder.logits)  # answers, a token a row
-    evaluate()
+    Layers.forward = counted(Layers.forward)  # prompts, and answers a token per row
+    programs.evaluate()
 
 
 def tokens_read(out: Path) -> int:

@@ -6,7 +6,6 @@ import sys
 
 from bench.killed_evaluation import command, evaluate_counted, tokens_read
 from redi.checkpoint.folder import open_model
-from redi.eval import decoder
 from redi.eval.benchmarks import load
 from redi.eval.protocol import EvalConfig, make_prompt
 from redi.model import Layers
@@ -24,7 +23,6 @@ def test_the_tokens_counted_are_those_of_prompts_and_answers(tmp_path, monkeypat
     prompts = sum(len(make_prompt(test, p, source, config)[0]) for p in test.problems)
 
     monkeypatch.setattr(Layers, "forward", Layers.forward)  # as they are: put back at the end
-    monkeypatch.setattr(decoder.Decoder, "logits", decoder.Decoder.logits)
     whole = tmp_path / "whole"
     monkeypatch.setattr(sys, "argv", command(model, benchmark, whole)[2:])
     evaluate_counted()
@@ -36,7 +34,6 @@ def test_the_tokens_counted_are_those_of_prompts_and_answers(tmp_path, monkeypat
     again = tmp_path / "again"
     os.replace(whole.with_suffix(".tokens"), again.with_suffix(".tokens"))
     monkeypatch.setattr(Layers, "forward", Layers.forward)
-    monkeypatch.setattr(decoder.Decoder, "logits", decoder.Decoder.logits)
     monkeypatch.setattr(sys, "argv", command(model, benchmark, again)[2:])
     evaluate_counted()
     assert tokens_read(again) == 2 * (prompts + sum(answers) - len(answers))

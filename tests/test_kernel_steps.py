@@ -68,8 +68,8 @@ def uneven(count: int, longest: int = 40) -> list[Request]:
     return requests
 
 
-def answers(model, requests, slots, budget=None, usage=None, fused=True):
-    found = generate(model, requests, [7], HOT, slots, budget, usage, fused)
+def answers(model, requests, slots, budget=None, usage=None):
+    found = generate(model, requests, [7], HOT, slots, budget, usage)
     return sorted(found, key=lambda result: result.key)
 
 
@@ -101,10 +101,11 @@ def test_rows_that_wait_for_pages_come_to_the_same_end(model, recorded, twin):
     assert usage.evictions > 10
 
 
-def test_the_models_own_weights_are_not_recorded(model, recorded, twin):
+def test_steps_of_a_model_in_training_are_not_recorded(model, recorded, twin, monkeypatch):
     expected = answers(model, uneven(10), 4)
     made = len(recorded)
-    assert answers(model, uneven(10), 4, fused=False) == expected
+    monkeypatch.setattr(kernel_steps, "FSDPModule", type(model))
+    assert answers(model, uneven(10), 4) == expected
     assert len(recorded) == made > 0
 
 

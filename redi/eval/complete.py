@@ -52,10 +52,9 @@ def complete(
     config: EvalConfig,
     world: World,
     name: str,
-    fused: bool = True,
 ) -> Iterator[tuple[Asked, Completion]]:
     """Sample this rank's share of `asked`; completions come as they are finished, behind a progress
-    bar on the first rank. fused: see `generate`. Raises UserError as `generate` does."""
+    bar on the first rank. Raises UserError as `generate` does."""
     share = deal(asked, world)
     by_key = {one.request.key: one for one in share}
     sampling = Sampling(config.temperature, config.top_p, config.seed)
@@ -69,7 +68,6 @@ def complete(
         config.slots,
         cache_bytes,
         usage,
-        fused,
     )
     with Progress(len(share), name, unit="response", shown=world.rank == 0) as progress:
         for result in written:

@@ -32,7 +32,7 @@ from torch import Tensor
 from redi.attention import packed_attention
 from redi.config import UserError
 from redi.eval.cache import Cache, pages_for, spread
-from redi.eval.decoder import Decoder, Unfused, wide_logits
+from redi.eval.decoder import Decoder
 from redi.eval.sampling import Draws, Sampling, sample
 from redi.eval.transfer import to_device
 from redi.model import Transformer
@@ -117,14 +117,12 @@ def generate(
     slots: int,
     cache_bytes: int | None = None,
     usage: Usage | None = None,
-    fused: bool = True,
 ) -> Iterator[Generated]:
     """Complete every request, up to `slots` at once; results come as they finish, in no fixed
     order.
 
     Requests of one problem should follow each other: they share a prefill. cache_bytes: the most
     that keys and values may take; None: as much as the slots can need, if the machine has it.
-    fused: decode from a copy of the weights that is laid out for it, not from the model's own.
     Raises ValueError if a request's prompt and max_new_tokens, at least 1 each, do not fit the
     model's context, UserError if they do not fit the cache.
     """
@@ -139,8 +137,7 @@ def generate(
     if not texts:
         return
     slots = min(slots, len(texts))
-    decoder = Decoder(model) if fused else Unfused(model)
-    engine = _Engine(model, decoder, sampling, texts, slots, cache_bytes, usage or Usage())
+    engine = _Engine(model, sampling, texts, slots, cache_bytes, usage or Usage())
     while engine.queue or engine.live:
         pack = engine.admit()
         logits, rows = engine.prefill(pack) if pack.rows else engine.decode()
@@ -156,14 +153,13 @@ class _Engine:
     def __init__(
         self,
         model: Transformer,
-        decoder: Decoder | Unfused,
         sampling: Sampling,
         texts: list[_Text],
         slots: int,
         cache_bytes: int | None,
         usage: Usage,
     ):
-        self.model, self.decoder, self.sampling = model, decoder, sampling
+        self.model, self.decoder, self.sampling = model, Decoder(model), sampling
         self.slots, self.usage = slots, usage
         weight = model.output_weight
         self.device = weight.device
@@ -174,7 +170,7 @@ class _Engine:
         if self.cache.with_kernel:
             from redi.eval.kernel_steps import KernelSteps  # needs triton
 
-            self.kernel_steps = KernelSteps(self.cache, decoder)
+            self.kernel_steps = KernelSteps(self.cache, self.decoder)
         self.free = list(range(slots))[::-1]
         self.free_holders = list(range(slots, 2 * slots))[::-1]
         self.live: dict[int, _Text] = {}  # row -> text, in the order of admission
@@ -302,7 +298,7 @@ class _Engine:
         layers = [partial(attend, layer=i) for i in range(self.model.config.num_layers)]
         hidden = self.model.model(tokens, positions, layers)  # (T, D)
         self.usage.prefilled_tokens += len(tokens)
-        return wide_logits(hidden[last], self.model.output_weight.T)
+        return self.decoder.project(hidden[last])
 
     def decode(self) -> tuple[Tensor, list[int]]:
         """One more token for every row: logits (B, V), and the rows."""

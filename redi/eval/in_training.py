@@ -1,9 +1,8 @@
 """Evaluate the model on a benchmark between two training steps.
 
-The engine samples from the weights in training: unfused, so there is no second copy of them.
-Sharded weights are gathered meanwhile, every rank samples and grades its share of the completions,
-and the counts are summed. The random numbers are the same every time, so two scores of a run differ
-by the model alone.
+The engine samples from the weights in training. Sharded weights are gathered meanwhile, every rank
+samples and grades its share of the completions, and the counts are summed. The random numbers are
+the same every time, so two scores of a run differ by the model alone.
 
 The prompt is the problem as training has it, without the paper's evaluation prompt, and an answer
 may be as long as a training response: the curve shows where training goes. The scores to report
@@ -66,7 +65,7 @@ def _measure(
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # memory cached between steps is room for keys and values
     name = f"{test.name} after step {step}"
-    made = complete(model, source, prompted, config, world, name, fused=False)
+    made = complete(model, source, prompted, config, world, name)
     completions = [completion for _, completion in made]
     with make_grader(config) as grader:
         marks = grader.marks(test, completions)

@@ -12,8 +12,8 @@ the table of pages, a copy of the cache's that learns at every step which rows h
 step is filled up with the spare row (8 above), whose one token goes to a page that no text has.
 
 Only hidden states are recorded: the head makes logits of the rows that count. Steps of more than
-SIZES[-1] rows, whose kernels are long enough, are not recorded, nor are those of `Unfused`:
-training shards its weights through hooks. Left out: prefills, whose shapes never come twice.
+SIZES[-1] rows, whose kernels are long enough, are not recorded, nor are those of a model in
+training: FSDP gathers its weights in hooks. Left out: prefills, whose shapes never come twice.
 
 Tests play back by calling the function again, on a CPU; nothing here has run on a GPU yet.
 Letters: B rows, D hidden, H heads, K kv heads, d head size, V vocabulary.
@@ -25,23 +25,24 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from redi.eval.cache import Cache
 from redi.eval.decode_kernel import decode_attention
-from redi.eval.decoder import Decoder, Unfused
+from redi.eval.decoder import Decoder
 from redi.eval.transfer import to_device
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a recorded step
 
 
 class KernelSteps:
-    def __init__(self, cache: Cache, decoder: Decoder | Unfused):
+    def __init__(self, cache: Cache, decoder: Decoder):
         self.cache, self.decoder = cache, decoder
         self.device = cache.keys[0].device
         self.page = cache.keys[0].shape[2]
         self.table = torch.from_numpy(cache.table.copy()).to(self.device)
         cache.changed.clear()
-        self.sizes = SIZES if isinstance(decoder, Decoder) else ()
+        self.sizes = () if isinstance(decoder.model, FSDPModule) else SIZES
         self.recordings: dict[int, Recording] = {}
 
     def logits(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
