@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -421,15 +420,6 @@ def test_a_study_that_was_killed_waits_for_the_program_it_left_and_then_goes_on(
     assert "another study, or a program of one, is running; waiting" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 3}'])
-def test_a_job_whose_record_is_damaged_runs_again(tmp_path, damage):
-    found = [shell(tmp_path, "a", "true"), shell(tmp_path, "b", "true")]
-    run_jobs(found, tmp_path / "work", 1)
-    (tmp_path / "work" / "done" / "b.json").write_text(damage)
-    run_jobs(found, tmp_path / "work", 1)
-    assert order(tmp_path) == ["a", "b", "b"]
-
-
 # ---------------------------------------------------------------- from end to end
 
 
@@ -521,11 +511,3 @@ def test_a_miniature_study_from_end_to_end(write_study, tmp_path, monkeypatch, c
         or "rows" in (out / "report.md").read_text().split("## Methods")[0]
     )
     assert {row.method for row in Results.load(out / "study.json").table} == {STAGE_1, "REDI"}
-
-
-def test_a_folder_with_files_of_others_is_refused(write_study, tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").touch()
-    assert run_study(write_study(), tmp_path / "mine") == 2
-    assert "holds files that no study made" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "mine")

@@ -127,7 +127,9 @@ def _identity(row: dict[str, Any], index: int, place: str) -> str:
 def _question(row: dict[str, Any], place: str) -> str:
     field = _field(row, PROBLEM_FIELDS)
     if field is None:
-        raise UserError(f"{place}: no problem; expected a field {_listed(PROBLEM_FIELDS)}")
+        raise UserError(
+            f"{place}: no problem; expected a field {' or '.join(map(repr, PROBLEM_FIELDS))}"
+        )
     problem, context = row[field], row.get("context")
     if not isinstance(problem, str) or not problem.strip():
         raise UserError(f"{place}: field {field!r}: expected the problem's text, got {problem!r}")
@@ -140,11 +142,10 @@ def _question(row: dict[str, Any], place: str) -> str:
 def _answers(row: dict[str, Any], place: str) -> list[str]:
     field = _field(row, ANSWER_FIELDS)
     if field is None:
-        raise UserError(
-            f"{place}: no answer to grade against; expected a field {_listed(ANSWER_FIELDS)}"
-        )
+        names = " or ".join(map(repr, ANSWER_FIELDS))
+        raise UserError(f"{place}: no answer to grade against; expected a field {names}")
     entries = row[field] if isinstance(row[field], list) else [row[field]]
-    answers = list(dict.fromkeys(_text(entry) for entry in entries))
+    answers = list(dict.fromkeys(answer_text(entry) for entry in entries))
     if not answers or "" in answers:
         raise UserError(
             f"{place}: field {field!r}: expected text, a number or a list of them, "
@@ -167,7 +168,7 @@ def _difficulty(row: dict[str, Any]) -> float | None:
     return float(number) if known and math.isfinite(number) else None
 
 
-def _text(answer: Any) -> str:
+def answer_text(answer: Any) -> str:
     """An answer as text, 142.0 as "142"; "" if it is none."""
     if isinstance(answer, str):
         return answer.strip()
@@ -178,7 +179,3 @@ def _text(answer: Any) -> str:
     if not math.isfinite(answer):
         return ""
     return str(int(answer)) if answer == int(answer) else repr(answer)
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return " or ".join(repr(name) for name in names)

@@ -1,16 +1,15 @@
-"""Keys and values in pages, so that memory is taken by tokens that live and by nothing else.
+"""Keys and values in pages, so that only the tokens of live rows take memory.
 
-    budget   8 pages a layer, each PAGE tokens of all kv heads, allocated once
+    budget   8 pages per layer, each PAGE tokens of all kv heads, allocated once
     table    row 0: pages 0 3        a row (a text being written) owns pages, in the order of its
-             row 1: pages 1          tokens; it takes another when its last one is full, and
-             row 2: pages 2 4 5      gives all back when it ends
+             row 1: pages 1          tokens; it takes another when its last one is full, and gives
+             row 2: pages 2 4 5      all back when it ends
     free     6 7                     the lowest number goes first
 
-One new token a row then attends to its row (`attend`): each page by itself, with the query of the
-row that owns it, then the parts of a row are added up. Nothing is padded beyond a page, nothing is
-copied, and keys and values are read once for the query heads of a group. On CUDA a Triton kernel
-does the same (kernel_steps.py). Its steps are filled up with a spare row: a row of the table that
-no text ever has, and a page beyond those that are dealt out.
+One new token per row attends to its row (`attend`): each page by itself, with the query of the row
+that owns it, then the parts of a row are added up. Nothing is padded beyond a page, nothing is
+copied. On CUDA a Triton kernel does the same (kernel_steps.py). Its steps are padded with a spare
+row: a row of the table without a text, and a page beyond those that are handed out.
 
 Left out: pages shared by several rows (prompts are short beside answers), pages on the host.
 Letters: B rows of a step, N pages, M pages of the longest row, H heads, K kv heads, G = H / K,
@@ -63,7 +62,7 @@ class Step:
     pages: Tensor  # (B,) and
     offsets: Tensor  # (B,): where the new tokens go
     owners: Tensor  # (N,) the row of each page, any row for a page without one
-    hidden: Tensor  # (N K, 1, PAGE): 0 for the owner's tokens, else -inf
+    hidden: Tensor  # (N K, 1, PAGE): 0 for the owner's tokens, else -1e30
 
 
 class Cache:
@@ -189,7 +188,9 @@ class Cache:
         owners = np.where(self.owners[:end] >= 0, number[self.owners[:end]], 0) - 1
         seen = np.where(owners >= 0, lengths[owners] - self.starts[:end], 0)
         dtype = torch.promote_types(self.keys[0].dtype, torch.float32)
-        hidden = _minus_infinity(np.arange(PAGE) >= seen[:, None], dtype)
+        masked = torch.from_numpy(np.arange(PAGE) >= seen[:, None])
+        # Not infinity: a page of which nothing is seen would give inf - inf.
+        hidden = torch.zeros(masked.shape, dtype=dtype).masked_fill_(masked, -1e30)
         owners = torch.from_numpy(np.maximum(owners, 0))
         hidden = hidden.repeat_interleave(self.keys[0].shape[1], dim=0)[:, None]
         return Step(*places, owners, hidden)
@@ -209,11 +210,6 @@ class Cache:
         keys, values = self.keys[layer], self.values[layer]
         self.write(layer, step.pages, step.offsets, key, value)
         return _attend(query, keys, values, step)
-
-
-def _minus_infinity(where: np.ndarray, dtype: torch.dtype) -> Tensor:
-    # A number, not infinity: a page of which nothing is seen would give inf - inf.
-    return torch.zeros(where.shape, dtype=dtype).masked_fill_(torch.from_numpy(where), -1e30)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:

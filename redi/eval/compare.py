@@ -2,8 +2,8 @@ r"""Evaluations side by side, and whether every two of them differ by more than 
 
     python -m redi.eval.report out/sft/eval out/redi/eval --out results.json --page both.html
 
-Two runs on the same problems are compared problem by problem: most of what makes a benchmark's
-score uncertain, hard and easy problems, is the same for both and falls out.
+Two runs on the same problems are compared problem by problem: most of a score's uncertainty comes
+from hard and easy problems, which are the same for both.
 
     one sample a problem    McNemar's exact test: of the problems only one of the two solves, how
                             many each

@@ -1,11 +1,9 @@
-"""Asked samples -> completions: dealt to the ranks, sampled in one queue, decoded.
+"""Prompted samples -> completions: dealt to the ranks, sampled in one queue, decoded.
 
-All benchmarks stand in one queue, so that slots run empty once, at the very end. Every rank has a
-queue of its own and waits for nobody until it is done: a rank that is ahead cannot help the others,
-so each gets its share of every benchmark, by the length that is to be expected.
-
-What is expected grows with the root of the prompt's length: among the 50 problems x 8 traces that
-this was looked up in, long questions had longer answers (correlation of the logarithms 0.5).
+All benchmarks share a queue, so slots run empty only once, at the very end. Every rank has its own
+queue and its share of every benchmark, by expected length: a rank that finishes early cannot help
+the others. Expected length grows with the square root of the prompt's length (in 50 problems x 8
+traces, the logarithms of question and answer lengths had a correlation of 0.5).
 """
 
 import math

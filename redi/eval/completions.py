@@ -1,20 +1,19 @@
 r"""An evaluation on disk: what was asked, what was answered, what graders said of it.
 
     OUT/problems/NAME.jsonl              the benchmark as it was read; itself a benchmark file
-    OUT/completions/NAME.jsonl           a line a completion, problems in order, samples in order
-    OUT/completions/NAME.unfinished-R.jsonl   the same as they come, while some are missing
-    OUT/verdicts/GRADER/NAME.jsonl       a line a completion: extracted answer, verdict; no text
+    OUT/completions/NAME.jsonl           one line per completion, ordered by problem and sample
+    OUT/completions/NAME.unfinished-R.jsonl   those of rank R as they come, while some are missing
+    OUT/verdicts/GRADER/NAME.jsonl       one line per completion: extracted answer, verdict; no text
 
-A completion is a fact and a verdict an opinion, so they lie apart: grading again writes a few
-hundred kilobytes beside gigabytes of text that nothing ever changes. While completions are being
-made each is appended as it is finished, in one write; a killed evaluation reads them back, drops a
-line cut short, and makes the rest. Of several ranks each appends to a file of its own (R), and
-whoever goes on reads all of them.
-Left out: keeping half a completion. It would need the cache of keys and values to go on.
+Completions are facts and verdicts are opinions, so they have separate files: grading again writes a
+few hundred kilobytes beside gigabytes of text that never change. A completion is appended in one
+write as soon as it is finished. A killed evaluation reads all ranks' files back, drops a line that
+was cut short, and makes the rest. Left out: keeping half a completion.
 """
 
 import contextlib
 import dataclasses
+import glob
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -181,7 +180,7 @@ class Store:
 
     def _parts(self) -> list[Path]:
         name = self.path.name.removesuffix(".jsonl")
-        return sorted(self.path.parent.glob(f"{_as_glob(name)}.unfinished-*.jsonl"))
+        return sorted(self.path.parent.glob(f"{glob.escape(name)}.unfinished-*.jsonl"))
 
     def _read(self) -> Iterator[Completion]:
         expected = set(self._expected)
@@ -197,10 +196,6 @@ class Store:
                             f"{completion.id!r} was not asked for"
                         )
                     yield completion
-
-
-def _as_glob(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _cut_last_line(path: Path) -> None:

@@ -1,17 +1,16 @@
-"""One new token a row over keys and values in pages: flash decoding in Triton, for CUDA.
+"""One new token per row over keys and values in pages: flash decoding in Triton, for CUDA.
 
-    row of 200 tokens, 2 splits      program 0: tokens 0 .. 127     their softmax's parts, and
+    row of 200 tokens, 2 splits      program 0: tokens 0 .. 127     the softmax's parts, and
     in tiles of 64                   program 1: tokens 128 .. 199   log-sum-exps; a second kernel
                                                                     adds them up
 
-A program owns a row, a kv head and a split of the row's tokens. It holds the queries of the whole
-group, so that keys and values are read once, and finds each token's page in the row's table. There
-are as many splits as fill the machine: few rows of long texts would leave most of it idle. A row's
-tokens are dealt to them evenly, by its own length, so the launch depends on no length: it can be
-captured in a CUDA graph.
+A program handles a row, a kv head and a split of the row's tokens. It holds the queries of the
+whole group, so keys and values are read once, and looks up each token's page in the row's table.
+There are enough splits to fill the machine, since few rows of long texts would leave it idle. A row
+is split by its own length, so the launch depends on no length and can be captured in a CUDA graph.
 
-Beside it stands the torch function it must equal; tests hold the two together under Triton's
-interpreter. Left out: autotuning. Never run on a GPU yet.
+Tests compare it with the torch function beside it under Triton's interpreter. Left out: autotuning.
+Never run on a GPU yet.
 Letters: B rows, R rows of the table, N pages, M pages of a row of the table, H heads, K kv heads,
 G = H / K, d head size, S splits.
 """

@@ -1,4 +1,4 @@
-r"""Completions that another program makes: what to feed it, and reading back what it gave.
+r"""Completions of another program: the prompts for it, and reading back what it returned.
 
     python evaluate.py --model out/redi --export-prompts prompts.jsonl --samples 16
         {"benchmark": "aime24", "id": "60", "samples": 16, "messages": [...], "prompt": "<|im_...",
@@ -6,11 +6,10 @@ r"""Completions that another program makes: what to feed it, and reading back wh
     python evaluate.py --completions made.jsonl
         {"id": "60", "sample": 0, "text": "...", "finish_reason": "stop"}
 
-`prompt_token_ids` are exactly what redi's own sampling would read; `prompt` is the same as text,
-which a server may cut into other tokens; `messages` are for an API that applies a template of its
-own and takes no prefix. A row that is given back needs its `benchmark` where there are several. It
-may have `num_tokens`. Without a `finish_reason` it counts as finished: then a response cut off at
-its limit is known only by the answer it lacks.
+`prompt_token_ids` are exactly what redi would read; `prompt` is the same as text, which a server
+may tokenize differently; `messages` are for an API with its own template and no prefix. A returned
+row needs `benchmark` if there are several, and may have `num_tokens`. Without `finish_reason` it
+counts as finished: a truncated response is then recognized only by its missing answer.
 """
 
 import json

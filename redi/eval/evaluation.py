@@ -1,8 +1,7 @@
-"""A whole evaluation: benchmarks and a model in, completions, verdicts and a report out.
+"""A whole evaluation: benchmarks and a model in; completions, verdicts and a report out.
 
-evaluate.py reads the flags and calls this. Under torchrun every rank holds the model whole and
-makes its share of the completions; the first one grades them and writes the report, once all are
-there. What a user can get wrong is found before anything is sampled: sampling takes hours.
+Under torchrun every rank holds the whole model and makes its share of the completions; the first
+rank then grades them and writes the report. Sampling takes hours, so user errors are found before.
 """
 
 from pathlib import Path
@@ -51,10 +50,9 @@ def evaluate(
     given: dict[str, list[Completion]] | None = None,
     made_by: str | None = None,
 ) -> None:
-    """Sample, grade and report into config.out; what is there already is not made again.
+    """Sample, grade and report into config.out; what exists is not made again.
 
-    given: the completions by benchmark, if they were made elsewhere. made_by: the command that
-    makes the default model, for the error if it is missing.
+    given: another program's completions by benchmark. made_by: what makes the default model.
     """
     out = Path(config.out)
     if is_finished(config.out, config):

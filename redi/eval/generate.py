@@ -33,8 +33,7 @@ from redi.attention import packed_attention
 from redi.config import UserError
 from redi.eval.cache import Cache, pages_for, spread
 from redi.eval.decoder import Decoder
-from redi.eval.sampling import Draws, Sampling, sample
-from redi.eval.transfer import to_device
+from redi.eval.sampling import Draws, Sampling, sample, to_device
 from redi.model import Transformer
 
 PREFILL_TOKENS = 8192  # of a pack, unless one prompt is longer

@@ -3,17 +3,15 @@ r"""A response -> a verdict: correct, incorrect, no_answer, truncated or timeout
     "<think>\n...</think> So it is \boxed{\frac{1}{2}}."  against  "0.5"  ->  correct
     python -m redi.eval.grade regrade out/redi/eval --grader paper        another opinion, no GPU
 
-Two graders, by name. Both read the stored text, and for both a response without `</think>` has no
-answer, whatever it says.
+Two graders, by name. For both, a response without `</think>` has no answer.
 
     math-verify   the last balanced box after `</think>`; text, then algebra (`equivalence.py`). A
-                  response that was cut off at the length limit is truncated and not correct.
+                  response cut off at the length limit is truncated and not correct.
     paper         the authors' rules (`paper_grader.py`): the last `\boxed{}`, two normal forms of
-                  text, sympy. How generation ended is not asked, as in their tables.
+                  text, sympy. How generation ended does not matter, as in their tables.
 
-Most answers are decided here, as text or as integers; the rest is done by processes that may be
-killed (`workers.py`).
-Left out: Math-Verify's own extraction, which merges neighbouring boxes and reads unfinished ones.
+Most answers are decided here, as text or as integers; the rest by processes that may be killed
+(`workers.py`). Left out: Math-Verify's own extraction, which merges neighboring boxes.
 """
 
 import atexit

@@ -4,9 +4,9 @@ The engine samples from the weights in training. Sharded weights are gathered me
 samples and grades its share of the completions, and the counts are summed. The random numbers are
 the same every time, so two scores of a run differ by the model alone.
 
-The prompt is the problem as training has it, without the paper's evaluation prompt, and an answer
-may be as long as a training response: the curve shows where training goes. The scores to report
-come from evaluate.py. Left out: keeping the completions; evaluate a checkpoint for that.
+The prompt is the problem as in training, without the paper's evaluation prompt, and an answer may
+be as long as a training response. The curve shows where training goes; the scores to report come
+from evaluate.py. Left out: keeping the completions; evaluate a checkpoint for that.
 """
 
 import time
@@ -15,10 +15,10 @@ import torch
 
 from redi.checkpoint.folder import Source
 from redi.distributed import World, gathered, sum_over_ranks
-from redi.eval.benchmarks import Benchmark, load
+from redi.eval.benchmarks import load
 from redi.eval.complete import complete
 from redi.eval.grade import Grader, report_unreadable
-from redi.eval.protocol import Asked, EvalConfig, ask
+from redi.eval.protocol import EvalConfig, ask
 from redi.model import Transformer
 from redi.recipe import TrainConfig
 from redi.train import Score
@@ -45,43 +45,31 @@ def prepare(config: TrainConfig, source: Source, world: World) -> Score:
     prompted = ask(test, source, settings)
 
     def score(model: Transformer, step: int) -> dict[str, float]:
+        """pass@1 and failures as fractions, tokens per completion, seconds."""
+        began = time.perf_counter()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()  # memory cached between steps is room for keys and values
+        name = f"{test.name} after step {step}"
         with gathered(model, config.reshard_after_forward):
-            return _measure(model, test, prompted, settings, source, world, step)
+            made = complete(model, source, prompted, settings, world, name)
+            completions = [completion for _, completion in made]
+        with make_grader(settings) as grader:
+            marks = grader.marks(test, completions)
+        counts = torch.tensor(
+            [
+                sum(mark.verdict == "correct" for mark in marks),
+                sum(mark.num_tokens for mark in marks),
+                sum(mark.verdict == "truncated" for mark in marks),
+                sum(mark.verdict == "no_answer" for mark in marks),
+            ],
+            dtype=torch.float64,
+        )
+        sum_over_ranks(counts, world)
+        names = ("pass_at_1", "mean_tokens", "truncated", "no_answer")
+        shares = dict(zip(names, (counts / len(prompted)).tolist()))
+        return shares | {"seconds": time.perf_counter() - began}
 
     return score
-
-
-def _measure(
-    model: Transformer,
-    test: Benchmark,
-    prompted: list[Asked],
-    config: EvalConfig,
-    source: Source,
-    world: World,
-    step: int,
-) -> dict[str, float]:
-    """pass@1 and failures as fractions, tokens per completion, seconds."""
-    began = time.perf_counter()
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()  # memory cached between steps is room for keys and values
-    name = f"{test.name} after step {step}"
-    made = complete(model, source, prompted, config, world, name)
-    completions = [completion for _, completion in made]
-    with make_grader(config) as grader:
-        marks = grader.marks(test, completions)
-    counts = torch.tensor(
-        [
-            sum(mark.verdict == "correct" for mark in marks),
-            sum(mark.num_tokens for mark in marks),
-            sum(mark.verdict == "truncated" for mark in marks),
-            sum(mark.verdict == "no_answer" for mark in marks),
-        ],
-        dtype=torch.float64,
-    )
-    sum_over_ranks(counts, world)
-    names = ("pass_at_1", "mean_tokens", "truncated", "no_answer")
-    shares = dict(zip(names, (counts / len(prompted)).tolist()))
-    return shares | {"seconds": time.perf_counter() - began}
 
 
 def make_grader(config: EvalConfig) -> Grader:

@@ -1,21 +1,21 @@
-"""Decode steps on CUDA: attention in Triton, and steps of few rows played back from a recording.
+"""Decode steps on CUDA: attention in Triton, and small steps replayed from CUDA graphs.
 
-A step of few rows is hundreds of small kernels, and the host takes longer to launch them than the
-device to run them. So the launches are recorded once, as a CUDA graph, for each of a few sizes:
+A step of few rows is hundreds of small kernels, which the host launches more slowly than the device
+runs them. So the launches are recorded once, as a CUDA graph, for each of a few sizes:
 
-    3 rows to write   tokens    7  2  9  0     one transfer to the inputs of size 4, then the graph
-                      rows      0  4  1  8     of size 4 is played back, and the hidden states of
-                      lengths  31  8 64  1     its first 3 rows count
+    3 rows to write   tokens    7  2  9  0     one copy to the inputs of size 4, then the graph of
+                      rows      0  4  1  8     size 4 is replayed, and the hidden states of its
+                      lengths  31  8 64  1     first 3 rows are used
 
-What a recording reads and writes lies at fixed addresses: the weights, the pages, these inputs, and
-the table of pages, a copy of the cache's that learns at every step which rows have new pages. A
-step is filled up with the spare row (8 above), whose one token goes to a page that no text has.
+A graph reads and writes fixed addresses: the weights, the pages, these inputs, and a copy of the
+cache's table of pages, updated at every step for rows with new pages. A step is padded with the
+spare row (8 above), whose one token goes to a page without a text.
 
-Only hidden states are recorded: the head makes logits of the rows that count. Steps of more than
-SIZES[-1] rows, whose kernels are long enough, are not recorded, nor are those of a model in
-training: FSDP gathers its weights in hooks. Left out: prefills, whose shapes never come twice.
+Only hidden states are recorded. Steps of more than SIZES[-1] rows are not: their kernels are long
+enough. Nor are those of a model in training, since FSDP gathers its weights in hooks; nor prefills,
+whose shapes never repeat.
 
-Tests play back by calling the function again, on a CPU; nothing here has run on a GPU yet.
+Tests replay by calling the function again, on a CPU; nothing here has run on a GPU yet.
 Letters: B rows, D hidden, H heads, K kv heads, d head size, V vocabulary.
 """
 
@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from redi.eval.cache import Cache
 from redi.eval.decode_kernel import decode_attention
 from redi.eval.decoder import Decoder
-from redi.eval.transfer import to_device
+from redi.eval.sampling import to_device
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a recorded step
 

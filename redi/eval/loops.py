@@ -1,7 +1,6 @@
-"""A text that runs in circles: an exact rule, reported and never acted on.
+"""A text that repeats itself at its end: an exact rule, reported and never acted on.
 
-A text loops if it ends in one block over and over, at least 4 times and over at least 200
-characters:
+A text loops if it ends in copies of one block, at least 4 of them and at least 200 characters:
 
     ... so 4 + 4 = 8. Wait, 4 + 4 = 8. Wait, 4 + 4 = 8. Wait, ...      a block of 17, 12 times
     ... = 1000000000000                                                twelve zeros are no loop

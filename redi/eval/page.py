@@ -1,15 +1,15 @@
 r"""Evaluations as one HTML page, to filter problems and read completions side by side.
 
-The page is a file of its own: no server, no network, nothing to install. `page.html` holds its
-form; the data goes into it as one JSON text in a script element that is never run. Completions are
-a model's, so nothing of them is ever taken for markup: in the JSON every <, > and & is written as
-an escape, the page puts text into elements as text, and its own policy forbids it to load anything.
+The page is one file: no server, no network, nothing to install. `page.html` is the template; the
+data is one JSON text in a script element that is never run. Completions are a model's, so they
+never become markup: the JSON escapes every <, > and &, the page inserts text as text, and its
+policy forbids it to load anything.
 
-A page that a browser can open holds some 50 million characters. Where completions have more, each
-one longer than a limit is shortened in its middle, where it is read least, and says so.
-Left out: typeset formulas. They would need a library as large as the page.
+A browser can open a page of some 50 million characters. If the completions have more, the longest
+are shortened in the middle, and the page says so. Left out: typeset formulas.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ def page(runs: list[Path], grader: str | None = None) -> str:
         for name, (test, marks) in tests.items():
             rows = problems.setdefault(name, {})
             for problem in test.problems:
-                row = _problem_row(problem, len(runs))
+                row = {**dataclasses.asdict(problem), "runs": [[] for _ in runs]}
                 known = rows.setdefault(problem.id, row)
                 if any(known[field] != row[field] for field in ("problem", "answers")):
                     raise UserError(f"{name}: problem {problem.id!r} is not the same in all runs")
@@ -70,17 +70,6 @@ def page(runs: list[Path], grader: str | None = None) -> str:
 def _stored(run: Path, names: Iterable[str]) -> Iterator[Completion]:
     for name in names:
         yield from read_lines(completions_file(run, name), Completion)
-
-
-def _problem_row(problem: Any, runs: int) -> dict[str, Any]:
-    return {
-        "id": problem.id,
-        "problem": problem.problem,
-        "answers": problem.answers,
-        "subject": problem.subject,
-        "difficulty": problem.difficulty,
-        "runs": [[] for _ in range(runs)],
-    }
 
 
 def _limit(lengths: list[int]) -> int:

@@ -1,18 +1,17 @@
 r"""The paper's own way of comparing answers, so that a score can stand beside its tables.
 
-Two answers are the same if either of two old rules says so, both written down here anew:
+Two answers are the same if either of two old rules says so, both written anew here:
 
     text     spellings of MATH's answers are made one (\dfrac12 and \frac{1}{2}, 1/2, 5\text{ cm}),
              then the strings must be equal (Hendrycks et al., 2021)
     sympy    LaTeX is flattened into plain text, a tuple cut at its commas, and what is left must be
              the same string or differ by 0 for sympy (Lightman et al., 2023)
 
-They are kept with their faults, which are part of the published numbers: \frac{x+1}{2} is read as
-x+1/2, a fraction must be reduced as the gold is, capitals do not count, an exponent of several
-digits is never evaluated, a list matches in the gold's order only. `equivalence.py` is the better
-judge. Evaluating text with sympy would run code in it; as the rule has it, text with more than two
-different letters is never evaluated.
-Left out: the language model that theirs could ask when the rules find no match; the paper does not.
+Their faults are kept, since they are part of the published numbers: \frac{x+1}{2} is read as x+1/2,
+a fraction must be reduced as the gold is, capitals do not count, an exponent of several digits is
+never evaluated, a list matches in the gold's order only. `equivalence.py` is the better judge.
+Evaluating text with sympy would run code in it, so text with more than two different letters is
+never evaluated. Left out: the language model that theirs could ask; the paper does not.
 """
 
 import re

@@ -1,11 +1,11 @@
 """The evaluation protocol: what is asked, and how an answer is sampled.
 
-    Problem -> prompt's token ids -> a request a sample -> completion.py samples them
+    Problem -> token ids of the prompt -> one request per sample -> completions (complete.py)
 
-The paper's user prompt states the task and the form of the answer; the chat template supplies the
-system prompt of training. Every answer begins with the prefix that training's traces begin with,
-encoded as it was there. An answer may use what the context leaves: min(max_new_tokens, context -
-prompt); `check_limit` says so where the context is the smaller.
+The paper's user prompt states the task and the form of the answer; the chat template adds the
+system prompt of training. Every answer begins with the prefix that training's traces begin with. An
+answer may have min(max_new_tokens, context - prompt) tokens; `check_limit` says so if the context
+is the smaller.
 """
 
 import hashlib

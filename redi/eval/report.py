@@ -2,11 +2,10 @@ r"""Graded completions -> the numbers of a results table; `statistics.py` says w
 
     python -m redi.eval.report out/sft/eval out/redi/eval        side by side, compared in pairs
 
-A completion that is truncated, unanswered or timed out counts as wrong, and its share stands beside
-the score, because a short limit looks like a bad model. A report is made of marks and problems
-alone, so it can be written again at any time. Everything is written three times: report.json for
-programs, report.md for people, report.html to read completions in.
-Left out: votes weighed by length or likelihood; one answer is one vote.
+A completion that is truncated, unanswered or timed out counts as wrong; its share is reported
+beside the score, because a short limit looks like a bad model. A report needs only marks and
+problems, so it can be written again at any time: report.json for programs, report.md for people,
+report.html to read completions in. Left out: votes weighted by length or likelihood.
 """
 
 import dataclasses

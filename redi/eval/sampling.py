@@ -1,22 +1,22 @@
 """Drawing a next token from the nucleus: exactly, without sorting the vocabulary, and repeatably.
 
-The nucleus is a definition with a sort in it: tokens by falling probability (of equals the first
-one first), kept while the mass before them is under top_p. `by_sorting` is that definition. Its
-sort costs more than a small model's whole step, and `sample` does without it:
+The nucleus is defined by a sort: tokens by falling probability (the first of equals first), kept
+while the mass before them is under top_p. `by_sorting` is that definition. Its sort costs more than
+a small model's whole step; `sample` avoids it:
 
-    draw        a token from all of the distribution: sums of blocks, a search for the block, a
+    draw        a token from the whole distribution: sums of blocks, a search for the block, a
                 search in it
-    accept it   if the mass before it, in that order, is under top_p: one comparison, one sum
-    else        draw again, for the rows refused only (at top_p 0.95 one in twenty, or fewer)
+    accept it   if the mass before it in that order is under top_p: one comparison, one sum
+    else        draw again, for refused rows only (at top_p 0.95 one in twenty, or fewer)
 
-What is accepted follows the nucleus distribution, because a draw refused says nothing about the
-next. Near the edge masses are summed in fp64: no token hangs on the order of additions.
+Accepted tokens follow the nucleus distribution, because a refused draw says nothing about the next.
+Near the edge masses are summed in fp64, so no token depends on the order of additions.
 
 Worked example, probabilities 0.5, 0.3, 0.2 and top_p 0.7: the masses before are 0, 0.5, 0.8; the
 third token is refused, and the others come up as 5 to 3.
 
-Random numbers belong to (seed, key, position, attempt) and to nothing else: neither who shares the
-batch nor how often a request was set aside changes what it draws.
+Random numbers depend only on (seed, key, position, attempt): neither the other requests of the
+batch nor evictions change what a request draws.
 Letters: B rows, V vocabulary, N blocks of it.
 """
 
@@ -28,8 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from redi.eval.transfer import to_device
 
 BLOCK = 64  # tokens whose weights are summed before the search
 ATTEMPTS = 8  # then sort: only a small top_p comes that far, for it refuses most draws
@@ -64,6 +62,15 @@ class Draws:
         """(B,) fp64, inside (0, 1)."""
         state = _mix(self._state ^ np.uint64(attempt))
         return torch.from_numpy(((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+
+
+def to_device(values, device: torch.device) -> Tensor:
+    """Numbers, an array or a CPU tensor on the device. The copy is from pinned memory, so the host
+    does not wait for the work launched before it."""
+    tensor = torch.as_tensor(values)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _mix(state: np.ndarray) -> np.ndarray:

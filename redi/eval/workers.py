@@ -1,18 +1,16 @@
-r"""Processes that compare answers, and may be killed at it.
+r"""Processes that compare answers, and may be killed while they do.
 
     with Pool(workers=2, limit_s=10.0) as pool:
         pool.ask([("math-verify", r"\frac{2}{4}", "0.5")])     (rule, answer, gold, ...) -> reply
 
-Comparing two answers is algebra, which may hang, eat memory or crash: a question that does so ends
-as "timeout", its worker is replaced, and the next question finds a fresh one. No Python code can
-stop a worker inside `5^{5^{5^{5^5}}}`, which holds the interpreter's lock; the kernel can, so
-before each question a worker sets an alarm whose action is its own death. Should a library turn
-that alarm off, the parent kills the worker a little later. A worker is a new program, not a fork:
-forking a process that holds threads and a CUDA context is not safe. It lives in its own session, so
-that Ctrl-C reaches only the parent, and sees the parent's end, however that comes, as the end of
-its input.
-Left out: Math-Verify's own timeouts, which are Python signal handlers and do not interrupt a long
-integer power.
+Comparing two answers is algebra, which may hang, eat memory or crash. Such a question ends as
+"timeout", and the next one gets a fresh worker. Python code cannot stop a worker inside
+`5^{5^{5^{5^5}}}`, which holds the interpreter's lock; the kernel can, so a worker sets an alarm
+before each question whose default action is its death. If a library turns the alarm off, the parent
+kills the worker a little later. A worker is a new program, since forking a process with threads and
+a CUDA context is not safe. It has its own session, so Ctrl-C reaches only the parent, and it ends
+when the parent closes its input.
+Left out: Math-Verify's own timeouts, Python signal handlers that cannot interrupt a long power.
 """
 
 import contextlib

@@ -20,10 +20,9 @@ from our own grader (labels.py), dropping repeated problems, dropping problems o
 card.json describes the files beside it: the source, the rules, the counts (zeros included), and the
 SHA-256 of everything read and written. contaminated.jsonl lists the rows found in a benchmark.
 
-Rows are streamed from file to file, so memory does not depend on the size of the data. The same
-rows in the same order give the same bytes, whatever their form and however many workers grade.
-Left out: shuffling and limits on length, which are the trainers'. Nothing here is random, so the
-card's seed is null.
+Rows are streamed from file to file. The same rows in the same order give the same bytes, whatever
+their form and however many workers grade. Nothing here is random, so the card's seed is null. Left
+out: shuffling and limits on length, which are the trainers'.
 """
 
 import contextlib
@@ -73,11 +72,6 @@ class PrepareConfig(Rules):
         super().__post_init__()
         require(self.workers > 0, "workers", self.workers, "1 or more")
         require(self.ngram > 0, "ngram", self.ngram, "1 or more")
-
-    def shaping(self) -> dict[str, Any]:
-        """Every setting that changes the output."""
-        rules = dataclasses.asdict(self)
-        return {name: rules[name] for name in rules if name not in ("raw", "out", "workers")}
 
 
 @dataclass
@@ -221,11 +215,12 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
         # Syncing gigabytes takes seconds. Done here, the renames follow one another at once, and
         # Ctrl-C does not find new pairs beside old positives.
         sha256 = {name: file.finish() for name, file in written.items()}
+        settings = dataclasses.asdict(config)
         facts = {
             "redi": redi.__version__,
             "raw": config.raw,
             "format": form.name,
-            "rules": config.shaping(),
+            "rules": {k: v for k, v in settings.items() if k not in ("raw", "out", "workers")},
             "seed": None,
             "benchmarks": overlaps.benchmarks,
             **vars(counts),

@@ -1,18 +1,17 @@
-r"""Problems that occur twice, and problems that a benchmark will ask.
+r"""Problems that occur twice, and problems of a benchmark.
 
-    Find $x$, if $$x+1 = 2.$$         find x if x + 1 = 2       their tokens, normalised
+    Find $x$, if $$x+1 = 2.$$         find x if x + 1 = 2       their tokens, normalized
     Find \(x\) if \[ x + 1 =2 \]      find x if x + 1 = 2       so these are one problem
 
-Tokens are words, numbers, LaTeX commands and signs, in lower case, without what only sets the type:
-dollar signs, \left, \quad, line breaks, the punctuation of sentences. Problems of the same tokens
-are duplicates.
+Tokens are lower-case words, numbers, LaTeX commands and signs, without typesetting: dollar signs,
+\left, \quad, line breaks, the punctuation of sentences. Problems with equal tokens are duplicates.
 
 A benchmark's problem is found in another text by its word n-grams (signs left out). Competition
 problems share stock phrases, "the number of ordered pairs of positive integers", so one common
-n-gram proves nothing: half of the benchmark problem's must be there. A copy with other numbers is
-found by nearly all of its n-grams, numbers masked, and reported as such. In a problem of fewer than
-2n words every n-gram may be a stock phrase: it is found only where its tokens, signs included, are
-a sentence of the text, or several.
+n-gram proves nothing: half of the benchmark problem's must occur. A copy with other numbers has
+nearly all of its n-grams when numbers are masked, and is reported as such. A problem of fewer than
+2n words may consist of stock phrases: it is found only if its tokens, signs included, are one or
+several sentences of the text.
 
 Left out: paraphrases and translations, which take a model to find; traces, which quote anything;
 texts in languages that put no spaces between words.

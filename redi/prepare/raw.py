@@ -13,21 +13,19 @@ of the same problem are joined, wherever they are in the files, in order of firs
 texts wait in a temporary file; memory holds sixteen bytes and an offset per problem.
 
 What the verifiers say of a trace are its votes. In OpenR1-Math-Raw both must have voted on every
-trace, as in the paper. In OpenR1-Math-220k a null is a missing vote: where the list of the Llama
-judge is null, as it mostly is, Math-Verify alone decides; where both voted, the paper's rule needs
-both. (The judge was asked mainly where Math-Verify had said no, so its corrections find no
-majority; `--reject-rule both` keeps such traces from being taken for wrong ones, and so does
-`--relabel`.) A trace without any vote has no label. In files with one trace per row, booleans and 0
-and 1 are votes.
+trace, as in the paper. In OpenR1-Math-220k a null is a missing vote: where the Llama judge's list
+is null, as it mostly is, Math-Verify alone decides; where both voted, the paper's rule needs both.
+(The judge was asked mainly where Math-Verify had said no, so traces it corrected count as wrong,
+unless `--reject-rule both` or `--relabel` is given.) A trace without any vote has no label. In
+files with one trace per row, booleans and 0 and 1 are votes.
 
-Left out: `solution` as a trace's field, since in most data sets it is the problem's author's;
-problems or traces that are lists of messages; several generations in fields of their own.
+Left out: `solution` as a trace's field, usually the author's; problems or traces that are lists of
+messages; several generations in fields of their own.
 """
 
 import functools
 import hashlib
 import json
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ from typing import Any
 
 from redi.config import UserError
 from redi.data.files import Row, is_encodable, read_rows
+from redi.eval.benchmarks import answer_text
 
 RAW, FLAT, LISTED = "OpenR1-Math-Raw", "OpenR1-Math-220k", "problem, traces"
 VERIFIERS = ("llama_verification", "math_verify_reparsed_answer")
@@ -144,7 +143,7 @@ def _form_of(file: Path) -> Form:
     raise UserError(
         f"{file}: not teacher data in a form known here; its fields are "
         f"{', '.join(list(seen)[:20]) or 'none'}; the forms are {known}; one trace a row "
-        f"({_any_of(PROBLEM)}, and {_any_of(TRACE)}, as text)"
+        f"({' or '.join(PROBLEM)}, and {' or '.join(TRACE)}, as text)"
     )
 
 
@@ -215,7 +214,7 @@ def _raw_row(
         traces=traces,
         votes=votes,
         complete=[True] * len(traces) if complete is None else complete,
-        answer=_answer(row.get("answer")),
+        answer=answer_text(row.get("answer")) or None,
         source=_text(row.get("source")),
         id=identity if is_id else None,
         valid=valid,
@@ -312,18 +311,5 @@ def _is_yes(value: Any) -> bool:
     return (_text(value) or "").strip().lower() == "yes"
 
 
-def _answer(value: Any) -> str | None:
-    """The gold answer as text, 142.0 as "142"; None if it is neither text nor a number."""
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return None
-    return str(value).strip() or None
-
-
 def _first(names: Iterable[str], present: Iterable[str]) -> str | None:
     return next((name for name in names if name in present), None)
-
-
-def _any_of(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -39,7 +39,9 @@ class Training:
 
 
 def findings(path: str, files: list[Path], every_row: Dataset, training: Training) -> list[Table]:
-    texts = read_texts(files, every_row.store.paired)
+    texts, paired = Texts(), every_row.store.paired
+    for where, row in tqdm(read_rows(files), "reading", unit=" rows", disable=None, leave=False):
+        texts.add(row.get("source"), to_example(row, where, paired))
     tables = [about_files(path, files, every_row, texts)]
     tables += [about_sources(texts)] if texts.sources else []
     tables += [about_tokens(every_row, training.limits), about_texts(every_row, texts)]
@@ -116,13 +118,6 @@ class Texts:
             self.answered[side] += extract(answer if closed else f"</think>{answer}") is not None
 
 
-def read_texts(files: list[Path], paired: bool) -> Texts:
-    texts = Texts()
-    for where, row in tqdm(read_rows(files), "reading", unit=" rows", disable=None, leave=False):
-        texts.add(row.get("source"), to_example(row, where, paired))
-    return texts
-
-
 def raw_data_of(files: list[Path], data_hash: str) -> str | None:
     """What redi.prepare made this file from, if the card beside it is about these bytes."""
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -140,7 +135,7 @@ def about_files(path: str, files: list[Path], every_row: Dataset, texts: Texts) 
     kind = "pairs for train_redi.py" if store.paired else "rows for train_sft.py"
     size = sum(file.stat().st_size for file in files)
     several = f" in {len(files)} files" if len(files) > 1 else ""
-    rows = [("data", f"{path}: {texts.rows:,} {kind}, {_bytes(size)}{several}")]
+    rows = [("data", f"{path}: {texts.rows:,} {kind}, {tqdm.format_sizeof(size)}B{several}")]
     rows.append(("sha256", store.data_hash))
     if raw := raw_data_of(files, store.data_hash):
         rows.append(("made from", raw))
@@ -231,11 +226,3 @@ def about_training(kept: Dataset, training: Training) -> Table:
 
 def _share(count: int, total: int) -> str:
     return f"{100 * count / total:.1f} %"
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.1f} GB"

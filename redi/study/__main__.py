@@ -16,7 +16,6 @@ Left out: choosing a learning rate on other data than it is reported on, as the 
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -55,7 +54,6 @@ def main() -> None:
         for job in wanted:
             print(*map(shown, job.commands), sep="\n")
         return
-    _refuse_files_of_others(study.out)
     places = config.workers or (1 if gpus else len(os.sched_getaffinity(0)))
     failed = run_jobs(wanted, study.out, places)
     results = write(study, failed)
@@ -67,11 +65,6 @@ def main() -> None:
             f"{len(failed)} of {len(wanted)} jobs failed, the first was {first}: {why}; the same "
             "command tries them again"
         )
-
-
-def _refuse_files_of_others(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / "logs").is_dir():
-        raise UserError(f"--out {out}: holds files that no study made; choose another folder")
 
 
 def write(study: Study, failed: dict[str, str]) -> Results:

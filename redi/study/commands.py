@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]  # where the programs are
 
 @dataclass(frozen=True)
 class Job:
-    """Commands that are run one after another. They can be run again; done, `product` is there."""
+    """Commands that run one after another and may run again; in the end, `product` exists."""
 
     name: str
     kind: str  # data, stage 1, stage 2 or evaluation
@@ -41,8 +41,8 @@ def _data(model: Model, share: float) -> Job:
     folder = _data_folder(model.folder.parent, share)
     toy = {**model.setting.toy, "seed": model.seed, "mislabelled_rejected": share}
     commands = [
-        [*_module("redi.toy"), str(folder), *flags(toy)],
-        [*_module("redi.prepare"), str(folder / "raw.parquet"), "--out", str(folder)],
+        [sys.executable, "-m", "redi.toy", str(folder), *flags(toy)],
+        [sys.executable, "-m", "redi.prepare", str(folder / "raw.parquet"), "--out", str(folder)],
     ]
     return Job(str(folder), "data", commands, [], folder / "pairs.jsonl")
 
@@ -90,10 +90,6 @@ def _evaluation(study: Study, model: Model, gpus: int) -> Job:
 
 def _benchmark(base: Path) -> Path:
     return _data_folder(base, 0.0) / "benchmark.jsonl"
-
-
-def _module(name: str) -> list[str]:
-    return [sys.executable, "-m", name]
 
 
 def _program(name: str, gpus: int) -> list[str]:

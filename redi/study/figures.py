@@ -8,8 +8,8 @@
     alpha       pass@1 against the weight of the rejected trace
     labels      gain over stage 1 against the share of mislabelled rejected traces
 
-Lines are means over seeds, bands and bars one SEM. A figure for which there is nothing to draw is
-not made. Log-probs and norms of a step are of that step's rows, so they jitter together.
+Lines are means over seeds, bands one SEM. A figure with nothing to draw is not made. Log-probs and
+norms are of a step's own rows, so they jitter together.
 """
 
 import io
@@ -57,7 +57,7 @@ def number(value: object) -> str:
 
 
 def first_place(rows: Sequence[Row]) -> list[Row]:
-    """Those of the study's first setting with the fewest mislabelled traces: curves show one."""
+    """Rows of the first setting with the fewest mislabelled traces: curves show only these."""
     setting = rows[0].setting
     share = min((row.mislabelled for row in rows if row.method != STAGE_1), default=0.0)
     return [

@@ -188,17 +188,13 @@ def keys(jobs: Sequence[Job]) -> dict[str, str]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A file of OUT/done; {} if it is missing or damaged: then the job runs again."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    """A file of OUT/done, which are written whole; {} if it does not exist."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def seconds_of(out: Path) -> float:
     """The seconds of all finished jobs, added up."""
-    return sum(read_record(path).get("seconds", 0.0) for path in (out / "done").glob("*.json"))
+    return sum(read_record(path)["seconds"] for path in (out / "done").glob("*.json"))
 
 
 def shown(command: Sequence[str]) -> str:

@@ -97,18 +97,16 @@ def summary(results: Results) -> str:
     """What was run, where and how long, in a paragraph."""
     seeds = sorted({run.seed for run in results.runs})
     methods = len({row.method for row in results.grid} - {STAGE_1})
-    machine = ", ".join(f"{value} {key}".replace(" cpu", "") if key == "cores" else str(value)
-                        for key, value in results.machine.items())  # fmt: skip
+    variants = len({(row.method, name_of(row.settings)) for row in results.grid} - {(STAGE_1, "")})
+    machine = ", ".join(
+        f"{value} cores" if key == "cores" else str(value) for key, value in results.machine.items()
+    )
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     return (
-        f"{len(results.runs)} models: {methods} methods in {variants(results)} variants, seeds "
+        f"{len(results.runs)} models: {methods} methods in {variants} variants, seeds "
         f"{', '.join(map(str, seeds))}; {minutes(results.job_seconds)} of programs, on {machine} "
         f"({versions})."
     )
-
-
-def variants(results: Results) -> int:
-    return len({(row.method, name_of(row.settings)) for row in results.grid} - {(STAGE_1, "")})
 
 
 def minutes(seconds: float) -> str:

@@ -19,12 +19,10 @@
     lr = [1e-4, 3e-4]
     beta = 0.1
 
-Stage 1 is trained once for a seed of a setting, and shared by all methods and shares of mislabelled
-traces: these change pairs, not positives. A toy's benchmark is the same for all seeds, so that they
-differ in data order, data, and initialisation alone.
-
-Accuracy on the way is measured inside training, on the weights at hand, so that a grid of runs
-writes no checkpoints but those it resumes from. Left out: a search; a grid is what it says.
+Stage 1 is trained once per seed of a setting, and shared by all methods and shares of mislabelled
+traces: these change pairs, not positives. A toy's benchmark is the same for all seeds, so seeds
+differ only in data order, data and initialization. Accuracy on the way is measured inside training,
+so no checkpoints are needed for it. Left out: a search.
 """
 
 import hashlib
@@ -136,31 +134,28 @@ def read_study(path: str | Path, out: str | None = None) -> Study:
         raise UserError(f"{where}: key 'mislabelled': expected different numbers within [0, 1]")
     if not is_toy and ("setting" in tables or "mislabelled" in tables):
         raise UserError(f"{where}: [[setting]] and 'mislabelled' need [toy]")
-    stage2 = _section(tables, "stage2", REDIConfig, where, is_toy, objective="redi")
+
+    def section(name: str, config: type, **more: Any) -> dict[str, Any]:
+        return _checked_settings(tables.get(name, {}), config, f"{where}: [{name}]", is_toy, **more)
+
+    stage2 = section("stage2", REDIConfig, objective="redi")
     return Study(
         path=Path(path),
         out=Path(out or f"out/{Path(path).stem}"),
         seeds=seeds,
         mislabelled=shares,
         settings=_settings(tables, where),
-        stage1=_section(tables, "stage1", SFTConfig, where, is_toy),
+        stage1=section("stage1", SFTConfig),
         stage2=stage2,
         variants=_variants(tables.get("method", []), stage2, where, is_toy),
-        evaluation=_section(tables, "evaluation", EvalConfig, where, is_toy),
+        evaluation=section("evaluation", EvalConfig),
     )
-
-
-def _section(
-    tables: dict[str, Any], name: str, config: type, where: str, is_toy: bool, **more: Any
-) -> dict[str, Any]:
-    """The table `name` as settings of a program, checked as the program will."""
-    return _checked_settings(tables.get(name, {}), config, f"{where}: [{name}]", is_toy, **more)
 
 
 def _checked_settings(
     table: dict[str, Any], config: type, where: str, is_toy: bool, **more: Any
 ) -> dict[str, Any]:
-    """more: settings that the program gets beside those of the table."""
+    """The table as settings of a program, checked as the program will; more: its other settings."""
     taken = TAKEN[config] | (BY_TOY if is_toy else set())
     for key in table:
         if key in taken:
@@ -213,7 +208,8 @@ def _variants(
         del grid["name"]
         for values in itertools.product(*grid.values()):
             table = dict(zip(grid, values))
-            settings = _checked_settings(table, REDIConfig, label, is_toy, **_without(stage2, grid))
+            shared = {key: value for key, value in stage2.items() if key not in grid}
+            settings = _checked_settings(table, REDIConfig, label, is_toy, **shared)
             variants.append(Variant(name, settings))
     if not variants:
         raise UserError(f"{where}: expected at least one [[method]]")
@@ -226,10 +222,6 @@ def _check_name(name: object, taken: set[str], where: str) -> None:
         raise UserError(f"{where}: key 'name': expected a name with a letter of a-z or a digit")
     if slug(name) in taken:
         raise UserError(f"{where}: key 'name': {name!r} is taken")
-
-
-def _without(table: dict[str, Any], keys: Any) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if key not in keys}
 
 
 def _refuse_alike(names: list[str], where: str) -> None:

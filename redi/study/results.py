@@ -8,9 +8,9 @@ Of a variant (a method with its parameters and learning rate) on one setting:
     p       two-sided paired t-test over seeds: is the mean difference from the stage-1 models, or
             from the best DPO models, of the same seeds another than 0?
 
-A method's best variant is the one with the highest mean, as in the paper's Table 2; that choice is
-made on the numbers it is reported with, so a method with more variants has a slight advantage.
-Left out: a correction for the number of tests; the page says how many there are.
+A method's best variant has the highest mean, as in the paper's Table 2; it is chosen by the numbers
+it is reported with, so more variants are a slight advantage. Left out: a correction for the number
+of tests.
 """
 
 import dataclasses
@@ -107,10 +107,8 @@ class Results:
             for name in ("grid", "table"):
                 content[name] = [Row(**row) for row in content[name]]
             return cls(**content)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; `python -m redi.study` makes it") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not the results of a study ({error})") from None
+            raise UserError(f"{path}: not written by `python -m redi.study` ({error})") from None
 
 
 # ---------------------------------------------------------------- from disk

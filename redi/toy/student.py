@@ -18,7 +18,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -132,9 +132,9 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 @program
 def main() -> None:
-    config = parse(
-        ToyConfig, "Write the toy: raw teacher traces, an untrained student, a benchmark."
-    )
+    import pyarrow.parquet
+
+    config = parse(ToyConfig, "Write raw teacher traces, an untrained student and a benchmark.")
     if config.problems + config.benchmark > 0.5 * 9 * 27**config.operations:
         raise UserError(
             f"--problems {config.problems}: too many for {config.operations} operations"
@@ -153,7 +153,8 @@ def main() -> None:
 
     out = Path(config.out)
     make_folder(out)
-    write_parquet(rows, out / "raw.parquet")
+    with write_aside(out / "raw.parquet", binary=True) as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     with write_aside(out / "benchmark.jsonl") as file:
         for number, problem in enumerate(kept):
             row = {"id": number, "problem": problem.text, "answer": str(problem.answer)}
@@ -168,14 +169,6 @@ def main() -> None:
         f"teacher's first try is right on {right / len(rows):.0%}), student/, benchmark.jsonl "
         f"({config.benchmark:,} problems)"
     )
-
-
-def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    with write_aside(path, binary=True) as file:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
 
 
 if __name__ == "__main__":
