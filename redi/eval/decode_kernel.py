@@ -110,10 +110,8 @@ def _split(
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    members = tl.arange(0, ROWS)
-    columns = tl.arange(0, WIDTH)
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    members, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     head = row * KV_HEADS * GROUP + kv_head * GROUP + members  # of all rows
     inside = (members[:, None] < GROUP) & (columns[None, :] < SIZE)
     q = tl.load(query + head[:, None] * SIZE + columns[None, :], mask=inside, other=0.0)
@@ -122,8 +120,7 @@ def _split(
     # ---- softmax over the split's tokens, with a running maximum
     length = tl.load(lengths + row).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, TILE), splits) * TILE  # tokens of a split
-    start = split * share
-    end = tl.minimum(start + share, length)
+    start, end = split * share, tl.minimum((split + 1) * share, length)
     maximum = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     summed = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -138,22 +135,20 @@ def _split(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (ROWS, TILE)
         scores = tl.where(seen[None, :], scores, -float("inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))  # finite: a tile begins with a seen token
-        shrink = tl.exp(maximum - larger)
-        weights = tl.exp(scores - larger[:, None])
+        shrink, weights = tl.exp(maximum - larger), tl.exp(scores - larger[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        summed = summed * shrink[:, None]
-        summed += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        part = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        summed = summed * shrink[:, None] + part
         maximum = larger
 
-    # ---- a split past the row's end says so, and writes no part
+    # ---- a split past the end of the row has a log-sum of -inf and writes no part
     place = head * splits + split
     if start < length:
         tl.store(log_sums + place, maximum + tl.log(total), mask=members < GROUP)
         part = summed / total[:, None]
         tl.store(parts + place[:, None] * SIZE + columns[None, :], part, mask=inside)
     else:
-        nothing = tl.full((ROWS,), -float("inf"), tl.float32)
-        tl.store(log_sums + place, nothing, mask=members < GROUP)
+        tl.store(log_sums + place, tl.full((ROWS,), -float("inf"), tl.float32), members < GROUP)
 
 
 @triton.jit
