@@ -1,5 +1,9 @@
 """How a run is distributed: devices, precision, and what ranks exchange.
 
+In a step: FSDP2 all-gathers weights in the first forward pass (ZeRO-3: in every pass) and
+reduce-scatters gradients in the last backward pass; clipping all-reduces the gradient's norm, and
+monitor.py the statistics. All ranks compute the same plan, so data needs no exchange.
+
 The optimizer updates fp32 weights; CUDA computes in bf16. FSDP2's mixed precision does both, also
 in a single process: it casts a block's parameters when the block runs, and reduces gradients in
 fp32. There is no autocast.

@@ -34,7 +34,7 @@ row's sum of exponentials, so 1 - p is that sum over the total: exact when p is 
 On CUDA one Triton kernel (kernels.py) does all passes over a chunk, and bf16 operands are
 multiplied into fp32 logits. Elsewhere torch does it, with fp32 operands.
 
-Left out: gradient filtering (biased for the mass that REDI pushes into the tail), ignore_index
+Left out: gradient filtering (it drops small probabilities, where REDI pushes mass), ignore_index
 (callers pass supervised rows only), z-loss. Letters: R supervised rows, D hidden, V vocabulary,
 C rows of a chunk.
 """
@@ -91,7 +91,7 @@ def token_logps_and_entropies(
 def weighted_logp_sum(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
 ) -> WeightedLogpSum:
-    """A linear loss, sum_t token_weights[t] * token_logps[t], and what is logged of its tokens.
+    """A linear loss, sum_t token_weights[t] * token_logps[t], and the values to log per token.
 
     hidden (R, D), weight (V, D), targets (R,) int64, token_weights (R,) of either sign. The
     gradient is computed here, not in backward, so token_weights are constants.

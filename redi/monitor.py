@@ -63,9 +63,8 @@ def gather_step_stats(
 ) -> StepStats:
     """Bring a step's statistics to the host of every rank: one exchange, one wait for the device.
 
-    results: this rank's packs, after backward (entropies are valid only then). scalars: are summed
-    over ranks. Raises RuntimeError for a log-prob above 0, which a broken kernel or broken memory
-    would give.
+    results: this rank's packs, after backward (without it, the entropies are all 0). scalars: are
+    summed over ranks. Raises RuntimeError for a log-prob above 0: broken kernels or memory.
     """
     world, ids, paired = data.world, sequence_ids(step), data.dataset.store.paired
     # Every rank fills its own places of one vector; the sum over ranks is the whole vector.
@@ -103,7 +102,7 @@ def gather_step_stats(
 # with m and v AdamW's moments after the gradient of step k. The norm of delta over all weights is
 # the update norm of the paper's Figures 4 and 5. It spikes when a run collapses; the norm of a
 # clipped gradient does not. Computing it from the moments needs no copy of the weights, and
-# computing it before the step lets it share the step's one exchange between ranks.
+# computing it before the step lets it share the all-reduce of the step's statistics.
 
 BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # weights at a time; on a CPU they stay in the cache
 
@@ -179,9 +178,9 @@ class CollapseGuard:
             return ""
         self.warned = True
         return (
-            f"collapse: chosen traces have been {self.threshold:g} nats per token less likely than "
-            f"at the start for {self.low} steps (now {fell:.2f}: {self.first:.2f} -> {now:.2f}); "
-            "a smaller --lr helps"
+            f"collapse: chosen traces have been over {self.threshold:g} nats per token less likely "
+            f"than at the start for {self.low} steps (now {fell:.2f}: {self.first:.2f} -> "
+            f"{now:.2f}); a smaller --lr helps"
         )
 
 

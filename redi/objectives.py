@@ -3,7 +3,7 @@
 A loss is a pure function in losses.py or related_losses.py. Its argument names say what it needs of
 the P pairs of a pack (PAIR_ARGUMENTS below); every other argument is a parameter and a flag. So the
 objective NAME of `train_redi.py --objective NAME` is the function NAME_loss, looked up when a run
-starts, and there are two ways to train on it:
+starts, and there are two ways to train with it:
 
     LinearObjective     the loss is linear in the log-probs. Its slopes are constants, so the weight
                         of every token is known before the forward pass, and one fused pass computes
@@ -68,7 +68,7 @@ class LinearObjective:
     tokens of each sequence, float64."""
 
     token_weights: Callable[[Tensor, Tensor, Totals], Tensor]
-    keep_pairs = False  # both traces of a pair in one pack?
+    keep_pairs = False  # must both traces of a pair be in one pack?
     needs_reference = False
 
     def loss(
@@ -177,8 +177,8 @@ def make_objective(name: str, **parameters: float) -> Objective:
 def constant_slopes(loss: Callable[..., Tensor], arguments: list[str], name: str) -> list[float]:
     """The derivatives of a linear loss by its arguments, taken by autograd in float64.
 
-    Raises UserError unless they are the same at three random points, and the loss at each point is
-    slopes * point: a constant term would be trained and logged wrongly.
+    Raises UserError unless the loss equals slopes * point at three random points. A constant term
+    is refused too: it would be missing from the logged loss.
     """
     random = torch.Generator().manual_seed(0)
     points = -20.0 * torch.rand(3, len(arguments), dtype=torch.float64, generator=random)
@@ -189,7 +189,7 @@ def constant_slopes(loss: Callable[..., Tensor], arguments: list[str], name: str
     if not torch.allclose(values, points @ slopes[0], rtol=1e-12, atol=1e-12):
         raise UserError(
             f"{name}: is declared linear (LINEAR in redi/objectives.py), but {name}_loss is not: "
-            f"its slopes at three points are {slopes.tolist()}"
+            f"its slopes at three points are {slopes.tolist()}, its values {values.tolist()}"
         )
     return slopes[0].tolist()
 

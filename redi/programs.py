@@ -28,7 +28,13 @@ def train_sft() -> None:
 def train_redi() -> None:
     config = parse(REDIConfig, "Stage 2 of REDI: learning from pairs of right and wrong traces.")
     objective = config.make_objective()
-    run(config, objective, True, model_made_by="python train_sft.py", prepare_score=prepare_score)
+    run(
+        config,
+        objective,
+        paired=True,
+        model_made_by="python train_sft.py",
+        prepare_score=prepare_score,
+    )
 
 
 def prepare_score(config: TrainConfig, source: Source, world: World) -> Score | None:

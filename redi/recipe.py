@@ -2,7 +2,7 @@
 
     TrainConfig     what both stages share, one setting per line with its unit
     SFTConfig       stage 1: Qwen2.5-Math-1.5B on correct traces, 5 epochs at lr 5e-5
-    REDIConfig      stage 2: its result on pairs, 1 epoch at lr 1e-6, alpha 0.8 (Section 4)
+    REDIConfig      stage 2: the stage-1 model on pairs, 1 epoch at lr 1e-6, alpha 0.8 (Section 4)
 
 A field is a TOML key of a recipe and, with dashes, a flag (config.py). Settings are checked here,
 when a config is made, so the loop never has to.
@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 from redi.config import UserError, may_change, require
 from redi.objectives import OBJECTIVES, Objective, loss_parameters, make_objective
 
-# Values quoted when a flag is missing: the paper's, and those of the papers that the other
-# objectives come from, where their authors settled on one.
+# Values suggested when a flag is missing: the paper's, and those of each other objective's own
+# paper, where it recommends one.
 PUBLISHED = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.001}, "simpo": {"beta": 2.0, "gamma": 1.0}}
 SOURCES = {
     "dpo_norm": {"beta": 5.0}, "irpo": {"beta": 0.1, "alpha": 1.0}, "orpo": {"alpha": 0.1},
@@ -43,7 +43,7 @@ class TrainConfig:
     max_length: Annotated[int, "longest prompt and response together, tokens"]
     over_length: Annotated[Literal["drop", "error"], "what to do with rows over a limit"] = "drop"
     max_steps: Annotated[int | None, "stop after this many steps; the schedule ends there"] = None
-    pack_tokens: Annotated[int, "tokens in a forward pass; a longer row gets its own"] = 32768
+    pack_tokens: Annotated[int, "tokens per pack; a longer trace gets its own"] = 32768
     weight_decay: Annotated[float, "AdamW's, on matrices only"] = 1e-4
     clip: Annotated[float, "largest gradient norm"] = 1.0
     seed: Annotated[int, "seed of the shuffle"] = 42
@@ -54,22 +54,22 @@ class TrainConfig:
     eval_every: Annotated[int, "optimizer steps between held-out losses, and between scores"] = 100
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute; auto: bf16 on CUDA"] = "auto"
     reshard_after_forward: Annotated[bool, "free weights after use (ZeRO-3)", may_change] = False
-    checkpoint_blocks: Annotated[str, "recomputed: auto, all, none or N", may_change] = "auto"
+    checkpoint_blocks: Annotated[str, "recompute auto, all, none or N blocks", may_change] = "auto"
     compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
     save_dtype: Annotated[
         Literal["source", "float32", "bfloat16", "float16"], "dtype of the saved weights"
     ] = "source"
     save_every: Annotated[int, "optimizer steps between checkpoints", may_change] = 200
     keep: Annotated[int, "how many of the newest checkpoints to keep", may_change] = 2
-    resume: Annotated[Literal["auto", "never"], "from the newest checkpoint", may_change] = "auto"
+    resume: Annotated[Literal["auto", "never"], "whether to resume", may_change] = "auto"
     timeout: Annotated[float, "minutes to wait for the other processes", may_change] = 30.0
-    collapse_threshold: Annotated[float, "warn of such a fall in log-prob", may_change] = 0.5
-    collapse_steps: Annotated[int, "... for this many consecutive steps", may_change] = 20
-    collapse_stop: Annotated[bool, "... and stop", may_change] = False
+    collapse_threshold: Annotated[float, "warn if chosen log-probs fall by it", may_change] = 0.5
+    collapse_steps: Annotated[int, "... for this many steps in a row", may_change] = 20
+    collapse_stop: Annotated[bool, "stop the run at that warning", may_change] = False
     cache: Annotated[str, "folder for tokenized data, kept between runs", may_change] = "out/tokens"
     tracker: Annotated[
         Literal["none", "tensorboard", "wandb"],
-        "gets the same metrics as metrics.jsonl",
+        "where else to send the metrics",
         may_change,
     ] = "none"
     dry_run: Annotated[bool, "load, check, plan and report, then stop", may_change] = False
@@ -119,7 +119,7 @@ class REDIConfig(TrainConfig):
     """Stage 2: learning from pairs of a correct and an incorrect trace (Eq. 5)."""
 
     objective: Annotated[Literal[OBJECTIVES], "what is minimized"] = "redi"
-    alpha: Annotated[float | None, "weight of the rejected trace, or of a second term"] = None
+    alpha: Annotated[float | None, "weight of the rejected trace (redi: 0.8) or of a term"] = None
     beta: Annotated[float | None, "sharpness of the sigmoid; dpo, simpo and their kin"] = None
     gamma: Annotated[float | None, "target margin (simpo), or an exponent (redi_weighted)"] = None
     model: str = "out/sft"

@@ -58,7 +58,7 @@ def run(
         data = TrainData(dataset, objective, world, config.pack_tokens)
         eval_data = replace(data, dataset=eval_dataset) if eval_dataset else None
         dtype = distributed.compute_dtype(config.dtype, world)
-        memory = step_memory(model, longest_pack(dataset, config), world, dtype)
+        memory = step_memory(model, longest_pack(data, config), world, dtype)
         checkpointed = blocks_to_checkpoint(config.checkpoint_blocks, memory)
         how = Parallelism(dtype, checkpointed, config.compile, config.reshard_after_forward)
         print(describe(dataset, source.chat), describe_plan(data, config), sep="\n")
@@ -159,11 +159,12 @@ def describe_plan(data: TrainData, config: TrainConfig) -> str:
     )
 
 
-def longest_pack(dataset: Dataset, config: TrainConfig) -> int:
+def longest_pack(data: TrainData, config: TrainConfig) -> int:
     """The most tokens that a pack of this run can hold."""
-    longest_row = int(dataset.lengths.max())
-    step = config.rows_per_step * longest_row * (2 if dataset.store.paired else 1)
-    return max(longest_row, min(config.pack_tokens, step))
+    lengths = data.dataset.lengths.reshape(len(data.dataset), -1)  # of one or two traces per row
+    pieces = lengths.sum(axis=1) if data.objective.keep_pairs else lengths
+    step = config.rows_per_step * lengths.sum(axis=1).max()
+    return int(max(pieces.max(), min(config.pack_tokens, step)))
 
 
 def facts_of(source: Source, dataset: Dataset, data: str) -> dict[str, str]:

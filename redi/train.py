@@ -152,7 +152,7 @@ def _replay(
     return guard
 
 
-STOP, UPDATE, GRAD_NORM = range(3)  # the scalars that ranks sum in a step
+STOP, SQUARED_UPDATE, GRAD_NORM = range(3)  # the scalars that ranks sum in a step
 
 
 def train_step(
@@ -179,7 +179,7 @@ def train_step(
     # Nodes hold the same weights, so each counts for its share.
     update = squared_update_norm(optimizer) / world.num_nodes
 
-    # ---- one exchange between ranks; the host waits for the device here
+    # ---- one all-reduce for all statistics; the host waits for the device here
     # Every rank has the whole gradient's norm, so only rank 0 contributes it.
     scalars = [float(signals.wanted), update, grad_norm if world.rank == 0 else 0.0]
     stats = gather_step_stats(data, step, results, scalars)
@@ -187,7 +187,7 @@ def train_step(
     # ---- update
     record = {"loss": stats.loss, **stats.logp_summary(), **stats.entropy_summary()}
     record |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": stats.scalars[GRAD_NORM]}
-    record["update_norm"] = math.sqrt(stats.scalars[UPDATE])
+    record["update_norm"] = math.sqrt(stats.scalars[SQUARED_UPDATE])
     if math.isfinite(record["loss"] + record["grad_norm"]):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -230,7 +230,7 @@ class StopSignals:
 
     def _note(self, number: int, _: object) -> None:
         if number == signal.SIGINT and self.wanted and time.monotonic() - self._noted > 1.0:
-            raise KeyboardInterrupt("at once; the newest checkpoint stays")
+            raise KeyboardInterrupt("immediately; the newest checkpoint is kept")
         self.wanted, self._noted = True, time.monotonic()
 
 
@@ -251,8 +251,8 @@ def _not_finite(
     kept = checkpoints.at(checkpoints.steps()[0]) if checkpoints.steps() else "none yet"
     return UserError(
         f"{config.data}: step {number} has loss {record['loss']} and gradient norm "
-        f"{record['grad_norm']}; it was not applied; rank {', '.join(map(str, ranks))}, rows "
-        f"{', '.join(map(str, rows))}; last good checkpoint: {kept}"
+        f"{record['grad_norm']}; the update was not applied; rank {', '.join(map(str, ranks))}, "
+        f"rows {', '.join(map(str, rows))}; last good checkpoint: {kept}"
     )
 
 

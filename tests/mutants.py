@@ -233,8 +233,8 @@ MUTANTS = (
     Mutant(
         "the update norm uses the bias correction of the step before",
         "redi/monitor.py",
-        'step = state["step"].double() + 1.0',
-        'step = state["step"].double()',
+        'step = state.get("step", torch.zeros_like(total)).double() + 1.0',
+        'step = state.get("step", torch.ones_like(total)).double()',
         (
             "tests/test_train.py"
             "::test_the_update_norm_is_that_of_the_difference_of_the_weights[1.0-0.0-redi]",
@@ -293,8 +293,8 @@ MUTANTS = (
     Mutant(
         "the rows of a weight that does not divide evenly begin at the wrong one",
         "redi/distributed.py",
-        "index * -(-len(parameter) // shards)",
-        "index * (len(parameter) // shards)",
+        "shard_index * -(-len(parameter) // num_shards)",
+        "shard_index * (len(parameter) // num_shards)",
         ("tests/test_checkpoint.py::test_a_rank_reads_the_rows_that_its_shard_holds",),
     ),
     Mutant(
@@ -360,8 +360,8 @@ MUTANTS = (
     Mutant(
         "|y| does not count the stop token",
         "redi/data/store.py",
-        "len(row.response_ids) if row.learned is None",
-        "len(row.response_ids) - 1 if row.learned is None",
+        "response_lengths.append(sum(learned) if learned else len(ids))",
+        "response_lengths.append(sum(learned) if learned else len(ids) - 1)",
         ("tests/test_train.py::test_stored_tokens_are_the_rendered_rows",),
     ),
     Mutant(
@@ -381,8 +381,8 @@ MUTANTS = (
     Mutant(
         "chosen and rejected are swapped",
         "redi/data/formats.py",
-        'sides = ("chosen", "rejected") if paired',
-        'sides = ("rejected", "chosen") if paired',
+        'sides = [field for field in fields if field != "prompt"]',
+        'sides = [field for field in reversed(fields) if field != "prompt"]',
         ("tests/test_formats.py::test_every_shape_of_a_pair",),
     ),
 )

@@ -246,7 +246,7 @@ def interrupt_again_after(seconds: float) -> None:
 def test_a_second_ctrl_c_stops_at_once(alone):
     stopped = child(alone, SFT, after_step(3, partial(interrupt_again_after, 1.1)))
     stopped.ends(130)
-    assert stopped.errors.strip() == "stopped: at once; the newest checkpoint stays"
+    assert stopped.errors.strip() == "stopped: immediately; the newest checkpoint is kept"
     assert saved() == [2]
     child(alone, SFT).ends(0)
     assert_same_bits("run", "whole")
@@ -447,7 +447,7 @@ def test_a_gradient_that_is_not_finite_names_the_steps_rows(here, monkeypatch):
     with pytest.raises(UserError) as refused:
         run(sft_config(save_every=2))
     said = re.fullmatch(
-        r"positives.jsonl: step 3 has loss (.*) and gradient norm inf; it was not applied; "
+        r"positives.jsonl: step 3 has loss (.*) and gradient norm inf; the update was not applied; "
         r"rank 0, rows (\d+), (\d+); last good checkpoint: run/checkpoints/step-000002",
         str(refused.value),
     )

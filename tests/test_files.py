@@ -83,7 +83,7 @@ def test_a_folder_gives_its_files_in_name_order_and_a_list_in_its_own(tmp_path):
         ("empty.jsonl", "", "empty.jsonl: holds no rows"),
         ("blank.jsonl", "\n\n", "blank.jsonl: holds no rows"),
         ("none.json", "[]", "none.json: holds no rows"),
-        ("false.parquet", "PAR1 it says", "false.parquet: not a sound Parquet file after row 0"),
+        ("false.parquet", "PAR1 it says", "false.parquet: damaged Parquet file after row 0"),
         ("table.csv", "n\n1\n", "table.csv: expected a .parquet, .jsonl or .json file"),
         ("gone.jsonl", None, "gone.jsonl: no such file or folder"),
     ],

@@ -96,7 +96,7 @@ REFUSED = {  # row, paired, what is said
     "surrogate": ({"prompt": "\ud800", "completion": "a"}, False, "'prompt' must be"),
     "blank": ({"prompt": "a", "completion": " \n"}, False, "'completion' is empty"),
     "blank turn": ({"messages": [*ASKED, assistant(""), *TURNS[2:]]}, False, "is empty"),
-    "no answer": ({"messages": ASKED}, False, "must go on with an assistant's message"),
+    "no answer": ({"messages": ASKED}, False, "must start with an assistant's message"),
     "ends with a question": ({"messages": TURNS[:3]}, False, "and end with one"),
     "no question": ({"messages": RIGHT}, False, "a prompt is missing"),
     "prompt ends with an answer": (

@@ -69,7 +69,7 @@ def test_threshold_and_steps_are_the_users(threshold, in_a_row, due):
 
 def test_the_warning_says_how_far_it_fell_and_what_helps():
     [warning] = warnings_of([-0.25, -1.0, -1.25, -1.5]).values()
-    assert "0.5 nats per token less likely than at the start for 3 steps" in warning
+    assert "over 0.5 nats per token less likely than at the start for 3 steps" in warning
     assert "now 1.25: -0.25 -> -1.50" in warning
     assert "smaller --lr" in warning
 

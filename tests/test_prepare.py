@@ -392,7 +392,7 @@ BAD_INPUTS = [
     ("latin.jsonl", GOOD.encode() + b'\n{"x": "\xe9"}\n', "latin.jsonl:2: not valid JSON in UTF-8"),
     ("list.jsonl", f"{GOOD}\n[]\n", "list.jsonl:2: expected a JSON object"),
     ("empty.jsonl", "", "empty.jsonl: holds no rows"),
-    ("false.parquet", "PAR1", "false.parquet: not a sound Parquet file"),
+    ("false.parquet", "PAR1", "false.parquet: damaged Parquet file"),
     ("other.jsonl", '{"question": "1+1?"}\n', "other.jsonl: not teacher data in a form known here"),
     ("table.csv", "problem\n1+1?\n", "table.csv: expected a .parquet, .jsonl or .json"),
     ("gone.jsonl", None, "gone.jsonl: no such file or folder"),
@@ -443,7 +443,7 @@ def test_an_output_folder_under_a_file_is_one_line(tmp_path):
     for out in ("raw.jsonl", "raw.jsonl/made"):
         status, _, err = run("raw.jsonl", "--out", out, cwd=tmp_path)
         assert status == 2
-        assert err.startswith(f"error: {out}: cannot be made a folder (")
+        assert err.startswith(f"error: {out}: cannot create this folder (")
         assert err.count("\n") == 1
 
 

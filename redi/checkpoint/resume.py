@@ -35,7 +35,7 @@ UNCHANGED = ("parent's weights sha256", "tokenizer", "data sha256")  # facts, wh
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one run. All ranks must call every method."""
+    """The checkpoints of one run. All ranks must call save, load and newest_valid."""
 
     out: Path
     world: World

@@ -1,6 +1,7 @@
 """The rows of a token store (store.py) that a run trains on, and a description of them.
 
-No row is ever cut: one over a limit is left out and counted, or with over_length "error" refused.
+No row is ever cut: a row over a limit is dropped and counted; with over_length "error" it stops the
+run.
 Left out: shuffling and batching (packing.plan). Letters: N rows, S sequences (N or 2 N).
 """
 

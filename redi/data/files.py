@@ -78,7 +78,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
             for number, row in enumerate(rows, 1):
                 yield f"{path}: row {number}", row
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a sound Parquet file after row {number} ({error})") from None
+        raise UserError(f"{path}: damaged Parquet file after row {number} ({error})") from None
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -144,7 +144,7 @@ def make_folder(path: str | Path) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made a folder ({error.strerror})") from None
+        raise UserError(f"{path}: cannot create this folder ({error.strerror})") from None
 
 
 def to_disk(file: IO) -> None:

@@ -60,7 +60,7 @@ def find_format(row: Mapping[str, Any], where: str, paired: bool) -> tuple[str, 
             return fields
     hint = ""
     if {"generations", "traces"} & set(present):
-        hint = "; it looks like a teacher's: python -m redi.prepare makes rows to train on"
+        hint = "; this looks like raw teacher data: python -m redi.prepare makes rows to train on"
     elif any(set(fields) <= set(present) for fields in FORMATS[not paired]):
         hint = f"; {'train_sft.py' if paired else 'train_redi.py'} trains on such rows"
     expected = " or ".join("{" + ", ".join(fields) + "}" for fields in FORMATS[paired])
@@ -116,7 +116,9 @@ def _after_prompt(prompt: list[Message], response: list[Message], what: str) -> 
     if not prompt:
         raise UserError(f"{what} begins with an answer: a prompt is missing")
     if not response or not is_answer(response[0]) or not is_answer(response[-1]):
-        raise UserError(f"{what} must go on with an assistant's message, and end with one")
+        raise UserError(
+            f"{what} must start with an assistant's message after the prompt, and end with one"
+        )
     if not all(message["content"].strip() for message in response if is_answer(message)):
         raise UserError(f"{what} is empty; a response needs text")
     return response
@@ -135,14 +137,16 @@ def _read_messages(row: Row, field: str, where: str, role: str | None = None) ->
         )
     lost = [name for message in value for name in OTHER_CONTENT if message.get(name)]
     if lost:
-        raise UserError(f"{where}: {field!r} has {lost[0]!r} beside 'content': not trained on")
+        raise UserError(
+            f"{where}: {field!r} has {lost[0]!r} beside 'content', which redi cannot train on"
+        )
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def _is_message(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.get("role") in ROLES  # the template gets the role unchecked
+        and value.get("role") in ROLES  # the template inserts the role as it is
         and isinstance(value.get("content"), str)
         and is_encodable(value["content"])
     )

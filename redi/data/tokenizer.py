@@ -188,7 +188,9 @@ class ChatTokenizer:
                     "than before a generated one, so training would not match generation"
                 )
             if [piece.control_id for piece in pieces[at + 1 : at + 2]] != [self.stop_id]:
-                raise UserError(f"{self.where}: a row does not end with the stop token")
+                raise UserError(
+                    f"{self.where}: the chat template does not end every answer with the stop token"
+                )
             segments += [pieces[end:at], pieces[at : at + 2]]
             end = at + 2
         return [_fill(segment, messages) for segment in segments]
