@@ -120,27 +120,16 @@ def pair_arguments(
 ) -> dict[str, Tensor | Sequence[Tensor]]:
     """PAIR_ARGUMENTS of a pack whose sequences are chosen, rejected, chosen, ...; the reference's
     only if there is one. token_logps (R,), reference (N, 2)."""
-    traces = token_logps.split(batch.response_lengths)  # 2P of (|y|,)
+    lengths = batch.response_lengths
+    traces = token_logps.split(lengths)  # 2P of (|y|,)
     sums = torch.stack([trace.sum() for trace in traces])  # (2P,)
     means = torch.stack([trace.mean() for trace in traces])
-    values = {
-        "chosen_logps": traces[0::2],
-        "rejected_logps": traces[1::2],
-        "chosen_sum": sums[0::2],
-        "rejected_sum": sums[1::2],
-        "chosen_mean": means[0::2],
-        "rejected_mean": means[1::2],
-    }
+    values = {"{}_logps": traces, "{}_sum": sums, "{}_mean": means}
     if reference is not None:
-        ref_sums = reference[batch.row_ids[0::2]].to(sums)  # (P, 2)
-        ref_means = ref_sums / torch.tensor(batch.response_lengths).reshape(-1, 2).to(sums)
-        values |= {
-            "ref_chosen_sum": ref_sums[:, 0],
-            "ref_rejected_sum": ref_sums[:, 1],
-            "ref_chosen_mean": ref_means[:, 0],
-            "ref_rejected_mean": ref_means[:, 1],
-        }
-    return values
+        ref_sums = reference[batch.row_ids[0::2]].reshape(-1).to(sums)  # (2P,)
+        values |= {"ref_{}_sum": ref_sums, "ref_{}_mean": ref_sums / torch.tensor(lengths).to(sums)}
+    sides = {"chosen": slice(0, None, 2), "rejected": slice(1, None, 2)}
+    return {name.format(side): v[at] for name, v in values.items() for side, at in sides.items()}
 
 
 # ---------------------------------------------------------------- from a loss to an objective
