@@ -202,7 +202,7 @@ def test_the_real_client_without_a_network_is_a_one_line_error(tmp_path):
 def test_local_json_lines_import_neither_the_hub_client_nor_pyarrow(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     code = (
-        "import sys, redi.prepare; from redi.data.files import read_rows;"
+        "import sys, redi.prepare.__main__; from redi.data.files import read_rows;"
         "assert list(read_rows('rows.jsonl')) == [('rows.jsonl:1', {})];"
         "print(sorted({'pyarrow', 'huggingface_hub', 'torch', 'numpy'} & set(sys.modules)))"
     )

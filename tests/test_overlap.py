@@ -148,7 +148,7 @@ def test_problems_that_differ_in_what_they_ask_have_other_tokens(one, other):
     assert tokens(one) != tokens(other)
 
 
-def test_a_repeated_problem_is_told_as_exact_or_normalised():
+def test_a_repeated_problem_is_told_as_exact_or_normalized():
     seen = Seen()
     problems = ["Find $x$.", "Find $y$.", "Find $x$.", "find \\(x\\)", "find \\(x\\)"]
-    assert [seen.add(p) for p in problems] == [None, None, "exact", "normalised", "exact"]
+    assert [seen.add(p) for p in problems] == [None, None, "exact", "normalized", "exact"]

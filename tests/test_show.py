@@ -183,37 +183,6 @@ def test_an_epoch_of_five_rows_has_a_smaller_last_step():
     assert told["packs"] == "of 10 tokens: 1.7 per step on each of 1 ranks, 100 % full"
 
 
-# ---------------------------------------------------------------- the data card
-
-
-def card_of(file: Path) -> None:
-    card = {
-        "redi": "0.1.0",
-        "raw": "raw.parquet",
-        "format": "OpenR1-Math-Raw",
-        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest()},
-    }
-    (file.parent / "card.json").write_text(json.dumps(card))
-
-
-def test_the_card_says_what_the_rows_were_made_from(shown):
-    file = write(Path("pairs.jsonl"), PAIRS)
-    card_of(file)
-    lines = lines_of(shown(file))
-    expected = "raw.parquet (OpenR1-Math-Raw, by redi 0.1.0); see card.json"
-    assert lines["made from"] == expected
-
-
-def test_a_card_of_other_bytes_or_of_other_files_is_not_quoted(shown):
-    file = write(Path("pairs.jsonl"), PAIRS)
-    card_of(file)
-    write(file, PAIRS[:3])
-    assert "raw.parquet" not in shown(file)
-    for text in ("[]", "{", '{"sha256": 1}', '{"sha256": []}'):
-        Path("card.json").write_text(text)
-        assert "made from" not in shown(file)
-
-
 # ---------------------------------------------------------------- the row with its mask
 
 

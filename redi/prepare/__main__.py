@@ -12,17 +12,16 @@ prints, for 50 problems of which one has no correct trace and 45 have no incorre
       no incorrect generation  45
     pairs                       4  small/pairs.jsonl
 
-Each count is the one above it less the dropped rows between them. raw.py lists the forms the data
-may have, traces.py the rules; the defaults are the paper's. Optional, and not in the paper: labels
-from our own grader (labels.py), dropping repeated problems, dropping problems of a benchmark
-(overlap.py). Traces without labels are always graded, except in OpenR1-Math-Raw.
+Each total is the one above it minus the rows dropped between them. The defaults are the paper's.
+Not in the paper: labels from our own grader (labels.py), which traces without labels always get,
+except in OpenR1-Math-Raw; dropping repeated problems or problems of a benchmark (overlap.py).
 
 card.json describes the files beside it: the source, the rules, the counts (zeros included), and the
 SHA-256 of everything read and written. contaminated.jsonl lists the rows found in a benchmark.
 
 Rows are streamed from file to file. The same rows in the same order give the same bytes, whatever
-their form and however many workers grade. Nothing here is random, so the card's seed is null. Left
-out: shuffling and limits on length, which are the trainers'.
+their form and the number of workers. Nothing is random, so the card's seed is null. Left out:
+shuffling and limits on length, which belong to the trainers.
 """
 
 import contextlib
@@ -39,7 +38,7 @@ from tqdm import tqdm
 
 import redi
 from redi.config import UserError, parse, positional, program, require
-from redi.data.files import make_folder, write_aside
+from redi.data.files import hash_files, make_folder, to_disk, write_aside
 from redi.eval import benchmarks
 from redi.eval.grade import Grader
 from redi.hub import CARD, dataset_files
@@ -50,7 +49,7 @@ from redi.prepare.traces import Choice, Rules
 
 POSITIVES, PAIRS = "positives.jsonl", "pairs.jsonl"
 CONTAMINATED = "contaminated.jsonl"
-REPEATED = {"exact": "duplicate", "normalised": "duplicate but for its typesetting"}
+REPEATED = {"exact": "duplicate", "normalized": "duplicate but for its typesetting"}
 OVERLAPPING = {"same text": "in a benchmark", "other numbers": "in a benchmark, other numbers"}
 
 
@@ -78,7 +77,7 @@ class PrepareConfig(Rules):
 class Counts:
     """rows = positives + all of no_positive; positives + further = pairs + all of no_pair.
 
-    further: pairs that could have been made beside a problem's first, with --pairs-per-problem.
+    further: candidates for a second or later pair, with --pairs-per-problem.
     sources: of the positives.
     """
 
@@ -139,7 +138,7 @@ def no_counts(config: PrepareConfig, form: Form) -> Counts:
 
 
 class JsonLines:
-    """Rows as JSON lines into a text file, and the SHA-256 of what was written."""
+    """Writes rows as JSON lines into a text file and hashes what it writes."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
@@ -152,13 +151,12 @@ class JsonLines:
 
     def finish(self) -> str:
         """Sync the file to disk; its SHA-256 in hex."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        to_disk(self.file)
         return self.sha256.hexdigest()
 
 
 class Overlaps:
-    """Drops problems that also occur in a benchmark, or in an earlier row."""
+    """Finds problems that also occur in a benchmark or in an earlier row."""
 
     def __init__(self, config: PrepareConfig) -> None:
         tests = [benchmarks.load(name) for name in dict.fromkeys(config.decontaminate)]
@@ -167,26 +165,22 @@ class Overlaps:
         self.index = overlap.Index(problems, config.ngram) if tests else None
         self.seen = overlap.Seen() if config.dedup else None
 
-    def check(self, number: int, row: RawRow, choice: Choice, found: JsonLines | None) -> Choice:
-        """`choice`, or no positive if the problem occurs elsewhere; matches go to `found`."""
-        if choice.positive is None:
-            return choice
+    def reason_to_drop(self, number: int, row: RawRow, found: JsonLines | None) -> str | None:
+        """Where else the problem occurs, or None. Matches with a benchmark go to `found`."""
         matches = self.index.matches(row.problem) if self.index else []
         for match in matches:
-            place = {"row": number, "id": row.id, "problem": row.problem}
+            ours = {"row": number, "id": row.id, "problem": row.problem}
             theirs = {"benchmark": match.benchmark, "benchmark_id": match.id}
-            found.write(place | theirs | {"kind": match.kind, "share": round(match.share, 3)})
-        if matches:
-            kinds = {match.kind for match in matches}
-            worst = "same text" if "same text" in kinds else "other numbers"
-            return Choice(no_positive=OVERLAPPING[worst])
-        repeated = self.seen and self.seen.add(row.problem)
-        return Choice(no_positive=REPEATED[repeated]) if repeated else choice
+            found.write(ours | theirs | {"kind": match.kind, "share": round(match.share, 3)})
+        for kind, reason in OVERLAPPING.items():  # "same text" first
+            if any(match.kind == kind for match in matches):
+                return reason
+        return REPEATED.get(self.seen.add(row.problem)) if self.seen else None
 
 
 def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
-    """Write positives.jsonl, pairs.jsonl and card.json into the folder `config.out`. card.json gets
-    its name last: without it, the other files may not belong together."""
+    """Write the files into `config.out`. card.json gets its name last: without it, the other files
+    may not belong together. Raises UserError: bad input, or a file that cannot be written."""
     files, out = dataset_files(config.raw), Path(config.out)
     names = [CARD, POSITIVES, PAIRS, *([CONTAMINATED] if config.decontaminate else [])]
     clash = {file.resolve() for file in files} & {(out / name).resolve() for name in names}
@@ -196,7 +190,7 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
     counts = no_counts(config, form)
     make_folder(out)
     with contextlib.ExitStack() as opened:
-        # The files are renamed in reverse order, card.json last.
+        # They are renamed in reverse order, so card.json last.
         card, *others = (opened.enter_context(write_aside(out / name)) for name in names)
         written = {name: JsonLines(file) for name, file in zip(names[1:], others)}
         grader = opened.enter_context(Grader(config.workers))
@@ -205,22 +199,23 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
         rows, total = labels.add(raw.read(files, form, out)), _number_of_rows(files, form)
         bar = tqdm(rows, desc="prepare", unit=" rows", disable=None, total=total)
         for number, row in enumerate(opened.enter_context(bar), start=1):
-            choice = traces.choose(row, config)
-            choice = overlaps.check(number, row, choice, written.get(CONTAMINATED))
+            choice, found = traces.choose(row, config), written.get(CONTAMINATED)
+            if choice.positive and (reason := overlaps.reason_to_drop(number, row, found)):
+                choice = Choice(no_positive=reason)
             counts.add(row, choice)
             if choice.positive:
                 written[POSITIVES].write(choice.positive)
             for pair in choice.pairs:
                 written[PAIRS].write(pair)
-        # Syncing gigabytes takes seconds. Done here, the renames follow one another at once, and
-        # Ctrl-C does not find new pairs beside old positives.
+        # Syncing gigabytes takes seconds. Done before the first rename, it leaves Ctrl-C no time to
+        # put new pairs beside old positives.
         sha256 = {name: file.finish() for name, file in written.items()}
-        settings = dataclasses.asdict(config)
+        rules = dataclasses.asdict(config).items()
         facts = {
             "redi": redi.__version__,
             "raw": config.raw,
             "format": form.name,
-            "rules": {k: v for k, v in settings.items() if k not in ("raw", "out", "workers")},
+            "rules": {k: v for k, v in rules if k not in ("raw", "out", "workers")},
             "seed": None,
             "benchmarks": overlaps.benchmarks,
             **vars(counts),
@@ -238,15 +233,12 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
 def _hashes(files: list[Path]) -> dict[str, str]:
     """The SHA-256 of each file, by its path relative to the folder that holds them all."""
     top = os.path.commonpath([file.parent for file in files])
-    hashes = {}
-    for path in tqdm(files, desc="hash", unit=" files", disable=None, leave=False):
-        with open(path, "rb") as file:
-            hashes[os.path.relpath(path, top)] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    bar = tqdm(files, desc="hash", unit=" files", disable=None, leave=False)
+    return {os.path.relpath(path, top): hash_files([path]) for path in bar}
 
 
 def _number_of_rows(files: list[Path], form: Form) -> int | None:
-    """For the progress bar, if the files say it without being read."""
+    """For the progress bar: the problems, if the files say so without being read."""
     if form.one_trace or any(file.suffix != ".parquet" for file in files):
         return None
     import pyarrow.parquet
@@ -255,7 +247,7 @@ def _number_of_rows(files: list[Path], form: Form) -> int | None:
 
 
 def table(counts: Counts, form: Form, out: Path) -> str:
-    """The account as aligned text, as in the module's docstring; zeros are left out."""
+    """The account as in the module's docstring, without zeros."""
     lines = [
         *([("traces", counts.traces, "")] if form.one_trace else []),
         ("problems" if form.one_trace else "raw rows", counts.rows, ""),

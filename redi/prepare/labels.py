@@ -4,15 +4,14 @@
     verdict        correct        incorrect       correct
     new votes      (True,)        (False,)        (True,)
 
-The traces without a vote are graded against the row's `answer`, with `relabel` all traces. Whatever
-is not correct is incorrect, a missing or truncated answer included, as in the paper. A comparison
-that timed out is no verdict: the trace has no vote and is neither correct nor incorrect.
+Traces without a vote are graded against the row's `answer`; with `relabel`, all traces are. A trace
+that is not correct is incorrect, as in the paper, even if its answer is missing or truncated. After
+a timeout the trace has no vote and is neither.
 
 The grader reads what follows `</think>`. If no trace of a row has `<think>` or `</think>`, the
-teacher does not mark its thinking, and its traces are read whole; if another trace of the row has
-one, a trace without `</think>` was truncated.
-Left out: rows of OpenR1-Math-Raw without labels are graded with `relabel` only; the paper drops
-them.
+teacher does not mark its thinking, and its traces are read whole; otherwise a trace without
+`</think>` was truncated. Left out: without `relabel`, rows of OpenR1-Math-Raw that have no labels
+are dropped, as in the paper.
 """
 
 from collections import Counter
@@ -32,10 +31,7 @@ BATCH_ROWS = 64  # graded together; a row is up to half a megabyte
 
 
 class Labels:
-    """Grades rows, and counts its verdicts by the labels that were given.
-
-    counts: (what the given votes said, the verdict) -> traces.
-    """
+    """Grades rows. counts: (what the given votes said, our verdict) -> number of traces."""
 
     def __init__(self, grader: Grader, rules: Rules, relabel: bool) -> None:
         self.grader = grader
@@ -44,16 +40,13 @@ class Labels:
         self.counts: Counter[tuple[str, Verdict]] = Counter()
 
     def add(self, rows: Iterable[RawRow]) -> Iterator[RawRow]:
-        """`rows` with votes on every trace to be graded. If the rules ask for complete traces,
-        `complete` is then decided by the texts."""
+        """`rows` with our votes; with require_complete, `complete` is then decided by the texts."""
         rows = iter(rows)
         while batch := list(islice(rows, BATCH_ROWS)):
-            chosen = [self._to_grade(row) for row in batch]
-            items = [
-                item for row, indices in zip(batch, chosen) for item in _questions(row, indices)
-            ]
+            to_grade = [(row, self._to_grade(row)) for row in batch]
+            items = [item for row, indices in to_grade for item in _items(row, indices)]
             verdicts = iter(self.grader.grade_all(items))
-            for row, indices in zip(batch, chosen):
+            for row, indices in to_grade:
                 if indices and row.answer is not None:
                     row = self._with_votes(row, indices, verdicts)
                 elif indices and (self.relabel or not any(row.votes)):
@@ -61,7 +54,7 @@ class Labels:
                 yield _with_complete(row) if self.rules.require_complete else row
 
     def _to_grade(self, row: RawRow) -> list[int]:
-        """Indices of the traces to be graded; none of a row that is dropped anyway."""
+        """Indices of the traces to grade: none if the row is dropped anyway."""
         if traces.unusable(row, self.rules) or (row.flaw and not self.relabel):
             return []
         return [i for i, votes in enumerate(row.votes) if self.relabel or not votes]
@@ -75,9 +68,9 @@ class Labels:
         return replace(row, votes=votes, flaw=None)
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """{what was given: {verdict: traces}}; labels that were never given are left out."""
-        rows = {given: {v: self.counts[given, v] for v in get_args(Verdict)} for given in GIVEN}
-        return {given: row for given, row in rows.items() if any(row.values())}
+        """{what was given: {verdict: number of traces}}, without what was never given."""
+        columns = {given: {v: self.counts[given, v] for v in get_args(Verdict)} for given in GIVEN}
+        return {given: column for given, column in columns.items() if any(column.values())}
 
     def table(self) -> str:
         """The verdicts by the given labels, and how far the two agree."""
@@ -93,7 +86,8 @@ class Labels:
         return "\n".join(lines)
 
 
-def _questions(row: RawRow, indices: list[int]) -> Iterator[tuple[str, str, str]]:
+def _items(row: RawRow, indices: list[int]) -> Iterator[tuple[str, str, str]]:
+    """(response, answer, finish_reason) of the traces, for the grader."""
     if row.answer is None:
         return
     tagged = any("<think>" in trace or "</think>" in trace for trace in row.traces if trace)

@@ -8,13 +8,12 @@ Tokens are lower-case words, numbers, LaTeX commands and signs, without typesett
 
 A benchmark's problem is found in another text by its word n-grams (signs left out). Competition
 problems share stock phrases, "the number of ordered pairs of positive integers", so one common
-n-gram proves nothing: half of the benchmark problem's must occur. A copy with other numbers has
-nearly all of its n-grams when numbers are masked, and is reported as such. A problem of fewer than
-2n words may consist of stock phrases: it is found only if its tokens, signs included, are one or
-several sentences of the text.
+n-gram proves nothing: half of them must occur. A copy with other numbers has nearly all n-grams
+once numbers are masked, and is reported as such. A problem of fewer than 2n words may consist of
+stock phrases: it is found only if its tokens, signs included, are whole sentences of the text.
 
 Left out: paraphrases and translations, which take a model to find; traces, which quote anything;
-texts in languages that put no spaces between words.
+languages without spaces between words.
 """
 
 import hashlib
@@ -24,9 +23,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-# What a copy must have of a benchmark problem's n-grams, and of those with numbers masked. Between
-# the five benchmarks of the paper, unrelated problems share up to 0.21 of their 8-grams; with n = 5
-# they do not collide either, but whole families of small exercises count as one with other numbers.
+# The share of a benchmark problem's n-grams that a copy has, and of those with numbers masked.
+# Unrelated problems of the paper's five benchmarks share up to 0.21 of their 8-grams. With n = 5
+# they do not collide either, but small exercises of one kind count as one with other numbers.
 SAME = 0.5
 MASKED = 0.9
 
@@ -39,7 +38,7 @@ _TYPESETTING = re.compile(
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,)(?=\d{3}(?!\d))")
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _TOKEN = re.compile(r"\\[a-z]+|[^\W\d_]+|\d+(?:\.\d+)?|\S")
-# The last: mathematics without a full stop, and then an instruction on how to answer.
+# The last alternative: mathematics without a full stop before an instruction on how to answer.
 _SENTENCE_END = re.compile(r"(?<=[.?!:])[$\s]*\s|\n|(?<=[$)}\]])\s+(?=[A-Z])")
 _PUNCTUATION = frozenset(".,;?")
 
@@ -48,7 +47,7 @@ Kind = Literal["same text", "other numbers"]
 
 @dataclass(frozen=True)
 class Match:
-    """A benchmark's problem in a text; share: of its n-grams, how many are there."""
+    """A benchmark's problem found in a text; share: of its n-grams."""
 
     benchmark: str
     id: str
@@ -57,26 +56,23 @@ class Match:
 
 
 class Seen:
-    """Problems met so far, as hashes: some hundred bytes each, whatever their length."""
+    """The problems seen so far, as hashes: about a hundred bytes per problem."""
 
     def __init__(self) -> None:
         self._texts: set[bytes] = set()
         self._tokens: set[bytes] = set()
 
-    def add(self, problem: str) -> Literal["exact", "normalised"] | None:
-        """How `problem` repeats an earlier one, or None; from now on it is one of these."""
+    def add(self, problem: str) -> Literal["exact", "normalized"] | None:
+        """Add `problem`; how it repeats an earlier one, or None."""
         text, normal = _digest(problem), _digest(" ".join(tokens(problem)))
-        known = "exact" if text in self._texts else "normalised" if normal in self._tokens else None
+        known = "exact" if text in self._texts else "normalized" if normal in self._tokens else None
         self._texts.add(text)
         self._tokens.add(normal)
         return known
 
 
 class Index:
-    """The n-grams of benchmarks' problems.
-
-    problems: (benchmark, id, text) of each; n: words in an n-gram.
-    """
+    """Finds problems of benchmarks, given as (benchmark, id, text), by their n-grams of words."""
 
     def __init__(self, problems: Iterable[tuple[str, str, str]], n: int) -> None:
         self.n = n
@@ -122,13 +118,10 @@ class Index:
 
 
 def tokens(text: str) -> list[str]:
-    """The normalised tokens of a problem."""
-    return [token for token in _TOKEN.findall(_plain(text).lower()) if token not in _PUNCTUATION]
-
-
-def _plain(text: str) -> str:
-    """`text` without what only sets the type; numbers without separators of thousands."""
-    return _TYPESETTING.sub(" ", _FRACTION.sub(r"\\frac", _THOUSANDS.sub("", text)))
+    """The normalized tokens of a problem."""
+    text = _FRACTION.sub(r"\\frac", _THOUSANDS.sub("", text))
+    plain = _TYPESETTING.sub(" ", text).lower()
+    return [token for token in _TOKEN.findall(plain) if token not in _PUNCTUATION]
 
 
 def _words(found: Sequence[str]) -> list[str]:

@@ -8,11 +8,11 @@ r"""Teacher data in any of four forms -> one `RawRow` per problem, streamed.
 
 The fields of a file's first 100 rows decide its form; a missing field counts as null. Each form may
 also have `answer`, `source` and an id (`uuid` or `id`). Files with one trace per row spell their
-fields in the ways listed below (PROBLEM, TRACE, ...); the first spelling found counts. Their rows
-of the same problem are joined, wherever they are in the files, in order of first appearance. The
-texts wait in a temporary file; memory holds sixteen bytes and an offset per problem.
+fields in the ways listed below (PROBLEM, TRACE, ...); the first spelling found is used. Their rows
+are grouped by problem, in order of first appearance. The texts wait in a temporary file; memory
+holds sixteen bytes and an offset per problem.
 
-What the verifiers say of a trace are its votes. In OpenR1-Math-Raw both must have voted on every
+The verifiers' labels of a trace are its votes. In OpenR1-Math-Raw both must have voted on every
 trace, as in the paper. In OpenR1-Math-220k a null is a missing vote: where the Llama judge's list
 is null, as it mostly is, Math-Verify alone decides; where both voted, the paper's rule needs both.
 (The judge was asked mainly where Math-Verify had said no, so traces it corrected count as wrong,
@@ -41,7 +41,7 @@ RAW, FLAT, LISTED = "OpenR1-Math-Raw", "OpenR1-Math-220k", "problem, traces"
 VERIFIERS = ("llama_verification", "math_verify_reparsed_answer")
 FLAT_VERIFIERS = ("correctness_llama", "correctness_math_verify")
 
-# One trace per row: how published sets spell a field; the first one found is taken.
+# One trace per row: how published data sets spell each field.
 PROBLEM = ("problem", "question", "prompt")
 TRACE = ("generation", "generated_solution", "response", "trace", "output", "completion")
 LABEL = ("correct", "is_correct", "label", "reward")
@@ -49,7 +49,7 @@ ANSWER = ("answer", "expected_answer", "final_answer")
 SOURCE = ("source", "problem_source")
 ID = ("uuid", "id")
 
-HEAD = 100  # rows whose fields decide the form
+HEAD = 100  # rows of a file that decide its form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,7 @@ class RawRow:
 
     votes: what the verifiers said of each trace, true for correct; () if none said anything.
     complete: False where the data says that the trace was truncated.
-    flaw: why nothing of the row can be used: "malformed" (a field of another type, or text that
-    UTF-8 cannot hold), "labels missing" or "labels misaligned".
+    flaw: why the row cannot be used: "malformed", "labels missing" or "labels misaligned".
     """
 
     problem: str | None = None
@@ -82,15 +81,12 @@ class _Malformed(Exception):
 
 @dataclass(frozen=True)
 class Form:
-    """A form of teacher data: its name, the fields that identify it, and its reader.
-
-    one_trace: rows of the same problem still have to be joined.
-    """
+    """A form of teacher data: its name, the fields that identify it, and its reader."""
 
     name: str
     fields: tuple[str, ...]
     reader: Callable[[Row], RawRow]
-    one_trace: bool = False
+    one_trace: bool = False  # rows of the same problem must be joined
 
     def read(self, row: Row) -> RawRow:
         try:
@@ -100,10 +96,9 @@ class Form:
 
 
 def recognize(files: Sequence[Path]) -> Form:
-    """The form of all `files`. Raises UserError, with the fields of a file in no known form."""
-    forms = {file: _form_of(file) for file in files}
-    first = forms[files[0]]
-    for file, form in forms.items():
+    """The form of all `files`. Raises UserError: a file in no known form, or files in two forms."""
+    first, *others = (_form_of(file) for file in files)
+    for file, form in zip(files[1:], others):
         if form.name != first.name:
             raise UserError(
                 f"{file}: is in the form {form.name}, and {files[0]} in the form {first.name}; "
@@ -113,7 +108,7 @@ def recognize(files: Sequence[Path]) -> Form:
 
 
 def read(files: Sequence[Path], form: Form, folder: Path) -> Iterator[RawRow]:
-    """The problems of `files`, in order. One-trace rows wait in an unnamed file in `folder`."""
+    """The problems of `files`, in order. `folder` is for the temporary file of one-trace rows."""
     rows = (form.read(row) for _, row in read_rows(files))
     return _joined_by_problem(rows, folder) if form.one_trace else rows
 
@@ -125,7 +120,7 @@ def _form_of(file: Path) -> Form:
             if seen.get(name) is None:
                 seen[name] = value
     for form in FORMS:
-        if all(field in seen for field in form.fields):
+        if seen.keys() >= set(form.fields):
             return form
     texts = [name for name, value in seen.items() if isinstance(value, str)]
     spellings = {
@@ -151,7 +146,7 @@ def _form_of(file: Path) -> Form:
 
 
 def _openr1_math_raw(row: Row) -> RawRow:
-    traces = _list(row.get("generations"), _text) or []
+    traces = _list(row.get("generations"), _text, [])
     labels = _typed(row.get("correctness"), dict) or {}
     columns = [_list(labels.get(verifier), _vote) for verifier in VERIFIERS]
     if any(column is None or None in column for column in columns):
@@ -159,25 +154,25 @@ def _openr1_math_raw(row: Row) -> RawRow:
     else:
         flaw = None if _aligned(columns, traces) else "labels misaligned"
     votes = [()] * len(traces) if flaw else list(zip(*columns))
-    return _raw_row(row, traces, votes, valid=_is_yes(row.get("problem_is_valid")), flaw=flaw)
+    valid = _is_yes(row.get("problem_is_valid"))
+    return _raw_row(row, traces, votes=votes, valid=valid, flaw=flaw)
 
 
 def _openr1_math_220k(row: Row) -> RawRow:
-    traces = _list(row.get("generations"), _text) or []
-    closed = _list(row.get("is_reasoning_complete"), _vote)
-    reasons = _list(row.get("finish_reasons"), _text)
-    if not _aligned([column for column in (closed, reasons) if column is not None], traces):
+    traces = _list(row.get("generations"), _text, [])
+    nothing = [None] * len(traces)
+    closed = _list(row.get("is_reasoning_complete"), _vote, nothing)
+    reasons = _list(row.get("finish_reasons"), _text, nothing)
+    if not _aligned([closed, reasons], traces):
         raise _Malformed
-    columns = [_list(row.get(verifier), _vote) for verifier in FLAT_VERIFIERS]
-    columns = [column for column in columns if column is not None]
+    complete = [c is not False and reason != "length" for c, reason in zip(closed, reasons)]
+    columns = [_list(row.get(verifier), _vote, nothing) for verifier in FLAT_VERIFIERS]
     flaw = None if _aligned(columns, traces) else "labels misaligned"
     votes = [()] * len(traces)
-    if columns and not flaw:
+    if not flaw:
         votes = [tuple(vote for vote in given if vote is not None) for given in zip(*columns)]
-    closed, reasons = (column or [None] * len(traces) for column in (closed, reasons))
-    complete = [c is not False and reason != "length" for c, reason in zip(closed, reasons)]
     valid = _is_yes(row.get("problem_is_valid")) or "problem_is_valid" not in row
-    return _raw_row(row, traces, votes, complete, valid, flaw)
+    return _raw_row(row, traces, votes=votes, complete=complete, valid=valid, flaw=flaw)
 
 
 def _listed(row: Row) -> RawRow:
@@ -186,39 +181,30 @@ def _listed(row: Row) -> RawRow:
         raise _Malformed
     labels = [_vote(entry.get("correct")) for entry in entries]
     votes = [() if label is None else (label,) for label in labels]
-    return _raw_row(row, [_text(entry.get("text")) for entry in entries], votes)
+    return _raw_row(row, [_text(entry.get("text")) for entry in entries], votes=votes)
 
 
 def _one_trace(row: Row, spellings: dict[str, str | None]) -> RawRow:
     fields = {name: row.get(spelling) for name, spelling in spellings.items()}
     label, is_complete = fields["label"], _text(row.get("finish_reason")) != "length"
-    if label is not None and label not in (0, 1):  # True and False are 1 and 0
+    if label not in (None, 0, 1):  # True and False are 1 and 0
         raise _Malformed
     votes = [() if label is None else (bool(label),)]
-    return _raw_row({**row, **fields}, [_text(fields["trace"])], votes, [is_complete])
+    trace = _text(fields["trace"])
+    return _raw_row(row | fields, [trace], votes=votes, complete=[is_complete])
 
 
-def _raw_row(
-    row: Row,
-    traces: list[str | None],
-    votes: list[tuple[bool, ...]],
-    complete: list[bool] | None = None,
-    valid: bool = True,
-    flaw: str | None = None,
-) -> RawRow:
-    """The fields that all forms share, and the given ones."""
+def _raw_row(row: Row, traces: list[str | None], **fields: Any) -> RawRow:
+    """`traces` and `fields`, with the fields that all forms share."""
     identity = row.get(_first(ID, row))
     is_id = isinstance(identity, str) and is_encodable(identity)
     return RawRow(
         problem=_text(row.get("problem")),
         traces=traces,
-        votes=votes,
-        complete=[True] * len(traces) if complete is None else complete,
         answer=answer_text(row.get("answer")) or None,
         source=_text(row.get("source")),
         id=identity if is_id else None,
-        valid=valid,
-        flaw=flaw,
+        **{"complete": [True] * len(traces), **fields},
     )
 
 
@@ -239,30 +225,22 @@ def _joined_by_problem(rows: Iterable[RawRow], folder: Path) -> Iterator[RawRow]
     are found by going back from its last one.
     """
     malformed, last = 0, {}  # the problem's hash -> the offset of its last row
-    try:
-        with tempfile.TemporaryFile(dir=folder) as spool:
-            for row in rows:
-                if row.flaw:
-                    malformed += 1
-                    continue
-                key = hashlib.sha256((row.problem or "").encode()).digest()[:16]
-                record = json.dumps([last.get(key), vars(row)]).encode() + b"\n"
-                last[key] = spool.tell()
-                spool.write(record)
-            for offset in last.values():
-                parts = []
-                while offset is not None:
-                    spool.seek(offset)
-                    offset, part = json.loads(spool.readline())
-                    parts.append(part)
-                yield _joined(parts[::-1])
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise UserError(
-            f"{folder}: no room for a copy of the traces while they are gathered by problem "
-            f"({error.strerror or error})"
-        ) from None
+    with tempfile.TemporaryFile(dir=folder) as spool:
+        for row in rows:
+            if row.flaw:
+                malformed += 1
+                continue
+            key = hashlib.sha256((row.problem or "").encode()).digest()[:16]
+            record = json.dumps([last.get(key), vars(row)]).encode() + b"\n"
+            last[key] = spool.tell()
+            spool.write(record)
+        for offset in last.values():
+            parts = []
+            while offset is not None:
+                spool.seek(offset)
+                offset, part = json.loads(spool.readline())
+                parts.append(part)
+            yield _joined(parts[::-1])
     yield from [MALFORMED] * malformed
 
 
@@ -299,8 +277,8 @@ def _vote(value: Any) -> bool | None:
     return _typed(value, bool)
 
 
-def _list(value: Any, item: Callable[[Any], Any]) -> list | None:
-    return None if _typed(value, list) is None else [item(element) for element in value]
+def _list(value: Any, item: Callable[[Any], Any], default: list | None = None) -> list | None:
+    return default if _typed(value, list) is None else [item(element) for element in value]
 
 
 def _aligned(columns: Iterable[Sequence], traces: Sequence) -> bool:

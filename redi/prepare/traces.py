@@ -20,13 +20,9 @@ position. A row's first pair has the id of its positive; the id of a further pai
 rejected trace. Texts are not stripped. The prompt has no system message: the tokenizer's chat
 template adds its default, the one the paper trains with.
 
-`Rules()` is the paper's recipe; other rules take several pairs per problem, say, or leave out
-truncated traces. `choose` gives a reason for every row without a positive and for every positive
-without a pair.
-
-Left to the trainers: shuffling by seed (rows keep their order) and limits on length (in tokens, and
-there is no tokenizer here). overlap.py finds problems that occur twice or in a benchmark; the paper
-drops neither.
+`Rules()` is the paper's recipe. `choose` gives a reason for every row without a positive and for
+every positive without a pair. Left to the trainers: shuffling by seed (rows keep their order) and
+limits on length (in tokens, and there is no tokenizer here).
 """
 
 import hashlib
@@ -44,34 +40,27 @@ class Rules:
     """Which traces are chosen; the defaults are the paper's.
 
     A trace is correct when both verifiers accept it. With the reject rule "both", a trace they
-    disagree on is neither correct nor incorrect. With require_complete, neither is a trace that was
-    truncated or gives no answer: a truncated negative teaches nothing but length. There is no limit
-    on how much longer a rejected trace may be: wrong traces usually are the longer ones, and that
-    is part of what they teach.
+    disagree on is neither correct nor incorrect. require_complete leaves out traces that were
+    truncated or give no answer: a truncated negative teaches nothing but length. A rejected trace
+    may be much longer than the chosen one: wrong traces usually are, and that is part of what they
+    teach. Lengths are in characters.
     """
 
     reject_rule: Annotated[
         Literal["either", "both"], "a trace is incorrect when one verifier rejects it, or both do"
     ] = "either"
-    require_complete: Annotated[
-        bool, "only traces that close their thinking and then give an answer"
-    ] = False
-    pairs_per_problem: Annotated[
-        int, "pairs of a problem at most: the k-th correct with the k-th incorrect trace"
-    ] = 1
-    min_length_ratio: Annotated[
-        float, "drop a pair whose rejected is shorter than this times its chosen, in characters"
-    ] = 0.0
+    require_complete: Annotated[bool, "only traces that end their thinking and answer"] = False
+    pairs_per_problem: Annotated[int, "most pairs per problem (k-th correct, k-th incorrect)"] = 1
+    min_length_ratio: Annotated[float, "drop pairs with len(rejected) < this * len(chosen)"] = 0.0
     sources: Annotated[list[str], "only rows of these sources"] = field(default_factory=list)
     exclude_sources: Annotated[list[str], "no rows of these sources; `none` keeps all"] = field(
         default_factory=lambda: ["cn_k12"]
     )
 
     def __post_init__(self) -> None:
-        require(
-            self.pairs_per_problem > 0, "pairs_per_problem", self.pairs_per_problem, "1 or more"
-        )
-        require(self.min_length_ratio >= 0, "min_length_ratio", self.min_length_ratio, "0 or more")
+        pairs, ratio = self.pairs_per_problem, self.min_length_ratio
+        require(pairs > 0, "pairs_per_problem", pairs, "1 or more")
+        require(ratio >= 0, "min_length_ratio", ratio, "0 or more")
 
     @property
     def excluded(self) -> list[str]:
@@ -82,8 +71,8 @@ class Rules:
 class Choice:
     """What a row gives: a positive with its pairs, or the reason why there is no positive.
 
-    no_pair: one reason for each pair that could not be made. The rules ask for up to
-    `pairs_per_problem` pairs; at least one is always accounted for.
+    no_pair: one reason for each pair that could not be made. A positive has at least one pair or
+    one reason.
     """
 
     positive: Row | None = None
@@ -110,14 +99,14 @@ def unusable(row: RawRow, rules: Rules) -> str | None:
 
 
 def choose(row: RawRow, rules: Rules) -> Choice:
-    """The paper's five steps; the first one, shuffling, is left to the trainers."""
+    """Steps 2 to 5 of the paper; step 1, shuffling, is left to the trainers."""
     # 2. Drop rows that cannot be used.
     if reason := unusable(row, rules) or row.flaw:
         return Choice(no_positive=reason)
 
     # 3. A trace is correct when both verifiers accept it.
     judged = [trace for trace in zip(row.traces, row.votes, row.complete) if trace[1]]
-    accepted = any if rules.reject_rule == "both" else all  # ... and incorrect when not accepted
+    accepted = any if rules.reject_rule == "both" else all  # a trace not accepted is incorrect
     correct = [(trace, complete) for trace, votes, complete in judged if all(votes)]
     incorrect = [(trace, complete) for trace, votes, complete in judged if not accepted(votes)]
 

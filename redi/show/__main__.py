@@ -8,15 +8,12 @@ prints the rows' sources, how many tokens they have, what the texts contain, wha
 with them, and one row with its mask. The page says the same, and shows five rows token by token.
 The fields of the rows decide which stage they are for, and so the default step size and limits.
 
-Lengths come from the token store, which training then finds ready. Left out: anything that takes a
-model or all texts at once, such as languages; redi.prepare finds near duplicates and says which
-rule dropped how many raw rows (card.json).
+Lengths come from the token store, which training then reuses. Left out: what card.json says about
+the raw data; anything that takes a model or all texts at once (redi.prepare finds near duplicates).
 """
 
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -53,12 +50,8 @@ class ShowConfig:
     cache: Annotated[str, "folder for tokenized data, kept"] = TrainConfig.cache
 
     def __post_init__(self) -> None:
-        for name in ("row", "rows_per_step", "max_prompt", "pack_tokens", "ranks"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("max_response", "max_length"):
-            value = getattr(self, name)
-            require(value is None or value >= 2, name, value, "at least 2")
+        for name, value in vars(self).items():
+            require(not isinstance(value, int) or value >= 1, name, value, "at least 1")
         for path in (self.html, self.histograms):
             if path is not None:
                 check_writable(path)
@@ -72,18 +65,15 @@ class ShowConfig:
 
 
 def check_writable(path: str) -> None:
-    """Raises UserError, before the long work, for a file that could not be written after it."""
+    """Raises UserError before the long work, not after it."""
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder; expected a file to write")
-    try:
-        with tempfile.TemporaryFile(dir=Path(path).parent):
-            pass
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    if not os.access(Path(path).parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written; expected a file in a folder that is writable")
 
 
 def find_row(dataset: Dataset, number: int, path: str) -> int:
-    """The index of the row with this number in the data, counted from 1."""
+    """The index of the row whose number in the data, from 1, is `number`."""
     store = dataset.store
     total = len(dataset) + sum(store.skipped.values())
     if number > total:
@@ -94,16 +84,15 @@ def find_row(dataset: Dataset, number: int, path: str) -> int:
     return int(found[0])
 
 
-def worth_drawing(dataset: Dataset, chosen: int) -> Iterator[tuple[int, str]]:
-    """(row, what it is): the chosen row, the first, and those with the shortest, median and longest
-    responses."""
+def rows_to_draw(dataset: Dataset, chosen: int) -> dict[int, str]:
+    """The chosen row, the first, and those with the shortest, median and longest responses."""
     responses = dataset.response_lengths.reshape(len(dataset), -1).sum(axis=1)
     order = np.argsort(responses, kind="stable").tolist()
     names: dict[int, list[str]] = {chosen: []}
     picked = (0, order[0], order[len(order) // 2], order[-1])
     for row, name in zip(picked, ("first", "shortest", "median", "longest")):
         names.setdefault(row, []).append(f"the {name}")
-    yield from ((row, ", ".join(of_row)) for row, of_row in names.items())
+    return {row: ", ".join(of_row) for row, of_row in names.items()}
 
 
 def caption(dataset: Dataset, row: int, name: str = "") -> str:
@@ -145,7 +134,7 @@ def main() -> None:
     if config.html:
         rows = [
             (caption(every_row, row, name), stretches(every_row, row))
-            for row, name in worth_drawing(every_row, chosen)
+            for row, name in rows_to_draw(every_row, chosen).items()
         ]
         with write_aside(config.html) as file:
             file.write(page(config.file, tables, picture, rows, chat))

@@ -8,7 +8,6 @@ Letters: N rows.
 import hashlib
 import json
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from redi.data.dataset import QUANTILES, Dataset, Limits, select
 from redi.data.files import read_rows
 from redi.data.formats import FORMATS, Example, to_example
 from redi.eval.grade import extract
-from redi.hub import CARD
 from redi.packing import ATTENTION, plan
 from redi.show.rows import Table, visible
 
@@ -118,15 +116,6 @@ class Texts:
             self.answered[side] += extract(answer if closed else f"</think>{answer}") is not None
 
 
-def raw_data_of(files: list[Path], data_hash: str) -> str | None:
-    """What redi.prepare made this file from, if the card beside it is about these bytes."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        card = json.loads((files[0].parent / CARD).read_text(encoding="utf-8"))
-        if len(files) == 1 and card["sha256"][files[0].name] == data_hash:
-            return f"{card['raw']} ({card['format']}, by redi {card['redi']}); see {CARD}"
-    return None
-
-
 # ---------------------------------------------------------------- tables
 
 
@@ -137,8 +126,6 @@ def about_files(path: str, files: list[Path], every_row: Dataset, texts: Texts) 
     several = f" in {len(files)} files" if len(files) > 1 else ""
     rows = [("data", f"{path}: {texts.rows:,} {kind}, {tqdm.format_sizeof(size)}B{several}")]
     rows.append(("sha256", store.data_hash))
-    if raw := raw_data_of(files, store.data_hash):
-        rows.append(("made from", raw))
     rows += [("left out", f"{count:,} {reason}") for reason, count in store.skipped.items()]
     return Table("File", rows)
 
@@ -155,12 +142,12 @@ def about_sources(texts: Texts) -> Table:
 
 def about_tokens(every_row: Dataset, limits: Limits) -> Table:
     lengths, prompts = every_row.lengths.reshape(-1), every_row.prompt_lengths
-    sides = 2 if every_row.store.paired else 1
+    sides = ("chosen", "rejected") if every_row.store.paired else ("response",)
     parts = {**lengths_by_part(every_row), "together": lengths}
-    limited = {"prompt": (prompts[::sides], limits.prompt), "together": (lengths, limits.total)}
+    limited = {"prompt": (parts["prompt"], limits.prompt), "together": (lengths, limits.total)}
     # The limit of a response is on everything after the prompt.
-    after = (lengths - prompts).reshape(-1, sides).T
-    limited |= {name: (of, limits.response) for name, of in zip(list(parts)[1:], after)}
+    for side, after_prompt in zip(sides, (lengths - prompts).reshape(-1, len(sides)).T):
+        limited[side] = after_prompt, limits.response
     rows = []
     for name, of in parts.items():
         quantiles = np.quantile(of, list(QUANTILES.values()), method="inverted_cdf")
@@ -198,28 +185,19 @@ def about_training(kept: Dataset, training: Training) -> Table:
     tokens = np.array([sum(lengths[ids].sum() for ids in step) for step in by_rank])
     works = np.array([[work[ids].sum() for ids in step] for step in by_rank])
     balance = works.mean(axis=1) / works.max(axis=1)
+    low, median, high = tokens.min(), np.median(tokens), tokens.max()
     per_rank = np.mean([len(step[0]) for step in epoch])
     packs = sum(len(ids) > 0 for step in epoch for packs in step for ids in packs)
+    full = f"{100 * lengths.sum() / (size * packs):.0f} % full"
     dropped = [f"{count:,} {reason}" for reason, count in kept.dropped.items()]
     over = f"; left out: {', '.join(dropped)}" if dropped else ""
+    mean, worst = f"{balance.mean():.3f}", f"{balance.min():.3f} in the worst step"
     rows = [
         (kind, f"{len(kept):,} within the limits{over}"),
         ("steps", f"{len(epoch):,} per epoch, of {training.rows_per_step:,} {kind}"),
-        (
-            "tokens",
-            f"per step: median {np.median(tokens):,.0f}, {tokens.min():,.0f} to "
-            f"{tokens.max():,.0f}",
-        ),
-        (
-            "packs",
-            f"of {size:,} tokens: {per_rank:.1f} per step on each of {ranks} ranks, "
-            f"{100 * lengths.sum() / (size * packs):.0f} % full",
-        ),
-        (
-            "balance",
-            f"of {ranks} ranks, mean over largest work: {balance.mean():.3f}, "
-            f"{balance.min():.3f} in the worst step",
-        ),
+        ("tokens", f"per step: median {median:,.0f}, {low:,.0f} to {high:,.0f}"),
+        ("packs", f"of {size:,} tokens: {per_rank:.1f} per step on each of {ranks} ranks, {full}"),
+        ("balance", f"of {ranks} ranks, mean over largest work: {mean}, {worst}"),
     ]
     return Table("Training", rows)
 

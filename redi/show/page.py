@@ -124,7 +124,7 @@ def draw_histograms(lengths: dict[str, np.ndarray], limits: dict[str, int]) -> b
     """Share of the rows by length, as a PNG. Only the parts in INK are drawn: turns between answers
     may have no tokens, which a logarithmic axis cannot show."""
     from matplotlib.figure import Figure  # takes a second to import
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     lengths = {name: of for name, of in lengths.items() if name in INK}
     shortest = min(int(of.min()) for of in lengths.values())
@@ -133,22 +133,20 @@ def draw_histograms(lengths: dict[str, np.ndarray], limits: dict[str, int]) -> b
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axis = figure.subplots()
     for name, of in lengths.items():
-        weights = np.full(len(of), 1 / len(of))
+        look = {"histtype": "stepfilled", "fc": (INK[name], 0.25), "ec": INK[name]}
         style = "--" if name == "rejected" else "-"
-        axis.hist(of, bins, weights=weights, color=INK[name], alpha=0.25)
-        axis.hist(of, bins, weights=weights, histtype="step", label=name, ls=style, color=INK[name])
-    for line, limit in enumerate(sorted(set(limits.values()))):
-        names = " and ".join(name for name, value in limits.items() if value == limit)
+        axis.hist(of, bins, weights=np.full(len(of), 1 / len(of)), label=name, ls=style, **look)
+    for line, (name, limit) in enumerate(limits.items()):
         axis.axvline(limit, color="black", lw=0.9, ls=":")
         axis.text(
-            limit, 1 + 0.08 * line, f"{limit:,}: limit of {names} ", ha="right", va="bottom",
+            limit, 1 + 0.08 * line, f"{limit:,}: limit of {name} ", ha="right", va="bottom",
             transform=axis.get_xaxis_transform(),
         )  # fmt: skip
     axis.set(xscale="log", xlabel="tokens", ylabel="share of the rows")
     axis.grid(alpha=0.25)
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter("{x:.0%}")
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.xaxis.set_minor_locator(NullLocator())
     axis.legend(frameon=False)
     figure.savefig(file := io.BytesIO(), dpi=110, format="png")

@@ -84,30 +84,25 @@ def visible(text: str) -> str:
 
 
 def tokens_of(ids: list[int], chat: ChatTokenizer) -> Iterator[tuple[str, list[int], bool]]:
-    """(text, its ids, whether it is a control token); ids that share a character come together."""
+    """(text, its ids, whether it is a control token). Ids that share a character stay together."""
     controls = set(chat.control_ids.values())
-    at = 0
-    while at < len(ids):
-        if ids[at] in controls:
-            yield chat.token(ids[at]), ids[at : at + 1], True
-            at += 1
-            continue
-        for end in range(at + 1, min(at + LONGEST_CHARACTER, len(ids)) + 1):
-            text = chat.decode(ids[at:end])
-            if _is_complete(text, ids[at:end], chat):
-                break
-        else:  # cut off, or ids that no text is encoded as
-            end, text = at + 1, chat.decode(ids[at : at + 1])
-        yield text, ids[at:end], False
-        at = end
+    while ids:
+        control = ids[0] in controls
+        end = 1 if control else _end_of_character(ids, chat)
+        yield chat.token(ids[0]) if control else chat.decode(ids[:end]), ids[:end], control
+        ids = ids[end:]
 
 
-def _is_complete(text: str, ids: list[int], chat: ChatTokenizer) -> bool:
-    """Part of a character decodes to "\ufffd", which does not encode to that part again."""
-    return (
-        not text.endswith("\ufffd")
-        or chat.tokenizer.encode(text, add_special_tokens=False).ids == ids
-    )
+def _end_of_character(ids: list[int], chat: ChatTokenizer) -> int:
+    """How many of the first ids to decode together, so that no character is split."""
+    for end in range(1, min(LONGEST_CHARACTER, len(ids)) + 1):
+        text = chat.decode(ids[:end])
+        if not text.endswith("\ufffd"):
+            return end
+        # Part of a character decodes to "\ufffd", which does not encode to that part again.
+        if chat.tokenizer.encode(text, add_special_tokens=False).ids == ids[:end]:
+            return end
+    return 1  # cut off, or ids that no text is encoded as
 
 
 # ---------------------------------------------------------------- tables
