@@ -1,4 +1,4 @@
-r"""redi/data/overlap.py: planted copies are found as what they are, and nothing else is."""
+r"""redi/prepare/overlap.py: planted copies are found as what they are, and nothing else is."""
 
 import random
 import re
