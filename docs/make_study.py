@@ -23,7 +23,6 @@ from redi.study.figures import alpha_of, curve, figures, name_of, number, runs_o
 from redi.study.page import (
     CAPTIONS,
     Block,
-    Code,
     Heading,
     Picture,
     Table,
@@ -35,7 +34,7 @@ from redi.study.page import (
     to_markdown,
 )
 from redi.study.plan import STAGE_1
-from redi.study.results import Results, Row, paired_t_test
+from redi.study.results import Results, Row, differences, paired_t_test
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURES = Path("docs/study.md"), Path("docs/study")
@@ -115,10 +114,8 @@ def beside_symmetric(results: Results) -> list[str]:
 
 def difference(results: Results, ours: Row, theirs: Row) -> tuple[float, float | None]:
     """(mean difference over the seeds that both have, p)."""
-    a, b = ({r.seed: r.pass_at_1 for r in runs_of(results, row)} for row in (ours, theirs))
-    seeds = sorted(a.keys() & b.keys())
-    p = paired_t_test([a[seed] for seed in seeds], [b[seed] for seed in seeds])
-    return fmean(a[seed] - b[seed] for seed in seeds), p
+    found = differences(runs_of(results, ours), runs_of(results, theirs))
+    return fmean(found), paired_t_test(found)
 
 
 def log_probs_claim(results: Results, redi: Row, lifts: bool | None) -> str:
@@ -315,9 +312,14 @@ def page(
         table(labels, labels.table),
         Heading("Settings, and the whole grid"),
         table(toy, toy.grid),
-        Code(toy.study, f"recipes/{STUDIES['toy']}.toml"),
-        Code(labels.study, f"recipes/{STUDIES['labels']}.toml"),
+        folded(toy.study, f"recipes/{STUDIES['toy']}.toml"),
+        folded(labels.study, f"recipes/{STUDIES['labels']}.toml"),
     ]
+
+
+def folded(code: str, title: str) -> Text:
+    inside = f"```\n{code.strip()}\n```"
+    return Text(f"<details><summary>{title}</summary>\n\n{inside}\n\n</details>")
 
 
 def main() -> None:

@@ -1,16 +1,16 @@
-"""The paper's study on a toy or on real data: stage 1 once a seed, then every method on it.
+"""The paper's study on a toy or on real data: stage 1 once per seed, then every method from it.
 
     python -m redi.study recipes/study_toy.toml                  the toy, an hour on two CPU cores
-    python -m redi.study recipes/study_toy.toml --dry-run true   the command lines, and no more
+    python -m redi.study recipes/study_toy.toml --dry-run true   print the command lines and stop
     python -m redi.study recipes/study_paper.toml                the paper's grid
 
-study/plan.py says what stands in a STUDY.toml. The study starts the same programs as a user would,
-as many at a time as there are cores, or on GPUs one at a time on all of them; OUT/done/ has every
-command line. Started again after a kill, it resumes; methods, learning rates and seeds may be added
-to the file. A run that fails is named, the others continue, and the exit status is 2.
+study/plan.py describes STUDY.toml. The study runs the commands that a user would run: one per CPU
+core at a time, or one at a time on all GPUs. Started again after a kill, it resumes; methods,
+learning rates and seeds may be added to the file. If a job fails, the others continue, the report
+names it, and the exit status is 2.
 
-Writes OUT/study.json (every number), report.md, report.html and figures/*.png: a table in the shape
-of the paper's Table 2 with SEM and paired t-tests over seeds, the whole grid, and the figures.
+Writes OUT/study.json (every number), report.md, report.html and figures/*.png: the paper's Table 2
+with SEM and paired t-tests over seeds, the whole grid, and the figures.
 Left out: choosing a learning rate on other data than it is reported on, as the paper does.
 """
 
@@ -33,8 +33,8 @@ from redi.study.results import Results, collect
 class StudyConfig:
     study: Annotated[str, "STUDY.toml", positional] = "recipes/study_toy.toml"
     out: Annotated[str | None, "folder for everything; none: out/NAME of the file"] = None
-    workers: Annotated[int | None, "jobs at a time; none: one on GPUs, else one a core"] = None
-    dry_run: Annotated[bool, "print all command lines of the study, and stop"] = False
+    workers: Annotated[int | None, "jobs at a time; none: one on GPUs, else one per core"] = None
+    dry_run: Annotated[bool, "print all command lines of the study and stop"] = False
 
     def __post_init__(self) -> None:
         if self.workers is not None:
@@ -43,11 +43,7 @@ class StudyConfig:
 
 @program
 def main() -> None:
-    config = parse(
-        StudyConfig,
-        "Compare methods: train, evaluate, test and draw the whole grid that STUDY.toml states "
-        "(redi/study/plan.py says how).",
-    )
+    config = parse(StudyConfig, "Compare methods: train, evaluate and report the grid of a study.")
     study, gpus = read_study(config.study, config.out), torch.cuda.device_count()
     wanted = jobs(study, gpus)
     if config.dry_run:
@@ -56,19 +52,19 @@ def main() -> None:
         return
     places = config.workers or (1 if gpus else len(os.sched_getaffinity(0)))
     failed = run_jobs(wanted, study.out, places)
-    results = write(study, failed)
+    results = write_reports(study, failed)
     print(as_markdown(table(results, results.table)))
     print(f"{summary(results)}\nsaved {study.out}/report.md, report.html, study.json and figures/")
     if failed:
         first, why = next(iter(failed.items()))
         raise UserError(
-            f"{len(failed)} of {len(wanted)} jobs failed, the first was {first}: {why}; the same "
-            "command tries them again"
+            f"{len(failed)} of {len(wanted)} jobs failed, the first was {first}: {why}; run the "
+            "same command to try them again"
         )
 
 
-def write(study: Study, failed: dict[str, str]) -> Results:
-    """study.json, the figures and both reports, from what is on disk."""
+def write_reports(study: Study, failed: dict[str, str]) -> Results:
+    """Write study.json, the figures and both reports from the files of the runs."""
     from redi.study.figures import figures  # matplotlib takes a second to import
 
     results = collect(study, failed)
@@ -79,12 +75,10 @@ def write(study: Study, failed: dict[str, str]) -> Results:
         with write_aside(study.out / "figures" / f"{name}.png", binary=True) as file:
             file.write(picture)
     blocks = report(results, list(drawn))
-    for name, text in (
-        ("report.md", to_markdown(blocks, "figures")),
-        ("report.html", to_html(blocks, drawn)),
-    ):
-        with write_aside(study.out / name) as file:
-            file.write(text)
+    with write_aside(study.out / "report.md") as file:
+        file.write(to_markdown(blocks, "figures"))
+    with write_aside(study.out / "report.html") as file:
+        file.write(to_html(blocks, drawn))
     return results
 
 

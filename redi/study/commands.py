@@ -1,5 +1,4 @@
-"""A study -> its jobs: the command lines that make its models and evaluate them, and which job
-needs which."""
+"""A study -> its jobs: the command lines that train and evaluate its models, and their order."""
 
 import os
 import sys
@@ -14,88 +13,75 @@ ROOT = Path(__file__).resolve().parents[2]  # where the programs are
 
 @dataclass(frozen=True)
 class Job:
-    """Commands that run one after another and may run again; in the end, `product` exists."""
+    """Commands that run one after another and can run again; they end by writing `product`."""
 
     name: str
-    kind: str  # data, stage 1, stage 2 or evaluation
     commands: list[list[str]]
-    needs: list[str]  # names of jobs that are to be done before
+    needs: list[str]  # names of the jobs that must finish first
     product: Path
 
 
 def jobs(study: Study, gpus: int = 0) -> list[Job]:
-    """Everything that there is to do, in an order in which it can be done."""
+    """All jobs of the study, each after the jobs that it needs."""
     found: list[Job] = []
     for model in study.models():
-        if model.variant is None:
-            if model.setting.toy is not None:
-                found += [_data(model, share) for share in sorted({0.0, *study.mislabelled})]
-            found.append(_stage1(study, model, gpus))
-        else:
-            found.append(_stage2(study, model, gpus))
-        found.append(_evaluation(study, model, gpus))
+        if model.variant is None and model.setting.toy is not None:
+            found += [_data(model, share) for share in sorted({0.0, *study.mislabelled})]
+        found += [_training(study, model, gpus), _evaluation(study, model, gpus)]
     return found
 
 
 def _data(model: Model, share: float) -> Job:
-    folder = _data_folder(model.folder.parent, share)
+    folder = _data_folder(model, share)
     toy = {**model.setting.toy, "seed": model.seed, "mislabelled_rejected": share}
     commands = [
         [sys.executable, "-m", "redi.toy", str(folder), *flags(toy)],
         [sys.executable, "-m", "redi.prepare", str(folder / "raw.parquet"), "--out", str(folder)],
     ]
-    return Job(str(folder), "data", commands, [], folder / "pairs.jsonl")
+    return Job(str(folder), commands, [], folder / "pairs.jsonl")
 
 
-def _data_folder(base: Path, share: float) -> Path:
-    return base / (f"data-mislabelled-{share:g}" if share else "data")
+def _data_folder(model: Model, share: float = 0.0) -> Path:
+    return model.folder.with_name(f"data-mislabelled-{share:g}" if share else "data")
 
 
-def _stage1(study: Study, model: Model, gpus: int) -> Job:
-    data = _data_folder(model.folder.parent, 0.0)
-    paths = {"model": str(data / "student"), "data": str(data / "positives.jsonl")}
-    is_toy = model.setting.toy is not None
-    settings = {**study.stage1, **(paths if is_toy else {}), **_of_run(study, model)}
-    command = [*_program("train_sft.py", gpus), *flags(settings)]
-    needs = [str(data)] if is_toy else []
-    return Job(str(model.folder), "stage 1", [command], needs, model.folder / "config.json")
-
-
-def _stage2(study: Study, model: Model, gpus: int) -> Job:
-    base = model.folder.parent
-    data = _data_folder(base, model.mislabelled)
-    settings = {**study.stage2, **model.variant.settings, "model": str(base / "sft")}
-    needs = [str(base / "sft")]
-    if model.setting.toy is not None:
-        settings["data"] = str(data / "pairs.jsonl")
-        needs.append(str(data))
+def _training(study: Study, model: Model, gpus: int) -> Job:
+    data = _data_folder(model, model.mislabelled)
+    if model.variant is None:
+        program, settings, needs = "train_sft.py", study.stage1, []
+        toy = {"model": data / "student", "data": data / "positives.jsonl"}
+    else:
+        stage_1 = str(model.folder.with_name("sft"))
+        program, needs = "train_redi.py", [stage_1]
+        settings = study.stage2 | model.variant.settings | {"model": stage_1}
+        toy = {"data": data / "pairs.jsonl"}
         if "eval_every" in settings:
-            settings["eval_benchmark"] = str(_benchmark(base))
-    command = [*_program("train_redi.py", gpus), *flags(settings | _of_run(study, model))]
-    return Job(str(model.folder), "stage 2", [command], needs, model.folder / "config.json")
-
-
-def _of_run(study: Study, model: Model) -> dict[str, Any]:
-    return {"out": str(model.folder), "seed": model.seed, "cache": str(study.out / "tokens")}
+            toy["eval_benchmark"] = _benchmark(model)
+    if model.setting.toy is not None:
+        settings, needs = settings | toy, [*needs, str(data)]
+    settings = settings | {"out": model.folder, "seed": model.seed, "cache": study.out / "tokens"}
+    command = _command(program, settings, gpus)
+    return Job(str(model.folder), [command], needs, model.folder / "config.json")
 
 
 def _evaluation(study: Study, model: Model, gpus: int) -> Job:
     out = model.folder / "eval"
-    settings = {**study.evaluation, "model": str(model.folder), "out": str(out)}
+    settings = study.evaluation | {"model": model.folder, "out": out}
     if model.setting.toy is not None:
-        settings["benchmark"] = str(_benchmark(model.folder.parent))
-    command = [*_program("evaluate.py", gpus), *flags(settings)]
-    return Job(str(out), "evaluation", [command], [str(model.folder)], out / "report.json")
+        settings["benchmark"] = _benchmark(model)
+    command = _command("evaluate.py", settings, gpus)
+    return Job(str(out), [command], [str(model.folder)], out / "report.json")
 
 
-def _benchmark(base: Path) -> Path:
-    return _data_folder(base, 0.0) / "benchmark.jsonl"
+def _benchmark(model: Model) -> Path:
+    return _data_folder(model) / "benchmark.jsonl"
 
 
-def _program(name: str, gpus: int) -> list[str]:
-    """gpus: that it runs on; above 1 torchrun starts a process for each."""
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-    return [sys.executable, *(several if gpus > 1 else []), os.path.relpath(ROOT / name)]
+def _command(program: str, settings: dict[str, Any], gpus: int) -> list[str]:
+    """The program on all GPUs; for several, torchrun starts one process per GPU."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
+    start = [sys.executable, *(torchrun if gpus > 1 else []), os.path.relpath(ROOT / program)]
+    return start + flags(settings)
 
 
 def flags(settings: dict[str, Any]) -> list[str]:

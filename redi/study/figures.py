@@ -1,42 +1,40 @@
-"""The figures of a study, from its results alone: the paper's Figures 2 to 7 for other runs.
+"""The figures of a study, drawn from its results: the paper's Figures 2 to 7 for other runs.
 
-    accuracy    pass@1 over optimizer steps, each method at its best variant
-    log_probs   chosen and rejected log-probs over steps: best variant, and largest learning rate
-    norms       of the gradient, and of the update where it is logged, over steps, for the same two
-    entropy     of the tokens of chosen and rejected traces, where it is logged
+    accuracy    pass@1 over optimizer steps: best variant, and largest learning rate
+    log_probs   chosen and rejected log-probs over steps, for the same two
+    norms       of the gradient, and of the update if it is logged, over steps
+    entropy     of the tokens of chosen and rejected traces, if it is logged, over steps
     lr          pass@1 against the learning rate: where each method collapses
     alpha       pass@1 against the weight of the rejected trace
     labels      gain over stage 1 against the share of mislabelled rejected traces
 
 Lines are means over seeds, bands one SEM. A figure with nothing to draw is not made. Log-probs and
-norms are of a step's own rows, so they jitter together.
+norms are those of a step's own rows, so they jitter together.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from redi.recipe import PUBLISHED
 from redi.study.plan import STAGE_1
-from redi.study.results import Results, Row, Run, sem
+from redi.study.results import Results, Row, Run, differences, sem, variant_of
 
 COLUMNS = 4
-WINDOWS = 12  # a point of a log-prob or a norm is the mean of so small a part of the run
+WINDOWS = 12  # a point of a curve is the mean over this fraction of the run
 GRAY = "0.45"
-WEIGHTED = ("redi", "symmetric", "positives")  # objectives that are points of one line: alpha
 
 
 def figures(results: Results) -> dict[str, bytes]:
-    """Name -> PNG, of every figure that there is something to draw for."""
-    drawn = {name: draw(results) for name, draw in FIGURES.items()}
-    return {name: _png(figure) for name, figure in drawn.items() if figure}
-
-
-def _png(figure: Figure) -> bytes:
-    figure.savefig(file := io.BytesIO(), dpi=90, format="png")
-    return file.getvalue()
+    """Name -> PNG of every figure that has something to draw."""
+    drawn = {}
+    for draw in FIGURES:
+        if figure := draw(results):
+            figure.savefig(file := io.BytesIO(), dpi=90, format="png")
+            drawn[draw.__name__] = file.getvalue()
+    return drawn
 
 
 def name_of(settings: dict) -> str:
@@ -46,7 +44,7 @@ def name_of(settings: dict) -> str:
 
 
 def number(value: object) -> str:
-    """A setting as one writes it: 1e-4, not 0.0001."""
+    """A setting as people write it: 1e-4, not 0.0001."""
     if isinstance(value, float) and 0 < abs(value) < 1e-2:
         mantissa, exponent = f"{value:e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -56,8 +54,8 @@ def number(value: object) -> str:
 # ---------------------------------------------------------------- what is drawn
 
 
-def first_place(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the first setting with the fewest mislabelled traces: curves show only these."""
+def first_setting(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the first setting with the fewest mislabelled traces. Curves show only these."""
     setting = rows[0].setting
     share = min((row.mislabelled for row in rows if row.method != STAGE_1), default=0.0)
     return [
@@ -66,31 +64,31 @@ def first_place(rows: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
-def stage_1_of(rows: Sequence[Row]) -> Row | None:
-    return next((row for row in rows if row.method == STAGE_1), None)
+def stage_1_of(results: Results) -> Row | None:
+    return next((row for row in first_setting(results.table) if row.method == STAGE_1), None)
 
 
 def runs_of(results: Results, row: Row) -> list[Run]:
-    return [
-        run for run in results.runs
-        if (run.setting, run.mislabelled, run.method, run.settings)
-        == (row.setting, row.mislabelled, row.method, row.settings)
-    ]  # fmt: skip
+    return [run for run in results.runs if variant_of(run) == variant_of(row)]
+
+
+def scores_of(results: Results, row: Row) -> list[float]:
+    """pass@1 of the row's runs, one number per seed."""
+    return [run.pass_at_1 for run in runs_of(results, row)]
 
 
 def fastest(results: Results, best: Row) -> Row:
-    """A method's best variant, at the largest learning rate it was tried with."""
+    """A method's best variant at the largest learning rate that was tried with it."""
 
-    def of(row: Row) -> tuple:
-        others = {key: value for key, value in row.settings.items() if key != "lr"}
-        return row.setting, row.mislabelled, row.method, others
+    def without_lr(row: Row) -> tuple:
+        return row.setting, row.mislabelled, row.method, row.settings | {"lr": None}
 
-    same = [row for row in results.grid if of(row) == of(best)]
+    same = [row for row in results.grid if without_lr(row) == without_lr(best)]
     return max(same, key=lambda row: row.settings["lr"])
 
 
 def curve(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, means over seeds and a window of steps), up to the last step that all have."""
+    """(steps, means over seeds and a window of steps), up to the last step that all runs have."""
     curves = [run.curves[key] for run in runs if key in run.curves]
     shortest = min(map(len, curves), default=0)
     if not shortest:
@@ -111,15 +109,15 @@ def _panels(count: int, height: float = 3.1) -> tuple[Figure, list]:
     return figure, list(axes[:count])
 
 
-def _methods(results: Results) -> list[Row]:
-    return [row for row in first_place(results.table) if row.method != STAGE_1]
+def _methods(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in first_setting(rows) if row.method != STAGE_1]
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- over steps
 
 
 def accuracy(results: Results) -> Figure | None:
-    rows = _methods(results)
+    rows = _methods(results.table)
     if not any(run.on_the_way for row in rows for run in runs_of(results, row)):
         return None
     figure, [axis] = _panels(1, 4.2)
@@ -138,14 +136,14 @@ def accuracy(results: Results) -> Figure | None:
 
 
 def on_the_way(results: Results, row: Row) -> dict[float, list[float]]:
-    """Step -> a score a seed: of the stage-1 model, during training, and at the end."""
-    runs, stage_1 = runs_of(results, row), stage_1_of(first_place(results.table))
+    """Step -> one score per seed: of the stage-1 model, during training, and at the end."""
+    runs, stage_1 = runs_of(results, row), stage_1_of(results)
     steps = set.intersection(*({step for step, _ in run.on_the_way} for run in runs))
     points = {step: [dict(run.on_the_way)[step] for run in runs] for step in steps}
     if stage_1:
-        points[0] = [run.pass_at_1 for run in runs_of(results, stage_1)]
+        points[0] = scores_of(results, stage_1)
     last = max(len(next(iter(run.curves.values()), [])) for run in runs)
-    points[last] = [run.pass_at_1 for run in runs]
+    points[last] = scores_of(results, row)
     return points
 
 
@@ -159,7 +157,7 @@ def _line(axis, points: dict[float, list[float]], label: str, place: int) -> Non
 
 
 def _plain(text: str) -> str:
-    """Dollars are dollars, not formulas."""
+    """Escape dollars, which would start a formula."""
     return text.replace("$", r"\$")
 
 
@@ -173,10 +171,12 @@ def _finished(figure: Figure, axes: Sequence) -> Figure:
 def _over_steps(
     results: Results, lines: dict[str, tuple[str, str]], label: str, log: bool = False
 ) -> Figure | None:
-    """A panel a method; lines: curve -> (name, colour). Solid at its best, dotted at its largest
-    learning rate."""
+    """One panel per method: its best variant solid, its largest learning rate dotted.
+
+    lines: curve -> (name, color).
+    """
     logged = {key for run in results.runs if run.method != STAGE_1 for key in run.curves}
-    rows = _methods(results)
+    rows = _methods(results.table)
     if logged.isdisjoint(lines) or not rows:
         return None
     figure, axes = _panels(len(rows))
@@ -187,8 +187,8 @@ def _over_steps(
             for key, (name, color) in lines.items():
                 steps, values = curve(runs_of(results, variant), key)
                 if len(values):
-                    said = f"{name}, lr {number(variant.settings['lr'])}"
-                    axis.plot(steps, values, style, color=color, lw=width, label=said)
+                    text = f"{name}, lr {number(variant.settings['lr'])}"
+                    axis.plot(steps, values, style, color=color, lw=width, label=text)
         axis.set_title(_plain(row.method), fontsize="medium")
         axis.set_xlabel("optimizer step")
         axis.legend(fontsize="x-small", framealpha=0.8)
@@ -213,64 +213,56 @@ def entropy(results: Results) -> Figure | None:
     return _over_steps(results, lines, "entropy (nats per token)")
 
 
+# ---------------------------------------------------------------- against a setting
+
+
 def lr(results: Results) -> Figure | None:
-    """A line for each method and its parameters, where it was run at several learning rates."""
-    groups: dict[str, list[Row]] = {}
-    for row in first_place(results.grid):
-        if row.method != STAGE_1:
-            others = name_of({k: v for k, v in row.settings.items() if k != "lr"})
-            groups.setdefault(f"{row.method} ({others})" if others else row.method, []).append(row)
-    groups = {name: rows for name, rows in groups.items() if len(rows) > 1}
-    if not groups:
-        return None
-    figure, [axis] = _panels(1, 4.2)
-    for place, (name, rows) in enumerate(groups.items()):
-        points = {
-            row.settings["lr"]: [run.pass_at_1 for run in runs_of(results, row)] for row in rows
-        }
-        _line(axis, points, name, place)
-    _level(axis, results)
-    axis.set(title="accuracy against learning rate", xlabel="peak learning rate", ylabel="pass@1")
-    axis.set_xscale("log")
-    return _finished(figure, [axis])
-
-
-def _level(axis, results: Results) -> None:
-    stage_1 = stage_1_of(first_place(results.table))
-    if stage_1:
-        axis.axhline(stage_1.mean, color=GRAY, ls="--", lw=1, label="stage 1")
-
-
-def alpha_of(row: Row) -> float | None:
-    """The weight of the rejected trace, of objectives that have one and no sigmoid."""
-    if row.settings.get("objective") not in WEIGHTED:
-        return None
-    fixed = {"symmetric": 1.0, "positives": 0.0}
-    published = PUBLISHED["redi"]["alpha"]
-    return fixed.get(row.settings["objective"], row.settings.get("alpha", published))
+    lines: dict[str, dict[float, list[float]]] = {}
+    for row in _methods(results.grid):
+        others = name_of({k: v for k, v in row.settings.items() if k != "lr"})
+        label = f"{row.method} ({others})" if others else row.method
+        lines.setdefault(label, {})[row.settings["lr"]] = scores_of(results, row)
+    title, label = "accuracy against learning rate", "peak learning rate"
+    return _against_setting(results, lines, title=title, xlabel=label, xscale="log")
 
 
 def alpha(results: Results) -> Figure | None:
-    groups: dict[float, dict[float, list[float]]] = {}
-    for row in first_place(results.grid):
-        at = alpha_of(row)
-        if at is not None:
-            values = [run.pass_at_1 for run in runs_of(results, row)]
-            groups.setdefault(row.settings["lr"], {})[at] = values
-    groups = {rate: points for rate, points in groups.items() if len(points) > 1}
-    if not groups:
+    lines: dict[str, dict[float, list[float]]] = {}
+    for row in sorted(_methods(results.grid), key=lambda row: row.settings["lr"]):
+        if (weight := alpha_of(row)) is not None:
+            label = f"lr {number(row.settings['lr'])}"
+            lines.setdefault(label, {})[weight] = scores_of(results, row)
+    title = "the weight of the rejected trace"
+    return _against_setting(results, lines, title=title, xlabel="alpha")
+
+
+def alpha_of(row: Row) -> float | None:
+    """The weight of the rejected trace, for objectives with such a weight and no sigmoid."""
+    redi = row.settings.get("alpha", PUBLISHED["redi"]["alpha"])
+    weights = {"redi": redi, "symmetric": 1.0, "positives": 0.0}
+    return weights.get(row.settings.get("objective"))
+
+
+def _against_setting(
+    results: Results, lines: dict[str, dict[float, list[float]]], **axis_settings: str
+) -> Figure | None:
+    """pass@1 against a setting; lines: label -> setting -> one score per seed."""
+    lines = {label: points for label, points in lines.items() if len(points) > 1}
+    if not lines:
         return None
     figure, [axis] = _panels(1, 4.2)
-    for place, rate in enumerate(sorted(groups)):
-        _line(axis, groups[rate], f"lr {number(rate)}", place)
-    _level(axis, results)
-    axis.set(title="the weight of the rejected trace", xlabel="alpha", ylabel="pass@1")
+    for place, (label, points) in enumerate(lines.items()):
+        _line(axis, points, label, place)
+    if stage_1 := stage_1_of(results):
+        axis.axhline(stage_1.mean, color=GRAY, ls="--", lw=1, label="stage 1")
+    axis.set(ylabel="pass@1", **axis_settings)
     return _finished(figure, [axis])
 
 
 def labels(results: Results) -> Figure | None:
-    """A panel a method, a line a setting: gain of the method's best variant at each share."""
+    """One panel per method, one line per setting: the best variant's gain at each share."""
     rows = [row for row in results.table if row.method != STAGE_1]
+    stage_1 = [run for run in results.runs if run.method == STAGE_1]
     if len({row.mislabelled for row in rows}) < 2:
         return None
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -278,12 +270,11 @@ def labels(results: Results) -> Figure | None:
     figure, axes = _panels(len(methods), 3.6)
     for axis, method in zip(axes, methods):
         for place, setting in enumerate(settings):
-            points = {
-                row.mislabelled: gains(results, row)
-                for row in rows
-                if (row.method, row.setting) == (method, setting)
-            }
-            _line(axis, {at: g for at, g in points.items() if g}, setting or "the toy", place)
+            base = [run for run in stage_1 if run.setting == setting]
+            own = [row for row in rows if (row.method, row.setting) == (method, setting)]
+            gains = {row.mislabelled: differences(runs_of(results, row), base) for row in own}
+            points = {share: values for share, values in gains.items() if values}
+            _line(axis, points, setting or "the toy", place)
         axis.axhline(0, color=GRAY, ls="--", lw=1)
         axis.set_title(_plain(method), fontsize="medium")
         axis.set_xlabel("share of rejected traces that are right")
@@ -291,23 +282,4 @@ def labels(results: Results) -> Figure | None:
     return _finished(figure, axes)
 
 
-def gains(results: Results, row: Row) -> list[float]:
-    """A value a seed."""
-    stage_1 = {
-        run.seed: run.pass_at_1
-        for run in results.runs
-        if run.method == STAGE_1 and run.setting == row.setting
-    }
-    runs = runs_of(results, row)
-    return [run.pass_at_1 - stage_1[run.seed] for run in runs if run.seed in stage_1]
-
-
-FIGURES: dict[str, Callable[[Results], Figure | None]] = {
-    "accuracy": accuracy,
-    "log_probs": log_probs,
-    "norms": norms,
-    "entropy": entropy,
-    "lr": lr,
-    "alpha": alpha,
-    "labels": labels,
-}
+FIGURES = (accuracy, log_probs, norms, entropy, lr, alpha, labels)

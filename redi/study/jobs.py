@@ -6,13 +6,12 @@
 
 A job's key is a hash of its commands and of the keys of all jobs it needs; a job is skipped if it
 finished with the same key. A job that was killed runs again, and its programs resume. If only the
-study was killed, its programs run on, and the next study waits at the lock until they end. When a
+study was killed, its programs continue, and the next study waits at the lock until they end. When a
 job fails, the jobs that need it are not run; all others are.
 
-Left out: several machines; threads. A loop looks at its processes ten times a second.
+Left out: several machines; threads. A loop polls its processes ten times a second.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,20 +20,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
 from redi.config import Stopped
-from redi.data.files import make_folder, write_aside
+from redi.data.files import lock, make_folder, write_aside
 from redi.study.commands import ROOT, Job
 from redi.train import StopSignals
 
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 GRACE_SECONDS = 120.0  # for a program to finish its step and save a checkpoint
 
 
@@ -51,30 +50,34 @@ def run_jobs(jobs: Sequence[Job], out: Path, places: int) -> dict[str, str]:
     """Run the jobs that are not done, `places` at a time.
 
     Returns job -> why it failed, or which failed job it needs. Raises Stopped if the study was
-    asked to stop; its programs have then ended, too.
+    asked to stop, after its programs have ended.
     """
     for folder in ("logs", "done"):
         make_folder(out / folder)
-    with _locked(out / "study.lock") as lock, StopSignals() as signals:
-        work = _Work(jobs, out, places, lock)
-        try:
-            while work.waiting or work.running:
-                if signals.wanted:
-                    done = f"{len(work.done)} of {len(jobs)} jobs are done"
-                    raise Stopped(f"{done}; the same command resumes them")
-                work.start_what_fits()
-                time.sleep(LOOK_SECONDS)
-                work.look()
-        finally:
-            work.end()
+    with open(out / "study.lock", "w", encoding="utf-8") as lock_file:
+        if not lock(lock_file):
+            print(f"{out}: another study, or a program of one, is running; waiting", flush=True)
+            lock(lock_file, wait=True)
+        with StopSignals() as signals:
+            work = _Work(jobs, out, places, lock_file)
+            try:
+                while work.waiting or work.running:
+                    if signals.wanted:
+                        done = f"{len(work.done)} of {len(jobs)} jobs are done"
+                        raise Stopped(f"{done}; the same command resumes them")
+                    work.start_what_fits()
+                    time.sleep(POLL_SECONDS)
+                    work.poll()
+            finally:
+                work.end()
     return work.failed
 
 
 class _Work:
     """The jobs of one call: waiting, running, done, failed."""
 
-    def __init__(self, jobs: Sequence[Job], out: Path, places: int, lock: TextIO):
-        self.out, self.places, self.lock = out, places, lock
+    def __init__(self, jobs: Sequence[Job], out: Path, places: int, lock_file: TextIO):
+        self.out, self.places, self.lock_file = out, places, lock_file
         self.keys = keys(jobs)
         self.done = {job.name for job in jobs if self._is_done(job)}
         self.waiting = [job for job in jobs if job.name not in self.done]
@@ -85,23 +88,21 @@ class _Work:
             print(f"{out}: {len(self.done)} of {len(jobs)} jobs are done already", flush=True)
 
     def _is_done(self, job: Job) -> bool:
-        record = read_record(self._record(job))
-        return record.get("key") == self.keys[job.name] and job.product.exists()
+        record = self._file("done", job, "json")
+        if not (record.is_file() and job.product.exists()):
+            return False
+        return json.loads(record.read_text(encoding="utf-8"))["key"] == self.keys[job.name]
 
-    def _record(self, job: Job) -> Path:
-        return self.out / "done" / f"{self._file_name(job)}.json"
-
-    def _log(self, job: Job) -> Path:
-        return self.out / "logs" / f"{self._file_name(job)}.log"
-
-    def _file_name(self, job: Job) -> str:
-        return os.path.relpath(job.name, self.out).replace(os.sep, "--")
+    def _file(self, folder: str, job: Job, suffix: str) -> Path:
+        name = os.path.relpath(job.name, self.out).replace(os.sep, "--")
+        return self.out / folder / f"{name}.{suffix}"
 
     def start_what_fits(self) -> None:
         ready = [job for job in self.waiting if self.done.issuperset(job.needs)]
         for job in ready[: self.places - len(self.running)]:
             self.waiting.remove(job)
-            log = open(self._log(job), "a", encoding="utf-8")  # noqa: SIM115 (until it ends)
+            path = self._file("logs", job, "log")
+            log = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until it ends)
             self.running.append(_Running(job, log))
             self._start(self.running[-1])
 
@@ -115,12 +116,12 @@ class _Work:
             stdout=running.log,
             stderr=subprocess.STDOUT,
             env=_environment(self.places),
-            pass_fds=[self.lock.fileno()],
+            pass_fds=[self.lock_file.fileno()],
             start_new_session=True,  # Ctrl-C reaches the study, which passes it on
         )
 
-    def look(self) -> None:
-        """Start the next command of jobs whose command has ended, or finish them."""
+    def poll(self) -> None:
+        """Start the next command of every job whose command has ended, or finish the job."""
         for running in list(self.running):
             status = running.process.poll()
             if status is None:
@@ -139,12 +140,13 @@ class _Work:
         if succeeded:
             commands = [shown(command) for command in job.commands]
             record = {"key": self.keys[job.name], "seconds": seconds, "commands": commands}
-            with write_aside(self._record(job)) as file:
+            with write_aside(self._file("done", job, "json")) as file:
                 json.dump(record, file, indent=2)
             self.done.add(job.name)
             line = f"{job.name}: {seconds:.0f} s"
         else:
-            self._fail(job, f"{_last_line(self._log(job))} (all of it: {self._log(job)})")
+            log = self._file("logs", job, "log")
+            self._fail(job, f"{_last_line(log)} (all of it: {log})")
             line = f"failed: {job.name}: {self.failed[job.name]}"
         self.bar.n = len(self.done) + len(self.failed)
         self.bar.refresh()
@@ -187,18 +189,13 @@ def keys(jobs: Sequence[Job]) -> dict[str, str]:
     return hashes
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A file of OUT/done, which are written whole; {} if it does not exist."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def seconds_of(out: Path) -> float:
     """The seconds of all finished jobs, added up."""
-    return sum(read_record(path)["seconds"] for path in (out / "done").glob("*.json"))
+    return sum(json.loads(path.read_text())["seconds"] for path in (out / "done").glob("*.json"))
 
 
 def shown(command: Sequence[str]) -> str:
-    """A command as it is typed."""
+    """A command as a user types it."""
     return shlex.join(["python" if word == sys.executable else word for word in command])
 
 
@@ -216,15 +213,3 @@ def _environment(places: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")])),
     }
     return {**os.environ, **own}
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[TextIO]:
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            waiting = "another study, or a program of one, is running; waiting"
-            print(f"{path.parent}: {waiting}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file

@@ -1,8 +1,8 @@
-"""A study's results as a page, in Markdown with its pictures beside it and as one HTML file.
+"""A study's results as a page: Markdown with pictures beside it, and one HTML file.
 
-A page is a list of blocks, each of which both languages have: Heading, Text, Table, Picture, Code.
-`report` lays out what any study has; a page with other prose (docs/make_study.py) is made of the
-same blocks. Left out: scripts and styles beyond a readable width; the HTML loads nothing.
+A page is a list of blocks that both formats have: Heading, Text, Table, Picture, Code. `report`
+lays out any study; docs/make_study.py uses the same blocks with its own prose. Left out: scripts
+and any style beyond a readable width; the HTML loads nothing.
 """
 
 import base64
@@ -39,15 +39,13 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph of plain text."""
-
     text: str
 
 
 @dataclass(frozen=True)
 class Table:
     header: list[str]
-    rows: list[list[str]]  # the first column to the left, the others to the right
+    rows: list[list[str]]  # the first column left-aligned, the others right-aligned
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,6 @@ class Picture:
 @dataclass(frozen=True)
 class Code:
     text: str
-    summary: str = ""  # with one, it is folded away under it
 
 
 Block = Heading | Text | Table | Picture | Code
@@ -75,8 +72,7 @@ def report(results: Results, pictures: Sequence[str]) -> list[Block]:
         rows = [[name, why] for name, why in results.missing.items()]
         blocks += [Heading("Missing"), Table(["what has no result", "why"], rows)]
     blocks += [Heading("Methods, each at its best"), table(results, results.table), Text(NOTES)]
-    for name in pictures:
-        blocks.append(Picture(name, CAPTIONS[name]))
+    blocks += [Picture(name, CAPTIONS[name]) for name in pictures]
     blocks += [Heading("The whole grid"), table(results, results.grid)]
     return [*blocks, Heading("Settings"), Text(COMMANDS), Code(results.study)]
 
@@ -94,45 +90,44 @@ COMMANDS = (
 
 
 def summary(results: Results) -> str:
-    """What was run, where and how long, in a paragraph."""
-    seeds = sorted({run.seed for run in results.runs})
-    methods = len({row.method for row in results.grid} - {STAGE_1})
-    variants = len({(row.method, name_of(row.settings)) for row in results.grid} - {(STAGE_1, "")})
-    machine = ", ".join(
-        f"{value} cores" if key == "cores" else str(value) for key, value in results.machine.items()
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    """A paragraph: what was run, where and for how long."""
+    seeds = ", ".join(map(str, sorted({run.seed for run in results.runs})))
+    variants = {(row.method, name_of(row.settings)) for row in results.grid} - {(STAGE_1, "")}
+    seconds = results.job_seconds
+    duration = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    machine = [f"{v} cores" if k == "cores" else str(v) for k, v in results.machine.items()]
+    versions = [f"{name} {version}" for name, version in results.versions.items()]
     return (
-        f"{len(results.runs)} models: {methods} methods in {variants} variants, seeds "
-        f"{', '.join(map(str, seeds))}; {minutes(results.job_seconds)} of programs, on {machine} "
-        f"({versions})."
+        f"{len(results.runs)} models: {len({method for method, _ in variants})} methods in "
+        f"{len(variants)} variants, seeds {seeds}; {duration} of programs, on "
+        f"{', '.join(machine)} ({', '.join(versions)})."
     )
-
-
-def minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def table(results: Results, rows: Sequence[Row]) -> Table:
-    """The shape of the paper's Table 2; setting and share of mislabelled traces where they vary."""
+    """The paper's Table 2; setting and share of mislabelled traces are columns if they vary."""
     settings = len({row.setting for row in rows}) > 1
     shares = len({row.mislabelled for row in rows}) > 1
-    names = list(rows[0].benchmarks) if len(rows[0].benchmarks) > 1 else []
     dpo = any(row.p_dpo is not None for row in rows)
-    header = ["method", "variant", *(["setting"] * settings), *(["mislabelled"] * shares), *names]
-    header += ["pass@1 ± SEM", f"pass@{results.samples}", "gain", "p, stage 1"]
-    header += [*(["p, DPO"] * dpo), "tokens", "collapsed", "seeds"]
-    cells = []
+    lines = []
     for row in rows:
-        line = [row.method, name_of(row.settings)]
-        line += [row.setting] * settings + [f"{row.mislabelled:g}"] * shares
-        line += [f"{row.benchmarks[name]:.3f}" for name in names]
-        line += [mean(row), f"{row.pass_at_n:.3f}"]
-        line += ["" if row.gain is None else signed(row.gain), p_value(row.p_stage_1)]
-        line += [p_value(row.p_dpo)] * dpo
-        line += [f"{row.mean_tokens:.1f}", str(row.collapsed), str(row.seeds)]
-        cells.append(line)
-    return Table(header, cells)
+        line = [("method", row.method), ("variant", name_of(row.settings))]
+        if settings:
+            line.append(("setting", row.setting))
+        if shares:
+            line.append(("mislabelled", f"{row.mislabelled:g}"))
+        if len(row.benchmarks) > 1:
+            line += [(name, f"{score:.3f}") for name, score in row.benchmarks.items()]
+        line += [("pass@1 ± SEM", mean(row)), (f"pass@{results.samples}", f"{row.pass_at_n:.3f}")]
+        line.append(("gain", "" if row.gain is None else signed(row.gain)))
+        line.append(("p, stage 1", p_value(row.p_stage_1)))
+        if dpo:
+            line.append(("p, DPO", p_value(row.p_dpo)))
+        line.append(("tokens", f"{row.mean_tokens:.1f}"))
+        line += [("collapsed", str(row.collapsed)), ("seeds", str(row.seeds))]
+        lines.append(line)
+    header = [name for name, _ in lines[0]]
+    return Table(header, [[cell for _, cell in line] for line in lines])
 
 
 def mean(row: Row) -> str:
@@ -146,7 +141,7 @@ def signed(value: float) -> str:
 def p_value(p: float | None) -> str:
     if p is None:
         return ""
-    return f"{p:.3f}" if p >= 0.001 else number(float(f"{p:.0e}")) if p > 1e-12 else "< 1e-12"
+    return f"{p:.3f}" if p >= 0.001 else number(float(f"{p:.0e}"))
 
 
 # ---------------------------------------------------------------- Markdown and HTML
@@ -165,11 +160,8 @@ def _markdown(block: Block, pictures: str) -> str:
             return text
         case Picture(name, caption):
             return f"![{name}]({pictures}/{name}.png)\n\n*{caption}*"
-        case Code(text, ""):
+        case Code(text):
             return f"```\n{text.strip()}\n```"
-        case Code(text, folded):
-            inside = f"```\n{text.strip()}\n```"
-            return f"<details><summary>{folded}</summary>\n\n{inside}\n\n</details>"
         case Table():
             return as_markdown(block)
 
@@ -211,11 +203,8 @@ def _html(block: Block, pictures: dict[str, bytes]) -> str:
             data = base64.b64encode(pictures[name]).decode()
             image = f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
             return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        case Code(text, ""):
+        case Code(text):
             return f"<pre>{html.escape(text.strip())}</pre>"
-        case Code(text, folded):
-            inside = f"<pre>{html.escape(text.strip())}</pre>"
-            return f"<details><summary>{html.escape(folded)}</summary>{inside}</details>"
         case Table(header, rows):
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
             lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)

@@ -1,28 +1,27 @@
-"""STUDY.toml -> the settings, methods and models of a study. commands.py makes them jobs.
+"""STUDY.toml -> the settings, methods and models of a study.
 
-    seeds = [1, 2, 3, 4, 5]               # of the shuffles and, with [toy], of data and student
-    mislabelled = [0.0, 0.2, 0.4]         # with [toy]: shares of wrong traces that are right
-    [toy]                                 # flags of redi.toy; without it, [stage1] and [stage2] say
-    operations = 8                        # where model and data are, or leave it to their defaults
-    [[setting]]                           # a toy beside other ones: what differs from [toy]
+    seeds = [1, 2, 3, 4, 5]            # of the shuffles and, with [toy], of data and student
+    mislabelled = [0.0, 0.2, 0.4]      # with [toy]: shares of rejected traces that are right
+    [toy]                              # flags of redi.toy. Without it, model and data are those of
+    operations = 8                     # [stage1] and [stage2], or their defaults
+    [[setting]]                        # one of several toys: what differs from [toy]
     name = "rambling"
     rambling = 0.3
-    [stage1]                              # settings of train_sft.py,
+    [stage1]                           # flags of train_sft.py
     lr = 4e-3
-    [stage2]                              # of train_redi.py, the same for all methods,
-    eval_every = 12                       # accuracy on the way, on the toy's benchmark
-    [evaluation]                          # and of evaluate.py, for every model at the end
+    [stage2]                           # flags of train_redi.py, the same for all methods
+    eval_every = 12                    # accuracy during training, on the toy's benchmark
+    [evaluation]                       # flags of evaluate.py, for every model at the end
     samples = 8
-    [[method]]                            # tables of one name are one method: its best counts.
-    name = "DPO"                          # Every setting of train_redi.py; a list means each of
-    objective = "dpo"                     # its values, with each of those of the other lists
+    [[method]]                         # Tables with the same name are one method, which is judged
+    name = "DPO"                       # by its best variant. Any flag of train_redi.py; lists are
+    objective = "dpo"                  # combined: each value with each value of the other lists
     lr = [1e-4, 3e-4]
     beta = 0.1
 
-Stage 1 is trained once per seed of a setting, and shared by all methods and shares of mislabelled
-traces: these change pairs, not positives. A toy's benchmark is the same for all seeds, so seeds
-differ only in data order, data and initialization. Accuracy on the way is measured inside training,
-so no checkpoints are needed for it. Left out: a search.
+Stage 1 is trained once per setting and seed, and shared by all methods and shares of mislabelled
+traces, which change pairs, not positives. A toy's benchmark is the same for all seeds, so seeds
+differ only in data, data order and initialization. Left out: a search.
 """
 
 import hashlib
@@ -38,25 +37,25 @@ from redi.eval.protocol import EvalConfig
 from redi.recipe import REDIConfig, SFTConfig
 from redi.toy.student import ToyConfig
 
-# What a study sets itself: for each run, or because a run's result must not depend on it.
-OF_RUNS = {"out", "seed", "cache", "resume", "dry_run"}
-TAKEN: dict[type, set[str]] = {
+# Flags that the study sets itself, or that a study must not set.
+RUN_FLAGS = {"out", "seed", "cache", "resume", "dry_run"}
+OWN_FLAGS: dict[type, set[str]] = {
     ToyConfig: {"out", "seed", "mislabelled_rejected"},
-    SFTConfig: OF_RUNS,
-    REDIConfig: OF_RUNS | {"model"},
+    SFTConfig: RUN_FLAGS,
+    REDIConfig: RUN_FLAGS | {"model"},
     EvalConfig: {"model", "out", "completions", "export_prompts"},
 }
-BY_TOY = {"model", "data", "benchmark", "eval_benchmark"}
+TOY_FLAGS = {"model", "data", "benchmark", "eval_benchmark"}  # with [toy], its files
 TABLES = ("toy", "stage1", "stage2", "evaluation")
-BENCHMARK_SEED = 42
+BENCHMARK_SEED = 42  # all seeds have the same benchmark
 OWN_FILES = {"done", "logs", "tokens", "figures", "study.json", "study.lock", "report.md",
              "report.html"}  # fmt: skip
-STAGE_1 = "stage 1"  # among methods, the name of what all start from
+STAGE_1 = "stage 1"  # listed among the methods: the model that all of them start from
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A toy, or with toy None the model and the data that the sections name."""
+    """One toy's flags; toy None: [stage1] and [stage2] name model and data."""
 
     name: str
     toy: dict[str, Any] | None
@@ -64,7 +63,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Variant:
-    """One point of a method's grid: everything that is not the same for all methods."""
+    """One point of a method's grid."""
 
     method: str
     settings: dict[str, Any]  # of train_redi.py: objective, lr, alpha, ...
@@ -77,7 +76,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Model:
-    """One model that a study trains. variant None: the stage-1 model."""
+    """One model that the study trains. variant None: the stage-1 model."""
 
     setting: Setting
     seed: int
@@ -99,7 +98,7 @@ class Study:
     evaluation: dict[str, Any]
 
     def models(self) -> Iterator[Model]:
-        """Every model of the study, stage 1 before what is made of it."""
+        """Every model of the study; the stage-1 model precedes those that start from it."""
         for setting, seed in itertools.product(self.settings, self.seeds):
             folder = self.out / slug(setting.name) / f"seed-{seed}"
             yield Model(setting, seed, 0.0, None, folder / "sft")
@@ -112,7 +111,7 @@ class Study:
 
 
 def read_study(path: str | Path, out: str | None = None) -> Study:
-    """Raises UserError naming file and key. out: in place of out/NAME."""
+    """Read and check a STUDY.toml. out: None for out/NAME. Raises UserError: file and key."""
     tables, where = load_toml(path, str(path)), str(path)
     known = {"seeds": list[int], "mislabelled": list[float]}
     plain = check_table(
@@ -129,8 +128,8 @@ def read_study(path: str | Path, out: str | None = None) -> Study:
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"{where}: key 'seeds': expected different whole numbers; got {seeds}")
     shares = plain.get("mislabelled", [0.0])
-    named = {f"{share:g}" for share in shares}  # as folders are
-    if not shares or len(named) < len(shares) or not all(0 <= s <= 1 for s in shares):
+    names = {f"{share:g}" for share in shares}  # as in the names of folders
+    if not shares or len(names) < len(shares) or not all(0 <= s <= 1 for s in shares):
         raise UserError(f"{where}: key 'mislabelled': expected different numbers within [0, 1]")
     if not is_toy and ("setting" in tables or "mislabelled" in tables):
         raise UserError(f"{where}: [[setting]] and 'mislabelled' need [toy]")
@@ -155,12 +154,12 @@ def read_study(path: str | Path, out: str | None = None) -> Study:
 def _checked_settings(
     table: dict[str, Any], config: type, where: str, is_toy: bool, **more: Any
 ) -> dict[str, Any]:
-    """The table as settings of a program, checked as the program will; more: its other settings."""
-    taken = TAKEN[config] | (BY_TOY if is_toy else set())
+    """The table, checked as its program checks its flags. more: flags given elsewhere."""
+    own_flags = OWN_FLAGS[config] | (TOY_FLAGS if is_toy else set())
     for key in table:
-        if key in taken:
+        if key in own_flags:
             raise UserError(f"{where}: key {key!r}: the study sets it itself")
-    types = {k: t for k, t in types_of(config).items() if k not in taken}
+    types = {k: t for k, t in types_of(config).items() if k not in own_flags}
     settings = check_table(table, types, where)
     try:
         config(**({"out": "-"} if config is ToyConfig else {}), **more | settings)
@@ -173,20 +172,19 @@ def _settings(tables: dict[str, Any], where: str) -> list[Setting]:
     if "toy" not in tables:
         return [Setting("", None)]
     shared = {"benchmark_seed": BENCHMARK_SEED, **tables["toy"]}
-    settings = []
-    rows = tables.get("setting", [{"name": ""}])
-    if not rows:
-        raise UserError(f"{where}: 'setting': expected at least one [[setting]], or none named")
-    for number, row in enumerate(rows, start=1):
-        table = dict(row)
-        name = table.pop("name", None)
-        if "setting" in tables:
-            _check_name(name, OWN_FILES, f"{where}: [[setting]] {number}")
-        label = f"{where}: [[setting]] {name!r}" if name else f"{where}: [toy]"
-        # `benchmark` is redi.toy's number of problems, not evaluate.py's files.
-        toy = _checked_settings({**shared, **table}, ToyConfig, label, is_toy=False)
-        settings.append(Setting(name, toy))
-    _refuse_alike([slug(s.name) for s in settings], f"{where}: [[setting]]")
+    # is_toy=False: `benchmark` is redi.toy's number of problems here, not evaluate.py's files.
+    if "setting" not in tables:
+        return [Setting("", _checked_settings(shared, ToyConfig, f"{where}: [toy]", is_toy=False))]
+    settings, taken = [], set(OWN_FILES)
+    for number, row in enumerate(tables["setting"], start=1):
+        name = row.get("name")
+        _check_name(name, taken, f"{where}: [[setting]] {number}")
+        taken.add(slug(name))
+        flags = shared | {key: value for key, value in row.items() if key != "name"}
+        label = f"{where}: [[setting]] {name!r}"
+        settings.append(Setting(name, _checked_settings(flags, ToyConfig, label, is_toy=False)))
+    if not settings:
+        raise UserError(f"{where}: 'setting': expected at least one [[setting]]")
     return settings
 
 
@@ -213,7 +211,13 @@ def _variants(
             variants.append(Variant(name, settings))
     if not variants:
         raise UserError(f"{where}: expected at least one [[method]]")
-    _refuse_alike([variant.slug for variant in variants], f"{where}: [[method]]")
+    slugs = [variant.slug for variant in variants]
+    for name in slugs:
+        if slugs.count(name) > 1:
+            raise UserError(
+                f"{where}: [[method]]: {name!r} is there twice; methods that differ in their "
+                "objective alone need different names"
+            )
     return variants
 
 
@@ -224,22 +228,13 @@ def _check_name(name: object, taken: set[str], where: str) -> None:
         raise UserError(f"{where}: key 'name': {name!r} is taken")
 
 
-def _refuse_alike(names: list[str], where: str) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(
-                f"{where}: {name!r} is there twice; what differs in its objective alone needs "
-                "another name"
-            )
-
-
 def slug(text: str) -> str:
-    """A name as part of a path: lower case, and a dash for everything else."""
+    """A name as part of a path: lower case, with dashes for all other characters."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
 def _in_path(value: Any) -> str:
-    """A setting as part of a path; no two alike."""
+    """A setting as part of a path; different for every value."""
     text = as_text(value)
     if re.fullmatch(r"[\w.+-]+", text, re.ASCII):
         return text
@@ -247,9 +242,7 @@ def _in_path(value: Any) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A setting as a flag has it."""
+    """A setting as it is typed after a flag."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if value is None:
-        return "none"
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

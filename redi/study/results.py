@@ -1,14 +1,14 @@
 """What the runs of a study left on disk -> its numbers, as study.json holds them.
 
-Of a variant (a method with its parameters and learning rate) on one setting:
+For a variant (a method with its parameters and learning rate) on one setting:
 
-    mean    of pass@1 over seeds; where there are several benchmarks, of their mean
-    SEM     std (ddof 1) over seeds / sqrt(seeds): what another set of seeds might give. The paper's
-            SEM is over samples of one model; evaluations hold that one
-    p       two-sided paired t-test over seeds: is the mean difference from the stage-1 models, or
-            from the best DPO models, of the same seeds another than 0?
+    mean    of pass@1 over seeds; with several benchmarks, of their mean
+    SEM     std (ddof 1) over seeds / sqrt(seeds): how much another set of seeds may differ. The
+            paper's SEM is over samples of one model; each evaluation reports that one
+    p       two-sided paired t-test over seeds against the stage-1 models, or against the best DPO
+            models, of the same seeds
 
-A method's best variant has the highest mean, as in the paper's Table 2; it is chosen by the numbers
+A method's best variant has the highest mean, as in the paper's Table 2. It is chosen by the numbers
 it is reported with, so more variants are a slight advantage. Left out: a correction for the number
 of tests.
 """
@@ -37,8 +37,8 @@ from redi.runlog import read_metrics
 from redi.study.jobs import seconds_of
 from redi.study.plan import STAGE_1, Model, Study
 
-ROUNDING = 1e-12  # two scores that differ at all differ by one completion, some 1e-5
-# Of metrics.jsonl, in the order of the figures; a run that does not log one lacks it.
+ROUNDING = 1e-12  # scores that differ at all differ by one completion, about 1e-5
+# Fields of metrics.jsonl; a run may lack some.
 CURVES = (
     "chosen_logp", "rejected_logp", "grad_norm", "update_norm", "chosen_entropy",
     "rejected_entropy",
@@ -57,13 +57,13 @@ class Run:
     pass_at_1: float  # mean over benchmarks
     benchmarks: dict[str, dict[str, float]]  # name -> pass@1, pass@n, tokens
     on_the_way: list[tuple[int, float]]  # (step, pass@1) during training
-    curves: dict[str, list[float]]  # a value a step
+    curves: dict[str, list[float]]  # one value per step
     collapsed_at: int | None  # the step at which the guard warned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A variant on a setting, over seeds."""
+    """A variant on one setting, over its seeds."""
 
     setting: str
     mislabelled: float
@@ -88,7 +88,7 @@ class Results:
     machine: dict[str, Any]
     versions: dict[str, str]
     job_seconds: float  # of all jobs, added up
-    samples: int  # of a problem, at the end
+    samples: int  # per problem in the final evaluation
     missing: dict[str, str]  # what has no result -> why
     runs: list[Run]
     grid: list[Row]  # every variant
@@ -115,16 +115,15 @@ class Results:
 
 
 def collect(study: Study, failed: dict[str, str]) -> Results:
-    """failed: jobs that have no result, and why. Raises UserError if nothing has one."""
-    runs = [
-        _run(study, model, model.folder / "eval" / "report.json")
-        for model in study.models()
-        if str(model.folder / "eval") not in failed
-    ]
+    """failed: jobs without a result -> why. Raises UserError if no model has a result."""
+    models = [model for model in study.models() if str(model.folder / "eval") not in failed]
+    runs = [_run(study, model) for model in models]
     grid = grid_of(runs)
     if not grid:
         first, why = next(iter(failed.items()))
-        raise UserError(f"{study.out}: nothing to report on; first of what failed: {first}: {why}")
+        raise UserError(
+            f"{study.out}: nothing to report; the first job that failed: {first}: {why}"
+        )
     return Results(
         title=study.path.stem,
         study=study.path.read_text(encoding="utf-8"),
@@ -143,28 +142,29 @@ def collect(study: Study, failed: dict[str, str]) -> Results:
     )
 
 
-def _run(study: Study, model: Model, report: Path) -> Run:
-    mean, benchmarks = _scores(report)
+def _run(study: Study, model: Model) -> Run:
+    mean, benchmarks = _scores(model.folder / "eval" / "report.json")
     metrics = list(read_metrics(model.folder))
     records = [record for record in metrics if record["kind"] == "train"]
     keys = [key for key in CURVES if records and key in records[0]]
     scored = [record for record in metrics if record["kind"] == "benchmark"]
+    settings = model.variant.settings if model.variant else {}
     return Run(
         setting=model.setting.name,
         mislabelled=model.mislabelled,
         seed=model.seed,
         method=model.variant.method if model.variant else STAGE_1,
-        settings=model.variant.settings if model.variant else {},
+        settings=settings,
         pass_at_1=mean,
         benchmarks=benchmarks,
-        on_the_way=[(r["step"], r["pass_at_1"]) for r in scored[:-1]],  # the last is the end's
+        on_the_way=[(r["step"], r["pass_at_1"]) for r in scored[:-1]],  # the last is of the end
         curves={key: [float(f"{r[key]:.5g}") for r in records] for key in keys},
-        collapsed_at=_collapse(records, study, model) if model.variant else None,
+        collapsed_at=_collapse(records, study.stage2 | settings) if model.variant else None,
     )
 
 
 def _scores(path: Path) -> tuple[float, dict[str, dict[str, float]]]:
-    """pass@1 over all benchmarks, and what the figures and tables say of each."""
+    """(mean pass@1 over benchmarks, scores per benchmark) from an evaluation's report.json."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         scores = {
@@ -178,13 +178,13 @@ def _scores(path: Path) -> tuple[float, dict[str, dict[str, float]]]:
         return content["mean_pass_at_1"], scores
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not a report of evaluate.py ({error}); delete it, and the same command makes "
-            "it again"
+            f"{path}: not a report of evaluate.py ({error}); delete it and run the same command"
         ) from None
 
 
-def _collapse(records: list[dict[str, Any]], study: Study, model: Model) -> int | None:
-    config = REDIConfig(**{**study.stage2, **model.variant.settings})
+def _collapse(records: list[dict[str, Any]], settings: dict[str, Any]) -> int | None:
+    """The step at which the guard of a run with these settings warned."""
+    config = REDIConfig(**settings)
     guard = CollapseGuard(config.collapse_threshold, config.collapse_steps)
     return next((r["step"] for r in records if guard.check(r)), None)
 
@@ -193,45 +193,54 @@ def _collapse(records: list[dict[str, Any]], study: Study, model: Model) -> int 
 
 
 def grid_of(runs: Sequence[Run]) -> list[Row]:
-    """A row for every variant of every setting, in the order of the runs."""
-    groups: dict[tuple, dict[int, Run]] = {}
+    """One row for every variant of every setting, in the order of the runs."""
+    groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        groups.setdefault(_variant(run), {})[run.seed] = run
-    rows = []
-    for group in groups.values():
-        first = next(iter(group.values()))
-        same_place = [g for g in groups.values() if _place(next(iter(g.values()))) == _place(first)]
-        stage_1 = groups.get((first.setting, 0.0, STAGE_1, "{}"), {})
-        dpo = [g for g in same_place if next(iter(g.values())).settings.get("objective") == "dpo"]
-        best_dpo = max(dpo, key=_mean, default={})
-        is_dpo = first.settings.get("objective") == "dpo"
-        names = first.benchmarks
-        per_seed = [run.pass_at_1 for run in group.values()]
-        shared = [seed for seed in group if seed in stage_1]
-        gains = [group[seed].pass_at_1 - stage_1[seed].pass_at_1 for seed in shared]
-        rows.append(
-            Row(
-                setting=first.setting,
-                mislabelled=first.mislabelled,
-                method=first.method,
-                settings=first.settings,
-                seeds=len(group),
-                mean=statistics.fmean(per_seed),
-                sem=sem(per_seed),
-                benchmarks={n: _over(group, n, "pass_at_1") for n in names},
-                pass_at_n=statistics.fmean(_over(group, n, "pass_at_n") for n in names),
-                mean_tokens=statistics.fmean(_over(group, n, "mean_tokens") for n in names),
-                gain=statistics.fmean(gains) if gains and first.method != STAGE_1 else None,
-                p_stage_1=None if first.method == STAGE_1 else _compare(group, stage_1),
-                p_dpo=None if is_dpo or first.method == STAGE_1 else _compare(group, best_dpo),
-                collapsed=sum(run.collapsed_at is not None for run in group.values()),
-            )
-        )
-    return rows
+        groups.setdefault(variant_of(run), []).append(run)
+    return [_row(group, list(groups.values())) for group in groups.values()]
+
+
+def variant_of(item: Run | Row) -> tuple:
+    """What runs that differ only in their seed share."""
+    settings = json.dumps(item.settings, sort_keys=True)
+    return item.setting, item.mislabelled, item.method, settings
+
+
+def _row(runs: list[Run], groups: list[list[Run]]) -> Row:
+    """The row of a variant's `runs`; groups: the runs of every variant, itself included."""
+    first = runs[0]
+    same_setting = [group for group in groups if group[0].setting == first.setting]
+    stage_1 = next((group for group in same_setting if group[0].method == STAGE_1), [])
+    same_share = [group for group in same_setting if group[0].mislabelled == first.mislabelled]
+    dpo = [group for group in same_share if group[0].settings.get("objective") == "dpo"]
+    best_dpo = max(dpo, key=_mean, default=[])
+    is_stage_1, is_dpo = first.method == STAGE_1, first.settings.get("objective") == "dpo"
+    gains = [] if is_stage_1 else differences(runs, stage_1)
+    over_dpo = [] if is_stage_1 or is_dpo else differences(runs, best_dpo)
+
+    def score(benchmark: str, name: str) -> float:
+        return statistics.fmean(run.benchmarks[benchmark][name] for run in runs)
+
+    return Row(
+        setting=first.setting,
+        mislabelled=first.mislabelled,
+        method=first.method,
+        settings=first.settings,
+        seeds=len(runs),
+        mean=_mean(runs),
+        sem=sem([run.pass_at_1 for run in runs]),
+        benchmarks={name: score(name, "pass_at_1") for name in first.benchmarks},
+        pass_at_n=statistics.fmean(score(name, "pass_at_n") for name in first.benchmarks),
+        mean_tokens=statistics.fmean(score(name, "mean_tokens") for name in first.benchmarks),
+        gain=statistics.fmean(gains) if gains else None,
+        p_stage_1=paired_t_test(gains),
+        p_dpo=paired_t_test(over_dpo),
+        collapsed=sum(run.collapsed_at is not None for run in runs),
+    )
 
 
 def best_of(grid: Sequence[Row]) -> list[Row]:
-    """Of each method on each setting the row with the highest mean; stage 1 first."""
+    """The row with the highest mean for each method on each setting; stage 1 first."""
     best: dict[tuple, Row] = {}
     for row in grid:
         key = (row.setting, row.mislabelled, row.method)
@@ -240,40 +249,29 @@ def best_of(grid: Sequence[Row]) -> list[Row]:
     return list(best.values())
 
 
-def _variant(run: Run) -> tuple:
-    return (run.setting, run.mislabelled, run.method, json.dumps(run.settings, sort_keys=True))
+def _mean(runs: Sequence[Run]) -> float:
+    return statistics.fmean(run.pass_at_1 for run in runs)
 
 
-def _place(run: Run) -> tuple:
-    return run.setting, run.mislabelled
-
-
-def _mean(group: dict[int, Run]) -> float:
-    return statistics.fmean(run.pass_at_1 for run in group.values())
-
-
-def _over(group: dict[int, Run], benchmark: str, score: str) -> float:
-    return statistics.fmean(run.benchmarks[benchmark][score] for run in group.values())
-
-
-def _compare(group: dict[int, Run], other: dict[int, Run]) -> float | None:
-    seeds = [seed for seed in group if seed in other]
-    ours, theirs = ([g[seed].pass_at_1 for seed in seeds] for g in (group, other))
-    return paired_t_test(ours, theirs)
+def differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[float]:
+    """Our pass@1 minus theirs, for every seed that both have."""
+    scores = {run.seed: run.pass_at_1 for run in theirs}
+    return [run.pass_at_1 - scores[run.seed] for run in ours if run.seed in scores]
 
 
 # ---------------------------------------------------------------- statistics
 
 
 def sem(values: Sequence[float]) -> float | None:
-    """Standard error of the mean, ddof 1; None of one value."""
+    """Standard error of the mean (ddof 1); None for fewer than two values."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def paired_t_test(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-    """The two-sided p-value of the hypothesis that the mean difference is 0; None where the test
-    says nothing: fewer than two pairs, or differences that are all alike."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+def paired_t_test(differences: Sequence[float]) -> float | None:
+    """The two-sided p-value of the hypothesis that the mean difference is 0.
+
+    None where no test is possible: fewer than two differences, or all the same.
+    """
     error = sem(differences)
     if error is None or error < ROUNDING:
         return None
@@ -286,10 +284,8 @@ def t_tail(t: float, df: int) -> float:
     return float(betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
 
 
-# ---------------------------------------------------------------- where it ran
-
-
 def machine() -> dict[str, Any]:
+    """The processor, its cores, and the GPUs if there are any."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
