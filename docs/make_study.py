@@ -34,7 +34,7 @@ from redi.study.page import (
     to_markdown,
 )
 from redi.study.plan import STAGE_1
-from redi.study.results import Results, Row, differences, paired_t_test
+from redi.study.results import Results, Row, paired_differences, paired_t_test
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURES = Path("docs/study.md"), Path("docs/study")
@@ -114,7 +114,7 @@ def beside_symmetric(results: Results) -> list[str]:
 
 def difference(results: Results, ours: Row, theirs: Row) -> tuple[float, float | None]:
     """(mean difference over the seeds that both have, p)."""
-    found = differences(runs_of(results, ours), runs_of(results, theirs))
+    found = paired_differences(runs_of(results, ours), runs_of(results, theirs))
     return fmean(found), paired_t_test(found)
 
 

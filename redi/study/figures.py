@@ -20,9 +20,8 @@ from matplotlib.figure import Figure
 
 from redi.recipe import PUBLISHED
 from redi.study.plan import STAGE_1
-from redi.study.results import Results, Row, Run, differences, sem, variant_of
+from redi.study.results import Results, Row, Run, paired_differences, sem, variant_of
 
-COLUMNS = 4
 WINDOWS = 12  # a point of a curve is the mean over this fraction of the run
 GRAY = "0.45"
 
@@ -51,7 +50,7 @@ def number(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# ---------------------------------------------------------------- what is drawn
+# ---------------------------------------------------------------- rows, runs and axes
 
 
 def first_setting(rows: Sequence[Row]) -> list[Row]:
@@ -100,7 +99,7 @@ def curve(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _panels(count: int, height: float = 3.1) -> tuple[Figure, list]:
-    columns = min(COLUMNS, count)
+    columns = min(4, count)
     lines = -(-count // columns)
     figure = Figure(figsize=(max(4.6, 3.4 * columns), height * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
@@ -171,10 +170,7 @@ def _finished(figure: Figure, axes: Sequence) -> Figure:
 def _over_steps(
     results: Results, lines: dict[str, tuple[str, str]], label: str, log: bool = False
 ) -> Figure | None:
-    """One panel per method: its best variant solid, its largest learning rate dotted.
-
-    lines: curve -> (name, color).
-    """
+    """One panel per method, best variant solid, largest lr dotted. lines: curve -> name, color."""
     logged = {key for run in results.runs if run.method != STAGE_1 for key in run.curves}
     rows = _methods(results.table)
     if logged.isdisjoint(lines) or not rows:
@@ -262,7 +258,6 @@ def _against_setting(
 def labels(results: Results) -> Figure | None:
     """One panel per method, one line per setting: the best variant's gain at each share."""
     rows = [row for row in results.table if row.method != STAGE_1]
-    stage_1 = [run for run in results.runs if run.method == STAGE_1]
     if len({row.mislabelled for row in rows}) < 2:
         return None
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -270,9 +265,9 @@ def labels(results: Results) -> Figure | None:
     figure, axes = _panels(len(methods), 3.6)
     for axis, method in zip(axes, methods):
         for place, setting in enumerate(settings):
-            base = [run for run in stage_1 if run.setting == setting]
+            base = [r for r in results.runs if (r.method, r.setting) == (STAGE_1, setting)]
             own = [row for row in rows if (row.method, row.setting) == (method, setting)]
-            gains = {row.mislabelled: differences(runs_of(results, row), base) for row in own}
+            gains = {r.mislabelled: paired_differences(runs_of(results, r), base) for r in own}
             points = {share: values for share, values in gains.items() if values}
             _line(axis, points, setting or "the toy", place)
         axis.axhline(0, color=GRAY, ls="--", lw=1)

@@ -9,7 +9,7 @@ finished with the same key. A job that was killed runs again, and its programs r
 study was killed, its programs continue, and the next study waits at the lock until they end. When a
 job fails, the jobs that need it are not run; all others are.
 
-Left out: several machines; threads. A loop polls its processes ten times a second.
+Left out: several machines.
 """
 
 import hashlib
@@ -25,8 +25,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
-
-from tqdm import tqdm
 
 from redi.config import Stopped
 from redi.data.files import lock, make_folder, write_aside
@@ -83,9 +81,9 @@ class _Work:
         self.waiting = [job for job in jobs if job.name not in self.done]
         self.running: list[_Running] = []
         self.failed: dict[str, str] = {}
-        self.bar = tqdm(total=len(jobs), initial=len(self.done), desc=out.name, disable=None)
+        self.total = len(jobs)
         if self.done and self.waiting:
-            print(f"{out}: {len(self.done)} of {len(jobs)} jobs are done already", flush=True)
+            print(f"{out}: {len(self.done)} of {self.total} jobs are done already", flush=True)
 
     def _is_done(self, job: Job) -> bool:
         record = self._file("done", job, "json")
@@ -101,8 +99,7 @@ class _Work:
         ready = [job for job in self.waiting if self.done.issuperset(job.needs)]
         for job in ready[: self.places - len(self.running)]:
             self.waiting.remove(job)
-            path = self._file("logs", job, "log")
-            log = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until it ends)
+            log = open(self._file("logs", job, "log"), "a", encoding="utf-8")  # noqa: SIM115
             self.running.append(_Running(job, log))
             self._start(self.running[-1])
 
@@ -148,13 +145,8 @@ class _Work:
             log = self._file("logs", job, "log")
             self._fail(job, f"{_last_line(log)} (all of it: {log})")
             line = f"failed: {job.name}: {self.failed[job.name]}"
-        self.bar.n = len(self.done) + len(self.failed)
-        self.bar.refresh()
-        if self.bar.disable:
-            line = f"[{self.bar.n}/{self.bar.total}] {line}"
-        if self.bar.disable or not succeeded:
-            self.bar.write(line, file=sys.stdout if succeeded else sys.stderr)
-            sys.stdout.flush()
+        line = f"[{len(self.done) + len(self.failed)}/{self.total}] {line}"
+        print(line, file=sys.stdout if succeeded else sys.stderr, flush=True)
 
     def _fail(self, job: Job, why: str) -> None:
         """Record the failure of the job, and of all jobs that need it."""
@@ -166,8 +158,7 @@ class _Work:
     def end(self) -> None:
         """Ask the programs that are still running to stop, and wait for them."""
         for running in self.running:
-            with suppress(ProcessLookupError):
-                running.process.send_signal(signal.SIGTERM)
+            running.process.send_signal(signal.SIGTERM)
         until = time.monotonic() + GRACE_SECONDS
         for running in self.running:
             try:
@@ -177,11 +168,10 @@ class _Work:
                     os.killpg(running.process.pid, signal.SIGKILL)
                 running.process.wait()
             running.log.close()
-        self.bar.close()
 
 
 def keys(jobs: Sequence[Job]) -> dict[str, str]:
-    """A job's name -> a hash of its commands and of the keys of all jobs it needs."""
+    """Job name -> a hash of its commands and of the keys of all jobs it needs."""
     hashes: dict[str, str] = {}
     for job in jobs:
         content = [[shown(command) for command in job.commands], [hashes[n] for n in job.needs]]

@@ -118,7 +118,9 @@ def table(results: Results, rows: Sequence[Row]) -> Table:
             line.append(("mislabelled", f"{row.mislabelled:g}"))
         if len(row.benchmarks) > 1:
             line += [(name, f"{score:.3f}") for name, score in row.benchmarks.items()]
-        line += [("pass@1 ± SEM", mean(row)), (f"pass@{results.samples}", f"{row.pass_at_n:.3f}")]
+        error = "" if row.sem is None else f" ± {row.sem:.3f}"
+        line.append(("pass@1 ± SEM", f"{row.mean:.3f}{error}"))
+        line.append((f"pass@{results.samples}", f"{row.pass_at_n:.3f}"))
         line.append(("gain", "" if row.gain is None else signed(row.gain)))
         line.append(("p, stage 1", p_value(row.p_stage_1)))
         if dpo:
@@ -128,10 +130,6 @@ def table(results: Results, rows: Sequence[Row]) -> Table:
         lines.append(line)
     header = [name for name, _ in lines[0]]
     return Table(header, [[cell for _, cell in line] for line in lines])
-
-
-def mean(row: Row) -> str:
-    return f"{row.mean:.3f}" + ("" if row.sem is None else f" ± {row.sem:.3f}")
 
 
 def signed(value: float) -> str:

@@ -55,7 +55,7 @@ STAGE_1 = "stage 1"  # listed among the methods: the model that all of them star
 
 @dataclass(frozen=True)
 class Setting:
-    """One toy's flags; toy None: [stage1] and [stage2] name model and data."""
+    """A toy by its flags. toy None: no [toy]; [stage1] and [stage2] name model and data."""
 
     name: str
     toy: dict[str, Any] | None

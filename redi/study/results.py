@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,9 +122,7 @@ def collect(study: Study, failed: dict[str, str]) -> Results:
     grid = grid_of(runs)
     if not grid:
         first, why = next(iter(failed.items()))
-        raise UserError(
-            f"{study.out}: nothing to report; the first job that failed: {first}: {why}"
-        )
+        raise UserError(f"{study.out}: nothing to report; the first failure: {first}: {why}")
     return Results(
         title=study.path.stem,
         study=study.path.read_text(encoding="utf-8"),
@@ -201,9 +200,8 @@ def grid_of(runs: Sequence[Run]) -> list[Row]:
 
 
 def variant_of(item: Run | Row) -> tuple:
-    """What runs that differ only in their seed share."""
-    settings = json.dumps(item.settings, sort_keys=True)
-    return item.setting, item.mislabelled, item.method, settings
+    """The identity of a variant on a setting: equal for runs that differ only in their seed."""
+    return item.setting, item.mislabelled, item.method, json.dumps(item.settings, sort_keys=True)
 
 
 def _row(runs: list[Run], groups: list[list[Run]]) -> Row:
@@ -215,8 +213,8 @@ def _row(runs: list[Run], groups: list[list[Run]]) -> Row:
     dpo = [group for group in same_share if group[0].settings.get("objective") == "dpo"]
     best_dpo = max(dpo, key=_mean, default=[])
     is_stage_1, is_dpo = first.method == STAGE_1, first.settings.get("objective") == "dpo"
-    gains = [] if is_stage_1 else differences(runs, stage_1)
-    over_dpo = [] if is_stage_1 or is_dpo else differences(runs, best_dpo)
+    gains = [] if is_stage_1 else paired_differences(runs, stage_1)
+    over_dpo = [] if is_stage_1 or is_dpo else paired_differences(runs, best_dpo)
 
     def score(benchmark: str, name: str) -> float:
         return statistics.fmean(run.benchmarks[benchmark][name] for run in runs)
@@ -253,13 +251,10 @@ def _mean(runs: Sequence[Run]) -> float:
     return statistics.fmean(run.pass_at_1 for run in runs)
 
 
-def differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[float]:
+def paired_differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[float]:
     """Our pass@1 minus theirs, for every seed that both have."""
     scores = {run.seed: run.pass_at_1 for run in theirs}
     return [run.pass_at_1 - scores[run.seed] for run in ours if run.seed in scores]
-
-
-# ---------------------------------------------------------------- statistics
 
 
 def sem(values: Sequence[float]) -> float | None:
@@ -268,10 +263,7 @@ def sem(values: Sequence[float]) -> float | None:
 
 
 def paired_t_test(differences: Sequence[float]) -> float | None:
-    """The two-sided p-value of the hypothesis that the mean difference is 0.
-
-    None where no test is possible: fewer than two differences, or all the same.
-    """
+    """Two-sided p-value of a mean difference of 0; None for fewer than two, or all the same."""
     error = sem(differences)
     if error is None or error < ROUNDING:
         return None
@@ -287,9 +279,8 @@ def t_tail(t: float, df: int) -> float:
 def machine() -> dict[str, Any]:
     """The processor, its cores, and the GPUs if there are any."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cpu = models[0] if models else platform.processor()
+    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    cpu = model[1].strip() if model else platform.processor()
     found: dict[str, Any] = {"cpu": cpu, "cores": len(os.sched_getaffinity(0))}
     if torch.cuda.is_available():
         found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
