@@ -99,7 +99,8 @@ def one_line(text: str) -> str:
 def parse(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
     """Read `config_class` from a recipe and flags. Raises UserError; exits with 0 after --help."""
     flags = vars(_parser_for(config_class, description).parse_args(argv))
-    recipe = flags.pop("config")
+    recipe, *others = flags.pop("config") or [None]
+    require(not others, "config", f"{recipe} and {others}", "one recipe")
     table = load_toml(recipe, f"--config {recipe}") if recipe else {}
     return config_class(**check_table(table, types_of(config_class), recipe) | flags)
 
@@ -112,7 +113,9 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
         formatter_class=functools.partial(_HelpFormatter, max_help_position=36, width=110),
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="RECIPE.toml", help="settings; flags override them")
+    parser.add_argument(
+        "--config", action="append", metavar="RECIPE.toml", help="flags override it"
+    )
     usage, hints = "%(prog)s", _hints(config_class)
     for field in fields(config_class):
         kind, (text, *marks) = hints[field.name].__origin__, hints[field.name].__metadata__

@@ -10,8 +10,7 @@ fp32. There is no autocast.
 
 Under torchrun every process is a rank with one device. Weights, gradients and optimizer state are
 sharded over the ranks of a node and replicated across nodes, so all-gathers stay inside a node.
-Ranks sum their losses and gradients and never average them, because every loss is already divided
-by the counts of the whole step. The model knows nothing of this: `parallelize` changes it in place.
+Ranks sum losses and gradients, never average them: the whole step's counts are in every loss.
 """
 
 import os

@@ -15,10 +15,9 @@ Over R rows the logits would be (R, V): 18 GiB in fp32 for one 32k trace of Qwen
 Worked example, V = 2, z = [0, ln 3], target 0: softmax = [1/4, 3/4], log-prob = ln 1/4, and
 d log-prob / dz = [3/4, -3/4].
 
-Both kernels form a chunk's gradient in `_gradients`: the one-pass kernel at once, the two-pass
-kernel in backward, when the weights have arrived. The gradient of row i by its logits is
-token_weight[i] * (onehot - softmax). Scaling a (C, V) chunk by token_weight[i] / sum_exp[i] would
-cost a pass over memory, so the torch path scales the (C, D) operands of the two products instead.
+Both kernels form a chunk's gradient, token_weight[i] * (onehot - softmax) for row i of logits, in
+`_gradients`: the one-pass kernel at once, the two-pass kernel in backward. Scaling a (C, V) chunk
+would cost a pass over memory, so the torch path scales the (C, D) operands of the two products.
 
 Entropy needs no further pass over the logits. With p = softmax(z), E[z] = sum_v p_v z_v,
 

@@ -106,6 +106,8 @@ class PairwiseObjective:
         if batch.row_ids:
             values = pair_arguments(token_logps, batch, reference)
             per_pair = self.pair_loss(**{name: values[name] for name in self.arguments})  # (P,)
+            if per_pair.shape != (len(batch.row_ids) // 2,):
+                raise UserError(f"{self.pair_loss}: must return one loss per pair, (P,)")
             loss = per_pair.sum() / totals.num_rows
         else:  # an empty pack: its backward takes part in the exchange between ranks all the same
             loss = token_logps.sum()
@@ -166,19 +168,20 @@ def make_objective(name: str, **parameters: float) -> Objective:
 def constant_slopes(loss: Callable[..., Tensor], arguments: list[str], name: str) -> list[float]:
     """The derivatives of a linear loss by its arguments, taken by autograd in float64.
 
-    Raises UserError unless the loss equals slopes * point at three random points. A constant term
-    is refused too: it would be missing from the logged loss.
+    Raises UserError unless the loss equals slopes * point at 64 random points. A constant term is
+    refused too: it would be missing from the logged loss.
     """
     random = torch.Generator().manual_seed(0)
-    points = -20.0 * torch.rand(3, len(arguments), dtype=torch.float64, generator=random)
-    points.requires_grad_()
-    values = torch.stack([loss(**dict(zip(arguments, point))) for point in points])  # (3,)
+    exponents = torch.rand(64, len(arguments), dtype=torch.float64, generator=random)
+    points = (-1e-3 * 3e4**exponents).requires_grad_()  # log-probs from -0.001 to -30
+    values = [torch.as_tensor(loss(**dict(zip(arguments, point)))) for point in points]
+    values = torch.stack(values).double()  # (64,)
     # 0 * points: a loss may depend on none of its arguments.
-    slopes = torch.autograd.grad((values + 0 * points.sum()).sum(), points)[0]  # (3, arguments)
+    slopes = torch.autograd.grad((values + 0 * points.sum()).sum(), points)[0]  # (64, arguments)
     if not torch.allclose(values, points @ slopes[0], rtol=1e-12, atol=1e-12):
         raise UserError(
-            f"{name}: is declared linear (LINEAR in redi/objectives.py), but {name}_loss is not: "
-            f"its slopes at three points are {slopes.tolist()}, its values {values.tolist()}"
+            f"{name}: is declared linear (LINEAR in redi/objectives.py), but {name}_loss is not "
+            f"{slopes[0].tolist()} * {arguments} everywhere"
         )
     return slopes[0].tolist()
 

@@ -46,7 +46,9 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     line that is not a record raises a UserError."""
     path = run / "metrics.jsonl"
     if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        for number, line in enumerate(
+            path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1
+        ):
             try:
                 record = json.loads(line)
                 _ = record["kind"]

@@ -235,14 +235,9 @@ class StopSignals:
 
 
 def _not_finite(
-    number: int,
-    record: dict[str, float],
-    stats: StepStats,
-    data: TrainData,
-    step: StepPlan,
-    config: TrainConfig,
-    checkpoints: Checkpoints,
-) -> UserError:
+    number: int, record: dict[str, float], stats: StepStats, data: TrainData, step: StepPlan,
+    config: TrainConfig, checkpoints: Checkpoints,
+) -> UserError:  # fmt: skip
     """Names the rows whose log-probs are not finite (or all rows), and the ranks that had them."""
     guilty = set(stats.ids[~np.isfinite(stats.mean_logps)].tolist()) or set(stats.ids.tolist())
     ranks = [r for r, packs in enumerate(step) if any(guilty & set(ids.tolist()) for ids in packs)]

@@ -147,6 +147,9 @@ def test_a_completion_survives_its_line():
     [
         (lambda row: row.pop("text"), "here: expected the fields .*text.*; got"),
         (lambda row: row.update(score=1), "expected the fields"),
+        (lambda row: row.update(text=3), "here: field 'text': got 3"),
+        (lambda row: row.update(sample="x"), "here: field 'sample': got 'x'"),
+        (lambda row: row.update(num_tokens=True), "here: field 'num_tokens': got True"),
     ],
 )
 def test_a_line_that_is_no_completion_is_an_error(edit, message):

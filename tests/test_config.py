@@ -65,6 +65,8 @@ def test_default_then_recipe_then_flag(recipe):
     path = recipe('name = "recipe"\ncount = 2\n')
     assert read() == Settings()
     assert read("--config", path) == Settings(name="recipe", count=2)
+    with pytest.raises(UserError, match=r"--config: expected one recipe"):
+        read("--config", path, "--config", path)
     both = read("--config", path, "--count", "3")
     assert both == Settings(name="recipe", count=3)
     assert read("--count", "3", "--config", path) == both  # in either order

@@ -78,14 +78,24 @@ def hinge(chosen_mean, rejected_mean, alpha):
     return torch.relu(20.0 - chosen_mean + alpha * rejected_mean)
 
 
-@pytest.mark.parametrize("loss", [squared_margin, product, with_a_constant, hinge])
+def bent_where_log_probs_are(chosen_mean, rejected_mean, alpha):
+    return -chosen_mean + alpha * rejected_mean.clamp(max=-1.0)
+
+
+@pytest.mark.parametrize(
+    "loss", [squared_margin, product, with_a_constant, hinge, bent_where_log_probs_are]
+)
 def test_a_loss_declared_linear_that_is_not_stops_the_run_by_name(loss, here, monkeypatch):
     monkeypatch.setattr(losses, "redi_loss", loss)
-    with pytest.raises(
-        UserError, match=r"^redi: is declared linear .* redi_loss is not: its slopes"
-    ):
+    with pytest.raises(UserError, match=r"^redi: is declared linear .* redi_loss is not "):
         run(redi_config())
     assert not (here / "run").exists()
+
+
+def test_a_pairwise_loss_that_averages_over_the_pack_is_refused(here, monkeypatch):
+    monkeypatch.setattr(losses, "simpo_loss", lambda chosen_mean, beta, gamma: -chosen_mean.mean())
+    with pytest.raises(UserError, match="must return one loss per pair"):
+        run(redi_config(objective="simpo", beta=2.0, gamma=1.0))
 
 
 def test_a_linear_loss_gets_its_means_by_name(monkeypatch):

@@ -37,7 +37,8 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
     numbers than transformers."""
     try:
         _refuse_unsupported(config, where)
-        for name in SIZES:
+        optional = ("num_key_value_heads", "head_dim")
+        for name in (*SIZES, *(name for name in optional if config.get(name) is not None)):
             if type(config[name]) is not int or config[name] < 1:
                 raise UserError(f"{where}: {name} is {config[name]!r}; expected a positive integer")
         heads = config["num_attention_heads"]

@@ -179,6 +179,8 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
         hashes: dict[str, str] = {}
         for writer in range(state["ranks"]):
             hashes |= json.loads((folder / f"hashes-{writer}.json").read_text())
+        if ".metadata" not in hashes:
+            return "its hashes are incomplete"
         for name in sorted(hashes)[rank::world_size]:
             if hash_files([folder / name]) != hashes[name]:
                 return f"{name} has changed since it was written"

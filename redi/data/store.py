@@ -73,7 +73,7 @@ class TokenStore:
                 return None
             fields = {name: about[name] for name in ("paired", "data_hash", "skipped")}
             return cls(folder, tokens=tokens, **fields, **index)
-        except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile):
+        except (OSError, EOFError, ValueError, LookupError, TypeError, BadZipFile):
             return None
 
     @cached_property

@@ -126,7 +126,7 @@ class ChatTokenizer:
             template = {one["name"]: one["template"] for one in template}.get("default")
         path = folder / "chat_template.jinja"
         if path.is_file():
-            template = path.read_text(encoding="utf-8")
+            template = path.read_text(encoding="utf-8", errors="replace")
         if not template:
             raise UserError(f"{path}: no such file, and no chat template in tokenizer_config.json")
         return cls(tokenizer, template, special, where=str(folder))
@@ -215,7 +215,7 @@ class ChatTokenizer:
             marked = [{"role": role, "content": mark} for role, mark in zip(roles, markers)]
             try:
                 text = self._jinja.render(messages=marked, add_generation_prompt=generation)
-            except TemplateError as error:
+            except Exception as error:  # a template can fail with any error
                 raise UserError(f"{self.where}: the chat template fails ({error})") from None
             texts = filter(None, self._pieces.split(text))
             pieces = [Piece(t, self.control_ids.get(t), markers.get(t)) for t in texts]

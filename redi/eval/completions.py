@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import glob
 import json
+import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,15 +68,20 @@ def to_line(row: Completion | Mark) -> str:
 
 
 def from_line(line: str | bytes, kind: type[L], place: str) -> L:
-    """The row of one JSON line. Raises UserError that begins with `place`: not JSON, or missing or
-    unknown fields."""
+    """The row of one JSON line. Raises UserError that begins with `place`: not JSON, missing or
+    unknown fields, a field of another type."""
     try:
-        return kind(**json.loads(line))
+        row = kind(**json.loads(line))
     except ValueError as error:
         raise UserError(f"{place}: not valid JSON ({error})") from None
     except TypeError:
         names = ", ".join(field.name for field in dataclasses.fields(kind))
         raise UserError(f"{place}: expected the fields {names}; got {line!r:.60}") from None
+    for field in dataclasses.fields(kind):
+        value = getattr(row, field.name)
+        if type(value) not in (typing.get_args(field.type) or (field.type,)):
+            raise UserError(f"{place}: field {field.name!r}: got {value!r:.60}")
+    return row
 
 
 def read_lines(path: Path, kind: type[L]) -> Iterator[L]:

@@ -35,7 +35,7 @@ class EvalConfig:
     benchmark: Annotated[list[str], "names, or files of problems and answers"] = field(
         default_factory=lambda: list(KNOWN)
     )
-    out: Annotated[str | None, "folder for completions and report; none: MODEL/eval"] = None
+    out: Annotated[str | None, "folder of the evaluation; none: MODEL/eval", may_change] = None
     completions: Annotated[str | None, "grade these, made elsewhere, instead of sampling"] = None
     export_prompts: Annotated[str | None, "write what to ask elsewhere to this file, stop"] = None
     samples: Annotated[int, "completions of each problem"] = 16
