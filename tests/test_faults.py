@@ -426,8 +426,8 @@ def test_a_row_that_is_not_finite_is_named_with_step_and_rank(tmp_path, monkeypa
         first.ends(2)
         second.ends(2)
         assert first.errors == (
-            f"error: positives.jsonl: step {step} has loss nan and gradient norm nan; it was not "
-            f"applied; rank {rank}, rows {row}; last good checkpoint: "
+            f"error: positives.jsonl: step {step} has loss nan and gradient norm nan; the update "
+            f"was not applied; rank {rank}, rows {row}; last good checkpoint: "
             f"run/checkpoints/step-{step - 1:06d}\n"
         )
         assert second.errors == ""

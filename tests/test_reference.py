@@ -3,6 +3,7 @@
 python -m pytest tests/test_reference.py
 """
 
+import itertools
 import multiprocessing
 import shutil
 from dataclasses import replace
@@ -158,44 +159,56 @@ def test_what_was_saved_is_read_back_and_nothing_half_written_is_there(tmp_path)
 # ---------------------------------------------------------------- ranks
 
 
-@pytest.mark.parametrize("rank_0", ["has the file", "has no file", "has a damaged file"])
-@pytest.mark.parametrize("rank_1", ["the same", "other values", "no file"])
-def test_all_ranks_take_what_rank_0_reads(tmp_path, rank_0, rank_1):
-    """Two nodes whose caches are not shared."""
-    paths = [tmp_path / str(rank) / "reference-0.bin" for rank in (0, 1)]
-    if rank_0 != "has no file":
-        save_reference(paths[0], SUMS, ALONE)
-    if rank_0 == "has a damaged file":
-        paths[0].write_bytes(one_bit(paths[0].read_bytes()))
-    if rank_1 != "no file":
-        save_reference(paths[1], SUMS + (rank_1 == "other values"), ALONE)
-    loaded = on_two_ranks(tmp_path, paths)
-    for found in loaded:
-        assert torch.equal(found, SUMS) if rank_0 == "has the file" else found is None
+RANK_0 = ["has the file", "has no file", "has a damaged file"]
+RANK_1 = ["the same", "other values", "no file"]
 
 
-def on_two_ranks(folder: Path, paths: list[Path]) -> list[torch.Tensor | None]:
-    """load_reference(paths[rank], ...) of two processes."""
-    context = multiprocessing.get_context("fork")
-    settings = [
-        (rank, path, folder / "store", folder / f"out-{rank}.pt") for rank, path in enumerate(paths)
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> dict[tuple[str, str], list[torch.Tensor | None]]:
+    """What two ranks load, on two nodes whose caches are not shared: one entry per rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = list(itertools.product(RANK_0, RANK_1))
+    for number, (rank_0, rank_1) in enumerate(cases):
+        paths = [cache_of(folder, number, rank) for rank in (0, 1)]
+        if rank_0 != "has no file":
+            save_reference(paths[0], SUMS, ALONE)
+        if rank_0 == "has a damaged file":
+            paths[0].write_bytes(one_bit(paths[0].read_bytes()))
+        if rank_1 != "no file":
+            save_reference(paths[1], SUMS + (rank_1 == "other values"), ALONE)
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=load_on_rank, args=(rank, folder, len(cases))) for rank in (0, 1)
     ]
-    processes = [context.Process(target=load_on_rank, args=one) for one in settings]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 0
-    return [torch.load(folder / f"out-{rank}.pt") for rank in (0, 1)]
+    by_rank = [torch.load(folder / f"out-{rank}.pt") for rank in (0, 1)]
+    return dict(zip(cases, zip(*by_rank)))
 
 
-def load_on_rank(rank: int, path: Path, store: Path, out: Path) -> None:
+def cache_of(folder: Path, number: int, rank: int) -> Path:
+    return folder / f"{number}-{rank}" / "reference-0.bin"
+
+
+def load_on_rank(rank: int, folder: Path, num_cases: int) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2
     )
-    torch.save(load_reference(path, 2, replace(ALONE, rank=rank, world_size=2)), out)
+    world = replace(ALONE, rank=rank, world_size=2)
+    found = [load_reference(cache_of(folder, n, rank), 2, world) for n in range(num_cases)]
+    torch.save(found, folder / f"out-{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank_0", RANK_0)
+@pytest.mark.parametrize("rank_1", RANK_1)
+def test_all_ranks_take_what_rank_0_reads(loaded, rank_0, rank_1):
+    for found in loaded[rank_0, rank_1]:
+        assert torch.equal(found, SUMS) if rank_0 == "has the file" else found is None
 
 
 def test_only_the_first_rank_of_a_node_writes(tmp_path):
