@@ -235,6 +235,7 @@ def test_metrics_of_a_step_done_twice_are_found(copy, whole):
 # ---------------------------------------------------------------- a kill
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_a_save_goes_on_to_the_same_bits(whole):
     run = Run(whole.toy, "killed", ranks=1)
     at_once = Undisturbed(whole, training=0.0, save=0.0)  # as soon as the save begins
