@@ -141,24 +141,11 @@ def main(out: str, *numbers: str) -> None:
 # ---------------------------------------------------------------- what they must give
 
 
-# Ranks, and ranks per node. On two nodes in fp64 only: that is the stricter half of the cases.
-WORLDS = {"2 ranks": (2, 2), "2 nodes of 2": (4, 2)}
-RUNS = [
-    (world, case)
-    for world in WORLDS
-    for case in CASES
-    if world == "2 ranks" or case[2] == torch.float64
-]
-
-
-@pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
-    """Of the cases that pytest selected: a single one takes seconds."""
-    ranks, local_world_size = WORLDS[request.param]
-    out = tmp_path_factory.mktemp("ranks") / "results.pt"
-    items = [item for item in request.session.items if item.path == Path(__file__)]
-    chosen = [item.callspec.params for item in items if hasattr(item, "callspec")]
-    selected = [params.get("case") for params in chosen if params.get("results") == request.param]
+def results_of(request, ranks: int, local_world_size: int, folder: Path) -> dict:
+    """Of the cases that pytest selected for this test's fixture: a single one takes seconds."""
+    out = folder / "results.pt"
+    items = [item for item in request.session.items if request.fixturename in item.fixturenames]
+    selected = [item.callspec.params.get("case") for item in items if hasattr(item, "callspec")]
     numbers = [str(number) for number, case in enumerate(CASES) if case in selected]
     processes = torchrun([__file__, str(out), *numbers], ranks, local_world_size)
     for process in processes:
@@ -167,10 +154,28 @@ def results(request, tmp_path_factory):
     return torch.load(out, weights_only=False)
 
 
-@pytest.mark.parametrize(
-    ("results", "case"), RUNS, indirect=["results"], ids=[f"{world}-{case}" for world, case in RUNS]
-)
-def test_ranks_together_give_the_loss_and_gradients_of_one_alone(results, case):
+@pytest.fixture(scope="module")
+def on_two_ranks(request, tmp_path_factory):
+    return results_of(request, 2, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def on_two_nodes(request, tmp_path_factory):
+    return results_of(request, 4, 2, tmp_path_factory.mktemp("nodes"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ranks_together_give_the_loss_and_gradients_of_one_alone(on_two_ranks, case):
+    assert_as_alone(on_two_ranks, case)
+
+
+# In fp64 only, the stricter half of the cases.
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] == torch.float64], ids=str)
+def test_two_nodes_of_two_ranks_give_the_loss_and_gradients_of_one_alone(on_two_nodes, case):
+    assert_as_alone(on_two_nodes, case)
+
+
+def assert_as_alone(results: dict, case: tuple) -> None:
     loss, norm, summary, gradients, _ = one_step(*case, World(0, 1, torch.device("cpu")))
     within = BETWEEN_CUTS[case[2]]
     for cut in CUTS:
@@ -181,8 +186,11 @@ def test_ranks_together_give_the_loss_and_gradients_of_one_alone(results, case):
         assert together[2] == pytest.approx(summary, rel=within, abs=5 * within)
 
 
-@pytest.mark.parametrize("results", WORLDS, indirect=True)
-def test_the_first_rank_of_each_node_runs_first_and_takes_the_others_down_if_it_fails(results):
+@pytest.mark.parametrize("fixture", ["on_two_ranks", "on_two_nodes"])
+def test_the_first_rank_of_each_node_runs_first_and_takes_the_others_down_if_it_fails(
+    request, fixture
+):
+    results = request.getfixturevalue(fixture)
     turns = {failing: result for (name, failing), result in results.items() if name == "in turn"}
     [(_, done), (leader, failed)] = turns.items()
     ranks = len(done)
