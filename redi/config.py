@@ -113,9 +113,8 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
         formatter_class=functools.partial(_HelpFormatter, max_help_position=36, width=110),
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", action="append", metavar="RECIPE.toml", help="flags override it"
-    )
+    recipe = {"metavar": "RECIPE.toml", "help": "settings; flags override them"}
+    parser.add_argument("--config", action="append", **recipe)
     usage, hints = "%(prog)s", _hints(config_class)
     for field in fields(config_class):
         kind, (text, *marks) = hints[field.name].__origin__, hints[field.name].__metadata__

@@ -8,6 +8,7 @@
 Letters: R supervised tokens, S sequences.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,44 +56,45 @@ class StepStats:
         return {"chosen_entropy": float(chosen.mean()), "rejected_entropy": float(rejected.mean())}
 
 
-def gather_step_stats(
-    data: TrainData,
-    step: StepPlan,
-    results: list[tuple[PackedBatch, PackLoss]],
-    scalars: list[Tensor | float] = (),
-) -> StepStats:
-    """Bring a step's statistics to the host of every rank: one exchange, one wait for the device.
+class StepSums:
+    """Sums up a step's statistics on the device, pack by pack; then `gather` exchanges them."""
 
-    results: this rank's packs, after backward (without it, the entropies are all 0). scalars: are
-    summed over ranks. Raises RuntimeError for a log-prob above 0: broken kernels or memory.
-    """
-    world, ids, paired = data.world, sequence_ids(step), data.dataset.store.paired
-    # Every rank fills its own places of one vector; the sum over ranks is the whole vector.
-    sizes = [1, len(scalars), world.world_size, len(ids), len(ids)]
-    vector = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
-    loss, sums, largest, logp_sums, entropy_sums = vector.split(sizes)
-    for i, scalar in enumerate(scalars):
-        sums[i] = scalar
-    for batch, result in results:
-        loss += result.loss
-        lengths = batch.response_lengths
+    def __init__(self, data: TrainData, step: StepPlan):
+        self.data, self.ids, self.paired = data, sequence_ids(step), data.dataset.store.paired
+        # Every rank fills its own places of one vector; the sum over ranks is the whole vector.
+        self.sizes = [1, data.world.world_size, len(self.ids), len(self.ids)]
+        self.vector = torch.zeros(sum(self.sizes), dtype=torch.float64, device=data.world.device)
+
+    def add(self, batch: PackedBatch, result: PackLoss) -> None:
+        """Add a pack, after its backward: until then its entropies are 0."""
+        loss, largest, logp_sums, entropy_sums = self.vector.split(self.sizes)
+        loss += result.loss.detach()
+        lengths, world = batch.response_lengths, self.data.world
         if not lengths:
-            continue  # an empty pack
-        own = [2 * r + (s < 0) if paired else r for r, s in zip(batch.row_ids, batch.signs)]
-        where = torch.from_numpy(np.searchsorted(ids, own)).to(world.device, non_blocking=True)
+            return  # an empty pack
+        own = [2 * r + (s < 0) if self.paired else r for r, s in zip(batch.row_ids, batch.signs)]
+        where = torch.from_numpy(np.searchsorted(self.ids, own)).to(world.device, non_blocking=True)
         for whole, values in (logp_sums, result.token_logps), (entropy_sums, result.entropies):
             if values is not None:  # added in a fixed order, so that the sum is repeatable
                 parts = [part.sum() for part in values.split(lengths)]
                 whole[where] = torch.stack(parts).double()
         largest[world.rank] = torch.maximum(largest[world.rank], result.token_logps.max())
-    sum_over_ranks(vector, world)
-    parts = [part.numpy() for part in vector.cpu().split(sizes)]
-    [loss], sums, largest, logp_sums, entropy_sums = parts
-    if largest.max() > 0:
-        raise RuntimeError(f"a token has log-prob {largest.max()}: the log-probs are wrong")
-    lengths = data.dataset.response_lengths[ids]
-    means = logp_sums / lengths, entropy_sums / lengths
-    return StepStats(float(loss), sums.tolist(), ids, *means, paired)
+
+    def gather(self, scalars: Sequence[Tensor | float] = ()) -> StepStats:
+        """The sums over all ranks, on the host: one all-reduce, one wait for the device.
+
+        scalars: are summed too. Raises RuntimeError for a log-prob above 0 (a broken kernel)."""
+        vector = torch.cat([self.vector, self.vector.new_zeros(len(scalars))])
+        for i, scalar in enumerate(scalars, start=len(self.vector)):
+            vector[i] = scalar
+        sum_over_ranks(vector, self.data.world)
+        parts = [part.numpy() for part in vector.cpu().split([*self.sizes, len(scalars)])]
+        [loss], largest, logp_sums, entropy_sums, sums = parts
+        if largest.max() > 0:
+            raise RuntimeError(f"a token has log-prob {largest.max()}: the log-probs are wrong")
+        lengths = self.data.dataset.response_lengths[self.ids]
+        means = logp_sums / lengths, entropy_sums / lengths
+        return StepStats(float(loss), sums.tolist(), self.ids, *means, self.paired)
 
 
 # ---------------------------------------------------------------- the update's norm

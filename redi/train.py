@@ -34,7 +34,7 @@ from redi.model import Transformer
 from redi.monitor import (
     CollapseGuard,
     StepStats,
-    gather_step_stats,
+    StepSums,
     peak_flops,
     squared_update_norm,
     training_flops,
@@ -166,7 +166,7 @@ def train_step(
     """One optimizer step: its statistics, and its record for the log. A step whose loss or gradient
     is not finite changes no weight."""
     began = time.perf_counter()
-    world, totals, results = data.world, data.totals(step), []
+    world, totals, sums = data.world, data.totals(step), StepSums(data, step)
 
     # ---- forward and backward, pack by pack: gradients accumulate in .grad
     num_packs = len(step[world.rank])
@@ -174,15 +174,14 @@ def train_step(
         distributed.last_pack(model, number == num_packs, config.reshard_after_forward)
         result = data.loss(model, batch, totals)
         result.loss.backward()
-        results.append((batch, result._replace(loss=result.loss.detach())))
+        sums.add(batch, result)
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
     # Nodes hold the same weights, so each counts for its share.
     update = squared_update_norm(optimizer) / world.num_nodes
 
     # ---- one all-reduce for all statistics; the host waits for the device here
     # Every rank has the whole gradient's norm, so only rank 0 contributes it.
-    scalars = [float(signals.wanted), update, grad_norm if world.rank == 0 else 0.0]
-    stats = gather_step_stats(data, step, results, scalars)
+    stats = sums.gather([float(signals.wanted), update, grad_norm if world.rank == 0 else 0.0])
 
     # ---- update
     record = {"loss": stats.loss, **stats.logp_summary(), **stats.entropy_summary()}
@@ -203,11 +202,11 @@ def train_step(
 def held_out(model: Transformer, data: TrainData) -> dict[str, float]:
     """The loss over all rows of `data` as one step, and their mean log-probs."""
     step = data.all_rows()
-    totals = data.totals(step)
+    totals, sums = data.totals(step), StepSums(data, step)
     with distributed.without_gradients(model):
-        batches = data.batches(step, totals)
-        results = [(batch, data.loss(model, batch, totals)) for batch in batches]
-    stats = gather_step_stats(data, step, results)
+        for batch in data.batches(step, totals):
+            sums.add(batch, data.loss(model, batch, totals))
+    stats = sums.gather()
     return {"loss": stats.loss, **stats.logp_summary()}
 
 

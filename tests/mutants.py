@@ -241,7 +241,7 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "the collapse guard goes on counting after a recovery",
+        "the collapse guard keeps counting after a recovery",
         "redi/monitor.py",
         "self.low = self.low + 1 if fell > self.threshold else 0",
         "self.low = self.low + 1 if fell > self.threshold else self.low",
@@ -265,7 +265,7 @@ MUTANTS = (
     Mutant(
         "loss and log-probs of a step are those of this rank alone",
         "redi/monitor.py",
-        "sum_over_ranks(vector, world)",
+        "sum_over_ranks(vector, self.data.world)",
         "pass",
         (f"{RANKS}[('redi', True, torch.float64, 7)]",),
     ),

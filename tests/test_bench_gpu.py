@@ -103,7 +103,7 @@ def test_a_whole_model_in_bf16_is_close_to_fp32():
 
 
 def test_decoding_is_right_and_a_wrong_position_is_seen(monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setattr(gpu_checks, "DECODER_ROWS", 5)
     found = gpu_checks.decoding(CPU)
     ways = {f"G9_greedy_{way}" for way in ("recorded", "launched")}
@@ -120,7 +120,7 @@ def test_decoding_is_right_and_a_wrong_position_is_seen(monkeypatch):
 
 
 def test_the_triton_kernels_equal_their_twins():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="triton is not installed")
     found = gpu_checks.triton_kernels(TRITON, rows=3, vocabulary=300)
     if TRITON == CPU:
         found.pop("G9_kernel_bf16")  # the interpreter has no bf16
@@ -140,7 +140,7 @@ def test_the_losses_of_ours_and_plain_have_the_same_gradients():
 
 
 def test_liger_takes_the_signed_weights_as_we_hand_them_over():
-    pytest.importorskip("liger_kernel")
+    pytest.importorskip("liger_kernel", reason="liger_kernel is not installed")
     hidden, weight, *rest = gpu_loss.inputs(48, 16, 200, TRITON)
     given = (*(t.detach().float().requires_grad_() for t in (hidden, weight)), *rest)
     of_none = lambda *given: gpu_loss.liger(*given, reduction="none")  # noqa: E731
@@ -300,7 +300,7 @@ def test_memory_is_measured_for_each_setting_that_fits(monkeypatch, capsys):
 
 
 def test_trl_trains_on_rows_of_the_same_lengths(monkeypatch):
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="trl is not installed")
     from bench import gpu_trl
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -328,7 +328,7 @@ def test_texts_have_the_mean_asked_for_and_fit_the_context():
 
 
 def test_the_part_of_decoding_runs(monkeypatch):
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     monkeypatch.setattr(gpu_decode, "STEPS", 8)
     monkeypatch.setattr(gpu_decode, "copy_speed", lambda device: 1e9)
     found = gpu_decode.decode(CPU, TINY, {"4k": 40}, rows=6, peer_rows=3)
@@ -489,7 +489,7 @@ def test_an_error_is_told_in_a_line_with_its_place():
 
 
 def test_every_part_names_a_function():
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="trl is not installed")
     for name in gpu.PARTS:
         assert callable(gpu.function_of(name))
     first = gpu.PARTS["G9"], gpu.PARTS["G1"], gpu.PARTS["G3"], gpu.PARTS["G4"], gpu.PARTS["G5"]

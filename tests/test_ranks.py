@@ -30,7 +30,7 @@ from redi.batches import TrainData
 from redi.checkpoint.reference import _score as reference_logp_sums
 from redi.config import RankError
 from redi.distributed import Parallelism, World, full_tensor, local_rank_zero_first, parallelize
-from redi.monitor import gather_step_stats, squared_update_norm
+from redi.monitor import StepSums, squared_update_norm
 
 CASES = [
     (name, tied, dtype, rows)
@@ -84,16 +84,16 @@ def one_step(
     if data.objective.needs_reference:
         data = replace(data, reference=reference_logp_sums(reference, data))
     step = data.all_rows()
-    totals, results = data.totals(step), []
+    totals, sums = data.totals(step), StepSums(data, step)
     packs = len(step[world.rank])
     for number, batch in enumerate(data.batches(step, totals), start=1):
         distributed.last_pack(model, number == packs, reshard)
         result = data.loss(model, batch, totals)
         result.loss.backward()
-        results.append((batch, result._replace(loss=result.loss.detach())))
+        sums.add(batch, result)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     update = squared_update_norm(torch.optim.AdamW(model.parameters(), lr=1e-2)) / world.num_nodes
-    stats = gather_step_stats(data, step, results, [update])
+    stats = sums.gather([update])
     grads = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
     logged = stats.logp_summary() | stats.entropy_summary() | {"squared update": stats.scalars[0]}
     return stats.loss, full_tensor(norm).item(), logged, grads, packs

@@ -56,7 +56,7 @@ def test_a_second_run_takes_them_from_disk_and_learns_the_same_bits(here, scored
     assert [record["loss"] for record in first] == [record["loss"] for record in second]
 
 
-def test_another_objective_learning_rate_and_cut_into_packs_take_the_same(here, scored):  # noqa: F811
+def test_another_objective_lr_and_cut_into_packs_take_the_same(here, scored):  # noqa: F811
     run(redi_config(out="one", **DPO))
     run(redi_config(out="two", objective="ipo", beta=0.1, lr=1e-5, pack_tokens=60))
     assert scored == [10]

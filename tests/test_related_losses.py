@@ -290,7 +290,7 @@ def test_value_and_gradient_equal_trls(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_trains_from_the_command_line(name, here, monkeypatch, capsys):  # noqa: F811
+def test_every_objective_trains_by_its_flags(name, here, monkeypatch, capsys):  # noqa: F811
     settings = {
         "model": "student", "data": "pairs.jsonl", "out": "run", "lr": 1e-3, "rows-per-step": 5,
         "max-prompt": 100, "max-response": 100, "max-length": 200, "pack-tokens": 150,

@@ -139,7 +139,7 @@ def main() -> None:
         raise UserError(
             f"--problems {config.problems}: too many for {config.operations} operations"
         )
-    # No problem of the benchmark has a trace, whichever of the two is drawn first.
+    # No problem of the benchmark has a trace, in either order of drawing.
     rng, operations = random.Random(config.seed), config.operations
     if config.benchmark_seed is None:
         asked = draw_problems(rng, config.problems, operations)
