@@ -5,6 +5,7 @@ import html.parser
 import json
 import re
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,7 +267,8 @@ def test_tokens_give_the_text_again(model, text):
     chat = ChatTokenizer.from_folder(model)
     ids = chat.tokenizer.encode(text).ids
     found = list(tokens_of(ids, chat))
-    assert "".join(shown for shown, _, _ in found) == text
+    normal = unicodedata.normalize("NFC", text)  # as Qwen2's tokenizer normalizes
+    assert "".join(shown for shown, _, _ in found) == normal
     assert [i for _, its_ids, _ in found for i in its_ids] == ids
 
 
