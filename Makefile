@@ -47,16 +47,16 @@ clean:
 
 # ---- environments: made anew when their requirements change
 
-.venv/core: requirements.txt
+.venv/core: requirements.txt constraints.txt
 	@$(call new_venv)
 	@echo "installing requirements.txt into .venv (a minute or two)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
-.venv/dev: requirements-dev.txt requirements.txt
+.venv/dev: requirements-dev.txt requirements.txt constraints.txt
 	@$(call new_venv)
 	@echo "installing requirements-dev.txt into .venv (a minute or two)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	@touch .venv/core $@
 
 define new_venv
