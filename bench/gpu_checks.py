@@ -209,7 +209,7 @@ def loss_and_gradients(
     model = Transformer(config)
     initialise(model, seed=0)
     parallelize(model, World(0, 1, device), Parallelism(dtype))
-    loss = sft().loss(model, sft_pack(config, lengths).to(device), None, None).loss
+    loss = sft().loss(model, sft_pack(config, lengths).to(device), None).loss
     loss.backward()
     gradients = [full_tensor(p.grad).reshape(-1).float().cpu() for p in model.parameters()]
     return loss.detach().cpu(), torch.cat(gradients)

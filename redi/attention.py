@@ -34,12 +34,15 @@ def packed_attention(
 
 
 def _per_document(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.is_cuda:  # torch's fused kernels for fp32 take no groups of heads
+        key, value, grouped = *_for_each_query_head(query, key, value), False
     documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))
     outputs = [
         F.scaled_dot_product_attention(
             *(part.transpose(0, 1)[None] for part in document),  # (1, heads, L, d)
             is_causal=True,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=grouped,
         )[0].transpose(0, 1)
         for document in documents
     ]
@@ -53,12 +56,17 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longe
     if query.shape[1] != key.shape[1]:
         if _takes_gqa():
             grouped = {"enable_gqa": True}
-        else:  # torch 2.11: every query head gets its own copy of its key/value head
-            group = query.shape[1] // key.shape[1]
-            key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+        else:  # torch 2.11
+            key, value = _for_each_query_head(query, key, value)
     lengths = (cu_seqlens, cu_seqlens, longest, longest)
     causal = (-1, 0)  # attend to every token before, to none after
     return varlen_attn(query, key, value, *lengths, window_size=causal, **grouped)
+
+
+def _for_each_query_head(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Copies of key and value in which every query head has its own key/value head (T, H, d)."""
+    group = query.shape[1] // key.shape[1]
+    return [t.repeat_interleave(group, dim=1) for t in (key, value)]
 
 
 @cache

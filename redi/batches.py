@@ -64,10 +64,10 @@ class TrainData:
             signs = torch.tensor([s.sign for s in sequences])
             lengths = torch.tensor([s.response_length for s in sequences])
             weights = self.objective.token_weights(signs, lengths, totals)  # of each sequence
-            yield pack(sequences, weights).to(self.world.device)
+            yield pack(sequences, weights, self.reference).to(self.world.device)
 
     def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> PackLoss:
-        return self.objective.loss(model, batch, totals, self.reference)
+        return self.objective.loss(model, batch, totals)
 
 
 def sequence_ids(step: StepPlan) -> np.ndarray:

@@ -21,7 +21,7 @@ from redi.checkpoint.resume import Checkpoints
 from redi.distributed import local_shard, sum_over_ranks
 from redi.model import ModelConfig
 from redi.objectives import PackLoss
-from redi.packing import PackedBatch, StepPlan
+from redi.packing import PackedBatch, StepPlan, to_device
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class StepSums:
         if not lengths:
             return  # an empty pack
         own = [2 * r + (s < 0) if self.paired else r for r, s in zip(batch.row_ids, batch.signs)]
-        where = torch.from_numpy(np.searchsorted(self.ids, own)).to(world.device, non_blocking=True)
+        where = to_device(np.searchsorted(self.ids, own), world.device)
         for whole, values in (logp_sums, result.token_logps), (entropy_sums, result.entropies):
             if values is not None:  # added in a fixed order, so that the sum is repeatable
                 parts = [part.sum() for part in values.split(lengths)]
@@ -86,7 +86,7 @@ class StepSums:
         scalars: are summed too. Raises RuntimeError for a log-prob above 0 (a broken kernel)."""
         vector = torch.cat([self.vector, self.vector.new_zeros(len(scalars))])
         for i, scalar in enumerate(scalars, start=len(self.vector)):
-            vector[i] = scalar
+            vector[i].fill_(scalar)  # vector[i] = number would be a blocking copy
         sum_over_ranks(vector, self.data.world)
         parts = [part.numpy() for part in vector.cpu().split([*self.sizes, len(scalars)])]
         [loss], largest, logp_sums, entropy_sums, sums = parts

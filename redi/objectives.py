@@ -71,9 +71,7 @@ class LinearObjective:
     keep_pairs = False  # must both traces of a pair be in one pack?
     needs_reference = False
 
-    def loss(
-        self, model: Transformer, batch: PackedBatch, totals: Totals, reference: Tensor | None
-    ) -> PackLoss:
+    def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> PackLoss:
         def head(hidden: Tensor, weight: Tensor) -> tuple:
             return weighted_logp_sum(hidden, weight, batch.targets, batch.token_weights)
 
@@ -96,15 +94,12 @@ class PairwiseObjective:
         """Zeros (S,): the weights follow from the forward pass."""
         return torch.zeros(signs.shape, dtype=torch.float64)
 
-    def loss(
-        self, model: Transformer, batch: PackedBatch, totals: Totals, reference: Tensor | None
-    ) -> PackLoss:
-        """reference (N, 2), on the host: see checkpoint/reference.py."""
+    def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> PackLoss:
         token_logps, entropies = model(  # (R,)
             batch, lambda h, w: token_logps_and_entropies(h, w, batch.targets)
         )
         if batch.row_ids:
-            values = pair_arguments(token_logps, batch, reference)
+            values = pair_arguments(token_logps, batch)
             per_pair = self.pair_loss(**{name: values[name] for name in self.arguments})  # (P,)
             if per_pair.shape != (len(batch.row_ids) // 2,):
                 raise UserError(f"{self.pair_loss}: must return one loss per pair, (P,)")
@@ -117,19 +112,16 @@ class PairwiseObjective:
 Objective = LinearObjective | PairwiseObjective
 
 
-def pair_arguments(
-    token_logps: Tensor, batch: PackedBatch, reference: Tensor | None
-) -> dict[str, Tensor | Sequence[Tensor]]:
+def pair_arguments(token_logps: Tensor, batch: PackedBatch) -> dict[str, Tensor | Sequence[Tensor]]:
     """PAIR_ARGUMENTS of a pack whose sequences are chosen, rejected, chosen, ...; the reference's
-    only if there is one. token_logps (R,), reference (N, 2)."""
-    lengths = batch.response_lengths
-    traces = token_logps.split(lengths)  # 2P of (|y|,)
+    only if the pack has them. token_logps (R,)."""
+    traces = token_logps.split(batch.response_lengths)  # 2P of (|y|,)
     sums = torch.stack([trace.sum() for trace in traces])  # (2P,)
     means = torch.stack([trace.mean() for trace in traces])
     values = {"{}_logps": traces, "{}_sum": sums, "{}_mean": means}
-    if reference is not None:
-        ref_sums = reference[batch.row_ids[0::2]].reshape(-1).to(sums)  # (2P,)
-        values |= {"ref_{}_sum": ref_sums, "ref_{}_mean": ref_sums / torch.tensor(lengths).to(sums)}
+    if batch.reference is not None:
+        ref_sums, ref_means = batch.reference.to(sums.dtype)  # (2P,) each
+        values |= {"ref_{}_sum": ref_sums, "ref_{}_mean": ref_means}
     sides = {"chosen": slice(0, None, 2), "rejected": slice(1, None, 2)}
     return {name.format(side): v[at] for name, v in values.items() for side, at in sides.items()}
 

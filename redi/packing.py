@@ -29,6 +29,7 @@ Letters: N rows, T packed tokens, S sequences of a pack, L tokens of a sequence,
 
 import bisect
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -130,11 +131,18 @@ class PackedBatch:
     row_ids: list[int]  # S, the row of the Dataset that each sequence comes from
     signs: list[int]  # S, +1 chosen, -1 rejected
     response_lengths: list[int]  # S, |y|: supervised tokens of each sequence
+    reference: Tensor | None = None  # (2, S) float64: the reference model's log-prob sums and means
 
     def to(self, device: torch.device) -> "PackedBatch":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return replace(self, **moved)
+        return replace(self, **{name: to_device(value, device) for name, value in tensors.items()})
+
+
+def to_device(values: Tensor | np.ndarray | Sequence, device: torch.device) -> Tensor:
+    """Values of the host as a tensor on the device. Only a copy from pinned memory lets the host go
+    on while the device still works on what was launched before."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True)
@@ -159,8 +167,11 @@ class TokenSequence:
         return positions if self.learned is None else positions[self.learned]
 
 
-def pack(sequences: list[TokenSequence], weights: Tensor) -> PackedBatch:
+def pack(
+    sequences: list[TokenSequence], weights: Tensor, reference: Tensor | None = None
+) -> PackedBatch:
     """Concatenate sequences. weights (S,): the weight of each sequence's supervised tokens.
+    reference (N, 2): the reference model's log-prob sums of all pairs; sequences are pairs then.
 
     An empty list gives an empty pack: one token, not supervised. Raises ValueError for a sequence
     without a prompt: the document before it would predict its first token.
@@ -175,6 +186,10 @@ def pack(sequences: list[TokenSequence], weights: Tensor) -> PackedBatch:
     response_lengths = [len(positions) for positions in supervised]
     rows = [start + positions - 1 for positions, start in zip(supervised, cu_seqlens)]
     targets = [s.tokens[positions] for s, positions in zip(sequences, supervised)]
+    row_ids = [s.row for s in sequences]
+    if reference is not None:
+        sums = reference[row_ids[0::2]].reshape(-1)  # (S,)
+        reference = torch.stack([sums, sums / torch.tensor(response_lengths)])
     return PackedBatch(
         tokens=torch.from_numpy(np.concatenate([s.tokens for s in sequences]).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
@@ -183,9 +198,10 @@ def pack(sequences: list[TokenSequence], weights: Tensor) -> PackedBatch:
         rows=torch.from_numpy(np.concatenate(rows)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         token_weights=weights.repeat_interleave(torch.tensor(response_lengths)),
-        row_ids=[s.row for s in sequences],
+        row_ids=row_ids,
         signs=[s.sign for s in sequences],
         response_lengths=response_lengths,
+        reference=reference,
     )
 
 

@@ -61,9 +61,9 @@ MUTANTS = (
     ),
     Mutant(
         "a pair is compared with the reference log-probs of another row",
-        "redi/objectives.py",
-        "reference[batch.row_ids[0::2]]",
-        "reference[sorted(batch.row_ids[0::2])]",
+        "redi/packing.py",
+        "reference[row_ids[0::2]]",
+        "reference[sorted(row_ids[0::2])]",
         (f"{INVARIANCE}[one pack-dpo-tied-torch.float64]",),
     ),
     # ---------------------------------------------------------------- log-probs and kernels
@@ -115,8 +115,8 @@ MUTANTS = (
     Mutant(
         "the Triton kernel counts the target's exponential twice",
         "redi/kernels.py",
-        "other = (index < vocabulary) & (index != target)",
-        "other = index < vocabulary",
+        'z = tl.where(index == target, -float("inf"), z)',
+        "z = z + 0.0",
         ("tests/test_kernels.py::test_the_worked_example_of_the_module",),
     ),
     # ---------------------------------------------------------------- model and attention

@@ -570,7 +570,7 @@ def sft_loss(model) -> torch.Tensor:
     totals = Totals(num_rows=3, num_tokens=sum(row.response_length for row in rows))
     lengths = torch.tensor([row.response_length for row in rows])
     batch = pack(rows, sft().token_weights(torch.ones(3), lengths, totals))
-    return sft().loss(model, batch, totals, None)[0]
+    return sft().loss(model, batch, totals)[0]
 
 
 def test_bf16_gradients_are_fp32_and_neither_divided_nor_far_from_those_of_fp32(sharded):

@@ -258,8 +258,8 @@ def by_hand(name: str, model: Transformer, reference, packs: list[list[int]]) ->
         sequences = [rows.sequence(i) for i in ids]
         signs = torch.tensor([s.sign for s in sequences])
         lengths = torch.tensor([s.response_length for s in sequences])
-        batch = pack(sequences, objective.token_weights(signs, lengths, totals))
-        result = objective.loss(model, batch, totals, reference)
+        batch = pack(sequences, objective.token_weights(signs, lengths, totals), reference)
+        result = objective.loss(model, batch, totals)
         result.loss.backward()
         loss += result.loss.item()
     return loss

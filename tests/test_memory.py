@@ -43,7 +43,7 @@ def loss_and_gradients(
         ]
         responses = torch.tensor([s.response_length for s in sequences])
         weights = sft().token_weights(torch.ones_like(responses), responses, totals)
-        loss = sft().loss(model, pack(sequences, weights), totals, None).loss
+        loss = sft().loss(model, pack(sequences, weights), totals).loss
         loss.backward()
         sum_of_losses += loss.item()
     return sum_of_losses, {name: p.grad for name, p in model.named_parameters()}

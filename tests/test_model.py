@@ -261,6 +261,29 @@ def test_attention_equals_a_dense_block_mask(heads, kv_heads, lengths):
         torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=0)
 
 
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that claims to be on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+def test_fp32_on_a_gpu_takes_a_kernel_whose_memory_is_linear(monkeypatch, heads, kv_heads):
+    """Torch's fused kernels for fp32 need as many key heads as query heads, and no enable_gqa."""
+    fused = F.scaled_dot_product_attention
+
+    def equal_heads(query, key, value, is_causal, enable_gqa):
+        assert query.shape == key.shape == value.shape
+        assert not enable_gqa
+        return fused(query, key, value, is_causal=is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", equal_heads)
+    tensors, cu_seqlens = random_heads(heads, kv_heads, LENGTHS)
+    ours = packed_attention(*(t.as_subclass(OnCuda) for t in tensors), cu_seqlens, LENGTHS)
+    expected = dense_attention(*tensors, LENGTHS)
+    torch.testing.assert_close(ours.as_subclass(torch.Tensor), expected, atol=1e-12, rtol=0)
+
+
 def newer_varlen_attn(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
 ):

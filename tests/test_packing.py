@@ -4,6 +4,7 @@ python -m pytest tests/test_packing.py
 """
 
 import math
+import operator
 from collections import Counter
 from itertools import pairwise
 
@@ -353,8 +354,21 @@ def test_to_a_device_keeps_everything():
     batch = pack(THREE, WEIGHTS)
     moved = batch.to(torch.device("cpu"))
     for name, value in vars(batch).items():
-        same = torch.equal if isinstance(value, torch.Tensor) else list.__eq__
+        same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
         assert same(getattr(moved, name), value)
+
+
+def test_a_pack_of_pairs_has_the_sums_and_means_of_the_reference():
+    lengths = [[2, 4], [5, 8]]  # |y| of the chosen and the rejected trace of rows 2 and 0
+    pairs = [
+        TokenSequence(np.zeros(n + 1, dtype=np.int32), 1, row, sign)
+        for row, both in zip([2, 0], lengths)
+        for n, sign in zip(both, [1, -1])
+    ]
+    reference = torch.tensor([[-10.0, -20.0], [7.0, 7.0], [-1.0, -3.0]], dtype=torch.float64)
+    batch = pack(pairs, torch.zeros(4), reference)
+    assert batch.reference.tolist() == [[-1.0, -3.0, -10.0, -20.0], [-0.5, -0.75, -2.0, -2.5]]
+    assert pack(pairs, torch.zeros(4)).reference is None
 
 
 def test_of_several_turns_only_the_answers_are_predicted():

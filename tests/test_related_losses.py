@@ -124,7 +124,7 @@ def loss_of(name: str, logps, lengths, reference, **parameters) -> torch.Tensor:
             objectives, "weighted_logp_sum", lambda *given: (logps.double() @ given[3], logps, None)
         )
         model = lambda batch, head: head(None, None)  # noqa: E731
-        return objective.loss(model, pack(rows, weights), totals, reference).loss
+        return objective.loss(model, pack(rows, weights, reference), totals).loss
 
 
 @pytest.mark.parametrize("seed", range(3))

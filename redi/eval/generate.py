@@ -33,8 +33,9 @@ from redi.attention import packed_attention
 from redi.config import UserError
 from redi.eval.cache import Cache, pages_for, spread
 from redi.eval.decoder import Decoder
-from redi.eval.sampling import Draws, Sampling, sample, to_device
+from redi.eval.sampling import Draws, Sampling, sample
 from redi.model import Transformer
+from redi.packing import to_device
 
 PREFILL_TOKENS = 8192  # of a pack, unless one prompt is longer
 

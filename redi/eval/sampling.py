@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redi.packing import to_device
+
 BLOCK = 64  # tokens whose weights are summed before the search
 ATTEMPTS = 8  # then sort: only a small top_p comes that far, for it refuses most draws
 
@@ -62,15 +64,6 @@ class Draws:
         """(B,) fp64, inside (0, 1)."""
         state = _mix(self._state ^ np.uint64(attempt))
         return torch.from_numpy(((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
-
-
-def to_device(values, device: torch.device) -> Tensor:
-    """Numbers, an array or a CPU tensor on the device. The copy is from pinned memory, so the host
-    does not wait for the work launched before it."""
-    tensor = torch.as_tensor(values)
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
