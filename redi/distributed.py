@@ -26,11 +26,13 @@ from functools import cache, partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
-from redi.config import RankError, UserError
+from redi.config import RankError, Stopped, UserError
 from redi.model import Transformer
 
+NO_LIMIT = timedelta(days=365)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +44,7 @@ class World:
     world_size: int
     device: torch.device
     local_world_size: int = 1  # ranks on this node
+    timeout: timedelta = timedelta(minutes=30)  # how long ranks wait for each other
 
     @property
     def is_local_rank_zero(self) -> bool:
@@ -56,13 +59,18 @@ def start(timeout_minutes: float) -> World:
     """Join the processes that torchrun started. Without torchrun, the world is this process.
 
     timeout_minutes: how long a rank waits for the others before it gives up. From here on only
-    rank 0 writes to stdout. Raises UserError if nodes run different numbers of processes.
+    rank 0 writes to stdout. Raises UserError if nodes run different numbers of processes, or this
+    one more processes than it has GPUs.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    # Packs differ in length: without this, a freed block is of no use to a tensor a little larger.
+    # Torch reads the variable at the first allocation.
+    if cuda and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if world_size == 1:
         return World(0, 1, device)
     if "MASTER_ADDR" not in os.environ:
@@ -72,13 +80,20 @@ def start(timeout_minutes: float) -> World:
             f"{world_size} processes, {local_world_size} on this node: start equally many on each"
         )
     if cuda:
+        gpus = torch.cuda.device_count()
+        if local_world_size > gpus:
+            raise UserError(
+                f"{local_world_size} processes on this node, but {gpus} visible GPU"
+                f"{'s' * (gpus > 1)}: start torchrun with --nproc_per_node {gpus}"
+            )
         torch.cuda.set_device(device)
     # gloo beside nccl: objects and checkpoints are exchanged in host memory.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout)
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open as long as the process)
-    return World(rank, world_size, device, local_world_size)
+    return World(rank, world_size, device, local_world_size, timeout)
 
 
 def compute_dtype(name: str, world: World) -> torch.dtype:
@@ -141,8 +156,14 @@ def _mesh(world: World):
     """One mesh for all models of a process: each mesh creates its own groups and their threads."""
     if world.num_nodes == 1:
         return dist.init_device_mesh(world.device.type, (world.world_size,))
-    sizes, names = (world.num_nodes, world.local_world_size), ("replicate", "shard")
-    return dist.init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
+    ranks = torch.arange(world.world_size).view(world.num_nodes, world.local_world_size)
+    # init_device_mesh would create groups with NCCL's own timeout, ten minutes.
+    groups = [
+        dist.new_subgroups_by_enumeration(members.tolist(), timeout=world.timeout)[0]
+        for members in (ranks.T, ranks)
+    ]
+    names = ("replicate", "shard")
+    return DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=names)
 
 
 def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None:
@@ -199,10 +220,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def sum_over_ranks(tensor: Tensor, world: World) -> None:
-    """Sum over all ranks, in place. All ranks must call it."""
+def sum_over_ranks(tensor: Tensor, world: World, group: dist.ProcessGroup | None = None) -> None:
+    """Sum over all ranks, in place. All ranks must call it. group: of all ranks, but with another
+    timeout."""
     if world.world_size > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)
 
 
 def wait_for_all(world: World) -> None:
@@ -210,52 +232,70 @@ def wait_for_all(world: World) -> None:
     sum_over_ranks(torch.zeros(()), world)
 
 
-def all_ranks_ok(ok: bool, world: World) -> bool:
+def all_ranks_ok(ok: bool, world: World, group: dist.ProcessGroup | None = None) -> bool:
     """Whether something succeeded on every rank. All ranks must call it."""
     failed = torch.tensor(0.0 if ok else 1.0)
-    sum_over_ranks(failed, world)
+    sum_over_ranks(failed, world, group)
     return not failed
 
 
 @contextmanager
 def local_rank_zero_first(world: World) -> Iterator[None]:
     """Run the body on rank 0 of every node, then on the other ranks, which find its files on disk.
-    If it fails on any node, all other ranks exit with status 2."""
-    if not world.is_local_rank_zero and not all_ranks_ok(True, world):
+    They wait without a limit, because downloading and tokenizing take as long as they take. If the
+    body fails on any node, all other ranks exit with status 2. All ranks must call it."""
+    patient = dist.new_group(backend="gloo", timeout=NO_LIMIT) if world.world_size > 1 else None
+    if not world.is_local_rank_zero and not all_ranks_ok(True, world, patient):
         sys.exit(2)  # the rank that failed reports why
     ok = False
     try:
         yield
         ok = True
     finally:
-        if world.is_local_rank_zero and not all_ranks_ok(ok, world) and ok:
+        if world.is_local_rank_zero and not all_ranks_ok(ok, world, patient) and ok:
             sys.exit(2)
 
 
-# gloo raises a plain RuntimeError whatever happens. These are its words for a rank that is gone.
-LOST = re.compile("gloo/transport/.*(closed|reset by peer|refused|[Bb]roken pipe|[Tt]imed? ?out)")
+# gloo raises a plain RuntimeError and NCCL a DistBackendError whatever happens. These are their
+# words for a rank that is gone.
+LOST = re.compile(
+    "gloo/transport/.*(closed|reset by peer|refused|[Bb]roken pipe|[Tt]imed? ?out)"
+    "|remote process exited|collective operation timeout|store->get"
+)
 
 
 @contextmanager
 def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
-    """Turn the error a rank gets when another one died or stalls into a RankError. After the body,
-    leave the process group: gloo's threads often abort a process that exits right after an
-    exchange, and torchrun would then stop the ranks that are still working.
+    """Turn the error a rank gets when another one died, or stalls in an exchange by gloo, into a
+    RankError. A rank that waits for NCCL is different: torch's watchdog aborts its process when the
+    timeout is over.
+
+    After the body, leave the process group: gloo's threads often abort a process that exits right
+    after an exchange, and torchrun would then stop the ranks that are still working. After an error
+    only a single process leaves it: several would wait for those that are gone.
 
     timeout: how long `start` lets ranks wait, in words."""
+    several = world.world_size > 1
+    leaving = not dist.is_initialized()  # a single process: `shard` creates a group for it
     try:
         yield
+        leaving |= several
+    except Stopped:  # all ranks raise it
+        leaving |= several
+        raise
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or LOST.search(str(error))
-        if world.world_size == 1 or not lost:
+        lost = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
+        if not several or not (lost or LOST.search(str(error))):
             raise
         why = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise RankError(
-            f"rank {world.rank} lost another process, which died or did not answer within "
-            f"{timeout}: {why}"
-        ) from None
-    if world.world_size > 1:
-        dist.destroy_process_group()
+            f"rank {world.rank}: another process ended (see its own message) or did not answer "
+            f"within {timeout}: {why}"
+        ) from error
+    finally:
+        if leaving and dist.is_initialized():
+            dist.destroy_process_group()
+            _mesh.cache_clear()
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -12,11 +12,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_invariance import (
     BETWEEN_CUTS,
     Rows,
@@ -24,11 +27,12 @@ from test_invariance import (
     objective_of,
     tiny,
 )
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 from redi import distributed
 from redi.batches import TrainData
 from redi.checkpoint.reference import _score as reference_logp_sums
-from redi.config import RankError
+from redi.config import RankError, Stopped, UserError
 from redi.distributed import Parallelism, World, full_tensor, local_rank_zero_first, parallelize
 from redi.monitor import StepSums, squared_update_norm
 
@@ -53,7 +57,9 @@ def torchrun(program: list[str], ranks: int, local_world_size: int, **environmen
         settings = {
             "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % local_world_size,
             "LOCAL_WORLD_SIZE": local_world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "OMP_NUM_THREADS": 1, "PYTHONPATH": os.pathsep.join(sys.path), **environment,
+            "OMP_NUM_THREADS": 1, "PYTHONPATH": os.pathsep.join(sys.path),
+            "CUDA_VISIBLE_DEVICES": "",  # a machine may have fewer GPUs than a test has ranks
+            **environment,
         }  # fmt: skip
         env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -100,7 +106,9 @@ def one_step(
 
 
 def in_turn(world: World, folder: Path, failing: int | None) -> str:
-    """What a rank does in local_rank_zero_first, in which the rank `failing` raises an error."""
+    """What a rank does in local_rank_zero_first, in which the rank `failing` raises an error. It
+    takes twice as long as ranks usually wait for each other."""
+    set_timeout(timedelta(seconds=0.1))
     written = folder / f"node-{world.rank // world.local_world_size}-failing-{failing}"
     try:
         with local_rank_zero_first(world):
@@ -113,13 +121,21 @@ def in_turn(world: World, folder: Path, failing: int | None) -> str:
             else:
                 did = "found" if written.exists() else "too early"
     except (OSError, SystemExit) as error:
-        return str(error)
+        did = str(error)
+    set_timeout(world.timeout)
     return did
+
+
+def timeouts(world: World) -> list[str]:
+    """Of the groups that FSDP exchanges by."""
+    mesh = distributed._mesh(world)
+    groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    return [str(group._get_backend(world.device).options._timeout) for group in groups]
 
 
 def gather(value: str, world: World) -> list[str]:
     values = [""] * world.world_size
-    torch.distributed.all_gather_object(values, value)
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -133,9 +149,10 @@ def main(out: str, *numbers: str) -> None:
     last_leader = world.world_size - world.local_world_size
     for failing in (None, last_leader):
         results["in turn", failing] = gather(in_turn(world, Path(out).parent, failing), world)
+    results["timeouts"] = timeouts(world)
     if world.rank == 0:
         torch.save(results, out)
-    torch.distributed.barrier()
+    dist.barrier()
 
 
 # ---------------------------------------------------------------- what they must give
@@ -191,11 +208,17 @@ def test_the_first_rank_of_each_node_runs_first_and_takes_the_others_down_if_it_
     request, fixture
 ):
     results = request.getfixturevalue(fixture)
-    turns = {failing: result for (name, failing), result in results.items() if name == "in turn"}
-    [(_, done), (leader, failed)] = turns.items()
+    [(_, done), (leader, failed)] = [
+        (key[1], result) for key, result in results.items() if key[0] == "in turn"
+    ]
     ranks = len(done)
     assert done == ["wrote", "found"] * (ranks // 2)
     assert failed == ["2"] * leader + ["disk full"] + ["2"] * (ranks - leader - 1)
+
+
+def test_groups_of_some_ranks_wait_as_long_as_all_ranks_do(on_two_ranks, on_two_nodes):
+    assert on_two_ranks["timeouts"] == ["0:02:00"]
+    assert on_two_nodes["timeouts"] == ["0:02:00", "0:02:00"]
 
 
 PAIR = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
@@ -207,8 +230,11 @@ LOST = [
     (RuntimeError, f"{PAIR}Write error [127.0.0.1]:432: Broken pipe{ADVICE}"),
     (RuntimeError, f"{BUFFER}Timed out waiting 4000ms for recv operation to complete"),
     (RuntimeError, f"{PAIR}Application timeout caused pair closure"),
-    (torch.distributed.DistBackendError, "NCCL error: remote process exited"),
-    (torch.distributed.DistNetworkError, "The client socket has timed out after 60s"),
+    (
+        dist.DistBackendError,
+        "NCCL error in: NCCLUtils.hpp:268, remote process exited or there was a network error",
+    ),
+    (dist.DistNetworkError, "The client socket has timed out after 60s"),
 ]
 
 
@@ -219,46 +245,94 @@ def test_an_error_of_the_exchange_between_ranks_becomes_one_line(kind, text):
         raise kind(text)
     why = text.rpartition("] ")[2].removesuffix(ADVICE)
     assert str(raised.value) == (
-        f"rank 1 lost another process, which died or did not answer within a week: {why}"
+        "rank 1: another process ended (see its own message) or did not answer within a week: "
+        f"{why}"
     )
+    assert str(raised.value.__cause__) == text
 
 
 OTHERS = [
-    "ProcessGroupGloo::allreduce: invalid tensor type at index 0",
-    f"[enforce fail at {PAIR[1:-2]}] op.preamble.length <= op.nbytes. 200000 vs 8",
-    "CUDA error: out of memory while gloomy",
-    "Timed out waiting for the tokenizer",
-    "Connection closed by peer while the data set was downloaded",
+    (RuntimeError, "ProcessGroupGloo::allreduce: invalid tensor type at index 0"),
+    (RuntimeError, f"[enforce fail at {PAIR[1:-2]}] op.preamble.length <= op.nbytes. 200000 vs 8"),
+    (RuntimeError, "CUDA error: out of memory while gloomy"),
+    (RuntimeError, "Timed out waiting for the tokenizer"),
+    (RuntimeError, "Connection closed by peer while the data set was downloaded"),
+    (dist.DistBackendError, "NCCL error: Duplicate GPU detected : rank 0 and rank 1"),
 ]
 
 
-@pytest.mark.parametrize("text", OTHERS)
-def test_any_other_error_passes_through_as_it_is(text):
-    world, error = World(1, 2, torch.device("cpu")), RuntimeError(text)
+@pytest.mark.parametrize(("kind", "text"), OTHERS)
+def test_any_other_error_passes_through_as_it_is(kind, text):
+    world, error = World(1, 2, torch.device("cpu")), kind(text)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.raises(RuntimeError) as raised, distributed.report_lost_ranks(world, "a week"):
         raise error
     assert raised.value is error
+    dist.destroy_process_group()
 
 
-def test_a_process_alone_has_lost_no_other():
-    world, error = World(0, 1, torch.device("cpu")), torch.distributed.DistError("no NCCL here")
-    with pytest.raises(RuntimeError) as raised, distributed.report_lost_ranks(world, "a week"):
+def test_a_process_alone_has_lost_no_other_and_leaves_the_group_it_created():
+    world, error = World(0, 1, torch.device("cpu")), dist.DistNetworkError("no NCCL here")
+    model = tiny(True, torch.float32)
+    created = []
+
+    def train_on_a_gpu() -> None:
+        parallelize(model, world, Parallelism(torch.bfloat16))
+        created.append(dist.is_initialized())
         raise error
+
+    with pytest.raises(RuntimeError) as raised, distributed.report_lost_ranks(world, "a week"):
+        train_on_a_gpu()
     assert raised.value is error
+    assert created == [True]
+    assert not dist.is_initialized()
 
 
-def test_a_rank_that_ends_well_leaves_the_group_and_one_that_breaks_does_not_wait_for_it():
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_rank_that_ends_well_leaves_the_group_and_one_that_breaks_does_not_wait_for_it(stopped):
     """If it stayed until the end of the process, gloo's threads would sometimes abort it."""
-    import torch.distributed as dist
-
     world = World(0, 2, torch.device("cpu"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.raises(ZeroDivisionError), distributed.report_lost_ranks(world, "a week"):
         1 / 0  # noqa: B018
     assert dist.is_initialized()
-    with distributed.report_lost_ranks(world, "a week"):
-        pass
+    with suppress(Stopped), distributed.report_lost_ranks(world, "a week"):
+        if stopped:
+            raise Stopped("after step 1")
     assert not dist.is_initialized()
+
+
+# ---------------------------------------------------------------- how CUDA is started
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """torch says that there are two GPUs, and nothing in the environment is about them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that its value is restored after the test
+        monkeypatch.delenv(name)
+
+
+def test_more_processes_than_gpus_are_refused(two_gpus, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name, value in ("RANK", 2), ("LOCAL_RANK", 2), ("WORLD_SIZE", 3), ("LOCAL_WORLD_SIZE", 3):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=r"3 processes on this node, but 2 visible GPUs: .* 2$"):
+        distributed.start(timeout_minutes=1)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_segments_are_expandable_unless_the_user_says_something_else(
+    two_gpus, monkeypatch, name
+):
+    distributed.start(timeout_minutes=1)
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    distributed.start(timeout_minutes=1)
+    assert os.environ[name] == "max_split_size_mb:512"
+    assert "expandable_segments:True" not in os.environ.values()
 
 
 if __name__ == "__main__":
