@@ -289,8 +289,8 @@ def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
             raise
         why = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise RankError(
-            f"rank {world.rank}: another process ended (see its own message) or did not answer "
-            f"within {timeout}: {why}"
+            f"rank {world.rank} lost another process, which ended (see its own message) or did not "
+            f"answer within {timeout}: {why}"
         ) from error
     finally:
         if leaving and dist.is_initialized():

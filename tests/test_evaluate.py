@@ -160,7 +160,8 @@ def command(*given, before=()) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *before, ROOT / "evaluate.py", *map(str, given)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+             "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
 

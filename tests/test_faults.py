@@ -293,8 +293,8 @@ def test_a_rank_that_stalls_ends_the_others_at_the_timeout(together):
         assert time.monotonic() - began > 6
         [line] = both[1 - stalled].errors.splitlines()
         assert line.startswith(
-            f"error: rank {1 - stalled} lost another process, which died or did not answer "
-            "within --timeout 0.1 minutes: "
+            f"error: rank {1 - stalled} lost another process, which ended (see its own "
+            "message) or did not answer within --timeout 0.1 minutes: "
         )
         assert both[stalled].process.is_alive()
         both[stalled].process.kill()
@@ -336,11 +336,14 @@ def torchrun(folder: Path) -> tuple[subprocess.Popen, list[int]]:
     ]  # fmt: skip
     agent = subprocess.Popen(
         [str(part) for part in command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    )  # fmt: skip
     end = time.monotonic() + 60
     while not Path("run/metrics.jsonl").exists() or not records():
         assert agent.poll() is None, agent.communicate()

@@ -245,8 +245,8 @@ def test_an_error_of_the_exchange_between_ranks_becomes_one_line(kind, text):
         raise kind(text)
     why = text.rpartition("] ")[2].removesuffix(ADVICE)
     assert str(raised.value) == (
-        "rank 1: another process ended (see its own message) or did not answer within a week: "
-        f"{why}"
+        "rank 1 lost another process, which ended (see its own message) or did not answer within "
+        f"a week: {why}"
     )
     assert str(raised.value.__cause__) == text
 

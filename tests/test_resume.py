@@ -558,7 +558,7 @@ def ranks(
         port = free.getsockname()[1]
     together = {
         "WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": local_world_size or len(faults),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     started = []
     for rank, fault in enumerate(faults):
