@@ -12,7 +12,10 @@ SEM and interval, pass@k, majority vote, lengths and failures, and a page to rea
 `python -m redi.eval.grade regrade OUT --grader paper` grades the same completions by other rules.
 """
 
-from redi.programs import evaluate
+try:
+    from redi.programs import evaluate  # imports torch, which takes seconds
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 if __name__ == "__main__":
     evaluate()

@@ -17,7 +17,10 @@ positives, dpo_norm, irpo, dpop, ipo, apo_zero, orpo, npo, topr, dft, redi_weigh
 Hugging Face folder. Every setting with its published default: redi/recipe.py.
 """
 
-from redi.programs import train_redi
+try:
+    from redi.programs import train_redi  # imports torch, which takes seconds
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 if __name__ == "__main__":
     train_redi()

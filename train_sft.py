@@ -10,7 +10,10 @@ each optimizer step. Writes a Hugging Face folder, which is where train_redi.py 
 Every setting with its published default: redi/recipe.py. The loop: redi/train.py.
 """
 
-from redi.programs import train_sft
+try:
+    from redi.programs import train_sft  # imports torch, which takes seconds
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 if __name__ == "__main__":
     train_sft()

@@ -96,16 +96,21 @@ def step_memory(model: Transformer, tokens: int, world: World, dtype: torch.dtyp
     return StepMemory(tokens, config.num_layers, fixed, per_block, SHARE * total_memory(world))
 
 
-def blocks_to_checkpoint(setting: str, memory: StepMemory) -> int:
-    """How many blocks to checkpoint. setting: "all", "none", a number, or "auto": as few as the
-    planned memory allows. Raises UserError for another setting."""
-    blocks = memory.blocks
-    counts = {str(count): count for count in range(blocks + 1)}
-    fitting = [count for count in counts.values() if memory.total(count) <= memory.planned]
-    counts |= {"auto": min(fitting, default=blocks), "all": blocks, "none": 0}
-    if setting not in counts:
+def check_blocks(setting: str, blocks: int) -> None:
+    """Raise UserError unless `setting` is a --checkpoint-blocks for a model of so many blocks."""
+    if setting not in ("auto", "all", "none", *map(str, range(blocks + 1))):
         raise UserError(f"--checkpoint-blocks {setting}: expected auto, all, none or 0 to {blocks}")
-    return counts[setting]
+
+
+def blocks_to_checkpoint(setting: str, memory: StepMemory) -> int:
+    """How many blocks to checkpoint, for a setting that `check_blocks` accepts. "auto": as few as
+    the planned memory allows."""
+    blocks = memory.blocks
+    if setting == "auto":
+        counts = range(blocks + 1)
+        return next((n for n in counts if memory.total(n) <= memory.planned), blocks)
+    counts = {"all": blocks, "none": 0}
+    return counts[setting] if setting in counts else int(setting)
 
 
 def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:

@@ -208,8 +208,11 @@ def watch(guard: CollapseGuard, step: int, record: dict[str, Any], checkpoints: 
 # for what activation checkpointing runs again. Attention counts per document: a pack of sixteen
 # traces of 2k tokens does a sixteenth of the attention of one trace of 32k.
 
-# Dense bf16 FLOP/s from the data sheets, by a part of the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Dense bf16 FLOP/s from the data sheets, by a part of the device's name; the first that matches.
+PEAK_FLOPS = {
+    "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12,
+}  # fmt: skip
 
 
 def training_flops(config: ModelConfig, lengths: list[int], supervised: int) -> float:

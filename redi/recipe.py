@@ -87,6 +87,7 @@ class TrainConfig:
         for name in ("lr", "clip", "timeout", "collapse_threshold"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, name, value, "above 0")
+        require(self.timeout <= 525_600, "timeout", self.timeout, "at most 525600, a year")
         for name in ("weight_decay", "eval_temperature"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")

@@ -22,7 +22,7 @@ from redi.data.files import hash_files
 from redi.data.store import load_store
 from redi.distributed import DTYPES, Parallelism, World, local_rank_zero_first, report_lost_ranks
 from redi.hub import CARD, dataset_files, is_hub_id
-from redi.memory import blocks_to_checkpoint, step_memory
+from redi.memory import blocks_to_checkpoint, check_blocks, step_memory
 from redi.model import Transformer
 from redi.objectives import Objective
 from redi.recipe import TrainConfig
@@ -74,6 +74,7 @@ def _load(
     made_by = model_made_by if config.model == type(config).model else None
     theta, context = config.rope_theta, config.max_position_embeddings
     model, source = open_model(config.model, theta, context, made_by)
+    check_blocks(config.checkpoint_blocks, model.config.num_layers)  # before hours of tokenizing
     verify = world.is_local_rank_zero
     dataset = load_data(config.data, config, source, paired, verify)
     if not config.eval_data:

@@ -160,7 +160,7 @@ BROKEN = [  # the file, what the one line must say
     (edited(results=None), "not a file of bench.gpu"),
     (edited(results={"G4_tok_s": {"median": 1.0}}), "the field 'G5_tok_s' is missing"),
     (json.dumps({"results": GPU["results"]}), "the field 'machine' is missing"),
-    (edited(machine={"cpu": "AMD EPYC"}), "its machine names no GPU of H200, H100, A100"),
+    (edited(machine={"cpu": "AMD EPYC"}), "its machine names no GPU of H200 NVL, H200, "),
     *((with_sft(wrong), "G4_tok_s is ") for wrong in (0, -1.0, "fast", None, True, 10**400)),
     (with_sft(float("nan")), "G4_tok_s is nan"),
     (with_sft(float("inf")), "G4_tok_s is inf"),

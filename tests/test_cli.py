@@ -209,6 +209,10 @@ BAD_INPUTS = {
     "another run": (other_run, sft, ["--lr", "0.5"], ["--out", "lr"]),
     "foreign files": (foreign_files, sft, [], ["--out", "run"]),
     "out is a file": (NOTHING, sft, ["--out", "toy/raw.parquet"], ["--out", "raw.parquet"]),
+    "a wait beyond a year": (NOTHING, sft, ["--timeout", "1e300"], ["--timeout", "525600"]),
+    "too many blocks": (  # found before the data is read
+        empty_data, sft, ["--checkpoint-blocks", "99"], ["--checkpoint-blocks 99", "0 to"],
+    ),
     "no tracker": (NOTHING, sft, ["--tracker", "wandb"], ["wandb", "install"]),
     "no answers": (no_answers, evaluated, [], ["benchmark.jsonl:1", "answer"]),
     "two of one name": (
@@ -364,3 +368,12 @@ def test_an_error_of_a_real_command_is_one_line_on_stderr(here):
     assert failing.returncode == 2
     assert len(errors.splitlines()) == 1
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("program", ["train_sft.py", "train_redi.py", "evaluate.py"])
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(program, tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    started = [sys.executable, str(ROOT / program)]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(started, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (130, "")

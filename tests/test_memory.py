@@ -10,7 +10,7 @@ from redi import memory
 from redi.config import UserError
 from redi.distributed import Parallelism, World, parallelize
 from redi.logprobs import CHUNK_BYTES
-from redi.memory import blocks_to_checkpoint, saved_bytes_per_token, step_memory
+from redi.memory import blocks_to_checkpoint, check_blocks, saved_bytes_per_token, step_memory
 from redi.model import ModelConfig, Transformer
 from redi.monitor import peak_flops, training_flops
 from redi.objectives import Totals, sft
@@ -163,13 +163,14 @@ def test_the_table_adds_up_and_says_whether_it_fits(qwen, monkeypatch):
 
 @pytest.mark.parametrize(("setting", "count"), [("all", 28), ("none", 0), ("7", 7), ("28", 28)])
 def test_a_given_number_is_taken(qwen, setting, count):
+    check_blocks(setting, 28)
     assert blocks_to_checkpoint(setting, step_memory(qwen, 100, WORLD, torch.bfloat16)) == count
 
 
 @pytest.mark.parametrize("setting", ["29", "-1", "most", "1.5", ""])
-def test_another_setting_is_refused(qwen, setting):
+def test_another_setting_is_refused(setting):
     with pytest.raises(UserError, match="--checkpoint-blocks"):
-        blocks_to_checkpoint(setting, step_memory(qwen, 100, WORLD, torch.bfloat16))
+        check_blocks(setting, 28)
 
 
 def test_flops_of_the_published_model_by_hand():
@@ -190,5 +191,18 @@ def test_flops_count_attention_by_document():
     assert whole - cut == pytest.approx(6 * 28 * 1536 * (4096**2 - 4 * 1024**2))
 
 
-def test_a_cpu_has_no_peak_to_be_a_share_of():
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_peak_is_that_of_the_variant_and_a_cpu_has_none(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
     assert peak_flops(CPU) is None
