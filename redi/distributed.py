@@ -26,13 +26,11 @@ from functools import cache, partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from redi.config import RankError, Stopped, UserError
 from redi.model import Transformer
 
-NO_LIMIT = timedelta(days=365)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,6 +43,7 @@ class World:
     device: torch.device
     local_world_size: int = 1  # ranks on this node
     timeout: timedelta = timedelta(minutes=30)  # how long ranks wait for each other
+    patient: dist.ProcessGroup | None = None  # all ranks, waiting without a limit
 
     @property
     def is_local_rank_zero(self) -> bool:
@@ -82,18 +81,17 @@ def start(timeout_minutes: float) -> World:
     if cuda:
         gpus = torch.cuda.device_count()
         if local_world_size > gpus:
-            raise UserError(
-                f"{local_world_size} processes on this node, but {gpus} visible GPU"
-                f"{'s' * (gpus > 1)}: start torchrun with --nproc_per_node {gpus}"
-            )
+            need = f"{local_world_size} processes on this node need as many GPUs; torch sees {gpus}"
+            raise UserError(f"{need}: start torchrun with --nproc_per_node {gpus}")
         torch.cuda.set_device(device)
     # gloo beside nccl: objects and checkpoints are exchanged in host memory.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group(backend, timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open as long as the process)
-    return World(rank, world_size, device, local_world_size, timeout)
+    return World(rank, world_size, device, local_world_size, timeout, patient)
 
 
 def compute_dtype(name: str, world: World) -> torch.dtype:
@@ -156,14 +154,11 @@ def _mesh(world: World):
     """One mesh for all models of a process: each mesh creates its own groups and their threads."""
     if world.num_nodes == 1:
         return dist.init_device_mesh(world.device.type, (world.world_size,))
-    ranks = torch.arange(world.world_size).view(world.num_nodes, world.local_world_size)
-    # init_device_mesh would create groups with NCCL's own timeout, ten minutes.
-    groups = [
-        dist.new_subgroups_by_enumeration(members.tolist(), timeout=world.timeout)[0]
-        for members in (ranks.T, ranks)
-    ]
-    names = ("replicate", "shard")
-    return DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=names)
+    ranks = torch.arange(world.world_size).view(world.num_nodes, -1)
+    # The groups that init_device_mesh creates have NCCL's own timeout, ten minutes.
+    create = partial(dist.new_subgroups_by_enumeration, timeout=world.timeout)
+    groups, names = [create(g.tolist())[0] for g in (ranks.T, ranks)], ("replicate", "shard")
+    return dist.DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=names)
 
 
 def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None:
@@ -220,11 +215,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def sum_over_ranks(tensor: Tensor, world: World, group: dist.ProcessGroup | None = None) -> None:
-    """Sum over all ranks, in place. All ranks must call it. group: of all ranks, but with another
-    timeout."""
+def sum_over_ranks(tensor: Tensor, world: World) -> None:
+    """Sum over all ranks, in place. All ranks must call it."""
     if world.world_size > 1:
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor)
 
 
 def wait_for_all(world: World) -> None:
@@ -233,9 +227,10 @@ def wait_for_all(world: World) -> None:
 
 
 def all_ranks_ok(ok: bool, world: World, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether something succeeded on every rank. All ranks must call it."""
+    """Whether something succeeded on every rank. All ranks must call it. group: of all ranks."""
     failed = torch.tensor(0.0 if ok else 1.0)
-    sum_over_ranks(failed, world, group)
+    if world.world_size > 1:
+        dist.all_reduce(failed, group=group)
     return not failed
 
 
@@ -243,21 +238,19 @@ def all_ranks_ok(ok: bool, world: World, group: dist.ProcessGroup | None = None)
 def local_rank_zero_first(world: World) -> Iterator[None]:
     """Run the body on rank 0 of every node, then on the other ranks, which find its files on disk.
     They wait without a limit, because downloading and tokenizing take as long as they take. If the
-    body fails on any node, all other ranks exit with status 2. All ranks must call it."""
-    patient = dist.new_group(backend="gloo", timeout=NO_LIMIT) if world.world_size > 1 else None
-    if not world.is_local_rank_zero and not all_ranks_ok(True, world, patient):
+    body fails on any node, all other ranks exit with status 2."""
+    if not world.is_local_rank_zero and not all_ranks_ok(True, world, world.patient):
         sys.exit(2)  # the rank that failed reports why
     ok = False
     try:
         yield
         ok = True
     finally:
-        if world.is_local_rank_zero and not all_ranks_ok(ok, world, patient) and ok:
+        if world.is_local_rank_zero and not all_ranks_ok(ok, world, world.patient) and ok:
             sys.exit(2)
 
 
-# gloo raises a plain RuntimeError and NCCL a DistBackendError whatever happens. These are their
-# words for a rank that is gone.
+# gloo raises RuntimeError and NCCL DistBackendError whatever happens. Their words for a lost rank:
 LOST = re.compile(
     "gloo/transport/.*(closed|reset by peer|refused|[Bb]roken pipe|[Tt]imed? ?out)"
     "|remote process exited|collective operation timeout|store->get"

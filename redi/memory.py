@@ -105,12 +105,10 @@ def check_blocks(setting: str, blocks: int) -> None:
 def blocks_to_checkpoint(setting: str, memory: StepMemory) -> int:
     """How many blocks to checkpoint, for a setting that `check_blocks` accepts. "auto": as few as
     the planned memory allows."""
-    blocks = memory.blocks
-    if setting == "auto":
-        counts = range(blocks + 1)
-        return next((n for n in counts if memory.total(n) <= memory.planned), blocks)
-    counts = {"all": blocks, "none": 0}
-    return counts[setting] if setting in counts else int(setting)
+    if setting.isdecimal():
+        return int(setting)
+    fitting = (n for n in range(memory.blocks + 1) if memory.total(n) <= memory.planned)
+    return {"all": memory.blocks, "none": 0, "auto": next(fitting, memory.blocks)}[setting]
 
 
 def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
