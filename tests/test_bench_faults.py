@@ -174,10 +174,8 @@ def flip(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "harm"),
     [
-        *product(
-            ["__0_0.distcp", ".metadata", "hashes-0.json", "state.json"], [os.unlink, cut_short]
-        ),
-        *product(["__0_0.distcp", ".metadata"], [flip]),
+        *product(["rank-0.safetensors", "state.json"], [os.unlink, cut_short]),
+        ("rank-0.safetensors", flip),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_seen(name, harm, copy, whole):

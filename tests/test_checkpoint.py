@@ -673,12 +673,12 @@ def test_what_cannot_be_exported_is_one_line(folder, tmp_path, monkeypatch, caps
     assert "no such folder" in capsys.readouterr().err
     assert export(monkeypatch, step, "--out", folder) == 2
     assert "is not empty" in capsys.readouterr().err
-    file = step / "__0_0.distcp"
+    file = step / "rank-0.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     assert export(monkeypatch, step, "--out", tmp_path / "out") == 2
-    assert "__0_0.distcp has changed since it was written" in capsys.readouterr().err
+    assert "rank-0.safetensors has changed since it was written" in capsys.readouterr().err
     (run / "config.toml").unlink()
     assert export(monkeypatch, step, "--out", tmp_path / "out") == 2
     assert "config.toml" in capsys.readouterr().err

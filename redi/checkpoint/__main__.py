@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from redi.checkpoint.folder import open_model, save_model
-from redi.checkpoint.resume import load_weights
-from redi.config import UserError, load_toml, parse, program
+from redi.checkpoint.resume import load_weights, read_state
+from redi.checkpoint.weights import weights_hash
+from redi.config import UserError, check_table, load_toml, parse, program, types_of
 from redi.distributed import DTYPES
+from redi.recipe import TrainConfig
 
 
 @dataclass(kw_only=True)
@@ -24,15 +26,20 @@ def main() -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected RUN/checkpoints/step-NNNNNN")
     recorded = folder.parent.parent / "config.toml"
-    run = load_toml(recorded, str(recorded))
-    if not {"model", "rope_theta", "max_position_embeddings"} <= run.keys():
+    run, types = load_toml(recorded, str(recorded)), types_of(TrainConfig)
+    names = ("model", "rope_theta", "max_position_embeddings", "save_dtype")
+    run = check_table({n: run[n] for n in names if n in run}, types, str(recorded))
+    if len(run) < len(names):
         raise UserError(f"{recorded}: expected the settings of a training run")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: is not empty; choose another folder")
     model, source = open_model(run["model"], run["rope_theta"], run["max_position_embeddings"])
     model.to_empty(device="cpu")
     load_weights(folder, model)
-    save_model(model, out, source, DTYPES.get(run.get("save_dtype", "source")))
+    parent = read_state(folder)["facts"].get("parent's weights sha256")
+    if parent != weights_hash(source.folder):
+        raise UserError(f"{run['model']}: has changed since {recorded.parent} was trained from it")
+    save_model(model, out, source, DTYPES.get(run["save_dtype"]))
     print(f"saved {out}: a Hugging Face folder, {folder.name} of {recorded.parent}")
 
 

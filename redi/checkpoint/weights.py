@@ -1,12 +1,16 @@
-"""Read the weights of a Hugging Face model folder: safetensors, in one file or in shards.
+"""Tensors in safetensors files: the weights of a Hugging Face model folder, and a rank's rows.
 
 `check_weights` reads only the headers: every tensor must be there with the right shape, and no
 other tensor. `fill` copies the numbers into a model: on every rank, the rows of its own shards.
+`write_rows` writes these rows for a checkpoint, and `read_rows` reads them on any number of ranks.
 Left out: .bin and .pt files (unpickling runs code), quantized weights.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable
 from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from redi.config import UserError
-from redi.data.files import hash_files
+from redi.data.files import hash_files, write_aside
 from redi.distributed import first_row, local_shard
 from redi.model import Transformer
 
@@ -48,26 +52,64 @@ def check_weights(model: Transformer, folder: Path) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-@torch.no_grad()
 def fill(model: Transformer, folder: Path) -> None:
     """Copy the weights of `folder` into `model`, on every rank the rows of its own shards. Raises
     UserError if the model is tied, but the stored output weight is not the embedding."""
-    stored = stored_tensors(folder)
-    for name, parameter in model.named_parameters():
-        local_shard(parameter).copy_(_local_rows(stored[name], parameter))
-    if model.config.tied and HEAD in stored:
-        embedding = local_shard(model.output_weight)
-        head = _local_rows(stored[HEAD], model.output_weight).to(embedding)
-        if not torch.equal(head, embedding):
+    files = weight_files(folder)
+    read_rows(files, dict(model.named_parameters()))
+    if model.config.tied and HEAD in stored_tensors(folder):
+        head = torch.empty_like(model.output_weight)
+        read_rows(files, {HEAD: head})
+        if not torch.equal(local_shard(head), local_shard(model.output_weight)):
             raise UserError(
                 f"{folder}: config.json ties the output weight to the embedding, but {HEAD} is "
                 "stored and differs; set tie_word_embeddings to false if that is intended"
             )
 
 
-def _local_rows(stored: Any, parameter: Tensor) -> Tensor:
-    start = first_row(parameter)
-    return stored[start : start + len(local_shard(parameter))]
+@torch.no_grad()
+def read_rows(files: Iterable[Path], tensors: dict[str, Tensor]) -> None:
+    """Fill this rank's rows of `tensors`. A tensor may be cut by rows over several files, in order.
+    Raises UserError if a file is broken, or if the rows are not those of the tensors."""
+    rows_seen = dict.fromkeys(tensors, 0)
+    for path in files:
+        stored = _open_tensors(path)
+        for name in tensors.keys() & stored.keys():
+            shard, rows = local_shard(tensors[name]), stored[name].get_shape()[0]
+            # The file's first row, counted from the first row of the shard.
+            start = rows_seen[name] - first_row(tensors[name])
+            begin, end = max(start, 0), min(start + rows, len(shard))
+            if begin < end:
+                shard[begin:end].copy_(stored[name][begin - start : end - start])
+            rows_seen[name] += rows
+    for name, tensor in tensors.items():
+        if rows_seen[name] != len(tensor):
+            raise UserError(f"{path}: {rows_seen[name]} rows of {name}; expected {len(tensor)}")
+
+
+@torch.no_grad()
+def write_rows(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write this rank's rows of `tensors` as safetensors and flush them to disk. Returns the file's
+    sha256. One tensor at a time is copied to the host; safetensors.torch.save_file copies all.
+    Raises UserError if the file cannot be written."""
+    shards = {name: local_shard(tensor) for name, tensor in tensors.items()}
+    header, end = {}, 0
+    for name, shard in shards.items():
+        begin, end = end, end + shard.nbytes
+        header[name] = {
+            "dtype": next(name for name, dtype in FLOATS.items() if dtype == shard.dtype),
+            "shape": list(shard.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers are aligned
+    numbers = (shard.reshape(-1).view(torch.uint8).cpu().numpy() for shard in shards.values())
+    sha256 = hashlib.sha256()
+    with write_aside(path, binary=True) as file:
+        for part in chain([len(text).to_bytes(8, "little"), text], numbers):
+            file.write(part)
+            sha256.update(part)
+    return sha256.hexdigest()
 
 
 def weights_hash(folder: Path) -> str:
@@ -79,15 +121,19 @@ def stored_tensors(folder: Path) -> dict[str, Any]:
     """Name -> tensor on disk, read when it is indexed. Raises UserError if a file is broken."""
     stored: dict[str, Any] = {}
     for path in weight_files(folder):
-        try:
-            file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a complete safetensors file ({error})") from None
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            if name in stored:
-                raise UserError(f"{path}: {name} is stored in another file too")
-            stored[name] = file.get_slice(name)  # keeps the file open
+        tensors = _open_tensors(path)
+        for name in tensors.keys() & stored.keys():
+            raise UserError(f"{path}: {name} is stored in another file too")
+        stored |= tensors
     return stored
+
+
+def _open_tensors(path: Path) -> dict[str, Any]:
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error})") from None
+    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def weight_files(folder: Path) -> list[Path]:
