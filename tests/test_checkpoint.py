@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +21,9 @@ from redi.checkpoint import folder as checkpoint
 from redi.checkpoint.config_json import read_rope_theta
 from redi.checkpoint.folder import load_model, open_model, save_model
 from redi.checkpoint.resume import Checkpoints
-from redi.checkpoint.weights import fill
+from redi.checkpoint.weights import fill, weights_hash
 from redi.config import UserError
+from redi.data.files import hash_files
 from redi.data.tokenizer import chatml
 from redi.distributed import Parallelism, World, first_row, parallelize
 from redi.objectives import Totals, sft
@@ -633,10 +636,14 @@ def saved_run(folder: Path, save_dtype: str = "source") -> Path:
             parameter *= 2
     run = folder.parent / "run"
     run.mkdir()
-    settings = {"model": str(folder), "rope_theta": 5e5, "max_position_embeddings": "keep"}
+    settings = {
+        "model": str(folder), "rope_theta": 5e5, "max_position_embeddings": "keep",
+        "save_dtype": save_dtype,
+    }  # fmt: skip
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
-    (run / "config.toml").write_text("".join(lines) + f'save_dtype = "{save_dtype}"\n')
-    checkpoints = Checkpoints(run, ALONE, {}, keep=1)
+    (run / "config.toml").write_text("".join(lines))
+    facts = {"parent's weights sha256": weights_hash(folder)}
+    checkpoints = Checkpoints(run, ALONE, facts, keep=1)
     assert checkpoints.save(7, model, torch.optim.AdamW(model.parameters()))
     return run
 
@@ -666,20 +673,50 @@ def test_an_export_has_the_dtype_the_run_would_have_saved(folder, tmp_path, monk
     assert load_model(tmp_path / "out")[1].dtype == torch.bfloat16
 
 
-def test_what_cannot_be_exported_is_one_line(folder, tmp_path, monkeypatch, capsys):
-    run = saved_run(folder)
-    step = run / "checkpoints/step-000007"
-    assert export(monkeypatch, tmp_path / "nowhere", "--out", tmp_path / "out") == 2
-    assert "no such folder" in capsys.readouterr().err
-    assert export(monkeypatch, step, "--out", folder) == 2
-    assert "is not empty" in capsys.readouterr().err
-    file = step / "rank-0.safetensors"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+def half_the_rows(step: Path) -> None:
+    """A file of another model, whose hash state.json has."""
+    tensors = {name: tensor[: len(tensor) // 2] for name, tensor in stored(step).items()}
+    save_file(tensors, step / "rank-0.safetensors")
+    edit_json(step / "state.json", sha256=[hash_files([step / "rank-0.safetensors"])])
+
+
+def another_parent(step: Path) -> None:
+    path = step.parents[2] / "source/model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+
+
+def edited(old: str, new: str) -> Callable[[Path], None]:
+    def edit(step: Path) -> None:
+        path = step.parents[1] / "config.toml"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return edit
+
+
+NOT_EXPORTED = {
+    "no such folder": shutil.rmtree,
+    "no such file": lambda step: (step.parents[1] / "config.toml").unlink(),
+    "rank-0.safetensors has changed since it was written": lambda step: os.truncate(
+        step / "rank-0.safetensors", 1000
+    ),
+    "rows of model.model.embed_tokens.weight; expected": half_the_rows,
+    "has changed since": another_parent,
+    "expected the settings of a training run": edited("rope_theta", "# rope_theta"),
+    "key 'model': expected text; got 7": edited('model = "', 'model = 7 # "'),
+    "key 'save_dtype': expected one of source": edited('"source"', '"int8"'),
+    "not a readable TOML file": edited("rope_theta =", "rope_theta"),
+}
+
+
+@pytest.mark.parametrize("named", NOT_EXPORTED)
+def test_what_cannot_be_exported_is_one_line(named, folder, tmp_path, monkeypatch, capsys):
+    step = saved_run(folder) / "checkpoints/step-000007"
+    capsys.readouterr()
+    NOT_EXPORTED[named](step)
     assert export(monkeypatch, step, "--out", tmp_path / "out") == 2
-    assert "rank-0.safetensors has changed since it was written" in capsys.readouterr().err
-    (run / "config.toml").unlink()
-    assert export(monkeypatch, step, "--out", tmp_path / "out") == 2
-    assert "config.toml" in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
     assert not (tmp_path / "out").exists()
+    assert export(monkeypatch, step.parent, "--out", folder) == 2  # it is not empty

@@ -100,9 +100,11 @@ def test_a_full_disk_in_a_save_leaves_the_checkpoint_before_and_the_run_alive(al
     killed = child(alone, SFT, full)
     killed.ends(-signal.SIGKILL)
     [line] = killed.errors.splitlines()
-    assert line.startswith("warning: the checkpoint of step 4 could not be saved (")
-    assert "File too large" in line
-    assert line.endswith("; training continues; newest checkpoint: step 2")
+    assert line == (
+        "warning: the checkpoint of step 4 could not be saved (rank 0: run/checkpoints/"
+        ".writing-000004/rank-0.safetensors: cannot be written (File too large)); newest "
+        "checkpoint: step 2; training continues"
+    )
     assert os.listdir("run/checkpoints") == ["step-000002"]
     assert not damage(Path("run/checkpoints/step-000002"))
     again = child(alone, SFT)
@@ -117,7 +119,7 @@ def test_once_there_is_room_again_the_next_save_succeeds(alone):
     ran.ends(0)
     [line] = ran.errors.splitlines()
     assert "step 2 could not be saved" in line
-    assert line.endswith("newest checkpoint: none")
+    assert line.endswith("newest checkpoint: none; training continues")
     assert os.listdir("run/checkpoints") == ["step-000004"]
     assert_same_bits("run", "whole")
 
@@ -130,18 +132,28 @@ def test_where_one_ranks_disk_is_full_no_rank_saves_and_all_continue(rank, toget
     for one in both:
         one.ends(0)
     [line] = [line for one in both for line in one.errors.splitlines()]
-    assert "step 4 could not be saved" in line
-    assert "File too large" in line or "is the disk full?" in line  # the one or the other rank's
+    assert f"step 4 could not be saved (rank {rank}: run/checkpoints/.writing-000004/rank-" in line
+    assert "(File too large)" in line
     assert os.listdir("run/checkpoints") == ["step-000002"]
     assert_same_bits("run", "whole")
 
 
-def test_a_full_disk_where_a_checkpoint_gets_its_name_leaves_nothing_of_it(alone):
-    # The tensors fit; what is written last does not.
-    ran = child(alone, SFT, state_does_not_fit)
-    ran.ends(0)
-    assert "warning: the checkpoint of step 2 could not be saved (" in ran.errors
+def test_a_second_failed_save_in_a_row_ends_the_run_on_all_ranks(together):
+    # The tensors fit; what rank 0 writes last does not.
+    both = ranks(together, SFT, state_does_not_fit, None)
+    for rank in both:
+        rank.ends(2)
+    warning, error = both[0].errors.splitlines()
+    cause = "(rank 0: OSError: [Errno 28] No space left on device: 'run/checkpoints/.writing-00000"
+    assert warning.startswith(f"warning: the checkpoint of step 2 could not be saved {cause}2")
+    assert error.startswith(
+        f"error: run/checkpoints: the checkpoints of two saves in a row could not be saved {cause}4"
+    )
+    assert error.endswith("; newest checkpoint: none")
+    assert both[1].errors == ""
     assert os.listdir("run/checkpoints") == []
+    for rank in ranks(together, SFT, None, None):
+        rank.ends(0)
     assert_same_bits("run", "whole")
 
 
@@ -156,6 +168,23 @@ def state_does_not_fit() -> None:
         return write(path)
 
     resume.write_aside = full
+
+
+def test_a_bug_in_a_save_is_a_warning_and_the_second_time_a_traceback(alone):
+    ran = child(alone, SFT, a_bug_in_saves)
+    ran.ends(1)
+    assert "step 2 could not be saved (rank 0: KeyError: 'exp_avg')" in ran.errors.splitlines()[0]
+    assert "redi/checkpoint/resume.py" in ran.errors
+    assert ran.errors.endswith("KeyError: 'exp_avg'\n")
+
+
+def a_bug_in_saves() -> None:
+    from redi.checkpoint import resume
+
+    def fail(*_: object) -> None:
+        raise KeyError("exp_avg")
+
+    resume.tensors_of = fail
 
 
 def test_a_full_disk_in_the_last_save_leaves_no_model_and_the_same_command_makes_it(alone):
@@ -175,19 +204,6 @@ def test_a_run_that_found_no_room_to_begin_begins_later(alone):
     failed.ends(2)
     assert len(failed.errors.splitlines()) == 1
     child(alone, SFT).ends(0)
-    assert_same_bits("run", "whole")
-
-
-def checkpoints_become_a_file() -> None:
-    Path("run/checkpoints").write_text("")
-
-
-def test_where_checkpoints_cannot_be_made_a_folder_the_run_continues_without(alone):
-    ran = child(alone, SFT, after_step(1, checkpoints_become_a_file))
-    ran.ends(0)
-    for line, step in zip(ran.errors.splitlines(), (2, 4), strict=True):
-        assert line.startswith(f"warning: the checkpoint of step {step} could not be saved (")
-        assert "run/checkpoints" in line
     assert_same_bits("run", "whole")
 
 
@@ -226,7 +242,7 @@ def test_a_signal_to_one_rank_stops_all(together):
 
 
 def test_a_stop_whose_checkpoint_cannot_be_saved_says_so(alone):
-    full = all_of(after_step(3, DISK_FULL_FOR_TENSORS), after_step(4, SIGTERM))
+    full = all_of(after_step(4, SIGTERM), after_step(5, DISK_FULL_FOR_TENSORS))
     stopped = child(alone, SFT, full)
     stopped.ends(75)
     assert stopped.errors.splitlines()[-1] == (

@@ -655,7 +655,7 @@ def test_killed_before_any_change_of_the_file_system_it_resumes_to_the_same_bits
         # Killed before it removed the older one, it has that still.
         assert set(os.listdir("run/checkpoints")) | {"step-000002"} == CHECKPOINTS
     assert number > 30
-    assert inside_a_save > 10
+    assert inside_a_save >= 10
 
 
 @pytest.fixture(scope="module")
@@ -689,7 +689,7 @@ def test_two_ranks_killed_resume_to_the_same_bits(step, on_two_ranks, monkeypatc
     assert_same_bits("run", "whole")
 
 
-@pytest.mark.parametrize(("rank", "operation"), [(0, 8), (0, 10), (1, 1), (1, 2)])
+@pytest.mark.parametrize(("rank", "operation"), [(0, 4), (0, 8), (1, 1), (1, 2)])
 def test_two_ranks_of_which_one_is_killed_inside_a_save_resume(
     rank, operation, on_two_ranks, monkeypatch
 ):
