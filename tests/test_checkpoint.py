@@ -21,11 +21,11 @@ from redi.checkpoint import folder as checkpoint
 from redi.checkpoint.config_json import read_rope_theta
 from redi.checkpoint.folder import load_model, open_model, save_model
 from redi.checkpoint.resume import Checkpoints
-from redi.checkpoint.weights import fill, weights_hash
+from redi.checkpoint.weights import fill, read_rows, weights_hash, write_rows
 from redi.config import UserError
 from redi.data.files import hash_files
 from redi.data.tokenizer import chatml
-from redi.distributed import Parallelism, World, first_row, parallelize
+from redi.distributed import Parallelism, World, parallelize
 from redi.objectives import Totals, sft
 from redi.packing import TokenSequence, pack
 
@@ -549,20 +549,44 @@ def sharded(save_qwen2, tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("rows", "begins"),
-    # ceil(rows / 4) rows on each of 4 ranks, as long as there are any
-    [(8, [0, 2, 4, 6]), (10, [0, 3, 6, 9]), (5, [0, 2, 4, 5]), (3, [0, 1, 2, 3])],
-)
-def test_a_rank_reads_the_rows_that_its_shard_holds(rows, begins):
-    weight = torch.arange(rows)
-    for rank, begin in enumerate(begins):
-        weight.device_mesh = SimpleNamespace(
-            ndim=1, size=lambda dim: 4, get_local_rank=lambda dim, rank=rank: rank
+class Shard:
+    """A rank's rows of a tensor, cut as FSDP2 does: ceil(rows / ranks) rows on each rank, as long
+    as there are any."""
+
+    def __init__(self, whole: torch.Tensor, rank: int, ranks: int):
+        self.whole, chunks = whole, whole.chunk(ranks)
+        self.local = chunks[rank].clone() if rank < len(chunks) else whole[:0].clone()
+        self.device_mesh = SimpleNamespace(
+            ndim=1, size=lambda dim: ranks, get_local_rank=lambda dim: rank
         )
-        assert first_row(weight) == begin
-    shards = weight.chunk(4)  # FSDP2 cuts like this
-    assert [int(shard[0]) for shard in shards] == begins[: len(shards)]
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def to_local(self) -> torch.Tensor:
+        return self.local
+
+
+@pytest.mark.parametrize("saved_by", [1, 2, 3, 8])
+@pytest.mark.parametrize("read_by", [1, 2, 3, 8])
+def test_rows_saved_by_some_ranks_are_read_by_other_numbers_of_ranks(saved_by, read_by, tmp_path):
+    wholes = {
+        "matrix": torch.randn(10, 3), "vector": torch.randn(5, dtype=torch.float64),
+        "of fewer rows than ranks": torch.randn(3, 2, 2).bfloat16(), "last": torch.randn(16),
+    }  # fmt: skip
+    files = [tmp_path / f"rank-{rank}.safetensors" for rank in range(saved_by)]
+    for rank, file in enumerate(files):
+        shards = {name: Shard(whole, rank, saved_by) for name, whole in wholes.items()}
+        assert write_rows(file, shards) == hash_files([file])
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor, shards[name].local)
+    for rank in range(read_by):
+        shards = {name: Shard(whole, rank, read_by) for name, whole in wholes.items()}
+        expected = {name: shard.local.clone() for name, shard in shards.items()}
+        for shard in shards.values():
+            shard.local.fill_(7)
+        read_rows(files, shards)
+        assert all(torch.equal(shards[name].local, expected[name]) for name in wholes)
 
 
 def sft_loss(model) -> torch.Tensor:

@@ -701,14 +701,21 @@ def test_two_ranks_of_which_one_is_killed_inside_a_save_resume(
     assert_same_bits("run", "whole")
 
 
-def test_two_ranks_resume_as_one_and_one_as_two(on_two_ranks, monkeypatch):
+def test_two_nodes_of_two_ranks_resume_as_one_rank_and_one_as_four(on_two_ranks, monkeypatch):
+    # Each node holds all weights, and saves half of the tensors.
     monkeypatch.chdir(on_two_ranks)
-    killed_on_two_ranks(on_two_ranks, die_after(5))
+    shutil.rmtree("run", ignore_errors=True)
+    four = ranks(on_two_ranks, SFT, *[die_after(5)] * 4, local_world_size=2)
+    for rank in four:
+        rank.process.join(60)
+    sizes = [path.stat().st_size for path in Path("run").glob("checkpoints/step-000004/rank-*")]
+    assert len(sizes) == 4
+    assert max(sizes) < 2 * min(sizes)
     child(on_two_ranks, SFT).ends(0)
     assert largest_difference("run", "whole") < 1e-6
     shutil.rmtree("run")
     child(on_two_ranks, SFT, die_after(5)).ends(-signal.SIGKILL)
-    for rank in ranks(on_two_ranks, SFT, None, None):
+    for rank in ranks(on_two_ranks, SFT, *[None] * 4, local_world_size=2):
         rank.ends(0)
     assert largest_difference("run", "whole") < 1e-6
 

@@ -186,12 +186,12 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
                 f"{folder}: written by another version of redi; finish or export the run with that "
                 "version, or begin it again with --resume never"
             )
-        dict(state["facts"])  # fails if the facts are damaged
+        _ = dict(state["facts"]), state["sha256"][0]  # fails if these are damaged
         for number, sha256 in list(enumerate(state["sha256"]))[rank::world_size]:
             path = rank_file(folder, number)
             if hash_files([path]) != sha256:
                 return f"{path.name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return one_line(str(error))
     return ""
 

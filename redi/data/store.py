@@ -65,7 +65,7 @@ class TokenStore:
         of tokens is checked, but not their sha256."""
         try:
             about = json.loads((folder / "store.json").read_text())
-            index = dict(np.load(folder / "index.npz"))
+            index = dict(np.load(folder / "index.npz", allow_pickle=False))
             tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
             if len(tokens) != index["offsets"][-1]:
                 return None

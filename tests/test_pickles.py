@@ -1,0 +1,206 @@
+"""Nothing that redi reads can run code: pickles planted in every place where a reader looks.
+
+python -m pytest tests/test_pickles.py
+"""
+
+import ast
+import gzip
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import test_train
+import torch
+from test_resume import SFT, child, die_after
+from test_train import HERE
+
+from redi.checkpoint import load_model
+from redi.checkpoint.reference import load_reference
+from redi.checkpoint.resume import load_weights
+from redi.config import UserError, load_toml
+from redi.data.files import hash_files, read_rows
+from redi.data.store import TokenStore
+from redi.eval import benchmarks
+from redi.eval.completions import Completion, read_lines
+from redi.runlog import read_metrics
+from redi.study.plan import read_study
+
+ROOT = Path(__file__).parent.parent
+made, here = test_train.made, test_train.here  # fixtures: the student and its rows
+
+
+class Bomb:
+    """Unpickled, it creates the folder RAN in the current one."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("RAN",)
+
+
+BOMB = pickle.dumps(Bomb()) + b"\n"  # a whole line, where a reader wants lines
+
+
+# ---------------------------------------------------------------- planted
+
+
+def object_array(path: Path) -> None:
+    names = ("offsets", "prompt_lengths", "response_lengths", "row_numbers")
+    np.savez(path, **dict.fromkeys(names, np.array([Bomb(), 0])))
+
+
+def parquet_type(path: Path) -> None:
+    """A column whose type older pyarrow unpickled (CVE-2023-47248)."""
+    name, data = "ARROW:extension:name", "ARROW:extension:metadata"
+    extension = {name: b"arrow.py_extension_type", data: BOMB}
+    field = pyarrow.field("problem", pyarrow.string(), metadata=extension)
+    pyarrow.parquet.write_table(pyarrow.table([["1+1"]], schema=pyarrow.schema([field])), path)
+
+
+PLANT: dict[str, Callable[[Path], object]] = {
+    "pickle": lambda path: path.write_bytes(BOMB),
+    "torch.save": lambda path: torch.save({"model.norm.weight": Bomb()}, path),
+    "object array": object_array,
+    "gzip": lambda path: path.write_bytes(gzip.compress(BOMB)),
+    "parquet type": parquet_type,
+}
+
+
+def checkpoint(path: Path) -> None:
+    """The file is in a checkpoint whose hashes are right, in the format that had such files."""
+    state = {"format": 2 if path.name == ".metadata" else 3, "facts": {}, "ranks": 1}
+    state["sha256"] = [hash_files([path])]
+    (path.parent / "state.json").write_text(json.dumps(state))
+    (path.parent / "hashes-0.json").write_text(json.dumps({path.name: hash_files([path])}))
+    load_weights(path.parent, load_model("student")[0])
+
+
+def model(path: Path) -> None:
+    """The file is in a model folder; a pytorch_model.bin in place of the weights."""
+    for original in Path("student").iterdir():
+        is_replaced = path.name == "pytorch_model.bin" and original.suffix == ".safetensors"
+        if original.name != path.name and not is_replaced:
+            shutil.copy(original, path.parent)
+    load_model(path.parent)
+
+
+def store(path: Path) -> None:
+    about = {"paired": False, "data_hash": "", "skipped": {}, "tokens_hash": ""}
+    (path.parent / "store.json").write_text(json.dumps(about))
+    (path.parent / "tokens.bin").write_bytes(bytes(8))
+    if TokenStore.open(path.parent, verify=False) is None:
+        raise UserError("invalid: tokenized again")
+
+
+def cached_reference(path: Path) -> None:
+    if load_reference(path, 2, HERE) is None:
+        raise UserError("invalid: computed again")
+
+
+READ: dict[str, Callable[[Path], object]] = {
+    "checkpoint": checkpoint,
+    "model": model,
+    "store": store,
+    "cached reference": cached_reference,
+    "rows": lambda path: list(read_rows(path)),
+    "benchmark": benchmarks.load,
+    "completions": lambda path: list(read_lines(path, Completion)),
+    "metrics": lambda path: list(read_metrics(path.parent)),
+    "study": read_study,
+    "recipe": lambda path: load_toml(path, str(path)),
+}
+PLANTED = [
+    ("checkpoint", "rank-0.safetensors", "pickle"),
+    ("checkpoint", "rank-0.safetensors", "torch.save"),
+    ("checkpoint", ".metadata", "pickle"),
+    ("model", "model.safetensors", "pickle"),
+    ("model", "model.safetensors", "torch.save"),
+    ("model", "pytorch_model.bin", "torch.save"),
+    ("model", "config.json", "pickle"),
+    ("model", "generation_config.json", "pickle"),
+    ("model", "tokenizer.json", "pickle"),
+    ("store", "index.npz", "pickle"),
+    ("store", "index.npz", "object array"),
+    ("cached reference", "reference-0.bin", "pickle"),
+    ("rows", "rows.jsonl", "pickle"),
+    ("rows", "rows.json", "torch.save"),
+    ("rows", "rows.parquet", "pickle"),
+    ("rows", "rows.json.gz", "gzip"),
+    ("benchmark", "problems.jsonl", "pickle"),
+    ("benchmark", "problems.parquet", "parquet type"),
+    ("completions", "completions.jsonl", "pickle"),
+    ("metrics", "metrics.jsonl", "pickle"),
+    ("study", "study.toml", "pickle"),
+    ("recipe", "recipe.toml", "pickle"),
+]
+
+
+@pytest.mark.parametrize(("reader", "name", "kind"), PLANTED)
+def test_a_planted_pickle_is_refused_and_never_runs(reader, name, kind, here, tmp_path):
+    folder = tmp_path / "planted"
+    folder.mkdir()
+    PLANT[kind](folder / name)
+    try:
+        with pytest.raises(UserError) as error:
+            READ[reader](folder / name)
+        assert "\n" not in str(error.value)
+    finally:
+        assert not Path("RAN").exists()
+
+
+def test_a_planted_pickle_would_run_if_it_were_read(here):
+    pickle.loads(BOMB)
+    assert Path("RAN").exists()
+
+
+# ---------------------------------------------------------------- all that a run reads
+
+
+def report_unpickling() -> None:
+    """In a child, write to stderr whenever a pickle names what to import."""
+
+    def look(event: str, arguments: tuple) -> None:
+        if event == "pickle.find_class":
+            print("unpickles", arguments, "".join(traceback.format_stack()), file=sys.stderr)
+
+    sys.addaudithook(look)
+
+
+def test_a_run_and_one_that_resumes_unpickle_nothing(here):
+    child(here, SFT, die_after(3)).ends(-signal.SIGKILL)
+    resumed = child(here, SFT, report_unpickling)
+    resumed.ends(0)
+    assert "run: resumes after step 2" in resumed.shown
+    assert resumed.errors == ""
+
+
+UNPICKLE = {
+    "_pickle", "cloudpickle", "dill", "joblib", "marshal", "multiprocessing", "pickle", "shelve",
+    "torch.distributed.checkpoint", "torch.load", "read_pickle", "fromfile",
+}  # fmt: skip
+
+
+def test_no_file_of_redi_uses_what_unpickles():
+    found = []
+    for path in ROOT.glob("redi/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = set()
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Attribute):
+                names = {ast.unparse(node), node.attr} - {"np.load"}
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "np.load":
+                is_safe = any(ast.unparse(k) == "allow_pickle=False" for k in node.keywords)
+                names = set() if is_safe else {"np.load"}
+            found += [(path.name, name) for name in names & {*UNPICKLE, "np.load"}]
+    assert found == []
