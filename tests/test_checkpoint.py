@@ -701,7 +701,8 @@ def half_the_rows(step: Path) -> None:
     """A file of another model, whose hash state.json has."""
     tensors = {name: tensor[: len(tensor) // 2] for name, tensor in stored(step).items()}
     save_file(tensors, step / "rank-0.safetensors")
-    edit_json(step / "state.json", sha256=[hash_files([step / "rank-0.safetensors"])])
+    sha256 = hash_files([step / "rank-0.safetensors"])
+    edit_json(step / "state.json", sha256={"rank-0.safetensors": sha256})
 
 
 def another_parent(step: Path) -> None:

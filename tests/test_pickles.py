@@ -77,9 +77,9 @@ PLANT: dict[str, Callable[[Path], object]] = {
 def checkpoint(path: Path) -> None:
     """The file is in a checkpoint whose hashes are right, in the format that had such files."""
     state = {"format": 2 if path.name == ".metadata" else 3, "facts": {}, "ranks": 1}
-    state["sha256"] = [hash_files([path])]
+    state["sha256"] = {path.name: hash_files([path])}
     (path.parent / "state.json").write_text(json.dumps(state))
-    (path.parent / "hashes-0.json").write_text(json.dumps({path.name: hash_files([path])}))
+    (path.parent / "hashes-0.json").write_text(json.dumps(state["sha256"]))
     load_weights(path.parent, load_model("student")[0])
 
 

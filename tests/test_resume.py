@@ -246,10 +246,13 @@ DAMAGE = {
     "half the state": lambda folder: os.truncate(folder / "state.json", 20),
     "a state of another kind": lambda folder: (folder / "state.json").write_text("[]"),
     "a state without facts": lambda folder: (folder / "state.json").write_text(
-        '{"format": 3, "sha256": []}'
+        '{"format": 3, "sha256": {}}'
     ),
     "a state without hashes": lambda folder: (folder / "state.json").write_text(
         '{"format": 3, "facts": {}}'
+    ),
+    "a state without files": lambda folder: (folder / "state.json").write_text(
+        '{"format": 3, "facts": {}, "sha256": {}}'
     ),
     "nothing in it": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }

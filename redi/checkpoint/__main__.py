@@ -11,6 +11,8 @@ from redi.config import UserError, check_table, load_toml, parse, program, types
 from redi.distributed import DTYPES
 from redi.recipe import TrainConfig
 
+USED = {"model", "rope_theta", "max_position_embeddings", "save_dtype"}  # of config.toml
+
 
 @dataclass(kw_only=True)
 class ExportConfig:
@@ -26,11 +28,10 @@ def main() -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected RUN/checkpoints/step-NNNNNN")
     recorded = folder.parent.parent / "config.toml"
-    run, types = load_toml(recorded, str(recorded)), types_of(TrainConfig)
-    names = ("model", "rope_theta", "max_position_embeddings", "save_dtype")
-    run = check_table({n: run[n] for n in names if n in run}, types, str(recorded))
-    if len(run) < len(names):
+    run = load_toml(recorded, str(recorded))
+    if not run.keys() >= USED:
         raise UserError(f"{recorded}: expected the settings of a training run")
+    run = check_table({name: run[name] for name in USED}, types_of(TrainConfig), str(recorded))
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out}: is not empty; choose another folder")
     model, source = open_model(run["model"], run["rope_theta"], run["max_position_embeddings"])

@@ -113,13 +113,14 @@ class Checkpoints:
         # Nodes hold the same rows, so each node writes its share of the tensors.
         node = self.world.rank // self.world.local_world_size
         tensors = list(tensors_of(model, optimizer).items())[node :: self.world.num_nodes]
-        return write_rows(rank_file(aside, self.world.rank), dict(tensors))
+        return write_rows(aside / f"rank-{self.world.rank}.safetensors", dict(tensors))
 
     def _publish(self, aside: Path, step: int, hashes: list[str]) -> str:
         """Give the complete checkpoint its name, and remove old ones."""
         if self.world.rank > 0:
             return ""
-        state = {"format": FORMAT, "step": step, "sha256": hashes, "facts": self.facts}
+        files = {f"rank-{rank}.safetensors": sha256 for rank, sha256 in enumerate(hashes)}
+        state = {"format": FORMAT, "step": step, "sha256": files, "facts": self.facts}
         with write_aside(aside / STATE) as file:
             json.dump(state, file, indent=1)
         folder_to_disk(aside)
@@ -186,19 +187,13 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
                 f"{folder}: written by another version of redi; finish or export the run with that "
                 "version, or begin it again with --resume never"
             )
-        _ = dict(state["facts"]), state["sha256"][0]  # fails if these are damaged
-        for number, sha256 in list(enumerate(state["sha256"]))[rank::world_size]:
-            path = rank_file(folder, number)
-            if hash_files([path]) != sha256:
-                return f"{path.name} has changed since it was written"
+        _ = dict(state["facts"]), max(state["sha256"])  # fails if these are damaged
+        for name, sha256 in list(state["sha256"].items())[rank::world_size]:
+            if hash_files([folder / name]) != sha256:
+                return f"{name} has changed since it was written"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return one_line(str(error))
     return ""
-
-
-def rank_file(folder: Path, rank: int) -> Path:
-    """The file of a rank that took part in the save."""
-    return folder / f"rank-{rank}.safetensors"
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -214,5 +209,4 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    ranks = range(len(read_state(folder)["sha256"]))  # at the save; there may be others now
-    read_rows([rank_file(folder, rank) for rank in ranks], tensors)
+    read_rows([folder / name for name in read_state(folder)["sha256"]], tensors)

@@ -8,7 +8,7 @@ Left out: .bin and .pt files (unpickling runs code), quantized weights.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import reduce
 from itertools import chain
 from pathlib import Path
@@ -26,12 +26,17 @@ from redi.model import Transformer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def check_weights(model: Transformer, folder: Path) -> torch.dtype:
     """The dtype of the stored weights. Raises UserError if they do not fit `model`."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored = stored_tensors(folder)
+    stored: dict[str, Any] = {}
+    for path, name, tensor in stored_tensors(weight_files(folder)):
+        if name in stored:
+            raise UserError(f"{path}: {name} is stored in another file too")
+        stored[name] = tensor
     if model.config.tied and HEAD in stored:
         shapes[HEAD] = list(model.output_weight.shape)  # `fill` compares the two
     missing = [name for name in shapes if name not in stored]
@@ -57,7 +62,7 @@ def fill(model: Transformer, folder: Path) -> None:
     UserError if the model is tied, but the stored output weight is not the embedding."""
     files = weight_files(folder)
     read_rows(files, dict(model.named_parameters()))
-    if model.config.tied and HEAD in stored_tensors(folder):
+    if model.config.tied and any(name == HEAD for _, name, _ in stored_tensors(files)):
         head = torch.empty_like(model.output_weight)
         read_rows(files, {HEAD: head})
         if not torch.equal(local_shard(head), local_shard(model.output_weight)):
@@ -68,23 +73,23 @@ def fill(model: Transformer, folder: Path) -> None:
 
 
 @torch.no_grad()
-def read_rows(files: Iterable[Path], tensors: dict[str, Tensor]) -> None:
+def read_rows(files: list[Path], tensors: dict[str, Tensor]) -> None:
     """Fill this rank's rows of `tensors`. A tensor may be cut by rows over several files, in order.
-    Raises UserError if a file is broken, or if the rows are not those of the tensors."""
-    rows_seen = dict.fromkeys(tensors, 0)
-    for path in files:
-        stored = _open_tensors(path)
-        for name in tensors.keys() & stored.keys():
-            shard, rows = local_shard(tensors[name]), stored[name].get_shape()[0]
+    Raises UserError if a file is broken or a tensor is not complete."""
+    seen = dict.fromkeys(tensors, 0)  # rows
+    for _, name, stored in stored_tensors(files):
+        if name in tensors:
+            shard, rows = local_shard(tensors[name]), stored.get_shape()[0]
             # The file's first row, counted from the first row of the shard.
-            start = rows_seen[name] - first_row(tensors[name])
+            start = seen[name] - first_row(tensors[name])
             begin, end = max(start, 0), min(start + rows, len(shard))
             if begin < end:
-                shard[begin:end].copy_(stored[name][begin - start : end - start])
-            rows_seen[name] += rows
+                shard[begin:end].copy_(stored[begin - start : end - start])
+            seen[name] += rows
     for name, tensor in tensors.items():
-        if rows_seen[name] != len(tensor):
-            raise UserError(f"{path}: {rows_seen[name]} rows of {name}; expected {len(tensor)}")
+        if seen[name] != len(tensor):
+            where = files[0].parent
+            raise UserError(f"{where}: {seen[name]} rows of {name}; expected {len(tensor)}")
 
 
 @torch.no_grad()
@@ -96,11 +101,8 @@ def write_rows(path: Path, tensors: dict[str, Tensor]) -> str:
     header, end = {}, 0
     for name, shard in shards.items():
         begin, end = end, end + shard.nbytes
-        header[name] = {
-            "dtype": next(name for name, dtype in FLOATS.items() if dtype == shard.dtype),
-            "shape": list(shard.shape),
-            "data_offsets": [begin, end],
-        }
+        place = {"shape": list(shard.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPE_NAMES[shard.dtype], **place}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers are aligned
     numbers = (shard.reshape(-1).view(torch.uint8).cpu().numpy() for shard in shards.values())
@@ -117,23 +119,16 @@ def weights_hash(folder: Path) -> str:
     return hash_files(weight_files(folder))[:16]
 
 
-def stored_tensors(folder: Path) -> dict[str, Any]:
-    """Name -> tensor on disk, read when it is indexed. Raises UserError if a file is broken."""
-    stored: dict[str, Any] = {}
-    for path in weight_files(folder):
-        tensors = _open_tensors(path)
-        for name in tensors.keys() & stored.keys():
-            raise UserError(f"{path}: {name} is stored in another file too")
-        stored |= tensors
-    return stored
-
-
-def _open_tensors(path: Path) -> dict[str, Any]:
-    try:
-        file = safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error})") from None
-    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+def stored_tensors(files: list[Path]) -> Iterator[tuple[Path, str, Any]]:
+    """Yield (file, name, tensor on disk, read when it is indexed). Raises UserError if a file is
+    broken."""
+    for path in files:
+        try:
+            file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a complete safetensors file ({error})") from None
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            yield path, name, file.get_slice(name)  # keeps the file open
 
 
 def weight_files(folder: Path) -> list[Path]:
