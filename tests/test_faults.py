@@ -149,7 +149,9 @@ def test_a_second_failed_save_in_a_row_ends_the_run_on_all_ranks(together):
     assert error.startswith(
         f"error: run/checkpoints: the checkpoints of two saves in a row could not be saved {cause}4"
     )
-    assert error.endswith("; newest checkpoint: none")
+    assert error.endswith(
+        "; newest checkpoint: none; once that is mended, the same command resumes"
+    )
     assert both[1].errors == ""
     assert os.listdir("run/checkpoints") == []
     for rank in ranks(together, SFT, None, None):

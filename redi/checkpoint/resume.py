@@ -83,12 +83,13 @@ class Checkpoints:
         newest = f"step {self.steps()[0]}" if self.steps() else "none"
         failure = f"could not be saved ({failure}); newest checkpoint: {newest}"
         if self.failed > 1:
-            raise UserError(f"{self.folder}: the checkpoints of two saves in a row {failure}")
-        if self.failed and self.world.rank == 0:
-            print(
-                f"warning: the checkpoint of step {step} {failure}; training continues",
-                file=sys.stderr,
+            raise UserError(
+                f"{self.folder}: the checkpoints of two saves in a row {failure}; once that is "
+                "mended, the same command resumes"
             )
+        if self.failed and self.world.rank == 0:
+            warning = f"warning: the checkpoint of step {step} {failure}; training continues"
+            print(warning, file=sys.stderr)
         return not self.failed
 
     def _on_all_ranks(self, action: Callable[[], str]) -> tuple[list[str], str]:
