@@ -164,6 +164,11 @@ def test_half_a_line_is_an_error():
         from_line(to_line(completion())[:-5], Completion, "here")
 
 
+def test_marks_of_older_files_were_read_after_the_thinking():
+    line = '{"id": "x", "sample": 0, "verdict": "correct", "extracted": "2", "num_tokens": 1, '
+    assert from_line(line + '"loops": false}', Mark, "here").answer_from == "after_think"
+
+
 def test_a_missing_file_names_what_makes_it(tmp_path):
     with pytest.raises(UserError, match=r"x\.jsonl: no such file; `python evaluate\.py`"):
         list(read_lines(tmp_path / "x.jsonl", Mark))

@@ -328,6 +328,28 @@ def test_the_paper_grader_gives_its_own_verdicts_beside_ours(here):
     assert contents("run") == before
 
 
+def test_a_model_that_does_not_think_is_graded_by_its_whole_responses(here):
+    write_made()
+    given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
+    assert run(programs.evaluate, *given, "--prefix", "") == 0
+    whole = ["correct", "truncated", "correct", "incorrect", "correct", "correct"]
+    assert verdicts("run", "math-verify") == whole
+
+    def rule() -> tuple[str, bool]:
+        [score] = json.loads(Path("run/report.json").read_text())["benchmarks"]
+        texts = [Path("run", name).read_text() for name in ("report.md", "report.html")]
+        said = {"whole": "in the whole response", "after_think": "after </think>"}
+        escaped = [text.replace("\\u003c", "<").replace("\\u003e", ">") for text in texts]
+        return score["answer_from"], all(said[score["answer_from"]] in text for text in escaped)
+
+    assert rule() == ("whole", True)
+    assert run(grade.main, "regrade", "run", "--answer-from", "after_think") == 0
+    assert verdicts("run", "math-verify") == [*whole[:2], "no_answer", *whole[3:]]
+    assert rule() == ("after_think", True)
+    assert run(grade.main, "regrade", "run") == 0  # as evaluate.py did
+    assert verdicts("run", "math-verify") == whole
+
+
 def test_grading_again_needs_neither_torch_nor_a_model(here):
     write_made()
     given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]

@@ -204,17 +204,43 @@ def test_a_gold_that_is_no_latex_does_not_hide_the_next_one(grader):
 # ---------------------------------------------------------------- which answer
 
 
-def test_a_response_that_never_stopped_thinking_has_no_answer():
-    assert grade(r"<think> it is \boxed{5}", "5") == "no_answer"
-    assert grade(r"<think> it is \boxed{5}", "5", "length") == "truncated"
+READ = [  # response to a problem whose answer is 5, verdict by after_think, verdict by whole
+    (r"<think> 2+3 </think> \boxed{5}", "correct", "correct"),
+    (r"2+3 </think> \boxed{5}", "correct", "correct"),  # <think> was in the prompt
+    (r"<think> \boxed{4}? </think> \boxed{5}", "correct", "correct"),
+    (r"<think> \boxed{5} </think> So that is it.", "no_answer", "no_answer"),
+    (r"<think> 1 </think> \boxed{4} <think> 2 </think> \boxed{5}", "correct", "correct"),
+    (r"<think> It is \boxed{5}", "no_answer", "no_answer"),
+    (r"\boxed{5} <think> Let me check.", "no_answer", "no_answer"),
+    (r"So it is \boxed{5}.", "no_answer", "correct"),
+    (r"\boxed{4}, or rather \boxed{5}", "no_answer", "correct"),
+    (r"\boxed{5}, or rather \boxed{4}", "no_answer", "incorrect"),
+    (r"So it is \boxed{5", "no_answer", "no_answer"),
+    ("The answer is 5.", "no_answer", "no_answer"),
+    ("</think> The answer is 5.", "no_answer", "no_answer"),
+    ("", "no_answer", "no_answer"),
+]
 
 
-def test_a_response_cut_at_the_limit_is_truncated_whatever_it_says():
-    assert grade(boxed("5"), "5", "length") == "truncated"
+@pytest.mark.parametrize("name", ["math-verify", "paper"])
+def test_where_an_answer_is_read_depends_on_whether_the_model_thinks(name):
+    for column, answer_from in enumerate(("after_think", "whole"), start=1):
+        with Grader(name=name, answer_from=answer_from) as grader:
+            found = grader.grade_all([(response, "5", "stop") for response, *_ in READ])
+        assert found == [row[column] for row in READ]
 
 
-def test_an_answer_outside_any_box_is_no_answer():
-    assert grade("</think> The answer is 5.", "5") == "no_answer"
+def test_a_response_cut_off_at_the_limit_is_truncated_but_the_paper_reads_its_box():
+    cut = [  # response, rule, verdict of math-verify, of paper
+        (boxed("5"), "after_think", "truncated", "correct"),
+        (r"<think> \boxed{5}", "after_think", "truncated", "truncated"),
+        (r"So \boxed{5} and", "after_think", "truncated", "truncated"),
+        (r"So \boxed{5} and", "whole", "truncated", "correct"),
+        (r"<think> \boxed{5}", "whole", "truncated", "truncated"),
+    ]
+    for response, rule, ours, theirs in cut:
+        assert grade(response, "5", "length", rule) == ours
+        assert Grader(name="paper", answer_from=rule).grade(response, "5", "length") == theirs
 
 
 @pytest.mark.parametrize(
@@ -476,13 +502,6 @@ def test_unreadable_golds_are_said_in_one_line(capsys):
 
 
 # ---------------------------------------------------------------- the paper's grader
-
-
-def test_the_paper_grader_does_not_ask_how_generation_ended():
-    with Grader(name="paper") as grader:
-        assert grader.grade(boxed("5"), "5", "length") == "correct"
-        assert grader.grade(r"<think> \boxed{5}", "5", "length") == "truncated"
-        assert grader.grade(r"<think> \boxed{5}", "5") == "no_answer"
 
 
 def test_the_two_graders_differ_where_their_rules_do():

@@ -2,7 +2,8 @@ r"""The paper's own rules, faults and all: the authors' grader gives each case t
 
 import pytest
 
-from redi.eval.paper_grader import equal, extract
+from redi.eval.grade import extract
+from redi.eval.paper_grader import equal
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from redi.eval.paper_grader import equal, extract
     ],
 )
 def test_the_answer_is_the_last_box_after_the_thinking(response, answer):
-    assert extract(response) == answer
+    assert extract(response, grader="paper") == answer
 
 
 SAME = [  # gold, answer

@@ -125,6 +125,7 @@ def result_rows(names: list[str], reports: list[Report]) -> list[dict[str, Any]]
             "problems": score.num_problems,
             "samples": score.num_samples,
             "pass@1": score.pass_at_1,
+            "answer_from": score.answer_from,
             "sem": score.sem,
             f"pass@{score.num_samples}": score.pass_at_k[-1],
             "majority": score.majority,

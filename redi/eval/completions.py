@@ -54,6 +54,7 @@ class Mark:
     extracted: str | None  # the boxed answer
     num_tokens: int | None
     loops: bool  # the text ends in circles (loops.py)
+    answer_from: str = "after_think"  # where the answer was looked for; old files do not say
 
     @property
     def key(self) -> Key:

@@ -16,7 +16,7 @@ from redi.eval import benchmarks, elsewhere, report, tables
 from redi.eval.benchmarks import Benchmark
 from redi.eval.complete import complete
 from redi.eval.completions import Completion, Store, keep_problems
-from redi.eval.grade import Grader, mark_run, report_unreadable
+from redi.eval.grade import Grader, answer_rule, mark_run, report_unreadable
 from redi.eval.protocol import Asked, EvalConfig, ask, check_limit
 from redi.hub import is_hub_id
 from redi.model import Transformer
@@ -71,7 +71,8 @@ def evaluate(
         check_limit([one.request.max_new_tokens for one in firsts], source, config)
         notes["model"] = source.name
     first = world.rank == 0
-    with Grader(config.graders, config.grade_seconds, config.grader) as grader:
+    rule = answer_rule(config.prefix)
+    with Grader(config.graders, config.grade_seconds, config.grader, rule) as grader:
         if first:
             report_unreadable(grader, tests)  # now, not after hours of sampling
         log = RunLog(config.out, config, notes) if first else NoLog()

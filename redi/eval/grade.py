@@ -3,12 +3,18 @@ r"""A response -> a verdict: correct, incorrect, no_answer, truncated or timeout
     "<think>\n...</think> So it is \boxed{\frac{1}{2}}."  against  "0.5"  ->  correct
     python -m redi.eval.grade regrade out/redi/eval --grader paper        another opinion, no GPU
 
-Two graders, by name. For both, a response without `</think>` has no answer.
+Two graders, by name:
 
-    math-verify   the last balanced box after `</think>`; text, then algebra (`equivalence.py`). A
-                  response cut off at the length limit is truncated and not correct.
+    math-verify   the last balanced box; text, then algebra (`equivalence.py`). A response cut off
+                  at the length limit is truncated and not correct.
     paper         the authors' rules (`paper_grader.py`): the last `\boxed{}`, two normal forms of
                   text, sympy. How generation ended does not matter, as in their tables.
+
+Where both look for the box (the authors know only the first rule):
+
+    after_think   after the first `</think>`; a response without one has no answer
+    whole         for models that do not think: the same if there is a `</think>`, nowhere if there
+                  is a `<think>` that never closes, else in the whole response
 
 Most answers are decided here, as text or as integers; the rest by processes that may be killed
 (`workers.py`). Left out: Math-Verify's own extraction, which merges neighboring boxes.
@@ -40,17 +46,32 @@ from redi.eval.workers import Pool, Question
 
 Verdict = Literal["correct", "incorrect", "no_answer", "truncated", "timeout"]
 GraderName = Literal["math-verify", "paper"]
+AnswerFrom = Literal["after_think", "whole"]
 
 SHOWN = 5  # unreadable golds that are named
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
-def extract(response: str) -> str | None:
-    r"""The content of the last balanced, non-empty `\boxed{}` or `\fbox{}` after `</think>`."""
-    _, thought, text = response.partition("</think>")
-    if not thought:
+def answer_rule(prefix: str) -> AnswerFrom:
+    """Where to look for answers that begin with `prefix`: a model that is not made to think may
+    never write `</think>`."""
+    return "after_think" if prefix else "whole"
+
+
+def extract(
+    response: str, answer_from: AnswerFrom = "after_think", grader: GraderName = "math-verify"
+) -> str | None:
+    """The answer that a grader reads in a response, or None."""
+    before, closed, after = response.partition("</think>")
+    if not closed and (answer_from == "after_think" or "<think>" in response):
         return None
+    text = after if closed else before
+    return paper_grader.last_box(text) if grader == "paper" else _last_box(text)
+
+
+def _last_box(text: str) -> str | None:
+    r"""The content of the last balanced, non-empty `\boxed{}` or `\fbox{}`."""
     # One pass with a stack, since a looping model writes thousands of boxes that never close.
     best_start, best, opened = -1, None, []
     for token in _BRACES.finditer(text):
@@ -67,14 +88,19 @@ def extract(response: str) -> str | None:
     return best
 
 
-def grade(response: str, answer: str | list[str], finish_reason: str = "stop") -> Verdict:
+def grade(
+    response: str,
+    answer: str | list[str],
+    finish_reason: str = "stop",
+    answer_from: AnswerFrom = "after_think",
+) -> Verdict:
     """Grade one response in a worker shared by the whole process; see `Grader.grade`."""
-    return _shared_grader().grade(response, answer, finish_reason)
+    return _shared_grader(answer_from).grade(response, answer, finish_reason)
 
 
 @functools.cache
-def _shared_grader() -> "Grader":
-    grader = Grader()
+def _shared_grader(answer_from: AnswerFrom) -> "Grader":
+    grader = Grader(answer_from=answer_from)
     atexit.register(grader.close)
     return grader
 
@@ -85,8 +111,14 @@ class Grader:
     workers: processes at most; limit_s: seconds for one comparison.
     """
 
-    def __init__(self, workers: int = 1, limit_s: float = 10.0, name: GraderName = "math-verify"):
-        self.name = name
+    def __init__(
+        self,
+        workers: int = 1,
+        limit_s: float = 10.0,
+        name: GraderName = "math-verify",
+        answer_from: AnswerFrom = "after_think",
+    ):
+        self.name, self.answer_from = name, answer_from
         self.pool = Pool(workers, limit_s)
 
     def __enter__(self) -> "Grader":
@@ -130,7 +162,11 @@ class Grader:
             )
             decided.append(decision)
         verdicts = self._settle(decided)
-        return [Mark(verdict=verdict, **fact) for fact, verdict in zip(facts, verdicts)]
+        rule = self.answer_from
+        return [
+            Mark(verdict=verdict, answer_from=rule, **fact)
+            for fact, verdict in zip(facts, verdicts)
+        ]
 
     def unreadable(self, test: Benchmark) -> list[tuple[str, str]]:
         """(problem's id, gold) of golds that are no mathematics to this grader: only an answer of
@@ -154,7 +190,7 @@ class Grader:
         if not golds:
             raise ValueError("a response cannot be graded against an empty list of answers")
         unfinished = finish_reason == "length"
-        given = paper_grader.extract(response) if self.name == "paper" else extract(response)
+        given = extract(response, self.answer_from, self.name)
         if unfinished and (given is None or self.name != "paper"):
             return given, "truncated"
         if given is None:
@@ -204,6 +240,9 @@ class RegradeConfig:
     command: Annotated[Literal["regrade"], "grade stored completions again"]
     run: Annotated[str, "folder that evaluate.py wrote"]
     grader: Annotated[GraderName, "whose rules"] = "math-verify"
+    answer_from: Annotated[
+        AnswerFrom | None, "after_think or whole; none: whole if the run has no prefix"
+    ] = None
     graders: Annotated[int, "processes that compare answers"] = 2
     grade_seconds: Annotated[float, "limit for one comparison, seconds"] = 10.0
 
@@ -225,7 +264,8 @@ def main() -> None:
     from redi.eval import report, tables  # only this command needs them
 
     out = Path(config.run)
-    with Grader(config.graders, config.grade_seconds, config.grader) as grader:
+    rule = config.answer_from or answer_rule(report.settings_of(out).get("prefix", "<think>\n"))
+    with Grader(config.graders, config.grade_seconds, config.grader, rule) as grader:
         mark_run(out, grader)
     written = report.write(out, config.grader)
     print(tables.summary(written), f"saved {report.folder(out, config.grader)}/report.md", sep="\n")

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from redi.config import UserError
-from redi.eval.completions import Completion, completions_file, read_lines
+from redi.eval.benchmarks import Benchmark
+from redi.eval.completions import Completion, Mark, completions_file, read_lines
 from redi.eval.report import load, run_names, settings_of
+from redi.eval.tables import ANSWER_FROM
 
 TEMPLATE = Path(__file__).with_name("page.html")
 CHARACTERS = 50_000_000  # of all completions together
@@ -56,8 +58,8 @@ def page(runs: list[Path], grader: str | None = None) -> str:
     names = run_names(runs) if len(runs) > 1 else models  # the page of a run moves with its folder
     content = {
         "runs": [
-            {"name": name, "model": model, "grader": used}
-            for name, model, (used, _) in zip(names, models, loaded)
+            {"name": name, "model": model, "grader": used, "answers": _answer_rules(tests.values())}
+            for name, model, (used, tests) in zip(names, models, loaded)
         ],
         "shortened": max(lengths, default=0) > limit,
         "benchmarks": [
@@ -65,6 +67,11 @@ def page(runs: list[Path], grader: str | None = None) -> str:
         ],
     }
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, _in_script(content))
+
+
+def _answer_rules(marked: Iterable[tuple[Benchmark, list[Mark]]]) -> str:
+    rules = dict.fromkeys(ANSWER_FROM[mark.answer_from] for _, marks in marked for mark in marks)
+    return ", ".join(rules)
 
 
 def _stored(run: Path, names: Iterable[str]) -> Iterator[Completion]:

@@ -21,12 +21,10 @@ from collections.abc import Callable
 # ---------------------------------------------------------------- which answer
 
 
-def extract(response: str) -> str | None:
-    r"""The content of the last `\boxed{}` after the first `</think>`; None if that one is not
-    closed, or there is none."""
-    _, thought, text = response.partition("</think>")
+def last_box(text: str) -> str | None:
+    r"""The content of the last `\boxed{}`; None if that one is not closed, or there is none."""
     start = text.rfind(r"\boxed{")
-    if not thought or start < 0 or text.rfind(r"\boxed") != start:
+    if start < 0 or text.rfind(r"\boxed") != start:
         return None
     start += len(r"\boxed{")
     depth = 1

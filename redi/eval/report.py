@@ -54,6 +54,7 @@ class Score:
 
     benchmark: str
     num_problems: int
+    answer_from: str  # where answers were looked for: after_think or whole (grade.py)
     num_samples: int  # per problem
     pass_at_1: float
     sem: float
@@ -118,6 +119,7 @@ def score(test: Benchmark, marks: Sequence[Mark]) -> Score:
     return Score(
         benchmark=test.name,
         num_problems=len(rows),
+        answer_from=marks[0].answer_from,
         num_samples=n,
         pass_at_1=float(correct.mean()),
         sem=sem(correct),

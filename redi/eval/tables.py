@@ -14,10 +14,13 @@ pass@1 is the mean over all samples; SEM is the paper's, the spread between repe
 interval says what other problems like these would give. Truncated, unanswered and timed-out
 completions count as wrong. Loops are completions that end in one passage over and over."""
 
+ANSWER_FROM = {"after_think": "after </think>", "whole": "in the whole response"}
+
 
 def markdown(report: Report) -> str:
     """The whole report.md."""
-    said = {**report.settings, "graded by": report.grader}
+    rules = dict.fromkeys(ANSWER_FROM[score.answer_from] for score in report.scores)
+    said = {**report.settings, "graded by": report.grader, "answers are read": [*rules]}
     settings = ", ".join(f"{name} {_shown(value)}" for name, value in said.items())
     parts = [f"# {report.model}", settings, summary(report), NOTES]
     if any(score.num_samples > 1 for score in report.scores):

@@ -110,10 +110,8 @@ class Texts:
         self.prompts.add(prompt)
         for side, messages in enumerate(example.responses):
             answer = messages[-1]["content"]
-            closed = "</think>" in answer
-            self.closed[side] += closed
-            # As redi.eval reads it; without thinking, all of the text is the answer.
-            self.answered[side] += extract(answer if closed else f"</think>{answer}") is not None
+            self.closed[side] += "</think>" in answer
+            self.answered[side] += extract(answer, "whole") is not None
 
 
 # ---------------------------------------------------------------- tables
