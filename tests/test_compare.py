@@ -135,6 +135,9 @@ def test_the_command_writes_tables_and_page(tmp_path):
     assert [row["model"] for row in content["rows"]] == ["sft", "redi"]
     assert content["rows"][0]["pass@2"] == 1
     assert content["paired"][0]["difference"] == 0
+    row = compare.result_rows(["sft"], [report.read(evaluation(tmp_path / "single", "1"))])
+    assert row[0]["sem"] is None
+    assert "100.0 ± - |" in compare.comparison_table(row)
     assert data_of((tmp_path / "page.html").read_text())["runs"][1]["name"] == "redi"
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import test_resume
 import test_train
+import torch
 from test_resume import SFT, ranks, records
 from test_train import sft_config, steps, weights
 
 from redi import programs
 from redi import run as run_module
 from redi.config import UserError
+from redi.eval import in_training
 from redi.objectives import sft
 from redi.runlog import read_metrics
 
@@ -82,6 +84,21 @@ def test_ranks_make_a_share_each_and_add_up(here):
             rank.ends(0)
         trained = [r for r in records(out) if r["kind"] == "train"]
         assert trained == [r for r in records(f"plain {out}") if r["kind"] == "train"]
+
+
+def test_training_gets_its_memory_back_and_logs_its_own_peak(monkeypatch):
+    calls = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *given, name=name: calls.append((name, *given))
+        )
+    with in_training.memory_lent(torch.device("cpu")):
+        assert calls == []
+    cuda = torch.device("cuda", 0)
+    with in_training.memory_lent(cuda):
+        calls.append("evaluation")
+    cache = ("empty_cache",)
+    assert calls == [cache, "evaluation", cache, ("reset_peak_memory_stats", cuda)]
 
 
 def test_a_benchmark_that_is_not_there_is_found_before_training(here, capsys):

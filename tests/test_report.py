@@ -175,6 +175,12 @@ def test_the_json_holds_every_number():
     assert len(result["interval"]) == 2
 
 
+def test_the_sem_of_a_single_sample_is_a_dash_and_null():
+    single = report(b=grid("1", "0"))
+    assert " 50.0 ± - |" in summary(single)
+    assert json.loads(to_json(single))["benchmarks"][0]["sem"] is None
+
+
 def test_the_table_is_markdown_with_aligned_columns():
     lines = summary(report(math500=grid("10", "00"), amc=grid("11"))).splitlines()
     assert len({len(line) for line in lines}) == 1

@@ -54,8 +54,8 @@ def test_sem_is_between_samples_and_not_between_problems():
     assert sem(np.array([[1, 1, 1], [0, 0, 0]])) == 0
 
 
-def test_sem_of_one_sample_is_zero():
-    assert sem(np.array([[1], [0], [0]])) == 0
+def test_one_sample_has_no_sem():
+    assert sem(np.array([[1], [0], [0]])) is None
 
 
 def test_the_interval_is_the_quantiles_of_every_possible_draw(monkeypatch):

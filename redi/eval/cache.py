@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from redi.config import UserError
+from redi.eval.sampling import to_device
 from redi.model import ModelConfig
 
 PAGE = 32  # tokens
@@ -145,7 +146,7 @@ class Cache:
 
     def copy(self, pages: np.ndarray, to: np.ndarray) -> None:
         """The contents of pages (n,) into other pages (n,)."""
-        source, target = (torch.as_tensor(p, device=self.keys[0].device) for p in (pages, to))
+        source, target = (to_device(p, self.keys[0].device) for p in (pages, to))
         for tensor in (*self.keys, *self.values):
             tensor[target] = tensor[source]
 

@@ -4,12 +4,15 @@ The engine samples from the weights in training. Sharded weights are gathered me
 samples and grades its share of the completions, and the counts are summed. The random numbers are
 the same every time, so two scores of a run differ by the model alone.
 
-The prompt is the problem as in training, without the paper's evaluation prompt, and an answer may
-be as long as a training response. The curve shows where training goes; the scores to report come
-from evaluate.py. Left out: keeping the completions; evaluate a checkpoint for that.
+The prompt is the problem as in training, without the paper's evaluation prompt, an answer may be as
+long as a training response, and Math-Verify's rules grade it. The curve shows where training goes;
+the scores to report come from evaluate.py. Left out: keeping the completions; evaluate a checkpoint
+for that.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -40,20 +43,18 @@ def prepare(config: TrainConfig, source: Source, world: World) -> Score:
     )
     test = load(config.eval_benchmark)
     if world.rank == 0:
-        with make_grader(settings) as grader:
+        with Grader(settings.graders, settings.grade_seconds) as grader:
             report_unreadable(grader, [test])
     prompted = ask(test, source, settings)
 
     def score(model: Transformer, step: int) -> dict[str, float]:
         """pass@1 and failures as fractions, tokens per completion, seconds."""
         began = time.perf_counter()
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()  # memory cached between steps is room for keys and values
         name = f"{test.name} after step {step}"
-        with gathered(model, config.reshard_after_forward):
+        with memory_lent(world.device), gathered(model, config.reshard_after_forward):
             made = complete(model, source, prompted, settings, world, name)
             completions = [completion for _, completion in made]
-        with make_grader(settings) as grader:
+        with Grader(settings.graders, settings.grade_seconds) as grader:
             marks = grader.marks(test, completions)
         counts = torch.tensor(
             [
@@ -72,5 +73,14 @@ def prepare(config: TrainConfig, source: Source, world: World) -> Score:
     return score
 
 
-def make_grader(config: EvalConfig) -> Grader:
-    return Grader(config.graders, config.grade_seconds, config.grader)
+@contextmanager
+def memory_lent(device: torch.device) -> Iterator[None]:
+    """Lend the body what torch's allocator caches between steps, as room for keys and values. Their
+    pages return to the device afterwards, and the peak that training logs does not count them."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()
+    yield
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)

@@ -44,9 +44,9 @@ class EvalConfig:
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.6
     top_p: Annotated[float, "mass of the nucleus"] = 0.95
     max_new_tokens: Annotated[int, "longest answer, tokens; the context may end it sooner"] = 32_768
-    slots: Annotated[int, "completions written side by side, if the cache has room", may_change] = (
-        64
-    )
+    slots: Annotated[
+        int, "most completions written side by side; fewer if the cache is full", may_change
+    ] = 256
     cache_gib: Annotated[
         float | None, "for keys and values; none: what is to spare", may_change
     ] = None

@@ -57,7 +57,7 @@ class Score:
     answer_from: str  # where answers were looked for: after_think or whole (grade.py)
     num_samples: int  # per problem
     pass_at_1: float
-    sem: float
+    sem: float | None  # None: of a single sample per problem
     interval: tuple[float, float]  # of pass@1, 95 %, over problems
     pass_at_k: list[float]  # k = 1 .. num_samples
     majority: float

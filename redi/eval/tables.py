@@ -96,8 +96,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def count(tokens: float | None) -> str:
