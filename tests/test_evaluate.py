@@ -240,15 +240,57 @@ def test_a_real_kill_a_second_run_beside_and_ctrl_c(here):
     assert set(kept) - {kept[-1]} <= set(unfinished("run"))
 
 
-def test_problems_that_changed_since_are_refused(here, killed_after, capsys):
+def change_weights(student: Path) -> None:
+    path = student / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def change_text(path: Path, before: str, after: str) -> None:
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+
+
+CHANGES = {  # what changes under an evaluation -> the words that refuse it
+    "weights": (lambda toy: change_weights(toy / "student"), "its weights changed since run"),
+    "tokenizer": (
+        lambda toy: change_text(toy / "student/chat_template.jinja", "{%- for", "Hi {%- for"),
+        "its tokenizer changed since run",
+    ),
+    "config": (
+        lambda toy: change_text(toy / "student/config.json", '"rope_theta": 1', '"rope_theta": 2'),
+        "its config.json or stop tokens changed since run",
+    ),
+    "problems": (
+        lambda toy: change_text(toy / "benchmark.jsonl", "modulo 10", "modulo 9"),
+        "its problems have changed since run",
+    ),
+}
+
+
+def test_what_changes_under_an_evaluation_is_refused_by_name(here, killed_after, capsys):
+    """Under one that has begun, and under one that is finished."""
     killed_after(2)
     with pytest.raises(Killed):
         evaluated("run")
-    path = Path("toy/benchmark.jsonl")
-    path.write_text(path.read_text().replace("modulo 10", "modulo 9"))
-    assert evaluated("run") == 2
-    assert "problems have changed" in capsys.readouterr().err
-    assert len(unfinished("run")) == 2
+    shutil.copytree("toy", "before")
+    for finished in (False, True):
+        report = Path("run/report.json").read_bytes() if finished else None
+        for change, refusal in CHANGES.values():
+            change(Path("toy"))
+            assert evaluated("run") == 2
+            assert refusal in capsys.readouterr().err
+            shutil.rmtree("toy")
+            shutil.copytree("before", "toy")
+        if finished:
+            assert Path("run/report.json").read_bytes() == report
+        else:
+            assert len(unfinished("run")) == 2
+            killed_after(-1)
+            assert evaluated("run") == 0
+    assert evaluated("run") == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- grading

@@ -4,12 +4,15 @@ Under torchrun every rank holds the whole model and makes its share of the compl
 rank then grades them and writes the report. Sampling takes hours, so user errors are found before.
 """
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
 
 from redi import distributed
 from redi.checkpoint.folder import Source, load_model, open_model
+from redi.checkpoint.weights import weights_hash
 from redi.config import UserError
 from redi.distributed import World, local_rank_zero_first, wait_for_all
 from redi.eval import benchmarks, elsewhere, report, tables
@@ -20,7 +23,7 @@ from redi.eval.grade import Grader, answer_rule, mark_run, report_unreadable
 from redi.eval.protocol import Asked, EvalConfig, ask, check_limit
 from redi.hub import is_hub_id
 from redi.model import Transformer
-from redi.runlog import NoLog, RunLog, is_finished
+from redi.runlog import NoLog, RunLog, is_finished, read_facts
 
 
 def run(config: EvalConfig, world: World) -> None:
@@ -54,28 +57,34 @@ def evaluate(
 
     given: another program's completions by benchmark. made_by: what makes the default model.
     """
-    out = Path(config.out)
-    if is_finished(config.out, config):
+    out, first = Path(config.out), world.rank == 0
+    finished = is_finished(config.out, config)
+    facts = {"torch": torch.__version__}
+    if given is None:
+        with local_rank_zero_first(world):  # a hub id is downloaded once a node
+            model, source = (open_model if finished else load_model)(config.model, made_by=made_by)
+            if first:  # hashing reads all weights
+                contents = contents_of(source)
+                refuse_changed_model(contents, config)
+                facts |= {"model": source.name, **contents}
+    if finished:
+        for test in tests:
+            keep_problems(out, test)
         if given is not None:
             elsewhere.store_completions(out, given)
         print((out / "report.md").read_text(), f"{out} is finished: nothing to do", sep="\n")
         return
 
-    # ---- grader and model
-    notes = {"torch": torch.__version__}
+    # ---- grader
     if given is None:
-        with local_rank_zero_first(world):  # a hub id is downloaded once a node
-            model, source = load_model(config.model, made_by=made_by)
         asked = [one for test in tests for one in ask(test, source, config)]
         firsts = asked[:: config.samples]  # of each problem
         check_limit([one.request.max_new_tokens for one in firsts], source, config)
-        notes["model"] = source.name
-    first = world.rank == 0
     rule = answer_rule(config.prefix)
     with Grader(config.graders, config.grade_seconds, config.grader, rule) as grader:
         if first:
             report_unreadable(grader, tests)  # now, not after hours of sampling
-        log = RunLog(config.out, config, notes) if first else NoLog()
+        log = RunLog(config.out, config, facts) if first else NoLog()
         with local_rank_zero_first(world):
             for test in tests:
                 keep_problems(out, test)
@@ -99,6 +108,29 @@ def evaluate(
     written = report.write(out)
     log.finish()
     print(tables.summary(written), f"saved {out}/report.html, .md and .json", sep="\n")
+
+
+def contents_of(source: Source) -> dict[str, str]:
+    """Hashes of what decides an answer, besides the settings and the problems."""
+    settings = json.dumps([source.config, source.stop_ids], sort_keys=True)
+    return {
+        "weights": weights_hash(source.folder),
+        "tokenizer": source.chat.fingerprint if source.chat else "none",
+        "config.json or stop tokens": hashlib.sha256(settings.encode()).hexdigest()[:16],
+    }
+
+
+def refuse_changed_model(contents: dict[str, str], config: EvalConfig) -> None:
+    """Raise UserError if the evaluation in config.out began with other contents of the model. One
+    that recorded none cannot be checked."""
+    begun = Path(config.out, "config.toml").is_file()
+    before = read_facts(Path(config.out)) if begun else {}
+    changed = [name for name, now in contents.items() if before.get(name, now) != now]
+    if changed:
+        raise UserError(
+            f"--model {config.model}: its {' and its '.join(changed)} changed since {config.out} "
+            "was begun; choose another --out"
+        )
 
 
 def sample(
