@@ -107,6 +107,9 @@ BROKEN = [  # rows, what the one line must say
     ([{"problem": " ", "answer": "1"}], r"bench\.jsonl:1: field 'problem'"),
     ([{"problem": ["?"], "answer": "1"}], r"bench\.jsonl:1: field 'problem'"),
     ([{"problem": "?", "answer": "1", "id": 1.5}], r"bench\.jsonl:1: field 'id'"),
+    ([{"problem": "?", "answer": "1", "id": "\ud800"}], r"bench\.jsonl:1: field 'id': .*surrogate"),
+    ([{"problem": "?", "answer": "\ud8002"}], r"bench\.jsonl:1: field 'answer': .*surrogate"),
+    ([{"problem": "\ud800?", "answer": "2"}], r"bench\.jsonl:1: field 'problem': .*surrogate"),
     (
         [{"problem": "?", "answer": "1", "id": 3}, {"problem": "!", "answer": "1", "id": "3"}],
         r"bench\.jsonl:2: id '3' is also that of .*bench\.jsonl:1",

@@ -37,6 +37,15 @@ def test_rows_in_any_order_become_completions_in_order(write):
     assert [c.num_tokens for c in found["b"]] == [None, 5, None, None]
 
 
+def test_the_words_of_other_programs_for_a_finish_are_known(write):
+    words = ["stop", "STOP", "end_turn", "eos_token", "length", "MAX_TOKENS", "max_tokens", "limit"]
+    _, found = read_completions(
+        write(*(row(id, s, finish_reason=w) for id in ("x", "7") for s, w in enumerate(words))),
+        TESTS,
+    )
+    assert [c.finish_reason for c in found["b"][:8]] == ["stop"] * 4 + ["length"] * 4
+
+
 def test_of_several_benchmarks_each_row_names_its_own(write):
     path = write(row(benchmark="b"), row("7", benchmark="b"), row(benchmark="c"))
     _, found = read_completions(path, BOTH)
@@ -60,7 +69,13 @@ BROKEN = [  # rows, what the one line must say
     ([row(sample=True)], r"field 'sample'"),
     ([row(id=1.5)], r"field 'id'"),
     ([row(finish_reason=3)], r"field 'finish_reason'"),
+    ([row(finish_reason="abort")], r"'finish_reason': expected one of stop, .*length.*got 'abort'"),
+    ([row(finish_reason="\ud800")], r"field 'finish_reason': .* got '\\ud800'"),
+    ([row("\ud800")], r"made\.jsonl:1: b has no problem '\\ud800'"),
+    ([row(sample=10**9), row("7")], r"sample 0 of problem 'x' is missing, and 1999999999 more"),
     ([row(num_tokens="3")], r"field 'num_tokens'"),
+    ([row(num_tokens=-5)], r"field 'num_tokens': expected a whole number from 0 .*, got -5"),
+    ([row(num_tokens=10**400)], r"field 'num_tokens': expected .*, got 10000"),
 ]
 
 

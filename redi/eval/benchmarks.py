@@ -121,7 +121,7 @@ def _identity(row: dict[str, Any], index: int, place: str) -> str:
     value = row[field]
     if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
         raise UserError(f"{place}: field {field!r}: expected text or a whole number, got {value!r}")
-    return str(value)
+    return _encodable(str(value), field, place)
 
 
 def _question(row: dict[str, Any], place: str) -> str:
@@ -133,8 +133,7 @@ def _question(row: dict[str, Any], place: str) -> str:
     problem, context = row[field], row.get("context")
     if not isinstance(problem, str) or not problem.strip():
         raise UserError(f"{place}: field {field!r}: expected the problem's text, got {problem!r}")
-    if not is_encodable(problem):
-        raise UserError(f"{place}: field {field!r}: holds half of a surrogate pair, not text")
+    _encodable(problem, field, place)
     # OlympiadBench keeps what several questions share ("Let $T$ be the answer ...") apart.
     return f"{context}\n{problem}" if isinstance(context, str) and context.strip() else problem
 
@@ -151,7 +150,13 @@ def _answers(row: dict[str, Any], place: str) -> list[str]:
             f"{place}: field {field!r}: expected text, a number or a list of them, "
             f"got {str(row[field])[:60]!r}"
         )
-    return answers
+    return [_encodable(answer, field, place) for answer in answers]
+
+
+def _encodable(text: str, field: str, place: str) -> str:
+    if not is_encodable(text):
+        raise UserError(f"{place}: field {field!r}: holds half of a surrogate pair, not text")
+    return text
 
 
 def _subject(row: dict[str, Any]) -> str | None:

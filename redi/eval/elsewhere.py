@@ -8,8 +8,9 @@ r"""Completions of another program: the prompts for it, and reading back what it
 
 `prompt_token_ids` are exactly what redi would read; `prompt` is the same as text, which a server
 may tokenize differently; `messages` are for an API with its own template and no prefix. A returned
-row needs `benchmark` if there are several, and may have `num_tokens`. Without `finish_reason` it
-counts as finished: a truncated response is then recognized only by its missing answer.
+row needs `benchmark` if there are several, and may have `num_tokens`. `finish_reason` may be any of
+the words below; without it a response counts as finished, and a truncated one is recognized only by
+its missing answer.
 """
 
 import json
@@ -22,6 +23,13 @@ from redi.data.files import is_encodable, read_rows, write_aside
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Completion, Key, completions_file, read_lines, write_lines
 from redi.eval.protocol import EvalConfig, check_limit, make_prompt, user_message
+
+# What vLLM, SGLang, TGI, llama.cpp and the APIs of OpenAI, Anthropic and Google say, in lower case.
+FINISH_REASONS = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn"), "stop"),
+    **dict.fromkeys(("length", "limit", "max_tokens", "max_length"), "length"),
+}
+MOST_TOKENS = 2**31  # of one response: any more is a mistake
 
 
 def export_prompts(
@@ -76,10 +84,12 @@ def read_completions(
     samples = 1 + max(sample for _, (_, sample) in found)
     complete = {}
     for test in tests:
-        keys = [(test.name, (p.id, s)) for p in test.problems for s in range(samples)]
-        missing = [key for _, key in (key for key in keys if key not in found)]
-        if missing:
-            (id, sample), more = missing[0], len(missing) - 1
+        # Iterators: a row may give any number as its sample.
+        keys = ((test.name, (p.id, s)) for p in test.problems for s in range(samples))
+        present = sum(name == test.name for name, _ in found)
+        if more := samples * len(test.problems) - present:
+            id, sample = next(key for key in keys if key not in found)[1]
+            more -= 1
             raise UserError(
                 f"{path}: {test.name}: sample {sample} of problem {id!r} is missing"
                 + (f", and {more} more" if more else "")
@@ -110,21 +120,26 @@ def _benchmark(row: dict[str, Any], place: str, names: list[str]) -> str:
 
 def _completion(row: dict[str, Any], place: str) -> Completion:
     id, sample, text = (row.get(field) for field in ("id", "sample", "text"))
-    reason, tokens = row.get("finish_reason"), row.get("num_tokens")
+    said, tokens = row.get("finish_reason"), row.get("num_tokens")
+    reason = FINISH_REASONS.get(str("stop" if said is None else said).lower())
     for field, holds, expected in (
         ("id", type(id) in (str, int), "text or a whole number"),
         ("sample", type(sample) is int and sample >= 0, "a whole number from 0"),
         ("text", isinstance(text, str) and is_encodable(text), "the completion's text"),
-        ("finish_reason", reason is None or isinstance(reason, str), "text, as stop or length"),
-        ("num_tokens", tokens is None or type(tokens) is int, "a whole number"),
+        ("finish_reason", reason is not None, f"one of {', '.join(FINISH_REASONS)}"),
+        (
+            "num_tokens",
+            tokens is None or (type(tokens) is int and 0 <= tokens <= MOST_TOKENS),
+            f"a whole number from 0 to {MOST_TOKENS}",
+        ),
     ):
         if not holds:
-            got = f"{row[field]!r:.60}" if field in row else "nothing"
+            got = ascii(row[field])[:60] if field in row else "nothing"
             raise UserError(f"{place}: field {field!r}: expected {expected}, got {got}")
     return Completion(
         id=str(id),
         sample=sample,
         text=text,
         num_tokens=tokens,
-        finish_reason=reason or "stop",
+        finish_reason=reason,
     )
