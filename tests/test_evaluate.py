@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -412,6 +413,22 @@ def test_an_unfinished_evaluation_is_not_graded_again(here, killed_after, capsys
     assert run(grade.main, "regrade", "run", "--grader", "paper") == 2
     assert "completions/benchmark.jsonl: no such file" in capsys.readouterr().err
     assert not Path("run/verdicts").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown"])
+def test_grading_again_leaves_good_verdicts_where_a_completion_is_lost(here, capsys, damage):
+    write_made()
+    given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
+    assert run(programs.evaluate, *given) == 0
+    before = {name: content for name, content in contents("run").items() if "comp" not in name}
+    path = Path("run/completions/benchmark.jsonl")
+    first, *others = path.read_text().splitlines(keepends=True)
+    unknown = first.replace('"id": "0"', '"id": "none"')
+    path.write_text("".join(([unknown] if damage == "unknown" else []) + others))
+    assert run(grade.main, "regrade", "run") == 2
+    problem = {"missing": r"problem '0' has samples \[\]", "unknown": "holds no problem 'none'"}
+    assert re.search(problem[damage], capsys.readouterr().err)
+    assert {name: Path("run", name).read_bytes() for name in before} == before
 
 
 def test_a_sample_that_is_missing_is_refused_and_nothing_is_written(here, capsys):

@@ -22,9 +22,9 @@ from redi.config import UserError, parse, program
 from redi.data.files import write_aside
 from redi.eval import page, published
 from redi.eval.benchmarks import Benchmark
-from redi.eval.completions import Mark
+from redi.eval.completions import Mark, by_problem
 from redi.eval.grade import GraderName
-from redi.eval.report import Report, by_problem, load, read, run_names
+from redi.eval.report import Report, load, read, run_names
 from redi.eval.statistics import bootstrap_p_value, interval, mcnemar
 from redi.eval.tables import PUBLISHED, count, percent, table
 

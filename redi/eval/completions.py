@@ -16,7 +16,7 @@ import dataclasses
 import glob
 import json
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -137,6 +137,27 @@ def completions_file(out: Path, name: str) -> Path:
 
 def marks_file(out: Path, grader: str, name: str) -> Path:
     return out / "verdicts" / grader / f"{name}.jsonl"
+
+
+def by_problem(test: Benchmark, marks: Sequence[Mark]) -> list[list[Mark]]:
+    """Each problem's marks, by sample. Raises UserError: a mark of no problem of `test`, a sample
+    given twice, or one that is missing, for then neither the SEM nor pass@k is defined."""
+    found: dict[str, dict[int, Mark]] = {problem.id: {} for problem in test.problems}
+    for mark in marks:
+        samples = found.get(mark.id)
+        if samples is None:
+            raise UserError(f"{test.name}: holds no problem {mark.id!r}")
+        if mark.sample in samples:
+            raise UserError(f"{test.name}: problem {mark.id!r} has sample {mark.sample} twice")
+        samples[mark.sample] = mark
+    n = max(map(len, found.values()))
+    for id, samples in found.items():
+        if n == 0 or samples.keys() != set(range(n)):
+            raise UserError(
+                f"{test.name}: problem {id!r} has samples {sorted(samples)}, "
+                f"expected 0 to {max(n, 1) - 1}"
+            )
+    return [[samples[j] for j in range(n)] for samples in found.values()]
 
 
 # ---------------------------------------------------------------- completions as they come

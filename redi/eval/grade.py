@@ -28,13 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from redi.config import parse, program, require
+from redi.config import UserError, parse, program, require
 from redi.eval import paper_grader
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import (
     Completion,
     Mark,
     asked,
+    by_problem,
     completions_file,
     marks_file,
     read_lines,
@@ -150,6 +151,8 @@ class Grader:
         answers = {problem.id: problem.answers for problem in test.problems}
         facts, decided = [], []
         for c in completions:
+            if c.id not in answers:
+                raise UserError(f"{test.name}: holds no problem {c.id!r}")
             extracted, decision = self._decide(c.text, answers[c.id], c.finish_reason)
             facts.append(
                 {
@@ -252,10 +255,15 @@ class RegradeConfig:
 
 
 def mark_run(out: Path, grader: Grader) -> None:
-    """Grade every stored completion of an evaluation. Raises UserError: some are missing."""
+    """Grade every stored completion of an evaluation. Raises UserError if some are missing; then
+    earlier verdicts stay as they were."""
+    graded: dict[Path, list[Mark]] = {}
     for test in asked(out):
         marks = grader.marks(test, read_lines(completions_file(out, test.name), Completion))
-        write_lines(marks_file(out, grader.name, test.name), marks)
+        by_problem(test, marks)  # raises if one is missing
+        graded[marks_file(out, grader.name, test.name)] = marks
+    for path, marks in graded.items():
+        write_lines(path, marks)
 
 
 @program

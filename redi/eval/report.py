@@ -24,7 +24,7 @@ import numpy as np
 from redi.config import UserError
 from redi.data.files import write_aside
 from redi.eval.benchmarks import Benchmark, Problem
-from redi.eval.completions import Mark, asked, marks_file, read_lines
+from redi.eval.completions import Mark, asked, by_problem, marks_file, read_lines
 from redi.eval.spelling import LONGEST_ANSWER, text_key
 from redi.eval.statistics import interval, majority, pass_at_k, sem
 
@@ -87,27 +87,6 @@ class Report:
 
 
 # ---------------------------------------------------------------- marks -> scores
-
-
-def by_problem(test: Benchmark, marks: Sequence[Mark]) -> list[list[Mark]]:
-    """Each problem's marks, by sample. Raises UserError: a mark of no problem of `test`, a sample
-    given twice, or one that is missing, for then neither the SEM nor pass@k is defined."""
-    found: dict[str, dict[int, Mark]] = {problem.id: {} for problem in test.problems}
-    for mark in marks:
-        samples = found.get(mark.id)
-        if samples is None:
-            raise UserError(f"{test.name}: holds no problem {mark.id!r}")
-        if mark.sample in samples:
-            raise UserError(f"{test.name}: problem {mark.id!r} has sample {mark.sample} twice")
-        samples[mark.sample] = mark
-    n = max(map(len, found.values()))
-    for id, samples in found.items():
-        if n == 0 or samples.keys() != set(range(n)):
-            raise UserError(
-                f"{test.name}: problem {id!r} has samples {sorted(samples)}, "
-                f"expected 0 to {max(n, 1) - 1}"
-            )
-    return [[samples[j] for j in range(n)] for samples in found.values()]
 
 
 def score(test: Benchmark, marks: Sequence[Mark]) -> Score:
