@@ -9,7 +9,8 @@ Samples `--samples` answers per problem at temperature 0.6, top-p 0.95. Each com
 to disk when it is finished: a killed evaluation, started again, samples only the rest. Writes
 completions/ and verdicts/, one line per completion, and report.json, .md and .html: pass@1 with its
 SEM and interval, pass@k, majority vote, lengths and failures, and a page to read completions in.
-`python -m redi.eval.grade regrade OUT --grader paper` grades the same completions by other rules.
+Two graders judge every completion, Math-Verify's rules and the paper's; each number names its own.
+`python -m redi.eval.grade regrade OUT` grades the same completions again, in seconds.
 """
 
 try:

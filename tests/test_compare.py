@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from redi.config import UserError
-from redi.eval import compare, page, report
+from redi.eval import compare, page, report, tables
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.compare import paired
 from redi.eval.completions import (
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def evaluation(
-    out: Path, *problems: str, text: str = "…", question: str = "1+1?", name="b"
+    out: Path, *problems: str, text="…", question="1+1?", name="b", grader="math-verify"
 ) -> Path:
     """A graded evaluation from strings: "10" is a problem solved by sample 0 and not by 1."""
     test = Benchmark(name, [Problem(str(p), question, ["2"]) for p in range(len(problems))])
@@ -42,7 +42,7 @@ def evaluation(
         ],
     )
     write_lines(
-        marks_file(out, "math-verify", name),
+        marks_file(out, grader, name),
         [
             Mark(
                 id=id,
@@ -106,6 +106,37 @@ def test_numbers_of_samples_may_differ(tmp_path):
         for verdicts in (["correct", "incorrect"], ["correct"])
     ]
     assert paired(test, ("a", "b"), *marks).difference == 0.5
+
+
+def test_both_graders_are_reported_and_the_papers_comes_first_for_its_benchmarks(tmp_path):
+    run, older = tmp_path / "run", evaluation(tmp_path / "older", "10", "11", name="aime24")
+    for name in ("aime24", "mine"):
+        evaluation(run, "10", "11", name=name)
+        evaluation(run, "10", "10", name=name, grader="paper")
+    both = report.read(run, "both")
+    first, other = (
+        [(s.benchmark, s.grader, s.pass_at_1) for s in scores]
+        for scores in (both.scores, both.other_scores)
+    )
+    assert first == [("aime24", "paper", 0.5), ("mine", "math-verify", 0.75)]
+    assert other == [("aime24", "math-verify", 0.75), ("mine", "paper", 0.5)]
+    content = json.loads(report.to_json(both))
+    assert content["mean_pass_at_1"] == 0.625
+    assert [score["grader"] for score in content["other_grader"]] == ["math-verify", "paper"]
+    rows = [[c.strip() for c in line.split("|")] for line in tables.summary(both).splitlines()[2:]]
+    assert [(row[1], row[2], row[4]) for row in rows] == [
+        ("aime24", "paper", "50.0 ± 35.4"),
+        ("mine", "math-verify", "75.0 ± 17.7"),
+        ("mean", "paper, math-verify", "62.5"),
+        ("aime24", "math-verify", "75.0 ± 17.7"),
+        ("mine", "paper", "50.0 ± 35.4"),
+        ("mean", "math-verify, paper", "62.5"),
+    ]
+    assert data_of(page.page([run], "both"))["runs"][0]["grader"] == "paper, math-verify"
+    (run / "config.toml").write_text('grader = "both"\n')
+    with pytest.raises(UserError, match="aime24: older is graded by math-verify and run by paper"):
+        compare.compare([older, run])
+    assert compare.compare([older, run], "math-verify")[0].difference == 0
 
 
 def test_runs_of_other_problems_are_not_compared(tmp_path):

@@ -28,7 +28,8 @@ from redi.toy import student as toy
 ROOT = Path(__file__).parent.parent
 PROBLEMS, SAMPLES = 6, 2
 FILES = ["report.json", "report.md", "report.html", "completions/benchmark.jsonl",
-         "problems/benchmark.jsonl", "verdicts/math-verify/benchmark.jsonl"]  # fmt: skip
+         "problems/benchmark.jsonl", "verdicts/math-verify/benchmark.jsonl",
+         "verdicts/paper/benchmark.jsonl"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -364,10 +365,16 @@ def test_the_paper_grader_gives_its_own_verdicts_beside_ours(here):
     assert verdicts("run", "paper") == [
         "correct", "correct", "no_answer", "incorrect", "no_answer", "correct",
     ]  # fmt: skip
+    both = json.loads(before["report.json"])
+    assert (both["grader"], both["mean_pass_at_1"]) == ("both", 3 / 6)
+    assert [s["grader"] for s in both["benchmarks"] + both["other_grader"]] == [
+        "math-verify", "paper",
+    ]  # fmt: skip
     assert contents("run") == before
     report = json.loads(Path("run/verdicts/paper/report.json").read_text())
-    assert report["grader"] == "paper"
-    assert run(grade.main, "regrade", "run", "--grader", "math-verify") == 0
+    assert (report["grader"], report["other_grader"]) == ("paper", [])
+    assert report["benchmarks"] == both["other_grader"]
+    assert run(grade.main, "regrade", "run") == 0
     assert contents("run") == before
 
 

@@ -9,7 +9,7 @@ from redi.config import UserError
 from redi.eval import published
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import Mark
-from redi.eval.report import Report, run_names, score, to_json
+from redi.eval.report import Report, mean_pass_at_1, run_names, score, to_json
 from redi.eval.tables import markdown, summary, table
 
 
@@ -45,8 +45,13 @@ def scored(marks: list[Mark], name: str = "b", **groups: list):
 
 
 def report(**marks: list[Mark]) -> Report:
-    scores = [scored(group, name) for name, group in marks.items()]
-    return Report(model="m", grader="math-verify", settings={"seed": 42}, scores=scores)
+    return Report(
+        model="m",
+        grader="math-verify",
+        settings={"seed": 42},
+        scores=[scored(group, name) for name, group in marks.items()],
+        other_scores=[],
+    )
 
 
 # ---------------------------------------------------------------- scores
@@ -113,7 +118,7 @@ def test_spellings_of_one_answer_vote_together():
 def test_the_mean_counts_every_benchmark_the_same():
     both = report(big=grid("1", "1", "1"), small=grid("0"))
     assert [s.benchmark for s in both.scores] == ["big", "small"]
-    assert both.mean_pass_at_1 == 0.5
+    assert mean_pass_at_1(both.scores) == 0.5
 
 
 def test_the_order_of_marks_does_not_matter():
@@ -185,10 +190,10 @@ def test_the_table_is_markdown_with_aligned_columns():
     lines = summary(report(math500=grid("10", "00"), amc=grid("11"))).splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[2][:3] == ["math500", "2 x 2", "25.0 ± 17.7"]
-    assert cells[2][4:6] == ["50.0", "25.0"]
-    assert cells[3][:5] == ["amc", "1 x 2", "100.0 ± 0.0", "100.0 to 100.0", "100.0"]
-    assert cells[4][:4] == ["mean", "", "62.5", ""]
+    assert cells[2][:4] == ["math500", "math-verify", "2 x 2", "25.0 ± 17.7"]
+    assert cells[2][5:7] == ["50.0", "25.0"]
+    assert cells[3][2:6] == ["1 x 2", "100.0 ± 0.0", "100.0 to 100.0", "100.0"]
+    assert cells[4][:5] == ["mean", "math-verify", "", "62.5", ""]
     assert set("".join(cells[1])) == {"-", ":"}
 
 

@@ -34,7 +34,7 @@ SURE = 0.05  # the p-value below which a difference is said to be one
 @dataclass(kw_only=True)
 class CompareConfig:
     runs: Annotated[list[str], "folders that evaluate.py wrote; each is named by its last part"]
-    grader: Annotated[GraderName | None, "whose verdicts; none: the one each run used"] = None
+    grader: Annotated[GraderName | None, "whose verdicts; none: what each report puts first"] = None
     out: Annotated[str | None, "JSON file for the tables"] = None
     page: Annotated[str | None, "HTML file to read the completions of two runs side by side"] = None
 
@@ -97,19 +97,19 @@ def paired(
 def compare(runs: list[Path], grader: str | None = None) -> list[Comparison]:
     """Every two runs, on every benchmark that both hold. Raises UserError: two benchmarks of one
     name with other problems; verdicts of two graders."""
-    loaded = [(name, *load(run, grader)) for name, run in zip(run_names(runs), runs)]
+    loaded = [(name, load(run, grader)) for name, run in zip(run_names(runs), runs)]
     comparisons = []
-    for (first, used, before), (second, other, after) in combinations(loaded, 2):
-        if other != used:
-            raise UserError(
-                f"{first} is graded by {used} and {second} by {other}; choose one: --grader"
-            )
-        for benchmark, (test, marks) in before.items():
-            if benchmark not in after:
-                continue
-            if after[benchmark][0].problems != test.problems:
+    for (first, before), (second, after) in combinations(loaded, 2):
+        for benchmark in filter(after.__contains__, before):
+            one, other = before[benchmark][0], after[benchmark][0]
+            if one.grader != other.grader:
+                raise UserError(
+                    f"{benchmark}: {first} is graded by {one.grader} and {second} by "
+                    f"{other.grader}; choose one: --grader"
+                )
+            if one.test.problems != other.test.problems:
                 raise UserError(f"{benchmark}: {first} and {second} were asked other problems")
-            comparisons.append(paired(test, (first, second), marks, after[benchmark][1]))
+            comparisons.append(paired(one.test, (first, second), one.marks, other.marks))
     return comparisons
 
 
@@ -122,6 +122,7 @@ def result_rows(names: list[str], reports: list[Report]) -> list[dict[str, Any]]
         {
             "model": name,
             "benchmark": score.benchmark,
+            "grader": score.grader,
             "problems": score.num_problems,
             "samples": score.num_samples,
             "pass@1": score.pass_at_1,
@@ -139,14 +140,15 @@ def result_rows(names: list[str], reports: list[Report]) -> list[dict[str, Any]]
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table; scores in percent."""
-    header = "model", "benchmark", "pass@1 ± SEM", "pass@n", "majority", "mean tokens", "truncated"
-    cells = [header]
+    header = "model", "benchmark", "grader", "pass@1 ± SEM", "pass@n", "majority", "mean tokens"
+    cells = [(*header, "truncated")]
     for row in rows:
         n = row["samples"]
         cells.append(
             (
                 row["model"],
                 row["benchmark"],
+                row["grader"],
                 f"{percent(row['pass@1'])} ± {percent(row['sem'])}",
                 f"{percent(row[f'pass@{n}'])} (n = {n})",
                 percent(row["majority"]),

@@ -81,9 +81,11 @@ def evaluate(
         firsts = asked[:: config.samples]  # of each problem
         check_limit([one.request.max_new_tokens for one in firsts], source, config)
     rule = answer_rule(config.prefix)
-    with Grader(config.graders, config.grade_seconds, config.grader, rule) as grader:
+    with Grader(config.graders, config.grade_seconds, answer_from=rule) as grader:
+        graders = grader.under(config.grader)
         if first:
-            report_unreadable(grader, tests)  # now, not after hours of sampling
+            for one in graders:
+                report_unreadable(one, tests)  # now, not after hours of sampling
         log = RunLog(config.out, config, facts) if first else NoLog()
         with local_rank_zero_first(world):
             for test in tests:
@@ -101,7 +103,7 @@ def evaluate(
 
         # ---- grade and report
         try:
-            mark_run(out, grader)
+            mark_run(out, graders)
         except KeyboardInterrupt:
             said = f"{out} holds all completions; the same command grades them"
             raise KeyboardInterrupt(said) from None

@@ -21,12 +21,14 @@ Most answers are decided here, as text or as integers; the rest by processes tha
 """
 
 import atexit
+import copy
 import functools
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from redi.config import UserError, parse, program, require
 from redi.eval import paper_grader
@@ -47,6 +49,7 @@ from redi.eval.workers import Pool, Question
 
 Verdict = Literal["correct", "incorrect", "no_answer", "truncated", "timeout"]
 GraderName = Literal["math-verify", "paper"]
+GraderChoice = Literal["both", "math-verify", "paper"]
 AnswerFrom = Literal["after_think", "whole"]
 
 SHOWN = 5  # unreadable golds that are named
@@ -121,6 +124,15 @@ class Grader:
     ):
         self.name, self.answer_from = name, answer_from
         self.pool = Pool(workers, limit_s)
+
+    def under(self, choice: GraderChoice) -> list["Grader"]:
+        """One grader, or both, that share these workers."""
+        names = get_args(GraderName) if choice == "both" else [choice]
+        graders = []
+        for name in names:
+            graders.append(copy.copy(self))
+            graders[-1].name = name
+        return graders
 
     def __enter__(self) -> "Grader":
         return self
@@ -242,7 +254,9 @@ def report_unreadable(grader: Grader, tests: list[Benchmark]) -> None:
 class RegradeConfig:
     command: Annotated[Literal["regrade"], "grade stored completions again"]
     run: Annotated[str, "folder that evaluate.py wrote"]
-    grader: Annotated[GraderName, "whose rules"] = "math-verify"
+    grader: Annotated[
+        GraderChoice | None, "whose rules: both, math-verify or paper; none: as evaluate.py"
+    ] = None
     answer_from: Annotated[
         AnswerFrom | None, "after_think or whole; none: whole if the run has no prefix"
     ] = None
@@ -254,11 +268,11 @@ class RegradeConfig:
         require(self.grade_seconds > 0, "grade_seconds", self.grade_seconds, "above 0")
 
 
-def mark_run(out: Path, grader: Grader) -> None:
+def mark_run(out: Path, graders: list[Grader]) -> None:
     """Grade every stored completion of an evaluation. Raises UserError if some are missing; then
     earlier verdicts stay as they were."""
     graded: dict[Path, list[Mark]] = {}
-    for test in asked(out):
+    for test, grader in itertools.product(asked(out), graders):
         marks = grader.marks(test, read_lines(completions_file(out, test.name), Completion))
         by_problem(test, marks)  # raises if one is missing
         graded[marks_file(out, grader.name, test.name)] = marks
@@ -271,12 +285,15 @@ def main() -> None:
     config = parse(RegradeConfig, "Grade the stored completions of an evaluation again.")
     from redi.eval import report, tables  # only this command needs them
 
-    out = Path(config.run)
+    out, own = Path(config.run), report.own_grader(Path(config.run))
+    choice = config.grader or own
     rule = config.answer_from or answer_rule(report.settings_of(out).get("prefix", "<think>\n"))
-    with Grader(config.graders, config.grade_seconds, config.grader, rule) as grader:
-        mark_run(out, grader)
-    written = report.write(out, config.grader)
-    print(tables.summary(written), f"saved {report.folder(out, config.grader)}/report.md", sep="\n")
+    with Grader(config.graders, config.grade_seconds, answer_from=rule) as grader:
+        mark_run(out, grader.under(choice))
+    if choice != own == "both":  # its report shows these verdicts too
+        report.write(out)
+    written = report.write(out, choice)
+    print(tables.summary(written), f"saved {report.folder(out, choice)}/report.md", sep="\n")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ are shortened in the middle, and the page says so. Left out: typeset formulas.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from redi.config import UserError
-from redi.eval.benchmarks import Benchmark
-from redi.eval.completions import Completion, Mark, completions_file, read_lines
-from redi.eval.report import load, run_names, settings_of
+from redi.eval.completions import Completion, completions_file, read_lines
+from redi.eval.report import Graded, load, run_names, settings_of
 from redi.eval.tables import ANSWER_FROM
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -29,12 +28,12 @@ PLACE = "/* the data */"
 def page(runs: list[Path], grader: str | None = None) -> str:
     """The page of one evaluation or of several. Raises UserError as `report.load`, and where two
     ask other problems under one name."""
-    loaded = [load(run, grader) for run in runs]
-    lengths = [len(c.text) for run, (_, tests) in zip(runs, loaded) for c in _stored(run, tests)]
+    loaded = [{name: graded[0] for name, graded in load(run, grader).items()} for run in runs]
+    lengths = [len(c.text) for run, tests in zip(runs, loaded) for c in _stored(run, tests)]
     limit = _limit(lengths)
     problems: dict[str, dict[str, dict[str, Any]]] = {}  # benchmark -> id -> problem
-    for number, (run, (_, tests)) in enumerate(zip(runs, loaded)):
-        for name, (test, marks) in tests.items():
+    for number, (run, tests) in enumerate(zip(runs, loaded)):
+        for name, (test, marks, _) in tests.items():
             rows = problems.setdefault(name, {})
             for problem in test.problems:
                 row = {**dataclasses.asdict(problem), "runs": [[] for _ in runs]}
@@ -58,8 +57,8 @@ def page(runs: list[Path], grader: str | None = None) -> str:
     names = run_names(runs) if len(runs) > 1 else models  # the page of a run moves with its folder
     content = {
         "runs": [
-            {"name": name, "model": model, "grader": used, "answers": _answer_rules(tests.values())}
-            for name, model, (used, tests) in zip(names, models, loaded)
+            {"name": name, "model": model, **_rules(tests.values())}
+            for name, model, tests in zip(names, models, loaded)
         ],
         "shortened": max(lengths, default=0) > limit,
         "benchmarks": [
@@ -69,9 +68,10 @@ def page(runs: list[Path], grader: str | None = None) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, _in_script(content))
 
 
-def _answer_rules(marked: Iterable[tuple[Benchmark, list[Mark]]]) -> str:
-    rules = dict.fromkeys(ANSWER_FROM[mark.answer_from] for _, marks in marked for mark in marks)
-    return ", ".join(rules)
+def _rules(graded: Collection[Graded]) -> dict[str, str]:
+    answers = dict.fromkeys(ANSWER_FROM[g.marks[0].answer_from] for g in graded)
+    graders = dict.fromkeys(g.grader for g in graded)
+    return {"grader": ", ".join(graders), "answers": ", ".join(answers)}
 
 
 def _stored(run: Path, names: Iterable[str]) -> Iterator[Completion]:

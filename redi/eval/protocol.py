@@ -17,7 +17,7 @@ from redi.checkpoint.folder import Source
 from redi.config import UserError, may_change, require
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
 from redi.eval.generate import Request
-from redi.eval.grade import GraderName
+from redi.eval.grade import GraderChoice
 
 # The paper's evaluation prompt, put before the problem.
 PAPER_PROMPT = (
@@ -52,7 +52,7 @@ class EvalConfig:
     ] = None
     seed: Annotated[int, "of sampling"] = 42
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute; auto: bf16 on CUDA"] = "auto"
-    grader: Annotated[GraderName, "whose rules decide what is correct"] = "math-verify"
+    grader: Annotated[GraderChoice, "whose rules decide what is correct"] = "both"
     graders: Annotated[int, "processes that compare answers", may_change] = 2
     grade_seconds: Annotated[float, "limit for one comparison, seconds"] = 10.0
 

@@ -3,9 +3,11 @@ r"""Graded completions -> the numbers of a results table; `statistics.py` says w
     python -m redi.eval.report out/sft/eval out/redi/eval        side by side, compared in pairs
 
 A completion that is truncated, unanswered or timed out counts as wrong; its share is reported
-beside the score, because a short limit looks like a bad model. A report needs only marks and
-problems, so it can be written again at any time: report.json for programs, report.md for people,
-report.html to read completions in. Left out: votes weighted by length or likelihood.
+beside the score, because a short limit looks like a bad model. Where both graders judged the
+completions, the paper's comes first for its five benchmarks, Math-Verify's for all others. A report
+needs only marks and problems, so it can be written again at any time: report.json for programs,
+report.md for people, report.html to read completions in. Left out: votes weighted by length or
+likelihood.
 """
 
 import dataclasses
@@ -17,12 +19,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from redi.config import UserError
-from redi.data.files import write_aside
+from redi.data.files import make_folder, write_aside
+from redi.eval import published
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import Mark, asked, by_problem, marks_file, read_lines
 from redi.eval.spelling import LONGEST_ANSWER, text_key
@@ -53,6 +56,7 @@ class Score:
     """One benchmark's results. Scores and shares are fractions of 1; tokens are per completion."""
 
     benchmark: str
+    grader: str
     num_problems: int
     answer_from: str  # where answers were looked for: after_think or whole (grade.py)
     num_samples: int  # per problem
@@ -76,20 +80,29 @@ class Report:
     """Scores in the order in which the benchmarks were asked for."""
 
     model: str
-    grader: str
+    grader: str  # math-verify, paper or both
     settings: dict[str, Any]
     scores: list[Score]
+    other_scores: list[Score]  # of both graders, those of the one that does not come first
 
-    @property
-    def mean_pass_at_1(self) -> float:
-        """The paper's "avg": every benchmark counts the same, however many problems it has."""
-        return statistics.fmean(score.pass_at_1 for score in self.scores)
+
+class Graded(NamedTuple):
+    """A benchmark of an evaluation, and what one grader said of its completions."""
+
+    test: Benchmark
+    marks: list[Mark]
+    grader: str
+
+
+def mean_pass_at_1(scores: Sequence[Score]) -> float:
+    """The paper's "avg": every benchmark counts the same, however many problems it has."""
+    return statistics.fmean(score.pass_at_1 for score in scores)
 
 
 # ---------------------------------------------------------------- marks -> scores
 
 
-def score(test: Benchmark, marks: Sequence[Mark]) -> Score:
+def score(test: Benchmark, marks: Sequence[Mark], grader: str = OWN_GRADER) -> Score:
     """The numbers of one benchmark; marks in any order. Raises UserError as `by_problem`."""
     rows = by_problem(test, marks)
     correct = _correct(rows)  # (P, n)
@@ -97,6 +110,7 @@ def score(test: Benchmark, marks: Sequence[Mark]) -> Score:
     tokens = _tokens(rows)
     return Score(
         benchmark=test.name,
+        grader=grader,
         num_problems=len(rows),
         answer_from=marks[0].answer_from,
         num_samples=n,
@@ -194,25 +208,39 @@ def settings_of(out: Path) -> dict[str, Any]:
         raise UserError(f"{out / 'config.toml'}: not readable ({error})") from None
 
 
-def load(out: Path, grader: str | None = None) -> tuple[str, dict[str, tuple[Benchmark, list]]]:
-    """(the grader, name -> (benchmark, its marks)) of an evaluation, in the order asked for.
+def own_grader(out: Path) -> str:
+    """Whose verdicts evaluate.py asked for."""
+    return settings_of(out).get("grader", OWN_GRADER)
 
-    grader None: the one that evaluate.py used. Raises UserError: no evaluation, no such verdicts.
+
+def load(out: Path, grader: str | None = None) -> dict[str, list[Graded]]:
+    """Each benchmark of an evaluation by its name, in the order asked for: by one grader, or by
+    both, and then the one that comes first in a report is the first of the list.
+
+    grader: None for own_grader. Raises UserError: no evaluation, no such verdicts.
     """
-    settings = settings_of(out)
-    grader = grader or settings.get("grader", OWN_GRADER)
-    names = [Path(name).stem for name in settings.get("benchmark", [])]
-    tests = sorted(asked(out), key=lambda test: [*names, test.name].index(test.name))
-    for test in tests:
-        if not marks_file(out, grader, test.name).is_file():
-            raise UserError(
-                f"{out}: {test.name} is not graded by {grader}; "
-                f"`python -m redi.eval.grade regrade {out} --grader {grader}` does it"
-            )
-    return grader, {
-        test.name: (test, list(read_lines(marks_file(out, grader, test.name), Mark)))
-        for test in tests
-    }
+    grader = grader or own_grader(out)
+    names = [Path(name).stem for name in settings_of(out).get("benchmark", [])]
+    graded = {}
+    for test in sorted(asked(out), key=lambda test: [*names, test.name].index(test.name)):
+        both = ["math-verify", "paper"]
+        if test.name in published.BENCHMARKS:
+            both.reverse()
+        graded[test.name] = [
+            Graded(test, _marks(out, name, test.name), name)
+            for name in (both if grader == "both" else [grader])
+        ]
+    return graded
+
+
+def _marks(out: Path, grader: str, benchmark: str) -> list[Mark]:
+    path = marks_file(out, grader, benchmark)
+    if not path.is_file():
+        raise UserError(
+            f"{out}: {benchmark} is not graded by {grader}; "
+            f"`python -m redi.eval.grade regrade {out} --grader {grader}` does it"
+        )
+    return list(read_lines(path, Mark))
 
 
 def run_names(runs: list[Path]) -> list[str]:
@@ -227,22 +255,21 @@ def run_names(runs: list[Path]) -> list[str]:
 
 def read(out: Path, grader: str | None = None) -> Report:
     """The report of an evaluation's verdicts. Raises UserError as `load` and `score`."""
-    grader, graded = load(out, grader)
-    settings = settings_of(out)
+    settings, graded = settings_of(out), load(out, grader).values()
     reported = REPORTED[:3] if "completions" in settings else REPORTED
     return Report(
         model=str(settings.get("model", out)),
-        grader=grader,
+        grader=grader or own_grader(out),
         settings={name: settings[name] for name in reported if name in settings},
-        scores=[score(test, marks) for test, marks in graded.values()],
+        scores=[score(*first) for first, *_ in graded],
+        other_scores=[score(*other) for _, *others in graded for other in others],
     )
 
 
 def folder(out: Path, grader: str) -> Path:
     """Where a report goes: beside the completions, or, of another grader than the run's own,
     beside its verdicts."""
-    own = settings_of(out).get("grader", OWN_GRADER)
-    return out if grader == own else out / "verdicts" / grader
+    return out if grader == own_grader(out) else out / "verdicts" / grader
 
 
 def write(out: Path, grader: str | None = None) -> Report:
@@ -251,6 +278,7 @@ def write(out: Path, grader: str | None = None) -> Report:
 
     report = read(out, grader)
     target = folder(out, report.grader)
+    make_folder(target)
     for name, content in (
         ("report.json", to_json(report)),
         ("report.md", tables.markdown(report)),
@@ -262,13 +290,15 @@ def write(out: Path, grader: str | None = None) -> Report:
 
 
 def to_json(report: Report) -> str:
-    """Indented JSON: {"model", "grader", "settings", "mean_pass_at_1", "benchmarks": [{...}]}."""
+    """Indented JSON: {"model", "grader", "settings", "mean_pass_at_1", "benchmarks": [{...}],
+    "other_grader": [{...}]}; the mean is that of "benchmarks"."""
     content: dict[str, Any] = {
         "model": report.model,
         "grader": report.grader,
         "settings": report.settings,
-        "mean_pass_at_1": report.mean_pass_at_1,
+        "mean_pass_at_1": mean_pass_at_1(report.scores),
         "benchmarks": [dataclasses.asdict(score) for score in report.scores],
+        "other_grader": [dataclasses.asdict(score) for score in report.other_scores],
     }
     return json.dumps(content, indent=2) + "\n"
 

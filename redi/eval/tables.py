@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 
 from redi.eval import published
-from redi.eval.report import Group, Report, Score
+from redi.eval.report import Group, Report, Score, mean_pass_at_1
 
 SUMMARY = (
-    "benchmark", "problems", "pass@1 ± SEM", "95 % interval", "pass@n", "majority",
+    "benchmark", "grader", "problems", "pass@1 ± SEM", "95 % interval", "pass@n", "majority",
     "tokens mean", "median", "truncated", "no answer", "timeout", "loops",
 )  # fmt: skip
 NOTES = """\
 pass@1 is the mean over all samples; SEM is the paper's, the spread between repeated runs; the
 interval says what other problems like these would give. Truncated, unanswered and timed-out
-completions count as wrong. Loops are completions that end in one passage over and over."""
+completions count as wrong. Loops are completions that end in one passage over and over. Where both
+graders judged the same completions, a benchmark's first row is its score, and the other tables, the
+page and comparisons show its grader."""
 
 ANSWER_FROM = {"after_think": "after </think>", "whole": "in the whole response"}
 
@@ -28,7 +30,7 @@ def markdown(report: Report) -> str:
     for score in report.scores:
         for kind, groups in (("difficulty", score.by_difficulty), ("subject", score.by_subject)):
             if groups:
-                parts += [f"## {score.benchmark} by {kind}", _groups(kind, groups)]
+                parts += [f"## {_name(score)} by {kind}", _groups(kind, groups)]
     if theirs := published.rows([score.benchmark for score in report.scores]):
         parts += ["## Theirs, not ours", PUBLISHED, table(theirs)]
     return "\n\n".join(parts) + "\n"
@@ -40,18 +42,27 @@ Nothing in this table was measured here."""
 
 
 def summary(report: Report) -> str:
-    """One row a benchmark, and their mean if there are several."""
-    rows = [SUMMARY, *map(_row, report.scores)]
-    if len(report.scores) > 1:
-        mean = percent(report.mean_pass_at_1)
-        rows.append(("mean", "", mean, *[""] * (len(SUMMARY) - 3)))
+    """One row per benchmark, and their mean if there are several; then the same of the grader that
+    does not come first."""
+    rows = [SUMMARY]
+    for scores in filter(None, (report.scores, report.other_scores)):
+        rows += map(_row, scores)
+        if len(scores) > 1:
+            graders = ", ".join(dict.fromkeys(score.grader for score in scores))
+            mean = percent(mean_pass_at_1(scores))
+            rows.append(("mean", graders, "", mean, *[""] * (len(SUMMARY) - 4)))
     return table(rows)
+
+
+def _name(score: Score) -> str:
+    return f"{score.benchmark} ({score.grader})"
 
 
 def _row(score: Score) -> tuple[str, ...]:
     low, high = score.interval
     return (
         score.benchmark,
+        score.grader,
         f"{score.num_problems} x {score.num_samples}",
         f"{percent(score.pass_at_1)} ± {percent(score.sem)}",
         f"{percent(low)} to {percent(high)}",
@@ -68,7 +79,7 @@ def _row(score: Score) -> tuple[str, ...]:
 
 def _pass_at_k(scores: list[Score]) -> str:
     longest = max(score.num_samples for score in scores)
-    rows = [("k", *(score.benchmark for score in scores))]
+    rows = [("k", *map(_name, scores))]
     for k in range(1, longest + 1):
         cells = (percent(s.pass_at_k[k - 1]) if k <= s.num_samples else "" for s in scores)
         rows.append((str(k), *cells))
