@@ -172,6 +172,19 @@ def test_the_command_writes_tables_and_page(tmp_path):
     assert data_of((tmp_path / "page.html").read_text())["runs"][1]["name"] == "redi"
 
 
+@pytest.mark.parametrize("flag", ["--out", "--page"])
+def test_an_evaluations_own_files_are_not_replaced(tmp_path, monkeypatch, capsys, flag):
+    own = evaluation(tmp_path / "sft", "10") / "report.json"
+    own.write_text("its own")
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "sft"), flag, str(own)])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert (
+        capsys.readouterr().err == f"error: {flag} {own}: expected a file outside the evaluations\n"
+    )
+    assert own.read_text() == "its own"
+
+
 # ---------------------------------------------------------------- the page
 
 

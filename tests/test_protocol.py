@@ -70,12 +70,13 @@ def test_prompts_that_leave_less_than_the_limit_are_counted_in_one_line(source, 
 def test_the_presets_are_the_papers_protocols():
     """What they do not say is a default: temperature, top-p, prompt."""
     tables = parse(EvalConfig, "", ["--config", str(RECIPES / "eval_tables.toml")])
-    assert tables == EvalConfig(benchmark=list(KNOWN), samples=16, grader="paper")
+    assert tables == EvalConfig(benchmark=list(KNOWN), max_new_tokens=30_720)
+    assert (tables.samples, tables.grader) == (16, "both")
     tuning = parse(EvalConfig, "", ["--config", str(RECIPES / "eval_tuning.toml")])
     assert tuning == EvalConfig(benchmark=["math500"], samples=4, grader="math-verify")
     for config in (tables, tuning):
-        asked = config.temperature, config.top_p, config.max_new_tokens, config.user_prompt
-        assert asked == (0.6, 0.95, 32_768, "paper")
+        asked = config.temperature, config.top_p, config.user_prompt
+        assert asked == (0.6, 0.95, "paper")
         assert config.prefix == "<think>\n"
 
 
@@ -87,7 +88,7 @@ def test_the_question_is_the_papers(source):
         "<|im_start|>system\n"
         "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
         "<|im_start|>user\n"
-        "Solve the following math problem efficiently and clearly. The last line of your response "
+        "Solve the following math problem efficiently and clearly.  The last line of your response "
         "should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I "
         "hope it is correct' (without quotes) where ANSWER is just the final number or expression "
         "that solves the problem. Think step by step before answering.\n"

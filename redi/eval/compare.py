@@ -163,6 +163,9 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     config = parse(CompareConfig, "Put evaluations side by side.")
     runs = [Path(run) for run in config.runs]
+    for flag, path in (("--out", config.out), ("--page", config.page)):
+        if path and any(run.resolve() in Path(path).resolve().parents for run in runs):
+            raise UserError(f"{flag} {path}: expected a file outside the evaluations")
     names = run_names(runs)
     rows = result_rows(names, [read(run, config.grader) for run in runs])
     print(comparison_table(rows))

@@ -19,9 +19,9 @@ from redi.eval.benchmarks import KNOWN, Benchmark, Problem
 from redi.eval.generate import Request
 from redi.eval.grade import GraderChoice
 
-# The paper's evaluation prompt, put before the problem.
+# The paper's evaluation prompt, put before the problem, with the two spaces of its authors' code.
 PAPER_PROMPT = (
-    "Solve the following math problem efficiently and clearly. The last line of your response "
+    "Solve the following math problem efficiently and clearly.  The last line of your response "
     "should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope "
     "it is correct' (without quotes) where ANSWER is just the final number or expression that "
     "solves the problem. Think step by step before answering.\n\n"
@@ -43,7 +43,9 @@ class EvalConfig:
     prefix: Annotated[str, "how every answer begins, as in training"] = "<think>\n"
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.6
     top_p: Annotated[float, "mass of the nucleus"] = 0.95
-    max_new_tokens: Annotated[int, "longest answer, tokens; the context may end it sooner"] = 32_768
+    max_new_tokens: Annotated[
+        int, "longest answer, tokens: the paper's text (its code has 30720)"
+    ] = 32_768
     slots: Annotated[
         int, "most completions written side by side; fewer if the cache is full", may_change
     ] = 256
