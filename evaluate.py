@@ -1,6 +1,7 @@
 """Sample a model on benchmarks and grade its answers (Section 4 of arXiv 2505.24850).
 
-    python evaluate.py                                        the published protocol
+    python evaluate.py                                        the paper's benchmarks and settings
+    python evaluate.py --config recipes/eval_tables.toml      and the length limit of its code
     torchrun --nproc_per_node 8 evaluate.py --benchmark aime24 --samples 64
     python evaluate.py --config recipes/toy_eval.toml --model out/demo/sft --out out/demo/eval/sft
     python evaluate.py --completions made.jsonl               made by vLLM, SGLang, an API

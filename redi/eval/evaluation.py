@@ -61,12 +61,8 @@ def evaluate(
     finished = is_finished(config.out, config)
     facts = {"torch": torch.__version__}
     if given is None:
-        with local_rank_zero_first(world):  # a hub id is downloaded once a node
-            model, source = (open_model if finished else load_model)(config.model, made_by=made_by)
-            if first:  # hashing reads all weights
-                contents = contents_of(source)
-                refuse_changed_model(contents, config)
-                facts |= {"model": source.name, **contents}
+        model, source, contents = load_unchanged(config, world, finished, made_by)
+        facts |= {"model": source.name, **contents}
     if finished:
         for test in tests:
             keep_problems(out, test)
@@ -112,27 +108,36 @@ def evaluate(
     print(tables.summary(written), f"saved {out}/report.html, .md and .json", sep="\n")
 
 
-def contents_of(source: Source) -> dict[str, str]:
-    """Hashes of what decides an answer, besides the settings and the problems."""
+def load_unchanged(
+    config: EvalConfig, world: World, finished: bool, made_by: str | None
+) -> tuple[Transformer, Source, dict[str, str]]:
+    """(the model, its source, on the first rank hashes of what decides an answer besides the
+    settings and the problems). The weights of a finished evaluation are not loaded.
+
+    Raises UserError if the evaluation in config.out began with a model of other contents. One that
+    recorded no contents cannot be checked.
+    """
+    with local_rank_zero_first(world):  # a hub id is downloaded once per node
+        model, source = (open_model if finished else load_model)(config.model, made_by=made_by)
+        contents = _contents(source) if world.rank == 0 else {}  # hashing reads all weights
+        begun = Path(config.out, "config.toml").is_file()
+        before = read_facts(Path(config.out)) if begun else {}
+        changed = [name for name, now in contents.items() if before.get(name, now) != now]
+        if changed:
+            raise UserError(
+                f"--model {config.model}: its {' and its '.join(changed)} changed since "
+                f"{config.out} was begun; choose another --out"
+            )
+    return model, source, contents
+
+
+def _contents(source: Source) -> dict[str, str]:
     settings = json.dumps([source.config, source.stop_ids], sort_keys=True)
     return {
         "weights": weights_hash(source.folder),
         "tokenizer": source.chat.fingerprint if source.chat else "none",
         "config.json or stop tokens": hashlib.sha256(settings.encode()).hexdigest()[:16],
     }
-
-
-def refuse_changed_model(contents: dict[str, str], config: EvalConfig) -> None:
-    """Raise UserError if the evaluation in config.out began with other contents of the model. One
-    that recorded none cannot be checked."""
-    begun = Path(config.out, "config.toml").is_file()
-    before = read_facts(Path(config.out)) if begun else {}
-    changed = [name for name, now in contents.items() if before.get(name, now) != now]
-    if changed:
-        raise UserError(
-            f"--model {config.model}: its {' and its '.join(changed)} changed since {config.out} "
-            "was begun; choose another --out"
-        )
 
 
 def sample(

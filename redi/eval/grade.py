@@ -26,7 +26,7 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -161,27 +161,23 @@ class Grader:
     def marks(self, test: Benchmark, completions: Iterable[Completion]) -> list[Mark]:
         """A mark for each completion, in their order; of their texts nothing is kept."""
         answers = {problem.id: problem.answers for problem in test.problems}
-        facts, decided = [], []
+        marks, decided = [], []
         for c in completions:
             if c.id not in answers:
                 raise UserError(f"{test.name}: holds no problem {c.id!r}")
             extracted, decision = self._decide(c.text, answers[c.id], c.finish_reason)
-            facts.append(
-                {
-                    "id": c.id,
-                    "sample": c.sample,
-                    "extracted": extracted,
-                    "num_tokens": c.num_tokens,
-                    "loops": period(c.text) > 0,
-                }
+            mark = Mark(
+                id=c.id,
+                sample=c.sample,
+                verdict="",  # set below
+                extracted=extracted,
+                num_tokens=c.num_tokens,
+                loops=period(c.text) > 0,
+                answer_from=self.answer_from,
             )
+            marks.append(mark)
             decided.append(decision)
-        verdicts = self._settle(decided)
-        rule = self.answer_from
-        return [
-            Mark(verdict=verdict, answer_from=rule, **fact)
-            for fact, verdict in zip(facts, verdicts)
-        ]
+        return [replace(m, verdict=verdict) for m, verdict in zip(marks, self._settle(decided))]
 
     def unreadable(self, test: Benchmark) -> list[tuple[str, str]]:
         """(problem's id, gold) of golds that are no mathematics to this grader: only an answer of

@@ -223,13 +223,10 @@ def load(out: Path, grader: str | None = None) -> dict[str, list[Graded]]:
     names = [Path(name).stem for name in settings_of(out).get("benchmark", [])]
     graded = {}
     for test in sorted(asked(out), key=lambda test: [*names, test.name].index(test.name)):
-        both = ["math-verify", "paper"]
+        graders = [grader] if grader != "both" else ["math-verify", "paper"]
         if test.name in published.BENCHMARKS:
-            both.reverse()
-        graded[test.name] = [
-            Graded(test, _marks(out, name, test.name), name)
-            for name in (both if grader == "both" else [grader])
-        ]
+            graders.reverse()
+        graded[test.name] = [Graded(test, _marks(out, g, test.name), g) for g in graders]
     return graded
 
 
