@@ -84,6 +84,8 @@ def decode_attention_reference(
         for t in (keys, values)
     )  # (B, K, M PAGE, d)
     seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None]
+    # Memory that was never written may hold NaN, and 0 x NaN is NaN.
+    keys, values = (t.masked_fill(~seen[:, None, :, None], 0.0) for t in (keys, values))
     grouped = query.reshape(batch, keys.shape[1], -1, size)  # (B, K, G, d)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None])
     return out.reshape(query.shape)
