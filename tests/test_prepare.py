@@ -16,7 +16,7 @@ import pytest
 
 from redi.config import UserError
 from redi.eval.grade import Grader
-from redi.prepare.__main__ import PrepareConfig, prepare
+from redi.prepare.__main__ import PrepareConfig, main, prepare
 
 ROOT = Path(__file__).parent.parent
 BOTH = [False, True, True]
@@ -98,6 +98,18 @@ def run(*arguments, cwd, **options):
 
 
 # ---------------------------------------------------------------- what is written
+
+
+def test_the_published_run_prints_the_papers_counts_beside_its_own(tmp_path, capsys, monkeypatch):
+    """A local folder of that name stands in for the dataset on the hub."""
+    (tmp_path / "open-r1/OpenR1-Math-Raw").mkdir(parents=True)
+    json_lines(tmp_path / "open-r1/OpenR1-Math-Raw/raw.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    paper = "the paper: 77,629 positives, and 53,175 pairs after train_redi.py's limits on length"
+    for flags, printed in ([], True), (["--reject-rule", "both"], False):
+        monkeypatch.setattr(sys, "argv", ["prepare", *flags])
+        main()
+        assert (paper in capsys.readouterr().out.splitlines()) == printed
 
 
 def test_one_row_per_rule_gives_exactly_the_rows_expected_with_every_drop_counted(tmp_path):
