@@ -60,7 +60,9 @@ class TrainConfig:
         Literal["source", "float32", "bfloat16", "float16"], "dtype of the saved weights"
     ] = "source"
     save_every: Annotated[int, "optimizer steps between checkpoints", may_change] = 200
-    keep: Annotated[int, "how many of the newest checkpoints to keep", may_change] = 2
+    keep: Annotated[
+        int | Literal["all"], "how many of the newest checkpoints to keep", may_change
+    ] = 2
     resume: Annotated[Literal["auto", "never"], "whether to resume", may_change] = "auto"
     timeout: Annotated[float, "minutes to wait for the other processes", may_change] = 30.0
     collapse_threshold: Annotated[float, "warn if chosen log-probs fall by it", may_change] = 0.5
@@ -81,7 +83,7 @@ class TrainConfig:
         )  # fmt: skip
         for name in at_least_1:
             value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "at least 1")
+            require(value in (None, "all") or value >= 1, name, value, "at least 1")
         for name in ("max_response", "max_length"):
             require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2")
         for name in ("lr", "clip", "timeout", "collapse_threshold"):

@@ -154,10 +154,10 @@ def test_the_reference_of_dpo_is_the_model_at_step_0_in_a_resumed_run_too(here, 
 def test_settings_that_compute_nothing_may_change_under_a_run(here, stop_at):
     run(sft_config(epochs=3, out="whole"))
     stop_at(sft_config(epochs=3, save_every=3, keep=1), 5)
-    run(sft_config(epochs=3, save_every=2, keep=3, timeout=7.0, checkpoint_blocks="all"))
+    run(sft_config(epochs=3, save_every=1, keep="all", timeout=7.0, checkpoint_blocks="all"))
     assert records() == records("whole")
-    # Of 9 steps; with keep 1 it stopped at 5, and then saves at 6 and 8.
-    assert saved() == [5, 6, 8]
+    # Of 9 steps; with keep 1 it stopped at 5, and then it keeps all. The last one is the model.
+    assert saved() == [5, 6, 7, 8]
 
 
 # ---------------------------------------------------------------- what a checkpoint holds

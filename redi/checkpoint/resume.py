@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ class Checkpoints:
     out: Path
     world: World
     facts: dict[str, str]  # what the run was made with and from
-    keep: int  # how many of the newest checkpoints are kept
+    keep: int | Literal["all"]  # how many of the newest checkpoints are kept
     pinned: int = 0  # the step of a checkpoint that is kept as well
     failed: int = 0  # saves that failed since the last one that succeeded
 
@@ -127,7 +127,7 @@ class Checkpoints:
         folder_to_disk(aside)
         os.replace(aside, self.at(step))
         folder_to_disk(self.folder)
-        for old in self.steps()[self.keep :]:
+        for old in [] if self.keep == "all" else self.steps()[self.keep :]:
             if old != self.pinned:
                 shutil.rmtree(self.at(old), ignore_errors=True)
         return ""
