@@ -18,6 +18,14 @@ class Mutant:
 
 INVARIANCE = "tests/test_invariance.py::test_any_plan_gives_the_papers_loss_and_gradients"
 RANKS = "tests/test_ranks.py::test_ranks_together_give_the_loss_and_gradients_of_one_alone"
+CUDA = "tests/test_cuda_without_a_gpu.py"
+STEP = f"{CUDA}::test_a_training_step_waits_once_and_exchanges_each_block_once"
+SFT_STEP, DPO_STEP = (f"{STEP}[train-step objective={o} world_size=8]" for o in ("sft", "dpo"))
+GENERATE = f"{CUDA}::test_a_captured_decode_step_asks_the_device_nothing[generate]"
+COMPILE = (
+    f"{CUDA}::test_kernels_fit_the_gpu_spill_nothing_and_load_16_bytes_at_a_time"
+    "[compile capability=90]"
+)
 
 MUTANTS = (
     # ---------------------------------------------------------------- losses and objectives
@@ -386,5 +394,83 @@ MUTANTS = (
         'sides = [field for field in fields if field != "prompt"]',
         'sides = [field for field in reversed(fields) if field != "prompt"]',
         ("tests/test_formats.py::test_every_shape_of_a_pair",),
+    ),
+    # ---------------------------------------------------------------- CUDA, without a GPU
+    Mutant(
+        "matmuls of the head lose their fp32 results",
+        "redi/logprobs.py",
+        'self.into_wide = {} if operands == self.dtype else {"out_dtype": self.dtype}',
+        "self.into_wide = {}",
+        (SFT_STEP,),
+    ),
+    Mutant(
+        "flash attention is not told that heads share keys and values",
+        "redi/attention.py",
+        'grouped = {"enable_gqa": True}',
+        "grouped = {}",
+        (SFT_STEP,),
+    ),
+    Mutant(
+        "rotary positions stay on the CPU",
+        "redi/model.py",
+        "positions = torch.arange(length, device=device)",
+        "positions = torch.arange(length)",
+        (SFT_STEP,),
+    ),
+    Mutant(
+        "a step's statistics are summed on the CPU",
+        "redi/monitor.py",
+        "dtype=torch.float64, device=data.world.device)",
+        "dtype=torch.float64)",
+        (SFT_STEP,),
+    ),
+    Mutant(
+        "the statistics of a pack are stored by an index on the CPU",
+        "redi/monitor.py",
+        "where = to_device(np.searchsorted(self.ids, own), world.device)",
+        "where = torch.from_numpy(np.searchsorted(self.ids, own))",
+        (SFT_STEP,),
+    ),
+    Mutant(
+        "the host waits for the loss of every pack",
+        "redi/objectives.py",
+        "loss = per_pair.sum() / totals.num_rows",
+        "loss = per_pair.sum() * (1 + 0 * per_pair.sum().item()) / totals.num_rows",
+        (DPO_STEP,),
+    ),
+    Mutant(
+        "ranks never exchange gradients",
+        "redi/distributed.py",
+        "        model.set_requires_gradient_sync(last)",
+        "        model.set_requires_gradient_sync(False)",
+        (SFT_STEP,),
+    ),
+    Mutant(
+        "a captured decode step asks for the longest row",
+        "redi/eval/kernel_steps.py",
+        "last = lengths - 1",
+        "last = lengths - 1 + 0 * int(lengths.max())",
+        (GENERATE,),
+    ),
+    Mutant(
+        "a block of the log-prob kernel is not a power of two",
+        "redi/kernels.py",
+        "BLOCK = 4096  #",
+        "BLOCK = 4000  #",
+        (COMPILE,),
+    ),
+    Mutant(
+        "the log-prob kernel sums in bf16",
+        "redi/kernels.py",
+        "sums = tl.zeros((BLOCK,), tl.float32)",
+        "sums = tl.zeros((BLOCK,), tl.bfloat16)",
+        (COMPILE,),
+    ),
+    Mutant(
+        "document offsets are int64, which flash attention does not read",
+        "redi/packing.py",
+        "cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32))",
+        "cu_seqlens=torch.from_numpy(cu_seqlens)",
+        (SFT_STEP,),
     ),
 )

@@ -1,0 +1,151 @@
+"""The CUDA path as far as it goes without a GPU (tests/fake_cuda/): training steps and generation
+at the published size on fake tensors and fake ranks, Triton kernels compiled to machine code.
+
+No number is computed. What is checked: that every operator accepts its tensors, where the host
+waits for the device, what ranks exchange, the peak of memory, registers and shared memory.
+The last section of tests/mutants.py has faults that these tests must notice.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_cuda import why_unavailable
+
+ROOT = Path(__file__).parent.parent
+LAYERS = 2
+
+pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
+
+# ---------------------------------------------------------------- what is expected
+
+# Every place where the host waits for the device, and in training how often in a step.
+TRAINING_WAITS = {"monitor.StepSums.gather: copy to the host": 1}
+GENERATION_WAITS = {
+    "kernel_steps.KernelSteps.__init__: copy from memory that is not pinned",  # once
+    "sampling.refused: nonzero()",  # per token
+    "generate._Engine.advance: copy to the host",  # per token
+}
+GATHERING_WAITS = {"folder._gather: copy to the host": 12 * LAYERS + 2}  # per tensor
+
+# What ranks exchange in a step: each block and the root is gathered once and its gradients are
+# reduced once; then the gradient's norm and the step's statistics.
+EXCHANGED = {
+    "allgather_base": LAYERS + 1,
+    "reduce_scatter_base": LAYERS + 1,
+    "all_reduce": 1,
+    "allreduce": 1,
+}
+STEPS = {
+    "train-step objective=sft world_size=1": {},
+    "train-step objective=dpo world_size=1": {},
+    "train-step objective=sft world_size=8": EXCHANGED,
+    "train-step objective=dpo world_size=8": EXCHANGED,
+}
+SLOW_STEPS = {
+    "train-step objective=redi": EXCHANGED,
+    "train-step objective=simpo": EXCHANGED,
+    "train-step objective=dpo packs=2": EXCHANGED,
+    # ZeRO-3 gathers the blocks again in backward.
+    "train-step objective=sft reshard=True": {**EXCHANGED, "allgather_base": 2 * LAYERS + 1},
+    # Two nodes also sum the gradients over nodes.
+    "train-step objective=redi world_size=16": {**EXCHANGED, "allreduce": 1 + LAYERS + 1},
+}
+# The published step, on GPUs of 80 and 141 GB.
+PUBLISHED_STEPS = [
+    f"train-step objective={objective} {ranks} layers=28 packs=2"
+    for objective in ("sft", "redi")
+    for ranks in ("", "world_size=1", "memory=141e9", "world_size=16")
+]
+KERNELS = [
+    f"compile capability={capability} dtype={dtype}{size}"
+    for capability in (80, 90, 100)
+    for dtype in ("bfloat16", "float32")
+    for size in ("", " batch=1 width=1")  # Triton makes an integer of 1 a constant
+]
+SHARED_MEMORY = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10}  # bytes that a block can have
+WIDE_LOADS = [2, 4]  # of _row: 4,096 logits, 512 threads, without the gradient and with it
+
+
+# ---------------------------------------------------------------- cases, in a process without a GPU
+
+
+def slow(cases) -> list:
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.fixture(scope="module")
+def results(request) -> dict[str, dict]:
+    """Of all selected cases, from one process: imports take longer than most cases."""
+    selected = [item for item in request.session.items if item.path == request.path]
+    cases = dict.fromkeys(item.callspec.params["case"] for item in selected)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "fake_cuda.cases", *cases]
+    timeout = 60 + 120 * len(cases)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr
+    return {result["case"]: result for result in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.fixture
+def result(case: str, results: dict[str, dict]) -> dict:
+    assert "error" not in results[case], results[case]["error"]
+    return results[case]
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("case", [*STEPS, *slow(SLOW_STEPS)])
+def test_a_training_step_waits_once_and_exchanges_each_block_once(case, result):
+    exchanged = {**STEPS, **SLOW_STEPS}[case]
+    assert result["waits"] == TRAINING_WAITS
+    assert result["collectives"] == exchanged
+    assert result["backends"] == (["cpu:gloo,cuda:nccl", "gloo"] if exchanged else ["nccl"])
+    assert set(result["launches"]) == {"_row"}
+    assert result["peak_gib"] <= result["formula_gib"]
+
+
+@pytest.mark.parametrize("case", slow(PUBLISHED_STEPS))
+def test_the_formula_of_memory_is_at_most_15_percent_above_the_peak(case, result):
+    assert 0.85 <= result["peak_gib"] / result["formula_gib"] <= 1.0
+
+
+@pytest.mark.parametrize("case", slow(["between-steps", "between-steps reshard=True"]))
+def test_evaluation_and_gathering_between_steps(case, result):
+    assert result["held_out"]["waits"] == TRAINING_WAITS
+    assert result["completed"] == 3
+    assert set(result["generate"]["waits"]) == GENERATION_WAITS
+    # Weights are gathered once, before the first token: ranks may generate for different times.
+    assert result["generate"]["collectives"] == {"allgather_base": LAYERS + 1}
+    assert result["step"]["waits"] == TRAINING_WAITS
+    assert result["gather"]["waits"] == GATHERING_WAITS
+    assert set(result["gathered"]) == {"cpu torch.bfloat16"}
+
+
+# ---------------------------------------------------------------- generation and kernels
+
+
+@pytest.mark.parametrize("case", ["generate"])
+def test_a_captured_decode_step_asks_the_device_nothing(case, result):
+    assert result["completed"] == 3
+    assert [capture["waits"] for capture in result["captures"]] == [[], []]  # of 2 rows and of 1
+    assert all(capture["launches"] == 2 * LAYERS for capture in result["captures"])
+    assert set(result["waits"]) == GENERATION_WAITS
+
+
+@pytest.mark.parametrize("case", ["compile capability=90", *slow(KERNELS)])
+def test_kernels_fit_the_gpu_spill_nothing_and_load_16_bytes_at_a_time(case, result):
+    kernels, capability = result["kernels"], case.split()[1].partition("=")[2]
+    assert [kernel["name"] for kernel in kernels] == ["_row", "_row", "_split", "_add_up"]
+    assert max(kernel["shared_bytes"] for kernel in kernels) <= SHARED_MEMORY[capability]
+    assert [kernel["wide_loads"] for kernel in kernels[:2]] == WIDE_LOADS
+    if "float32" not in case:  # fp32 is for checks, and its attention may spill
+        assert not any(kernel["spilled_bytes"] for kernel in kernels)
