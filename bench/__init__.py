@@ -1,14 +1,14 @@
 """How fast and how large: every number is a ratio to a named peer, measured in the same run.
 
 measure.py      interleaved rounds of CPU time, peaks of memory, one results file per benchmark
-loss.py         the head's loss and gradients: memory and time over four peers (C1 to C6)
+loss.py         the head's loss and gradients: memory and time over its peers (C1 to C6)
 attention.py    packed attention over other ways to write it on a CPU (C7)
 trainer.py      whole training steps over TRL's (C8 to C10), on a model and rows of inputs.py
 ranks.py        two ranks over two processes alone (C14), their memory over the formula
 plan.py         balance, micro-batches and seconds of the step plan (C11, C12)
 data.py         raw rows to tokens over datasets.map (D1), its memory on a file of 2 GB
 import_time.py  seconds to import the trainer beyond torch (C18)
-gpu.py          everything that wants a GPU (G1 to G9); its parts are gpu_*.py
+gpu.py          everything that needs a GPU (G0 to G9), the most valuable facts first
 projection.py   hours of the published run: a projection, not a result
 faults.py       30 runs killed at random moments, by killed_runs.py: the same bits in the end?
 generate.py     sampling over transformers generate, refilled slots over static batches (C15, C16)

@@ -1,231 +1,599 @@
-"""What redi does on a GPU: right first, then how fast and how large (G1 to G9).
+"""redi on a GPU: does it run, is it right, how fast and how large is it (G0 to G9).
 
-    python -m bench.gpu               everything, in under ten minutes, on a machine with one GPU
-    python -m bench.gpu G3            one part, in this process, with its whole traceback
+    python -m bench.gpu           all parts, in under ten minutes, on a machine with one GPU
+    python -m bench.gpu G1        one part, in this process; its results join those on disk
 
-    G9            bf16 is right on the device (bench.gpu_checks)
-    G1            the head's loss: milliseconds, and G2, bytes, beside Liger (bench.gpu_loss)
-    G3            packed attention beside flex attention and the raw op (bench.gpu_attention)
-    G4, G5        SFT and REDI at Qwen2.5-Math-1.5B's size, tokens a second (bench.gpu_steps)
-    G7            decoding 256 rows, beside the bandwidth limit and transformers (bench.gpu_decode)
-    G8            a PROJECTION of the whole evaluation's hours, from a slice of it
-    G6            the peak of a step beside redi.memory's formula
-    G4_compiled   G4 with compiled blocks, for scale
-    G4_TRL, ...   TRL on the same rows (bench.gpu_trl)
+Parts run in this order, so that the facts worth most come first:
 
-Every part is a process of its own: it has the GPU to itself, gives back all of it, and one that
-breaks breaks no other. A part that needs more time than is left is skipped, and one that takes more
-than it was given is ended; a peer that is not installed is skipped: a line says each. What breaks
-is told in a line, the others go on, and the exit status is 1 at the end, as it is when a check of
-G9 misses its goal.
+    G0        seconds to the first train steps and the first answers, with two layers
+    G9        bf16 is right: packed = alone, a small model and the head against float64, greedy
+              answers against the CPU's
+    G4, G5    SFT and REDI (G5_DPO: DPO): tokens/s, seconds per step, MFU, GiB
+    G6        the peak of a step of two packs over redi/memory.py's formula
+    G1, G2    the head's loss: milliseconds and bytes over Liger, Liger's CuTe kernels, TRL's
+              kernel, torch's fused loss, and plain logits, eager and compiled
+    G7        decoding 256 rows over the limit of memory bandwidth, and over transformers
+    G8        a PROJECTION of the whole evaluation's hours, from a slice of it
+    G4_TRL, G5_TRL    TRL's SFT and DPO on rows of the same lengths, and ours over them (G4, G5)
 
-Clocks, power and other people's work on the GPU are taken as they are: compare ratios, which were
-measured in one run.
+Every part is a process: it has the GPU to itself, and if it fails or takes longer than its limit
+the others still run. Each result is written to bench/results/gpu.json as soon as it is measured. A
+peer that is missing or fails is left out with a line. The exit status is 1 if a part failed or a
+check of G9 missed its goal. Models have random weights and Qwen2.5-Math-1.5B's shape; lengths
+follow bench/plan.py. Clocks and power are taken as they are: compare ratios from one run.
+Letters: R supervised tokens, V vocabulary, T tokens of a text, N rows.
 """
 
-import importlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise, repeat
 from pathlib import Path
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from bench.gpu_meter import Entries
-from bench.measure import write
+import bench.plan as law
+from bench import inputs, loss, measure, trainer
+from bench.generate import transformers_steps
+from bench.inputs import RandomRows, random_model, random_requests
+from bench.measure import clock, free, interleave, peak, result
+from bench.projection import QWEN
+from redi import memory
+from redi.attention import packed_attention
+from redi.batches import TrainData
 from redi.config import UserError, one_line, program
+from redi.distributed import Parallelism, World, compute_dtype, full_tensor, parallelize
+from redi.eval.generate import Request, Usage, generate
+from redi.eval.sampling import Sampling
+from redi.logprobs import weighted_logp_sum
+from redi.model import ModelConfig, Transformer
+from redi.monitor import training_flops
+from redi.objectives import Objective, Totals, make_objective, sft
+from redi.packing import pack
+from redi.toy.student import initialise
+from redi.train import make_optimizer, train_step
 
-TOTAL_SECONDS = 550.0  # of the parts; starting and the table take some more
-ROOT = Path(__file__).parent.parent
-TRL = ("trl", "datasets", "accelerate", "transformers")
+ROOT = Path(__file__).parents[1]
+TOTAL_SECONDS = 550.0  # of all parts
+LEAST_SECONDS = 25.0  # with less left a part is not begun
+DENSE_FLOPS = 790e12  # per second: a large bf16 matmul on an H200, measured
+PROMPT = 120  # tokens, of any row
+COMPLETIONS, MEAN_ANSWER = 1517 * 16, 8192  # of the whole evaluation
+MEDIAN_ANSWER = 6750  # the law's mean is then MEAN_ANSWER
+WARM_STEPS = 4  # of decoding: compiled, recorded, allocated; not timed
+SHAPE = replace(QWEN, max_positions=32_768)
+CHECKED = ModelConfig(  # G9's model; its heads are Qwen2.5-Math-1.5B's
+    vocab_size=2048, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=12,
+    num_kv_heads=2, head_dim=128, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=4096,
+)  # fmt: skip
+SETTINGS = SimpleNamespace(lr=1e-5, weight_decay=1e-4, clip=1.0, reshard_after_forward=False)
+AT_LEAST = ("G4", "G4_tok_s", "G5", "G5_tok_s", "G7_4k", "G7_8k", "G7_4k_HF", "G7_8k_HF")
+
+Found = Iterator[tuple[str, dict[str, Any]]]  # id of a measure, bench.measure.result
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is. Tests take less."""
+
+    model: ModelConfig = SHAPE
+    pack_tokens: int = 32_768
+    rows: int = 17  # of an SFT step: about 96,000 tokens
+    pairs: int = 8
+    train_steps: int = 5
+    head_rows: int = 32_768
+    rounds: int = 7
+    checked: ModelConfig = CHECKED
+    checked_lengths: tuple[int, ...] = (1297, 2, 63, 64, 65, 500)
+    answers: int = 20  # of G9: more than there are slots
+    texts: int = 256  # decoded side by side
+    peer_texts: int = 64
+    contexts: tuple[int, ...] = (4096, 8192)  # mean tokens of the texts
+    decode_steps: int = 60
+    slice_seconds: float = 30.0
+
+    def law_lengths(self, count: int, median: float, longest: int) -> np.ndarray:
+        """(N,) quantiles of bench/plan.py's law, scaled to a pack, in random order."""
+        rng, scale = np.random.default_rng(0), self.pack_tokens / law.LONGEST_TRACE
+        drawn = law.draw(rng, 100_000, scale * median, int(scale * longest))
+        return rng.permutation(np.quantile(drawn, (np.arange(count) + 0.5) / count)).astype(int)
+
+    def text_lengths(self, count: int, mean: int, cut: int) -> np.ndarray:
+        """(N,) of the law, scaled to a mean."""
+        drawn = self.law_lengths(count, law.MEDIAN_TRACE, law.LONGEST_TRACE)
+        return np.clip(drawn * (mean / drawn.mean()), 1, cut).astype(np.int64)
+
+    def traces(self) -> np.ndarray:  # (N,)
+        return self.law_lengths(self.rows, law.MEDIAN_TRACE, law.LONGEST_TRACE)
+
+    def pair_lengths(self) -> np.ndarray:  # (N, 2): chosen and rejected
+        medians = (law.MEDIAN_CHOSEN, law.MEDIAN_REJECTED)
+        sides = [self.law_lengths(self.pairs, each, law.LONGEST_OF_PAIR) for each in medians]
+        return np.stack(sides, axis=1)
+
+
+# ---------------------------------------------------------------- G0, G4, G5, G6: train steps
+
+
+@dataclass(frozen=True)
+class Trained:
+    seconds: list[float]  # of every step but the first, which compiles and allocates
+    record: dict[str, float]  # the last step's
+    checkpointed: int  # blocks
+    formula: float  # bytes, by redi/memory.py
+
+
+def train(
+    objective: Objective, rows: np.ndarray, sizes: Sizes, device: torch.device, blocks: str
+) -> Trained:
+    """Optimizer steps over all the rows, as a run takes them. rows (N,), or (N, 2) of pairs: their
+    lengths. blocks: to checkpoint."""
+    world = World(0, 1, device)
+    dtype = compute_dtype("auto", world)
+    model = random_model(sizes.model, device)
+    longest = max(int(rows.max()), min(sizes.pack_tokens, int(rows.sum())))
+    needs = memory.step_memory(model, longest, world, dtype)
+    checkpointed = memory.blocks_to_checkpoint(blocks, needs)
+    parallelize(model, world, Parallelism(dtype, checkpointed))
+    optimizer = make_optimizer(model, SETTINGS)
+    dataset = RandomRows(rows, sizes.model.vocab_size, PROMPT)
+    reference = torch.zeros(len(rows), 2) if objective.needs_reference else None
+    data = TrainData(dataset, objective, world, sizes.pack_tokens, reference)
+    step, signals, ends = data.all_rows(), SimpleNamespace(wanted=False), []
+    for _ in range(sizes.train_steps):
+        _, record = train_step(model, optimizer, data, step, SETTINGS, signals)
+        ends.append(time.perf_counter())
+        assert math.isfinite(record["loss"]), f"the loss is {record['loss']}"
+    assert record["tokens"] == rows.sum(), f"{record['tokens']} tokens, not {rows.sum()}"
+    return Trained(np.diff(ends).tolist(), record, checkpointed, needs.total(checkpointed))
+
+
+def runs(device: torch.device, sizes: Sizes) -> Found:
+    """G0."""
+    small = replace(sizes, model=replace(sizes.model, num_layers=2), train_steps=2)
+    began = time.perf_counter()
+    train(sft(), small.traces(), small, device, "auto")
+    yield "G0_train", result([time.perf_counter() - began], None, "seconds: two SFT steps")
+    began, model = time.perf_counter(), inference_model(small.model, device)
+    requests = random_requests(small.model, np.arange(20, 28), limit=8)
+    assert len(list(generate(model, requests, [], Sampling(), slots=4))) == 8
+    yield "G0_decode", result([time.perf_counter() - began], None, "seconds: 8 answers of 8 tokens")
+
+
+TRAINED: dict[str, tuple] = {  # id -> objective, rows, the goal in tokens/s
+    "G4": (sft, Sizes.traces, 30_000.0),
+    "G5": (partial(make_objective, "redi", alpha=0.8), Sizes.pair_lengths, 30_000.0),
+    "G5_DPO": (partial(make_objective, "dpo", beta=0.001), Sizes.pair_lengths, None),
+}
+
+
+def training(device: torch.device, sizes: Sizes, name: str) -> Found:
+    objective, rows_of, goal = TRAINED[name]
+    rows = rows_of(sizes)
+    trained, flat = train(objective(), rows, sizes, device, "auto"), rows.reshape(-1)
+    flops = training_flops(sizes.model, flat.tolist(), int(np.maximum(flat - PROMPT, 1).sum()))
+    blocks = f"{trained.checkpointed} of {sizes.model.num_layers} blocks checkpointed"
+    speeds = [flat.sum() / each for each in trained.seconds]
+    shares = [flops / each / DENSE_FLOPS for each in trained.seconds]
+    yield f"{name}_tok_s", result(speeds, goal, f"tokens/s, {blocks}")
+    yield f"{name}_step", result(trained.seconds, None, f"seconds for {flat.sum():,} tokens")
+    yield f"{name}_mfu", result(shares, None, "790 TFLOP/s, attention by document")
+    yield f"{name}_gib", result([trained.record["memory_gib"]], None, "GiB")
+
+
+def peaks(device: torch.device, sizes: Sizes) -> Found:
+    """G6. Two packs: with one the gradients of the first are not there at the peak. Two steps: in
+    the second Adam's moments are there."""
+    rows = np.full(8, sizes.pack_tokens // 4)
+    for blocks in ("all", "auto", "none"):
+        free(device)
+        try:
+            trained = train(sft(), rows, replace(sizes, train_steps=2), device, blocks)
+        except torch.OutOfMemoryError:
+            print(f"G6_{blocks}: out of memory", flush=True)
+            continue
+        taken, expected = trained.record["memory_gib"], trained.formula / 2**30
+        said = f"|peak / formula - 1|; {trained.checkpointed} blocks checkpointed"
+        yield f"G6_{blocks}", result([abs(taken / expected - 1)], 0.15, said)
+        yield f"G6_{blocks}_gib", result([taken], None, f"GiB; {expected:.2f} by the formula")
+
+
+# ---------------------------------------------------------------- G9: bf16 is right
+
+
+def right(device: torch.device, sizes: Sizes) -> Found:
+    yield from small_model(device, sizes)
+    yield from head_in_bf16(device, min(sizes.head_rows, 1024), 256, sizes.model.vocab_size)
+    yield from decoding(device, sizes)
+
+
+def small_model(device: torch.device, sizes: Sizes) -> Found:
+    """A model in bf16, distributed as in training. The goals are about twice what bf16 does on a
+    CPU."""
+    whole = [*range(len(sizes.checked_lengths))]
+    packed = logps_and_gradient(sizes, device, torch.bfloat16, [whole])
+    alone = logps_and_gradient(sizes, device, torch.bfloat16, [[number] for number in whole])
+    exact = logps_and_gradient(sizes, torch.device("cpu"), torch.float64, [whole])
+    for name, expected, peer in (("packed", alone, "alone"), ("model", exact, "float64")):
+        errors = [loss.relative_error(a, b) for a, b in zip(packed, expected)]
+        yield f"G9_{name}_logps", result(errors[:1], 1e-2, peer)
+        yield f"G9_{name}_gradient", result(errors[1:], 8e-2, peer)
+
+
+def logps_and_gradient(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype, packs: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """The log-probs (R,) of all supervised tokens, and SFT's gradient by all weights, on the host.
+    packs: the sequences of each."""
+    model, objective, logps = Transformer(sizes.checked), sft(), []
+    initialise(model, seed=0)
+    model.to(torch.promote_types(dtype, torch.float32))
+    parallelize(model, World(0, 1, device), Parallelism(dtype))
+    rows = RandomRows(np.array(sizes.checked_lengths), sizes.checked.vocab_size, prompt=40)
+    totals = Totals(len(rows), int(rows.response_lengths.sum()))
+    for ids in packs:
+        counts = torch.tensor(rows.response_lengths[ids])
+        weights = objective.token_weights(torch.ones_like(counts), counts, totals)
+        batch = pack([rows.sequence(number) for number in ids], weights)
+        outcome = objective.loss(model, batch.to(device), None)
+        outcome.loss.backward()
+        logps.append(outcome.token_logps.cpu())
+    gradients = [full_tensor(p.grad).reshape(-1).cpu() for p in model.parameters()]
+    return torch.cat(logps), torch.cat(gradients)
+
+
+def head_in_bf16(device: torch.device, rows: int, size: int, vocabulary: int) -> Found:
+    """Goals: what fp32 logits, their gradient in bf16 and an fp32 dW reach on a CPU, and 30 %."""
+    given = loss.likely_tokens(rows, size, vocabulary, device)
+    exact = loss.in_float64(given)
+    terms = (exact[1] * given[3]).abs().sum()  # with signed weights the loss itself is nearly 0
+    for name, run in (("G9", weighted_logp_sum), ("G9_two_passes", loss.two_passes)):
+        value, logps, d_hidden, d_weight = loss.step(run, given)
+        errors = {
+            "loss": (((value.double() - exact[0]).abs() / terms).item(), 1e-5),
+            "dH": (loss.relative_error(d_hidden, exact[2]), 1.3 * 2.3e-3),
+            "dW": (loss.relative_error(d_weight, exact[3]), 1.3 * 1.5e-3),
+            "logp": ((logps.double() - exact[1]).abs().max().item(), 1e-4),
+            "largest_logp": (logps.max().item(), 0.0),
+        }
+        for part, (error, goal) in errors.items():
+            yield f"{name}_{part}", result([error], goal, "float64")
+
+
+def decoding(device: torch.device, sizes: Sizes) -> Found:
+    """Rows are refilled, and as they end, steps of several sizes are recorded."""
+    from redi.eval import kernel_steps  # needs triton
+
+    model = Transformer(sizes.checked).requires_grad_(False)
+    initialise(model, seed=0)
+    requests = random_requests(sizes.checked, 1 + 19 * np.arange(sizes.answers), limit=30)
+    expected = greedy(model, requests)
+    model.to(device)
+    for name, recorded in (("recorded", kernel_steps.SIZES), ("launched", ())):
+        with patch.object(kernel_steps, "SIZES", recorded):
+            wrong = sum(a != b for a, b in zip(greedy(model, requests), expected))
+        yield f"G9_greedy_{name}", result([wrong], 0.0, f"of {len(requests)}: not the CPU's")
+    model.bfloat16()
+    answers = greedy(model, requests)
+    model.float()  # the same weights
+    gaps = []
+    for request, answer in zip(requests, answers):
+        exact = forward_logits(model, [*request.prompt_ids, *answer])[-len(answer) - 1 : -1]
+        chosen = exact.gather(1, torch.tensor(answer, device=device)[:, None])[:, 0]
+        gaps.append((exact.amax(dim=1) - chosen).max().item())
+    yield "G9_decode_bf16", result([max(gaps)], 0.5, "nats of a chosen token below the best")
+
+
+def greedy(model: Transformer, requests: list[Request]) -> list[list[int]]:
+    answers = generate(model, requests, [], Sampling(temperature=0.0), slots=12)
+    return [answer.token_ids for answer in sorted(answers, key=lambda answer: answer.key)]
+
+
+@torch.no_grad()
+def forward_logits(model: Transformer, tokens: list[int]) -> Tensor:
+    """(T, V) of a text from the training forward, in the dtype of the weights."""
+    weight, count = model.output_weight, len(tokens)
+    ends = torch.tensor([0, count], dtype=torch.int32, device=weight.device)
+    attend = partial(packed_attention, cu_seqlens=ends, lengths=[count])
+    ids, positions = (torch.tensor(t, device=weight.device) for t in (tokens, range(count)))
+    return model.model(ids, positions, repeat(attend)) @ weight.T
+
+
+# ---------------------------------------------------------------- G1, G2: the head's loss
+
+PEERS = {
+    "Liger": partial(loss.liger, impl="nvidia-triton"),
+    "Liger_mean": loss.liger_mean,
+    "Liger_CuTe": partial(loss.liger, impl="nvidia-cutedsl"),
+    "TRL": loss.trl,
+    "torch": partial(loss.in_torch, reduction="none", chunk=None),
+    "plain": loss.plain_in_bf16,
+    "compiled": lambda *given: torch.compile(loss.plain_in_bf16)(*given),
+}
+HEAD_GOALS = {"Liger": ("G1", 0.75), "Liger_mean": ("G1_mean", 1.0)}
+
+
+def head_loss(device: torch.device, sizes: Sizes) -> Found:
+    """Bytes are over the inputs, and contain both gradients, in bf16, for everybody."""
+    count, config = sizes.head_rows, sizes.model
+    draw = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    hidden = torch.randn(count, config.hidden_size, dtype=torch.bfloat16, **draw)
+    weight = torch.randn(config.vocab_size, config.hidden_size, dtype=torch.bfloat16, **draw)
+    weight.mul_(config.hidden_size**-0.5)
+    targets = torch.randint(config.vocab_size, (count,), **draw)
+    token_weights = torch.randn(count, **draw) / count
+    given = (hidden.requires_grad_(), weight.requires_grad_(), targets, token_weights)
+    expected = loss.step(weighted_logp_sum, given)
+    agreeing = {name: run for name, run in PEERS.items() if agrees(name, run, given, expected)}
+    del expected
+    compared = {"ours": weighted_logp_sum, "token_logps": loss.two_passes} | agreeing
+    works = {name: partial(loss.step, run, given) for name, run in compared.items()}
+    interleave(works, 2, clock(device))  # compile and allocate
+    seconds = interleave(works, sizes.rounds, clock(device))
+    shares = [6 * count * weight.numel() / t / DENSE_FLOPS for t in seconds["ours"]]
+    for name in agreeing:
+        ratios = [own / peer for own, peer in zip(seconds["ours"], seconds[name])]
+        key, goal = HEAD_GOALS.get(name, (f"G1_over_{name}", None))
+        yield key, result(ratios, goal, name)
+    peaks = {name: peak(work, device) for name, work in works.items()}
+    for name, taken in seconds.items():
+        name, goals = ("", (75.0, 2.8)) if name == "ours" else (f"_{name}", (None, None))
+        yield f"G1{name}_ms", result([1e3 * each for each in taken], goals[0], "milliseconds")
+        yield f"G2{name}_gib", result([peaks[name[1:] or "ours"] / 2**30], goals[1], "GiB")
+    yield "G1_share", result(shares, None, "790 TFLOP/s, three matmuls")
+    if peaks.get("plain"):
+        yield "G2", result([peaks["ours"] / peaks["plain"]], 0.10, "plain")
+
+
+def agrees(name: str, run: Callable, given: loss.Given, expected: loss.Outcome) -> bool:
+    """Whether a peer runs here, and has our gradients; many of them add up dW in bf16."""
+    try:
+        outcome = loss.step(run, given)
+        errors = [loss.relative_error(a, b) for a, b in zip(outcome[2:], expected[2:])]
+        assert name == "Liger_mean" or max(errors) < 0.1, f"gradients differ by {errors}"
+    except Exception as error:
+        print(f"{name}: left out: {type(error).__name__}: {one_line(str(error))[:120]}", flush=True)
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- G7, G8: decoding
+
+
+@dataclass
+class StepTimes(Usage):
+    """When each step of decoding began, and its rows."""
+
+    times: list[float] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    def count_step(self, rows: int, full: bool) -> None:
+        super().count_step(rows, full)
+        self.times.append(time.perf_counter())
+        self.rows.append(rows)
+
+
+def inference_model(config: ModelConfig, device: torch.device) -> Transformer:
+    return random_model(config, device).bfloat16().requires_grad_(False)
+
+
+def decode(device: torch.device, sizes: Sizes) -> Found:
+    """G7: tokens/s over a step that reads weights, keys and values once at the speed of a copy."""
+    model, config = inference_model(sizes.model, device), sizes.model
+    count = 2**31 if device.type == "cuda" else 2**20  # bytes
+    source, target = torch.zeros(2, count, dtype=torch.uint8, device=device)
+    copies = [clock(device, calls=9)(partial(target.copy_, source)) for _ in range(sizes.rounds)]
+    bandwidth = 2 * count / min(copies)  # read and written
+    yield "copy", result([2 * count / each / 1e12 for each in copies], None, "TB/s")
+    del source, target
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    token_bytes = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    for mean in sizes.contexts:
+        name, cut = f"{mean // 1024}k", config.max_positions - sizes.decode_steps - 1
+        counts = sizes.text_lengths(sizes.texts, mean, cut)
+        requests, usage = random_requests(config, counts, sizes.decode_steps + 1), StepTimes()
+        list(generate(model, requests, [], Sampling(), len(counts), usage=usage))
+        assert set(usage.rows) == {len(counts)}, "the texts did not fit side by side"
+        taken = [after - before for before, after in pairwise(usage.times)][WARM_STEPS:]
+        read = counts.sum() + len(counts) * (WARM_STEPS + 1 + np.arange(len(taken)))  # tokens
+        shares = ((weights + token_bytes * read) / bandwidth / taken).tolist()
+        yield f"G7_{name}", result(shares, 0.6, "the limit of memory bandwidth")
+        speeds = [len(counts) / each for each in taken]
+        yield f"G7_{name}_tok_s", result(speeds, None, f"tokens/s, {len(counts)} rows")
+        free(device)
+    del model
+    if find_spec("transformers"):
+        yield from beside_transformers(device, sizes)
+
+
+def beside_transformers(device: torch.device, sizes: Sizes) -> Found:
+    """Over `generate` on a batch of texts of the same law, padded on the left, and on a batch of
+    equally long ones, which suits it best. Keys and values are random: only steps are timed."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(**inputs.config_json(sizes.model))
+    with torch.device(device):
+        peer = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    for mean in sizes.contexts:
+        name = f"{mean // 1024}k"
+        ragged = sizes.text_lengths(sizes.peer_texts, mean, sizes.model.max_positions - 10)
+        even = np.full(sizes.texts, mean)
+        for kind, counts, goal in (("HF", ragged, 10.0), ("HF_even", even, None)):
+            free(device)
+            try:
+                taken = transformers_steps(peer, counts, device)
+            except torch.OutOfMemoryError:
+                print(f"G7_{name}_{kind}: left out: out of memory", flush=True)
+                continue
+            speeds = [len(counts) / each for each in taken]
+            said = f"tokens/s of transformers, {len(counts)} rows"
+            yield f"G7_{name}_{kind}_tok_s", result(speeds, None, said)
+            if own := saved().get(f"G7_{name}_tok_s"):
+                yield f"G7_{name}_{kind}", result([own["median"] / s for s in speeds], goal, said)
+
+
+def evaluation(device: torch.device, sizes: Sizes) -> Found:
+    """G8. Left out: loading, the queue that empties at the end, grading."""
+    model, usage = inference_model(sizes.model, device), StepTimes()
+    median = MEDIAN_ANSWER * sizes.pack_tokens / law.LONGEST_TRACE
+    requests = inputs.requests_under_way(sizes.model, sizes.texts, median, PROMPT)
+    for _ in generate(model, requests, [], Sampling(), sizes.texts, usage=usage):
+        started = len(usage.times) > WARM_STEPS
+        if started and usage.times[-1] - usage.times[WARM_STEPS] > sizes.slice_seconds:
+            break
+    edges = np.linspace(WARM_STEPS, len(usage.times) - 1, 6).astype(int).tolist()
+    speeds = [sum(usage.rows[a:b]) / (usage.times[b] - usage.times[a]) for a, b in pairwise(edges)]
+    hours = [COMPLETIONS * MEAN_ANSWER / speed / 3600 for speed in speeds]
+    yield "G8_hours", result(hours, 5.0, "hours, PROJECTION: 1,517 x 16 x 8,192 tokens")
+    said = f"tokens/s, {np.mean(usage.rows):.0f} rows, {usage.evictions} set aside"
+    yield "G8_tok_s", result(speeds, None, said)
+
+
+# ---------------------------------------------------------------- TRL
+
+
+def beside_trl(device: torch.device, sizes: Sizes, ours: str, goal: float) -> Found:
+    """TRL's trainer (bench/trainer.py) in bf16 autocast with torch's SDPA: SFT with packing, or DPO
+    on a pair at a time, which is the least padding. It keeps all activations if they fit."""
+    paired, ends, counted = ours == "G5", [], []
+    sides = ("chosen", "rejected") if paired else ("completion",)
+    rows = sizes.pair_lengths() if paired else sizes.traces()[:, None]
+    peer = replace(trainer.TRL_DPO if paired else trainer.TRL_PACKING, batch=1)
+
+    def take(loss: float, tokens: int) -> None:
+        ends.append(time.perf_counter())
+        counted.append(tokens)
+        if ends[-1] - ends[0] > 40:  # seconds
+            raise StopIteration
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, rng = Path(name), np.random.default_rng(0)
+        inputs.write_model(folder / "model", **inputs.config_json(sizes.model))
+        columns, vocabulary = dict(zip(sides, rows.T.tolist())), sizes.model.vocab_size
+        inputs.write_jsonl(folder / peer.data, rng, columns, vocabulary)
+        for checkpointing in (False, True):
+            free(device)
+            peer = replace(peer, longest=sizes.pack_tokens, checkpointing=checkpointing)
+            try:
+                with suppress(StopIteration):
+                    trainer.trl(peer, folder, SimpleNamespace(take=take))
+                break
+            except torch.OutOfMemoryError:
+                print(f"TRL: out of memory, activation checkpointing {checkpointing}", flush=True)
+    assert set(counted) == {rows.sum()}, f"TRL counts {counted} tokens a step"
+    speeds = (rows.sum() / np.diff(ends)).tolist()
+    said = f"TRL, activation checkpointing {peer.checkpointing}"
+    yield f"{ours}_TRL_tok_s", result(speeds, None, f"tokens/s of {said}")
+    if own := saved().get(f"{ours}_tok_s"):
+        yield ours, result([own["median"] / speed for speed in speeds], goal, said)
+
+
+# ---------------------------------------------------------------- parts, results
 
 
 @dataclass(frozen=True)
 class Part:
-    """A process of its own."""
-
-    run: str  # module.function of bench: device -> entries
-    seconds: float  # it is given; with less left it is not begun
-    needs: tuple[str, ...] = ()  # packages without which there is nothing to run
+    run: Callable[[torch.device, Sizes], Found]
+    seconds: float  # its limit
 
 
-PARTS = {  # in this order: what matters most comes first
-    "G9": Part("gpu_checks.run", 90),
-    "G1": Part("gpu_loss.run", 90),
-    "G3": Part("gpu_attention.run", 120),
-    "G4": Part("gpu_steps.sft", 100),
-    "G5": Part("gpu_steps.redi", 100),
-    "G7": Part("gpu_decode.decode", 120),
-    "G4_TRL": Part("gpu_trl.sft", 150, TRL),
-    "G5_TRL": Part("gpu_trl.dpo", 150, TRL),
-    "G8": Part("gpu_decode.evaluation", 110),
-    "G6": Part("gpu_steps.peaks", 100),
-    "G4_compiled": Part("gpu_steps.sft_compiled", 100),
-    "G4_TRL_flex": Part("gpu_trl.sft_flex", 120, TRL),
+PARTS = {
+    "G0": Part(runs, 60),
+    "G9": Part(right, 90),
+    "G4": Part(partial(training, name="G4"), 70),
+    "G5": Part(partial(training, name="G5"), 70),
+    "G5_DPO": Part(partial(training, name="G5_DPO"), 70),
+    "G6": Part(peaks, 80),
+    "G1": Part(head_loss, 100),
+    "G7": Part(decode, 120),
+    "G8": Part(evaluation, 80),
+    "G4_TRL": Part(partial(beside_trl, ours="G4", goal=1.5), 150),
+    "G5_TRL": Part(partial(beside_trl, ours="G5", goal=2.5), 150),
 }
-RATIOS = {  # id -> ours, the peers of which the fastest counts, the goal
-    "G4": ("G4_tok_s", ("G4_TRL_tok_s", "G4_TRL_flex_tok_s"), 1.5),
-    "G5": ("G5_tok_s", ("G5_TRL_tok_s",), 2.5),
-}
-MORE_IS_BETTER = {"G3", "G4", "G5", "G4_tok_s", "G5_tok_s"}
-MORE_IS_BETTER |= {"G7_4k", "G7_8k", "G7_4k_HF", "G7_8k_HF"}
 
 
-# ---------------------------------------------------------------- one part, in this process
+def run_part(name: str, device: torch.device, sizes: Sizes) -> None:
+    """Print each result and write it to disk when it is measured."""
+    for key, entry in PARTS[name].run(device, sizes):
+        numbers = "".join(f"{entry[column]:>11.4g}" for column in ("median", "min", "max"))
+        sign = ">=" if key in AT_LEAST else "<="
+        goal = "" if entry["goal"] is None else f"{sign} {entry['goal']:.4g}"
+        verdict = "  MISSED" if missed(key, entry) else ""
+        print(f"{key:<24}{numbers}{goal:>12}   {entry['peer']}{verdict}", flush=True)
+        measure.save("gpu", saved() | {key: entry})
 
 
-def function_of(name: str) -> Callable[[torch.device], Entries]:
-    module, _, function = PARTS[name].run.partition(".")
-    return getattr(importlib.import_module(f"bench.{module}"), function)
+def saved() -> dict[str, dict[str, Any]]:
+    """The results on disk, if they are this machine's."""
+    path = measure.RESULTS / "gpu.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content["results"] if content.get("machine") == measure.machine() else {}
 
 
-def run_here(name: str) -> int:
-    """Run a part, and print {"results": ...} or {"failed": ...} as the last line; exit status."""
+def missed(key: str, entry: dict[str, Any]) -> bool:
+    value, goal = entry["median"], entry["goal"]
+    return not (goal is None or (value >= goal if key in AT_LEAST else value <= goal))  # nan misses
+
+
+def in_process(command: list[str], seconds: float) -> str:
+    """Run a part's command; -> why it failed, "" if it did not."""
+    # A session of its own, so that compilers it has started end with it.
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
-        outcome = {"results": function_of(name)(torch.device("cuda", 0))}
-    except Exception as error:
-        traceback.print_exc()
-        outcome = {"failed": told(error)}
-    print(json.dumps(outcome), flush=True)
-    return int("failed" in outcome)
+        status = process.wait(seconds)
+        return f"exit status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        return f"ended after {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def told(error: Exception) -> str:
-    """What broke, and the last line of ours that it went through, in a line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    here = [f for f in frames if f.filename.startswith((f"{ROOT}/bench", f"{ROOT}/redi"))]
-    where = f" ({Path(here[-1].filename).name}:{here[-1].lineno})" if here else ""
-    return f"{type(error).__name__}: {one_line(str(error))[:200]}{where}"
-
-
-# ---------------------------------------------------------------- all parts, a process each
-
-
-@dataclass
-class Session:
-    """What came of the parts so far."""
-
-    results: Entries
-    failed: list[str]
-    ends: float  # when all has to be over, by time.monotonic
-
-    def take(self, name: str, part: Part) -> None:
-        left = self.ends - time.monotonic()
-        if missing := [package for package in part.needs if not find_spec(package)]:
-            print(f"{name}: skipped: {', '.join(missing)} not installed")
-        elif left < part.seconds:
-            print(f"{name}: skipped: may take {part.seconds:.0f} s, and {left:.0f} s are left")
-        else:
-            began = time.monotonic()
-            outcome = in_process([sys.executable, "-m", "bench.gpu", name], part.seconds)
-            self.results |= outcome.get("results", {})
-            if problem := outcome.get("failed"):
-                self.failed.append(name)
-                print(f"{name}: failed: {problem}")
-            print(f"{name}: {time.monotonic() - began:.0f} s\n", flush=True)
-
-
-def in_process(command: list[str], seconds: float) -> dict:
-    """Run a part's command and print what it prints; -> its last line, or why there is none."""
-    # Files, not pipes: a compiler that outlives the part would hold those open. A session of their
-    # own, so that they can be ended with it.
-    with tempfile.TemporaryFile() as shown, tempfile.TemporaryFile() as errors:
-        part = subprocess.Popen(
-            command, cwd=ROOT, stdout=shown, stderr=errors, start_new_session=True
-        )
-        try:
-            part.wait(seconds)
-            why = f"exit status {part.returncode}"
-        except subprocess.TimeoutExpired:
-            why = f"took more than {seconds:.0f} s and was ended"
-        finally:
-            if part.poll() is None:
-                os.killpg(part.pid, signal.SIGKILL)
-                part.wait()
-        lines, last_words = (lines_of(file) for file in (shown, errors))
-    ended_well = bool(lines) and lines[-1].startswith(('{"results"', '{"failed"'))
-    outcome = lines.pop() if ended_well else ""  # whatever happened to it on its way out
-    if lines:
-        print("\n".join(lines))
-    last_word = f": {last_words[-1][:200]}" if last_words else ""
-    return json.loads(outcome) if ended_well else {"failed": one_line(why + last_word)}
-
-
-def lines_of(file: BinaryIO) -> list[str]:
-    file.seek(0)
-    return file.read().decode(errors="replace").strip().splitlines()
-
-
-# ---------------------------------------------------------------- ratios, table
-
-
-def ratios(results: Entries) -> Entries:
-    """Ours over the fastest peer that ran, from both sides' speeds."""
-    found: Entries = {}
-    for name, (ours, names, goal) in RATIOS.items():
-        peers = [results[peer] for peer in names if peer in results]
-        if ours in results and peers:
-            mine, peer = results[ours], max(peers, key=lambda entry: entry["median"])
-            found[name] = {
-                "median": mine["median"] / peer["median"],
-                "min": mine["min"] / peer["max"],
-                "max": mine["max"] / peer["min"],
-                "n": min(mine["n"], peer["n"]),
-                "goal": goal,
-                "peer": peer["peer"],
-            }
-    return found
-
-
-def missed(name: str, entry: dict) -> bool:
-    if entry["goal"] is None:
-        return False
-    if name in MORE_IS_BETTER:
-        return not entry["median"] >= entry["goal"]
-    return not entry["median"] <= entry["goal"]  # so that nan misses
-
-
-def table(results: Entries) -> str:
-    lines = [f"{'':<26}{'median':>11}{'min':>11}{'max':>11}{'goal':>12}   over, or in"]
-    for name, entry in results.items():
-        numbers = "".join(f"{entry[key]:>11.4g}" for key in ("median", "min", "max"))
-        sign = ">=" if name in MORE_IS_BETTER else "<="
-        goal = "-" if entry["goal"] is None else f"{sign} {entry['goal']:.4g}"
-        verdict = "  MISSED" if missed(name, entry) else ""
-        lines.append(f"{name:<26}{numbers}{goal:>12}   {entry['peer']}{verdict}")
-    return "\n".join(lines)
+def run_all(total: float = TOTAL_SECONDS) -> int:
+    """Every part as a process; -> exit status."""
+    measure.save("gpu", {})
+    failed, ends = [], time.monotonic() + total
+    for name, part in PARTS.items():
+        left = min(part.seconds, ends - time.monotonic())
+        if left < min(LEAST_SECONDS, part.seconds):
+            print(f"\n{name}: skipped: the time is over", flush=True)
+            continue
+        print(f"\n{name}", flush=True)
+        if why := in_process([sys.executable, "-m", "bench.gpu", name], left):
+            failed.append(name)
+            print(f"{name}: failed: {why}", flush=True)
+    wrong = [key for key, entry in saved().items() if missed(key, entry)]
+    print(f"\nfailed: {', '.join(failed) or '-'}; goals missed: {', '.join(wrong) or '-'}")
+    return int(bool(failed or any(key.startswith("G9") for key in wrong)))
 
 
 @program
 def main() -> None:
     if not torch.cuda.is_available():
         raise UserError("no CUDA device: bench.gpu measures on a GPU; the other benches do not")
-    if sys.argv[1:]:
-        if sys.argv[1] not in PARTS:
-            raise UserError(f"no part {sys.argv[1]!r}; there are {', '.join(PARTS)}")
-        sys.exit(run_here(sys.argv[1]))
-    print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}\n", flush=True)
-    session = Session({}, [], time.monotonic() + TOTAL_SECONDS)
-    for name, part in PARTS.items():
-        session.take(name, part)
-    results = session.results | ratios(session.results)
-    if results:
-        print(table(results))
-        write("gpu", results)
-    wrong = [name for name in results if name.startswith("G9") and missed(name, results[name])]
-    for what, names in (("failed", session.failed), ("not right", wrong)):
-        if names:
-            print(f"{what}: {', '.join(names)}")
-    sys.exit(int(bool(session.failed or wrong)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the part
+    if not sys.argv[1:]:
+        print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}", flush=True)
+        sys.exit(run_all())
+    if sys.argv[1] not in PARTS:
+        raise UserError(f"no part {sys.argv[1]!r}; there are {', '.join(PARTS)}")
+    run_part(sys.argv[1], torch.device("cuda", 0), Sizes())
 
 
 if __name__ == "__main__":

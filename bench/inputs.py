@@ -10,11 +10,19 @@ median of 138. Left out: real text. A step's time knows lengths, not words.
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 import bench.plan as law
+from redi.eval.generate import Request
+from redi.model import ModelConfig, Transformer
+from redi.packing import TokenSequence
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ROLES = ["user", "assistant"]
@@ -52,14 +60,12 @@ def write_inputs(
 
 def write_model(folder: Path, **sizes: int) -> None:
     """sizes: fields of config.json, in place of those of the toy's student."""
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from redi.checkpoint.config_json import read_config
     from redi.checkpoint.folder import Source, save_model
     from redi.data.tokenizer import chatml
-    from redi.model import Transformer
     from redi.toy.student import STUDENT, initialise
 
     config = {**STUDENT, **sizes}
@@ -108,3 +114,77 @@ def write_jsonl(
                 answer = words(length - question - FRAME)
                 row[side] = [{"role": "assistant", "content": answer}]
             file.write(json.dumps(row) + "\n")
+
+
+# ---------------------------------------------------------------- without files
+
+
+class RandomRows:
+    """Rows of random tokens, with the fields of Dataset that TrainData reads."""
+
+    def __init__(self, lengths: np.ndarray, vocabulary: int, prompt: int = 1):
+        """lengths (N,), or (N, 2) of pairs, prompt included; prompt: its tokens, in any row."""
+        self.store = SimpleNamespace(paired=lengths.ndim == 2)
+        self.lengths, flat = lengths, lengths.reshape(-1)
+        self.prompts = np.minimum(prompt, flat - 1)
+        self.response_lengths = flat - self.prompts
+        rng = np.random.default_rng(0)
+        self.tokens = [rng.integers(vocabulary, size=length) for length in flat]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sequence(self, number: int) -> TokenSequence:
+        row, side = divmod(int(number), 2) if self.store.paired else (int(number), 0)
+        sign = -1 if side else 1
+        return TokenSequence(self.tokens[number], int(self.prompts[number]), row, sign)
+
+
+def random_model(config: ModelConfig, device: torch.device) -> Transformer:
+    """In fp32, made on the device: weights from N(0, 0.02^2) as in Qwen2, norms 1, biases 0."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Transformer(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.constant_(parameter, 1.0 if "norm" in name else 0.0)
+    return model
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """Fields of config.json."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "max_position_embeddings": config.max_positions,
+    }
+
+
+def random_requests(config: ModelConfig, counts: np.ndarray, limit: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    ids = [tuple(rng.integers(config.vocab_size, size=count).tolist()) for count in counts]
+    return [Request(key, prompt, limit) for key, prompt in enumerate(ids)]
+
+
+def requests_under_way(
+    config: ModelConfig, slots: int, median: float, prompt: int
+) -> list[Request]:
+    """Requests of an evaluation that has run for long: first texts at a random position of answers
+    drawn in proportion to their length, then fresh prompts, 16 answers to each. median: of the
+    answers' lengths; prompt: tokens."""
+    rng, prompt = np.random.default_rng(0), min(prompt, config.max_positions // 4)
+    answers = law.draw(rng, 100_000, median, config.max_positions - prompt)
+    met = rng.choice(answers, slots, p=answers / answers.sum())
+    written = (rng.random(slots) * met).astype(np.int64)
+    begun = random_requests(config, prompt + written, limit=0)
+    requests = [replace(r, max_new_tokens=int(left)) for r, left in zip(begun, met - written)]
+    problems = random_requests(config, np.full(slots // 4 + 1, prompt), limit=0)
+    for number, limit in enumerate(rng.choice(answers, 16 * len(problems)).tolist()):
+        requests.append(Request(slots + number, problems[number // 16].prompt_ids, limit))
+    return requests

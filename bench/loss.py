@@ -6,13 +6,17 @@ R 4096 rows, D 512, V 32768, fp32, signed token weights, forward and backward, o
 its default chunk, 256 rows here. The peers:
 
     plain            what a trainer without a fused head does: logits, log_softmax, gather, autograd
-    checkpoint       TRL's way: chunks of 256 rows (its default, and ours here), each under
-                     torch.utils.checkpoint
+    checkpoint       TRL 1.4 to 1.9 (April to July 2026), SFT's default loss there: chunks of 256
+                     rows (ours here too), each under torch.utils.checkpoint
+    TRL 1.16         its ChunkedLogProbFunction, which computes all its log-probs: tiles of 4096
+                     rows by 32,768 words, formed again in backward; any token weights. On a CPU
+                     it folds tiles in torch, on CUDA in Triton (bench/gpu.py)
     torch none, sum  F.linear_cross_entropy of torch 2.13, at our chunk and at its own default.
                      "sum" has one weight for all tokens, so it is no way to train REDI; ours is
                      compared with it at weights of -1
 
     C1  memory over plain      C2  time over plain        C3   over checkpoint
+    C3_TRL  over TRL 1.16      C5_TRL  token_logps, which needs as many products, over TRL 1.16
     C4  over torch none        C4b over torch sum         C5   token_logps over torch none
     C6  bf16 inputs: the error of both gradients over torch none's, and of the log-probs in nats
     wide_logits  time with logits of a standard deviation of 20 over one of 3: exponentials that
@@ -22,7 +26,8 @@ Outputs and gradients of all variants are compared in the same run; a difference
 the peak over the inputs, each variant in a process of its own. Time is user and system CPU seconds
 of this process, variants interleaved. Much of plain's time is system: it takes three fresh mappings
 of 512 MB from the kernel every step. So that this is not mistaken for arithmetic, the table has
-both columns, and C2 and C3 are measured again with an allocator that keeps its memory ("warm").
+both columns, and C2, C3 and C3_TRL are measured again with an allocator that keeps its memory
+("warm").
 """
 
 import json
@@ -32,6 +37,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +49,14 @@ from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
 
 R, D, V = 4096, 512, 32_768
 CHUNK = 256  # rows: 32 MiB of fp32 logits, ours by default, and TRL's default
+TRL_CHUNK = 32_768  # words: trl.trainer.utils passes it
 ROUNDS = 5
 # Pages that were freed are kept and used again, instead of given back to the kernel.
 WARM = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 IN_TORCH = hasattr(F, "linear_cross_entropy")  # from 2.13 on
 
 PLAIN, CHECKPOINT, ONE_PASS, TWO_PASSES = "plain", "checkpoint", "weighted_logp_sum", "token_logps"
+TRL = "TRL 1.16"
 NONE, SUM = f"torch none, chunk {CHUNK}", f"torch sum, chunk {CHUNK}"
 NONE_DEFAULT, SUM_DEFAULT = "torch none, default", "torch sum, default"
 
@@ -75,6 +83,16 @@ def checkpointed(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights:
     return logps @ token_weights.to(logps.dtype), logps
 
 
+def trl(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
+    from trl.kernels import ChunkedLogProbFunction
+
+    bias, temperature, softcap, scale, further = None, 1.0, None, 1.0, ()
+    logps = ChunkedLogProbFunction.apply(
+        hidden, weight, bias, targets, temperature, TRL_CHUNK, softcap, scale, further
+    )[0]
+    return logps @ token_weights.to(logps.dtype), logps
+
+
 def in_torch(
     hidden: Tensor,
     weight: Tensor,
@@ -94,12 +112,34 @@ def two_passes(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: T
     return logps @ token_weights.to(logps.dtype), logps
 
 
+def plain_in_bf16(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
+    """Logits in bf16, cross entropy in fp32, as transformers has it."""
+    logps = -F.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
+    return logps @ token_weights, logps
+
+
+def liger(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, impl: str):
+    from liger_kernel.functional import fused_linear_cross_entropy
+
+    losses = fused_linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl)
+    return -losses[0].float() @ token_weights, -losses[0]
+
+
+def liger_mean(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
+    """One weight for all tokens and 3 matmuls: no way to train REDI."""
+    from liger_kernel.functional import fused_linear_cross_entropy
+
+    return fused_linear_cross_entropy(hidden, weight, targets, impl="nvidia-triton")[0], None
+
+
 VARIANTS: dict[str, Run] = {
     PLAIN: plain,
     CHECKPOINT: checkpointed,
     ONE_PASS: weighted_logp_sum,
     TWO_PASSES: two_passes,
 }
+if find_spec("trl"):
+    VARIANTS[TRL] = trl
 if IN_TORCH:
     VARIANTS |= {
         NONE: partial(in_torch, reduction="none", chunk=CHUNK),
@@ -110,14 +150,20 @@ if IN_TORCH:
 COMPARED = {  # name -> ours, the peer, the goal; shown beside: the peer at its own default
     "C2": (ONE_PASS, PLAIN, 0.60),
     "C3": (ONE_PASS, CHECKPOINT, 0.55),
+    "C3_TRL": (ONE_PASS, TRL, 0.80),
     "C4": (ONE_PASS, NONE, 0.78),
     "C4_default": (ONE_PASS, NONE_DEFAULT, None),
     "C4b": (ONE_PASS, SUM, 1.03),
     "C4b_default": (ONE_PASS, SUM_DEFAULT, None),
     "C5": (TWO_PASSES, NONE, 1.05),
+    "C5_TRL": (TWO_PASSES, TRL, 1.0),
     "C5_default": (TWO_PASSES, NONE_DEFAULT, None),
 }
-COMPARED_WARM = {"C2_warm": (ONE_PASS, PLAIN, 0.70), "C3_warm": (ONE_PASS, CHECKPOINT, 0.70)}
+COMPARED_WARM = {
+    "C2_warm": (ONE_PASS, PLAIN, 0.70),
+    "C3_warm": (ONE_PASS, CHECKPOINT, 0.70),
+    "C3_TRL_warm": (ONE_PASS, TRL, 0.80),
+}
 
 
 def inputs(rows: int = R, std: float = 1.1) -> Given:
@@ -189,29 +235,42 @@ def wide_logits() -> list[float]:
     ]
 
 
-def low_precision() -> dict[str, dict]:
-    """C6: errors against float64 of bf16 inputs like a trained model's, most tokens likely."""
-    rows, size, vocabulary = 4096, 256, 8192
+def likely_tokens(
+    rows: int = 4096, size: int = 256, vocabulary: int = 8192, device: torch.device | str = "cpu"
+) -> Given:
+    """bf16 hidden states and weight as a trained model has them: a mean NLL of about 0.6, 59 % of
+    the tokens above 0.9; signed token weights."""
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(vocabulary, size, generator=draw)
     targets = torch.randint(vocabulary, (rows,), generator=draw)
     sharpness = 21 * (0.35 + 0.65 * torch.rand(rows, 1, generator=draw)) / size
     hidden = sharpness * weight[targets] + 0.1 * torch.randn(rows, size, generator=draw)
     token_weights = torch.randn(rows, generator=draw) / rows
-    rounded = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
-    exact = tuple(t.detach().double().requires_grad_() for t in rounded)
+    rounded = (tensor.bfloat16().to(device).requires_grad_() for tensor in (hidden, weight))
+    return (*rounded, targets.to(device), token_weights.to(device))
+
+
+def in_float64(given: Given) -> Outcome:
+    """The step of the definition, with all logits."""
 
     def reference(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
         logps = reference_token_logps(hidden, weight, targets)
         return logps @ token_weights.double(), logps
 
-    right = step(reference, (*exact, targets, token_weights))
+    exact = (tensor.detach().double().requires_grad_() for tensor in given[:2])
+    return step(reference, (*exact, *given[2:]))
+
+
+def low_precision() -> dict[str, dict]:
+    """C6: errors against float64 of bf16 inputs like a trained model's."""
+    given = likely_tokens()
+    right = in_float64(given)
     sure = (right[1].exp() > 0.9).double().mean().item()
     print(f"\nbf16: mean NLL {-right[1].mean().item():.2f}, {sure:.0%} of tokens above 0.9")
     print(f"{'error against float64':<24}{'log-prob, nats':>16}{'d hidden':>12}{'d weight':>12}")
     errors = {}
-    for name in [PLAIN, ONE_PASS, TWO_PASSES] + [NONE] * IN_TORCH:
-        _, logps, d_hidden, d_weight = step(VARIANTS[name], (*rounded, targets, token_weights))
+    for name in [n for n in (PLAIN, ONE_PASS, TWO_PASSES, TRL, NONE) if n in VARIANTS]:
+        _, logps, d_hidden, d_weight = step(VARIANTS[name], given)
         worst = (logps.double() - right[1]).abs().max().item()
         errors[name] = worst, relative_error(d_hidden, right[2]), relative_error(d_weight, right[3])
         print(f"{name:<24}{worst:>16.1e}" + "".join(f"{e:>12.1e}" for e in errors[name][1:]))
@@ -273,7 +332,7 @@ def main() -> None:
         print(peak_bytes(partial(step, run, given)))
         return
     if sys.argv[1:] == ["warm"]:
-        names = [PLAIN, CHECKPOINT, ONE_PASS]
+        names = [n for n in (PLAIN, CHECKPOINT, TRL, ONE_PASS) if n in VARIANTS]
         print(json.dumps(measured("warm allocator", COMPARED_WARM, names, {})))
         return
     peaks = {name: memory(name) for name in VARIANTS}

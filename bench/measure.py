@@ -13,11 +13,13 @@ import platform
 import resource
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Time = TypeVar("Time")  # what a clock returns
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "triton", "transformers", "trl", "liger-kernel", "math-verify")
 
@@ -50,13 +52,17 @@ def cpu_seconds(run: Callable[[], Any]) -> CPUSeconds:
     return cpu_now().since(before)
 
 
-def interleave(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[CPUSeconds]]:
-    """Time every variant once a round, in an order that turns round each time."""
-    seconds: dict[str, list[CPUSeconds]] = {name: [] for name in variants}
+def interleave(
+    variants: dict[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[Callable[[], Any]], Time] = cpu_seconds,
+) -> dict[str, list[Time]]:
+    """Time every variant once per round, in an order that is reversed after each round."""
+    seconds: dict[str, list[Time]] = {name: [] for name in variants}
     names = list(variants)
     for _ in range(rounds):
         for name in names:
-            seconds[name].append(cpu_seconds(variants[name]))
+            seconds[name].append(clock(variants[name]))
         names.reverse()
     return seconds
 
@@ -77,6 +83,52 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+# ---------------------------------------------------------------- on a CPU or a GPU
+
+
+def clock(device: Any, calls: int = 1) -> Callable[[Callable[[], Any]], float]:
+    """run -> seconds of one call of it. calls: that many in a row, so that the host runs ahead."""
+
+    def timed(run: Callable[[], Any]) -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(device)
+        return (time.perf_counter() - began) / calls
+
+    return timed
+
+
+def synchronize(device: Any) -> None:
+    if device.type == "cuda":
+        _cuda().synchronize(device)
+
+
+def free(device: Any) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        _cuda().empty_cache()
+        _cuda().reset_peak_memory_stats(device)
+
+
+def peak(run: Callable[[], Any], device: Any) -> int:
+    """The most bytes held while `run` runs, over those held before."""
+    free(device)
+    if device.type != "cuda":
+        return peak_bytes(run)
+    before = _cuda().memory_allocated(device)
+    run()
+    synchronize(device)
+    return _cuda().max_memory_allocated(device) - before
+
+
+def _cuda() -> Any:
+    import torch  # most benches measure processes that must not hold it
+
+    return torch.cuda
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -93,12 +145,20 @@ def result(values: list[float], goal: float | None, peer: str) -> dict[str, Any]
     }
 
 
-def write(name: str, results: dict[str, dict[str, Any]]) -> None:
-    """bench/results/NAME.json."""
+def save(name: str, results: dict[str, dict[str, Any]]) -> Path:
+    """Replace bench/results/NAME.json: a process killed meanwhile leaves the old file whole."""
     RESULTS.mkdir(exist_ok=True)
     content = {"machine": machine(), "versions": versions(), "results": results}
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def write(name: str, results: dict[str, dict[str, Any]]) -> None:
+    """bench/results/NAME.json."""
+    path = save(name, results)
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 

@@ -46,13 +46,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.inputs import RandomRows
 from bench.measure import CPUSeconds, cpu_now, peak_bytes, result, write
 from redi import distributed, memory, train
 from redi.batches import TrainData
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
 from redi.objectives import sft
-from redi.packing import StepPlan, TokenSequence
+from redi.packing import StepPlan
 from redi.toy import student as toy
 
 RANKS = 2
@@ -105,21 +106,6 @@ class Weighed:
     formula: float
 
 
-class Rows:
-    """Rows of random tokens, all of one length, with the fields of Dataset that TrainData reads."""
-
-    store = SimpleNamespace(paired=False)
-
-    def __init__(self, count: int, config: ModelConfig):
-        draw, length = np.random.default_rng(0), config.max_positions
-        rows = draw.integers(0, config.vocab_size, (count, length))
-        self.sequences = [TokenSequence(row, 1, number, +1) for number, row in enumerate(rows)]
-        self.lengths, self.response_lengths = np.full(count, length), np.full(count, length - 1)
-
-    def sequence(self, number: int) -> TokenSequence:
-        return self.sequences[number]
-
-
 def step_of(numbers: list[int], packs: int) -> StepPlan:
     """Packs of ROWS rows for each of the processes `numbers`, whatever the others get."""
     rows = np.arange(RANKS * packs * ROWS).reshape(RANKS, packs, ROWS)
@@ -141,7 +127,8 @@ class Training:
 
     def __call__(self, turn: Turn) -> Taken:
         pack_tokens = ROWS * self.config.max_positions
-        rows = Rows(RANKS * turn.packs * ROWS, self.config)
+        lengths = np.full(RANKS * turn.packs * ROWS, self.config.max_positions)
+        rows = RandomRows(lengths, self.config.vocab_size)
         data = TrainData(rows, sft(), self.world, pack_tokens)
         step, signals = step_of(self.numbers, turn.packs), SimpleNamespace(wanted=False)
         for group in self.optimizer.param_groups:

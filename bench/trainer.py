@@ -127,7 +127,7 @@ def in_process(trainer: Trainer, folder: Path, pipe: Connection, log: Path) -> N
     with open(log, "w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # CPU time is measured
     import torch
 
     torch.set_num_threads(1)
@@ -219,8 +219,8 @@ def trl(trainer: Trainer, folder: Path, turns: Turns) -> None:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available(),
     }
     if trainer.objective == "sft":
         make, config = SFTTrainer, SFTConfig(**settings, packing=trainer.packing)

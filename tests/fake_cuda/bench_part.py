@@ -1,0 +1,59 @@
+"""A part of bench.gpu on a fake GPU, at the true widths, with two layers.
+
+python -m fake_cuda.bench_part NAME FOLDER writes FOLDER/gpu.json.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+
+from bench import gpu, measure
+
+from .fake import FakeCuda
+
+SIZES = gpu.Sizes(
+    model=replace(gpu.SHAPE, num_layers=2), train_steps=2, head_rows=4096, rounds=1,
+    checked=replace(gpu.CHECKED, num_layers=2), checked_lengths=(41, 130, 50, 100), answers=5,
+    texts=8, peer_texts=4, contexts=(4096,), decode_steps=9, slice_seconds=0.2,
+)  # fmt: skip
+
+
+def main(name: str, folder: str) -> None:
+    with (
+        patch.object(measure, "RESULTS", Path(folder)),
+        patch.object(gpu, "transformers_steps", some_steps),
+        patch.object(nn.Module, "_apply", convert),
+        FakeCuda(memory=150e9, name="NVIDIA H200"),
+    ):
+        gpu.run_part(name, torch.device("cuda", 0), SIZES)
+
+
+def some_steps(peer: Any, counts: np.ndarray, device: torch.device, steps=gpu.transformers_steps):
+    """What is read from a fake GPU may end the text early."""
+    try:
+        return steps(peer, counts, device)
+    except AssertionError:
+        return [1.0]
+
+
+def convert(module: nn.Module, to: Any, recurse: bool = True) -> nn.Module:
+    """In place of Module._apply, which swaps tensors; fake ones cannot be swapped."""
+    for child in module.children():
+        convert(child, to)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            new = to(parameter.detach())
+            module._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = buffer if buffer is None else to(buffer)
+    return module
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
