@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import nn
 
 from bench import gpu, measure
 
@@ -28,7 +27,6 @@ def main(name: str, folder: str) -> None:
     with (
         patch.object(measure, "RESULTS", Path(folder)),
         patch.object(gpu, "transformers_steps", some_steps),
-        patch.object(nn.Module, "_apply", convert),
         FakeCuda(memory=150e9, name="NVIDIA H200"),
     ):
         gpu.run_part(name, torch.device("cuda", 0), SIZES)
@@ -40,19 +38,6 @@ def some_steps(peer: Any, counts: np.ndarray, device: torch.device, steps=gpu.tr
         return steps(peer, counts, device)
     except AssertionError:
         return [1.0]
-
-
-def convert(module: nn.Module, to: Any, recurse: bool = True) -> nn.Module:
-    """In place of Module._apply, which swaps tensors; fake ones cannot be swapped."""
-    for child in module.children():
-        convert(child, to)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            new = to(parameter.detach())
-            module._parameters[name] = nn.Parameter(new, parameter.requires_grad)
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = buffer if buffer is None else to(buffer)
-    return module
 
 
 if __name__ == "__main__":
