@@ -4,6 +4,8 @@ import json
 import os
 import sys
 
+import pytest
+
 from bench.killed_evaluation import command, evaluate_counted, tokens_read
 from redi.checkpoint.folder import open_model
 from redi.eval.benchmarks import load
@@ -12,6 +14,7 @@ from redi.model import Layers
 from redi.toy import student as toy
 
 
+@pytest.mark.slow
 def test_the_tokens_counted_are_those_of_prompts_and_answers(tmp_path, monkeypatch):
     """A problem's prompt is read once, and of each answer every token but the last: that one ends
     it. A second evaluation counts on."""

@@ -54,6 +54,7 @@ def test_a_rendered_row_has_the_length_that_was_drawn(tmp_path):
 # ---------------------------------------------------------------- turns
 
 
+@pytest.mark.slow
 def test_our_sft_and_trls_take_the_same_steps(tmp_path):
     write_inputs(tmp_path, **TINY)
     trainers = tiny(*SFT)
