@@ -95,13 +95,18 @@ def _train_and_save(
     facts: dict[str, str],
 ) -> None:
     world, folder, cache = data.world, source.folder, config.cache
+    with local_rank_zero_first(world):
+        # From here on no other process changes the folder: not the checkpoints, and not whether
+        # the run is finished.
+        log = NoLog() if world.rank else RunLog(config.out, config, config.tracker)
+    if is_finished(config.out, config):  # by another process, since `run` looked
+        print(f"{config.out} is finished: nothing to do")
+        return
     checkpoints = Checkpoints(Path(config.out), world, facts, config.keep)
     history = [r for r in read_metrics(Path(config.out)) if r["kind"] == "train"]
     begin = checkpoints.newest_valid(len(history)) if config.resume == "auto" else 0
-    log = NoLog()
-    if world.rank == 0:
-        log = RunLog(config.out, config, facts, config.tracker, begin)
-        checkpoints.remove_after(begin)
+    log.start(facts, begin)
+    checkpoints.remove_after(begin)
     distributed.parallelize(model, world, how)
     fill(model, folder)
     if data.objective.needs_reference:  # the model before its first step, also when resuming

@@ -26,7 +26,8 @@ def is_finished(out: str, config: Any) -> bool:
     folder, config_file = Path(out), Path(out) / "config.toml"
     if folder.is_file():
         raise UserError(f"--out {out}: is a file; expected a folder")
-    if all(path.name.endswith(("metrics.jsonl", ".part")) for path in folder.glob("*")):
+    at_start = ("metrics.jsonl", "tensorboard", ".part")
+    if all(path.name.endswith(at_start) for path in folder.glob("*")):
         return False  # no files at all, or only those of a run that was killed at its start
     if not config_file.is_file():
         raise UserError(f"--out {folder}: holds files but no run; choose another folder")
@@ -58,40 +59,56 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
 
 
 class RunLog:
-    """Writes config.toml when a run starts, then each record to metrics.jsonl."""
+    """Holds a run's folder, writes config.toml when the run starts, then each record to
+    metrics.jsonl."""
 
-    def __init__(
-        self, out: str, config: Any, facts: dict[str, str], tracker: str = "none", begin: int = 0
-    ):
-        """facts: what is not a setting (versions, hash of the data), written as TOML comments.
-        begin: the step after which the run resumes; records of later steps are removed.
-        Raises UserError if another process writes to `out` or the tracker is not installed.
-        """
-        self.folder = Path(out)
+    def __init__(self, out: str, config: Any, tracker: str = "none"):
+        """Lock the folder until this process ends. What is in it does not change before `start`.
+        Raises UserError if another process holds it or the tracker is not installed."""
+        self.folder, self._settings = Path(out), to_toml(config)
         try:
-            self._track = TRACKERS[tracker](self.folder, to_toml(config))
+            self._track = TRACKERS[tracker](self.folder, self._settings)
         except ImportError:
             raise UserError(f"--tracker {tracker}: pip install {tracker} first") from None
         make_folder(self.folder)
-        self._metrics = _open_metrics(self.folder / "metrics.jsonl", begin)
+        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if not lock(self._metrics):
+            self._metrics.close()
+            raise UserError(f"--out {out}: another process is running there")
+
+    def start(self, facts: dict[str, str], begin: int = 0) -> None:
+        """Write config.toml, and remove the records of steps after `begin`, where the run resumes.
+        facts: what is not a setting (versions, hash of the data), written as TOML comments."""
+        _remove_records(self._metrics, begin)
         for part in self.folder.glob("config.toml.*.part"):  # of a process that was killed
             part.unlink()
         comments = "".join(f"# {key}: {' '.join(value.split())}\n" for key, value in facts.items())
         with write_aside(self.folder / "config.toml") as file:
-            file.write(comments + to_toml(config))
+            file.write(comments + self._settings)
 
     def record(self, kind: str, step: int, **values: float) -> None:
-        print(json.dumps({"kind": kind, "step": step, **values}), file=self._metrics, flush=True)
+        self._write({"kind": kind, "step": step, **values})
         self._track(kind, step, values)
 
     def finish(self) -> None:
         """Write the last record: the run is complete and its model is saved."""
-        print(json.dumps({"kind": "finished"}), file=self._metrics)
+        self._write({"kind": "finished"})
         self._metrics.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        try:
+            print(json.dumps(record), file=self._metrics, flush=True)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what cannot be written would be tried again
+                self._metrics.close()
+            raise UserError(f"{self._metrics.name}: cannot be written ({error.strerror})") from None
 
 
 class NoLog:
     """The log of every rank but rank 0: writes nothing."""
+
+    def start(self, facts: dict[str, str], begin: int = 0) -> None:
+        pass
 
     def record(self, kind: str, step: int, **values: float) -> None:
         pass
@@ -106,20 +123,14 @@ def read_facts(folder: Path) -> dict[str, str]:
     return dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
 
 
-def _open_metrics(path: Path, begin: int) -> TextIO:
-    """Lock metrics.jsonl, remove the records after step `begin` and open it for appending."""
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (the run closes it)
-    if not lock(file):
-        file.close()
-        raise UserError(f"--out {path.parent}: another process is running there")
+def _remove_records(metrics: TextIO, begin: int) -> None:
     kept = 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in Path(metrics.name).read_bytes().splitlines(keepends=True):
         # Only a later step's line can be cut short: a checkpoint is written after its records.
         if not line.endswith(b"\n") or json.loads(line).get("step", begin + 1) > begin:
             break
         kept += len(line)
-    file.truncate(kept)
-    return file
+    metrics.truncate(kept)
 
 
 class Progress(contextlib.AbstractContextManager):

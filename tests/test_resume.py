@@ -41,6 +41,7 @@ from test_train import (
 )  # fmt: skip
 
 from redi import programs, train
+from redi import run as run_module
 from redi.checkpoint.resume import Checkpoints, damage, tensors_of
 from redi.config import Stopped, UserError
 from redi.runlog import NoLog, RunLog, read_metrics
@@ -92,6 +93,10 @@ def assert_same_bits(out: str | Path, as_out: str | Path) -> None:
 def saved(out: str | Path = "run") -> list[int]:
     """Steps whose checkpoints are there, oldest first."""
     return sorted(int(p.name.removeprefix("step-")) for p in Path(out).glob("checkpoints/step-*"))
+
+
+def files_in(folder: str) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 # ---------------------------------------------------------------- runs that are stopped
@@ -420,13 +425,12 @@ REFUSALS = {
 def test_resuming_with_something_else_is_refused_by_name(case, here, stop_at):
     change, settings, named = REFUSALS[case]
     stop_at(sft_config(epochs=3), 5)
-    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    before = files_in("run")
     change()
     config = redi_config() if settings is None else sft_config(**{"epochs": 3, **settings})
     with pytest.raises(UserError, match=f"--out run: holds .*{named}"):
         run(config)
-    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    assert after == before
+    assert files_in("run") == before
 
 
 def test_another_objective_is_refused_by_name(here, stop_at):
@@ -465,6 +469,36 @@ def test_resume_never_takes_other_data(here, stop_at):
     stop_at(sft_config(epochs=3), 5)
     other_data()
     assert len(steps(run(sft_config(epochs=3, resume="never")))) == 9
+
+
+# ---------------------------------------------------------------- two at a time
+
+
+def test_a_second_run_ends_before_it_chooses_a_checkpoint(here, stop_at, monkeypatch):
+    stop_at(sft_config(epochs=3), 5)
+    first = RunLog("run", sft_config(epochs=3))
+    before = files_in("run")
+    monkeypatch.setattr(Checkpoints, "newest_valid", lambda *_: pytest.fail("has chosen"))
+    with pytest.raises(UserError, match="--out run: another process is running there"):
+        run(sft_config(epochs=3))
+    assert files_in("run") == before
+    del first
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_left_alone(here, capsys, monkeypatch):
+    facts_of = run_module.facts_of
+
+    def meanwhile(*given: Any) -> dict[str, str]:  # the first call makes the whole run
+        monkeypatch.setattr(run_module, "facts_of", facts_of)
+        run(sft_config())
+        before.update(files_in("run"))
+        return facts_of(*given)
+
+    before: dict[Path, bytes] = {}
+    monkeypatch.setattr(run_module, "facts_of", meanwhile)
+    run(sft_config())
+    assert "run is finished: nothing to do" in capsys.readouterr().out
+    assert files_in("run") == before
 
 
 # ---------------------------------------------------------------- children, to be killed

@@ -4,6 +4,7 @@ python -m pytest tests/test_runlog.py
 """
 
 import json
+import os
 import struct
 import sys
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ class Settings:
 
 
 def started(folder: Path, settings: Settings | None = None, **facts: str) -> RunLog:
-    return RunLog(str(folder), settings or Settings(), facts)
+    log = RunLog(str(folder), settings or Settings())
+    log.start(facts)
+    return log
 
 
 def finished(folder: Path, settings: Settings | None = None) -> None:
@@ -165,6 +168,14 @@ def test_records_are_on_disk_as_soon_as_they_are_written(tmp_path):
     assert list(read_metrics(tmp_path / "run"))[-1] == {"kind": "finished"}
 
 
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    log = started(tmp_path / "run")
+    with open("/dev/full", "w") as full:
+        os.dup2(full.fileno(), log._metrics.fileno())
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(No space left"):
+        log.record("train", 1, loss=0.5)
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_last_line_cut_short_is_left_out(tmp_path, cut):
     finished(tmp_path / "run")
@@ -226,7 +237,7 @@ def test_a_tracker_that_is_not_installed_is_one_line_and_leaves_no_run(
 ):
     without(monkeypatch, module)
     with pytest.raises(UserError, match=f"--tracker {tracker}: pip install {tracker}") as raised:
-        RunLog(str(tmp_path / "run"), Settings(), {}, tracker)
+        RunLog(str(tmp_path / "run"), Settings(), tracker)
     assert "\n" not in str(raised.value)
     assert not list((tmp_path / "run").glob("*"))
 
@@ -238,6 +249,7 @@ class Writer:
 
     def __init__(self, folder: str):
         self.folder, self.scalars, self.texts = folder, [], []
+        Path(folder).mkdir(parents=True)
         Writer.made.append(self)
 
     def add_text(self, name: str, text: str) -> None:
@@ -254,7 +266,8 @@ def test_tensorboard_gets_the_records(tmp_path, monkeypatch):
     module, Writer.made = ModuleType("torch.utils.tensorboard"), []
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    log = RunLog(str(tmp_path / "run"), Settings(), {}, "tensorboard")
+    log = RunLog(str(tmp_path / "run"), Settings(), "tensorboard")
+    assert not is_finished(str(tmp_path / "run"), Settings())  # only held, it is free to start
     log.record("train", 3, loss=0.5)
     [writer] = Writer.made
     assert writer.folder == str(tmp_path / "run" / "tensorboard")
@@ -272,7 +285,7 @@ def test_wandb_gets_the_records(tmp_path, monkeypatch):
 
     module.init = lambda **settings: calls.append(settings) or Run()
     monkeypatch.setitem(sys.modules, "wandb", module)
-    log = RunLog(str(tmp_path / "run"), Settings(), {}, "wandb")
+    log = RunLog(str(tmp_path / "run"), Settings(), "wandb")
     log.record("eval", 3, loss=0.5)
     assert calls[0]["name"] == "run"
     assert calls[0]["config"]["lr"] == 0.5

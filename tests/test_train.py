@@ -290,7 +290,7 @@ def test_training_equals_a_plain_loop_of_adamw_with_clipping(here, clip):
     config = redi_config(epochs=2, clip=clip, weight_decay=0.1, pack_tokens=60)
     model, data = loaded(config)
     checkpoints = Checkpoints(Path(config.out), HERE, {}, keep=1)
-    train.train(model, data, config, RunLog(config.out, config, {}), checkpoints)
+    train.train(model, data, config, RunLog(config.out, config), checkpoints)
 
     plain, data = loaded(config)
     matrices = [p for p in plain.parameters() if p.ndim == 2]

@@ -82,8 +82,9 @@ def evaluate(
         if first:
             for one in graders:
                 report_unreadable(one, tests)  # now, not after hours of sampling
-        log = RunLog(config.out, config, facts) if first else NoLog()
         with local_rank_zero_first(world):
+            log = RunLog(config.out, config) if first else NoLog()
+            log.start(facts)
             for test in tests:
                 keep_problems(out, test)
 
