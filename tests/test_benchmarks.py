@@ -1,6 +1,7 @@
 """Benchmark files as people publish them, and the ways in which they are broken."""
 
 import json
+import math
 
 import pytest
 
@@ -44,6 +45,13 @@ def test_a_file_is_named_by_its_stem_and_keeps_its_order(write):
     assert load(str(path)) == load(path)
 
 
+def test_a_difficulty_is_a_number_that_a_float_can_hold(write):
+    levels = [10**400, math.inf, True, 3, "Level 5", "hard"]
+    rows = ({"problem": "1+1?", "answer": "2", "level": level} for level in levels)
+    found = [problem.difficulty for problem in load(write(*rows)).problems]
+    assert found == [None, None, None, 3.0, 5.0, None]
+
+
 def test_json_and_parquet_give_what_json_lines_give(write, tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -51,7 +59,9 @@ def test_json_and_parquet_give_what_json_lines_give(write, tmp_path):
     rows = [{"problem": "a?", "answer": ["1", "2"], "idx": 7}, {"problem": "b?", "answer": ["3"]}]
     lines = load(write(*rows)).problems
     (tmp_path / "array.json").write_text(json.dumps(rows))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "table.parquet")
+    unread = pyarrow.array([10**8] * 2, pyarrow.date32())  # days: no date that Python has
+    table = pyarrow.Table.from_pylist(rows).append_column("created", unread)
+    pyarrow.parquet.write_table(table, tmp_path / "table.parquet")
     assert load(tmp_path / "array.json").problems == lines
     assert load(tmp_path / "table.parquet").problems == lines
     assert [p.id for p in lines] == ["7", "1"]

@@ -40,7 +40,7 @@ def test_jsonl_rows_carry_their_line_and_blank_lines_are_no_rows(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("lead", ["", "\ufeff", "\n \t"])
+@pytest.mark.parametrize("lead", ["", "\ufeff", "\n \t", "\ufeff\n" + " \n" * 5000])
 def test_a_json_file_is_an_array_or_lines(tmp_path, lead):
     array = write(tmp_path / "array.json", lead + json.dumps(ROWS, indent=2))
     lines = write(tmp_path / "lines.json", lead + json_lines(ROWS))
@@ -53,6 +53,18 @@ def test_parquet_gives_the_rows_of_all_batches_and_row_groups(tmp_path):
     path = tmp_path / "raw.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=PARQUET_BATCH_ROWS + 7)
     assert list(read_rows(path)) == [(f"{path}: row {i}", r) for i, r in enumerate(rows, 1)]
+
+
+def test_a_parquet_column_that_nobody_asks_for_is_named_and_not_read(tmp_path):
+    path = tmp_path / "raw.parquet"
+    columns = {"n": [1, 2], "year 275760": pa.array([10**8, None], pa.date32())}
+    pq.write_table(pa.table(columns), path)
+    assert [row for _, row in read_rows(path, ["n"])] == [
+        {"n": n, "year 275760": ...} for n in (1, 2)
+    ]
+    assert [list(row) for _, row in read_rows(path, ["m"])] == [list(columns)] * 2
+    with pytest.raises(UserError, match=r"raw\.parquet: unreadable .* \(date value out of range\)"):
+        list(read_rows(path))
 
 
 def test_a_folder_gives_its_files_in_name_order_and_a_list_in_its_own(tmp_path):
@@ -83,7 +95,7 @@ def test_a_folder_gives_its_files_in_name_order_and_a_list_in_its_own(tmp_path):
         ("empty.jsonl", "", "empty.jsonl: holds no rows"),
         ("blank.jsonl", "\n\n", "blank.jsonl: holds no rows"),
         ("none.json", "[]", "none.json: holds no rows"),
-        ("false.parquet", "PAR1 it says", "false.parquet: damaged Parquet file after row 0"),
+        ("false.parquet", "PAR1 it says", "false.parquet: unreadable Parquet file after row 0"),
         ("table.csv", "n\n1\n", "table.csv: expected a .parquet, .jsonl or .json file"),
         ("gone.jsonl", None, "gone.jsonl: no such file or folder"),
     ],

@@ -56,13 +56,25 @@ def test_a_path_that_exists_is_local_even_if_it_looks_like_a_hub_id(hub, tmp_pat
     assert hub.asked == []
 
 
-def test_a_folder_gives_its_own_data_files_by_name_and_no_others(hub, tmp_path):
-    for name in ("b.jsonl", "a.parquet", "c.json", "notes.md", "b.jsonl.7.part", "sub/d.jsonl"):
+def test_a_folder_gives_its_own_data_files_by_name_and_lists_others(hub, tmp_path, capsys):
+    for name in ("b.jsonl", "a.parquet", "c.json", "notes.md", "e.csv", "sub/d.jsonl", ".git"):
         (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "raw" / name).write_text("")
     (tmp_path / "raw" / "folder.json").mkdir()
     assert [f.name for f in dataset_files("raw")] == ["a.parquet", "b.jsonl", "c.json"]
+    assert capsys.readouterr().out == "raw: 2 not read: e.csv, notes.md\n"
     with pytest.raises(UserError, match="subfolders are not searched"):
+        dataset_files(tmp_path)
+
+
+def test_a_file_that_would_be_missed_in_a_folder_is_refused_by_name(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl: a broken link"):
+        dataset_files(tmp_path)
+    (tmp_path / "b.jsonl").rename(tmp_path / "b.txt")
+    (tmp_path / "c.JSONL").touch()
+    with pytest.raises(UserError, match=r"c\.JSONL: write its suffix in lower case"):
         dataset_files(tmp_path)
 
 

@@ -168,7 +168,9 @@ def test_a_line_is_the_json_that_the_trainers_read(tmp_path):
 def test_parquet_json_lines_and_a_folder_give_the_same_bytes_and_so_does_a_second_run(tmp_path):
     json_lines(tmp_path / "raw.jsonl", ROWS)
     (tmp_path / "raw.json").write_text(json.dumps(ROWS))
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "raw.parquet")
+    unread = pa.array([10**8] * len(ROWS), pa.date32())  # days: no date that Python has
+    table = pa.Table.from_pylist(ROWS).append_column("created", unread)
+    pq.write_table(table, tmp_path / "raw.parquet")
     folder = tmp_path / "folder"
     folder.mkdir()
     json_lines(folder / "part-0.jsonl", ROWS[:5])
@@ -291,13 +293,22 @@ def test_traces_of_a_teacher_that_does_not_think_aloud_are_read_whole(tmp_path):
     assert completions(made, "rejected") == ["So \\boxed{3}.", "1+1 \\boxed{2}"]
 
 
+def test_rows_of_one_problem_with_two_answers_are_each_graded_by_their_own(tmp_path):
+    given = [("2", "2"), ("3", "3"), ("4", "2"), ("2", None)]  # what a trace says, its row's answer
+    rows = [{"problem": "?", "response": f"\\boxed{{{x}}}", "answer": y} for x, y in given]
+    _, card = prepared(json_lines(tmp_path / "raw.jsonl", rows), tmp_path / "made", workers=1)
+    assert card["labels"]["none"]["correct"] == 3
+    assert completions(tmp_path / "made" / "pairs.jsonl", "rejected") == ["\\boxed{4}"]
+
+
 def test_openr1_math_raw_rows_without_labels_are_dropped_as_in_the_paper_unless_relabelled(
     tmp_path,
 ):
     row = raw("1+1?", llama=None, generations=["\\boxed{3}", "\\boxed{2}", "x"], answer="2")
-    path = json_lines(tmp_path / "raw.jsonl", [row])
+    path = json_lines(tmp_path / "raw.jsonl", [row, raw("labelled", answer="2")])
     assert prepared(path, tmp_path / "made")[0].no_positive["labels missing"] == 1
-    assert prepared(path, tmp_path / "made", relabel=True, workers=1)[0].pairs == 1
+    relabelled = prepared(path, tmp_path / "made", relabel=True, workers=1)[0].no_positive
+    assert relabelled["labels missing"] == 0
 
 
 def test_complete_is_a_closed_thought_and_an_answer(tmp_path):
@@ -404,8 +415,13 @@ BAD_INPUTS = [
     ("latin.jsonl", GOOD.encode() + b'\n{"x": "\xe9"}\n', "latin.jsonl:2: not valid JSON in UTF-8"),
     ("list.jsonl", f"{GOOD}\n[]\n", "list.jsonl:2: expected a JSON object"),
     ("empty.jsonl", "", "empty.jsonl: holds no rows"),
-    ("false.parquet", "PAR1", "false.parquet: damaged Parquet file"),
+    ("false.parquet", "PAR1", "false.parquet: unreadable Parquet file"),
     ("other.jsonl", '{"question": "1+1?"}\n', "other.jsonl: not teacher data in a form known here"),
+    (
+        "wrong.jsonl",
+        json.dumps(raw("?", BOTH[:1])),
+        "wrong.jsonl: no row gives a positive (1 labels",
+    ),
     ("table.csv", "problem\n1+1?\n", "table.csv: expected a .parquet, .jsonl or .json"),
     ("gone.jsonl", None, "gone.jsonl: no such file or folder"),
     ("org/set", None, "org/set: no such local path, and downloading this dataset"),

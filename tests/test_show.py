@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,6 +121,9 @@ def test_a_report_of_four_pairs(shown):
     assert lines["\\boxed{}"] == "50.0 % of chosen and 50.0 % of rejected"
     assert lines["prompts"] == "25.0 % repeat an earlier one"
     assert lines["steps"] == "1 per epoch, of 32 pairs"
+    created = pa.array([10**8] * 4, pa.date32())  # days: no date that Python has
+    pq.write_table(pa.Table.from_pylist(PAIRS).append_column("created", created), "p.parquet")
+    assert lines_of(shown("p.parquet"))["data"].startswith("p.parquet: 4 pairs")
     assert all(len(line) <= 100 for line in report.splitlines())
 
 

@@ -15,7 +15,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,22 +26,28 @@ from redi.hub import dataset_files
 # A row of OpenR1-Math-Raw has up to half a megabyte of text, so a batch has at most 30 MB or so.
 PARQUET_BATCH_ROWS = 64
 
+BOM = b"\xef\xbb\xbf"  # editors on Windows begin a file with it
+
 Row = dict[str, Any]
 
 
-def read_rows(source: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, Row]]:
+def read_rows(
+    source: str | Path | Sequence[str | Path], fields: Collection[str] | None = None
+) -> Iterator[tuple[str, Row]]:
     """Yield (where, row) of a file, a folder, a hub id or a list of them, in their order.
 
+    fields: the columns of a Parquet file to read; none: all. Errors list what a row has, so it has
+    the other columns' names too, with the value `...`.
     where: "FILE:LINE" in JSON lines, "FILE: row ROW" in an array or a Parquet file; both from 1.
     Blank lines are skipped. Raises UserError: a file that is missing (before the first row of any
     file), unreadable or without a row; a line that is not UTF-8, not JSON or not an object.
     """
     sources = [source] if isinstance(source, (str, Path)) else source
     for path in [file for one in sources for file in dataset_files(one)]:
-        read = _read_parquet if path.suffix == ".parquet" else _read_json
+        parquet = path.suffix == ".parquet"
         empty = True
         try:
-            for where, row in read(path):
+            for where, row in _read_parquet(path, fields) if parquet else _read_json(path):
                 empty = False
                 yield where, row
         except OSError as error:
@@ -52,20 +59,23 @@ def read_rows(source: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, 
 def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
     """One row per line or, in a .json file, one array of rows."""
     with _open(path) as file:
-        start = file.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if ".json" in path.suffixes and start.startswith(b"["):
-            array = _parse(file.read(), str(path))
+        # In bytes, a line ends at \n alone; decoded text would also break at a lone \r.
+        numbered = enumerate(file, 1)
+        lines = ((n, line) for n, line in numbered if line.removeprefix(BOM).strip())
+        first, start = next(lines, (1, b""))
+        if ".json" in path.suffixes and start.removeprefix(BOM).lstrip().startswith(b"["):
+            array = _parse(b"\n" * (first - 1) + start + file.read(), str(path))
             values = ((f"{path}: row {number}", value) for number, value in enumerate(array, 1))
-        else:  # in bytes, a line ends at \n alone; decoded text would also break at a lone \r
-            lines = ((f"{path}:{number}", line) for number, line in enumerate(file, 1))
-            values = ((where, _parse(line, where)) for where, line in lines if not line.isspace())
+        else:
+            lines = chain([(first, start)] if start else [], lines)
+            values = ((f"{path}:{n}", _parse(line, f"{path}:{n}")) for n, line in lines)
         for where, value in values:
             if not isinstance(value, dict):
                 raise UserError(f"{where}: expected a JSON object, got {json.dumps(value)[:40]}")
             yield where, value
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[str, Row]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -73,12 +83,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         # With these two, pages are read one by one; by default a whole row group is read.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            batches = file.iter_batches(PARQUET_BATCH_ROWS)
+            names = file.schema_arrow.names
+            # The others may hold what Python cannot, such as a date after the year 9999.
+            columns = None if fields is None else [name for name in names if name in fields]
+            batches = file.iter_batches(PARQUET_BATCH_ROWS, columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
-                yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged Parquet file after row {number} ({error})") from None
+                yield f"{path}: row {number}", dict.fromkeys(names, ...) | row
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: unreadable Parquet file after row {number} ({error})") from None
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -91,7 +104,7 @@ def _open(path: Path) -> io.BufferedReader:
 
 def _parse(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"))  # editors on Windows begin a file with a BOM
+        return json.loads(data.removeprefix(BOM).decode())
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if b"\n" in data.strip() else ""
         detail = f"{error.msg} at {line}column {error.colno}"

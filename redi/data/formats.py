@@ -28,6 +28,7 @@ FORMATS = {  # paired -> the fields of each format; the first that fits is taken
     False: (("prompt", "completion"), ("messages",)),
     True: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
 }
+FIELDS = {field for formats in FORMATS.values() for fields in formats for field in fields}
 
 
 @dataclass(frozen=True)

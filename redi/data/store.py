@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from redi.config import UserError
 from redi.data.files import hash_files, lock, read_rows
-from redi.data.formats import Example, read_examples
+from redi.data.formats import FIELDS, Example, read_examples
 from redi.data.tokenizer import ChatTokenizer, TokenizedRow
 
 FORMAT = "4"  # part of KEY: raise it when the token ids or the files change
@@ -139,7 +139,9 @@ def _write_store(
     if all(path.suffix == ".jsonl" for path in files):
         with fileinput.FileInput(files, mode="rb") as lines:
             total = sum(1 for _ in lines)
-    bar = tqdm(read_rows(files), "tokenizing", total, leave=False, disable=None, unit=" rows")
+    bar = tqdm(
+        read_rows(files, FIELDS), "tokenizing", total, leave=False, disable=None, unit=" rows"
+    )
     with open(folder / "tokens.bin", "wb") as file, bar as rows:
         for number, sequences in tokenize_rows(chat, read_examples(rows, paired, skipped)):
             row_numbers.append(number)

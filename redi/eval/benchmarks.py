@@ -12,6 +12,7 @@ Left out: filters and subsets. A subset is a file of its own.
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ ANSWER_FIELDS = ("answer", "final_answer", "Answer")
 ID_FIELDS = ("unique_id", "id", "idx")
 SUBJECT_FIELDS = ("subject", "subfield", "type")
 DIFFICULTY_FIELDS = ("difficulty", "level")
+FIELDS = {
+    *PROBLEM_FIELDS, *ANSWER_FIELDS, *ID_FIELDS, *SUBJECT_FIELDS, *DIFFICULTY_FIELDS, "context",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,10 @@ def load(name_or_path: str | Path) -> Benchmark:
             raise UserError(
                 f"{name_or_path}: no such benchmark or file; known benchmarks: {', '.join(KNOWN)}"
             )
-        return Benchmark(path.stem, _problems(read_rows(path)))
+        return Benchmark(path.stem, _problems(read_rows(path, FIELDS)))
 
     name = str(name_or_path)
-    problems = _problems(read_rows(dataset_files(source.hub_id, source.split)))
+    problems = _problems(read_rows(dataset_files(source.hub_id, source.split), FIELDS))
     if len(problems) not in source.counts:
         expected = " or ".join(map(str, source.counts))
         print(f"{name}: {source.hub_id} holds {len(problems)} problems, expected {expected}")
@@ -170,7 +174,7 @@ def _difficulty(row: dict[str, Any]) -> float | None:
     found = re.search(r"\d+(?:\.\d+)?", difficulty) if isinstance(difficulty, str) else None
     number = float(found[0]) if found else difficulty
     known = isinstance(number, (int, float)) and not isinstance(number, bool)
-    return float(number) if known and math.isfinite(number) else None
+    return float(number) if known and abs(number) <= sys.float_info.max else None
 
 
 def answer_text(answer: Any) -> str:

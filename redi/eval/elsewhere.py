@@ -29,6 +29,7 @@ FINISH_REASONS = {
     **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn"), "stop"),
     **dict.fromkeys(("length", "limit", "max_tokens", "max_length"), "length"),
 }
+FIELDS = ("benchmark", "id", "sample", "text", "finish_reason", "num_tokens")  # of a returned row
 MOST_TOKENS = 2**31  # of one response: any more is a mistake
 
 
@@ -70,7 +71,7 @@ def read_completions(
     """
     asked = {test.name: {problem.id for problem in test.problems} for test in tests}
     found: dict[tuple[str, Key], tuple[str, Completion]] = {}
-    for place, row in read_rows(path):
+    for place, row in read_rows(path, FIELDS):
         name = _benchmark(row, place, list(asked))
         completion = _completion(row, place)
         if completion.id not in asked[name]:

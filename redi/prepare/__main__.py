@@ -210,6 +210,11 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
                 written[POSITIVES].write(choice.positive)
             for pair in choice.pairs:
                 written[PAIRS].write(pair)
+        if not counts.positives:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in counts.no_positive.items() if n)
+            raise UserError(
+                f"{config.raw}: no row gives a positive ({reasons}); nothing is written"
+            )
         # Syncing gigabytes takes seconds. Done before the first rename, it leaves Ctrl-C no time to
         # put new pairs beside old positives.
         sha256 = {name: file.finish() for name, file in written.items()}

@@ -4,9 +4,9 @@
     verdict        correct        incorrect       correct
     new votes      (True,)        (False,)        (True,)
 
-Traces without a vote are graded against the row's `answer`; with `relabel`, all traces are. A trace
-that is not correct is incorrect, as in the paper, even if its answer is missing or truncated. After
-a timeout the trace has no vote and is neither.
+Traces without a vote are graded against their row's `answer`; with `relabel`, all traces are. A
+trace that is not correct is incorrect, as in the paper, even if its answer is missing or truncated.
+After a timeout the trace has no vote and is neither.
 
 The grader reads what follows `</think>`. If no trace of a row has `<think>` or `</think>`, the
 teacher does not mark its thinking, and its traces are read whole; otherwise a trace without
@@ -94,7 +94,8 @@ def _items(row: RawRow, indices: list[int]) -> Iterator[tuple[str, str, str]]:
     for index in indices:
         trace = row.traces[index] or ""
         reason = "stop" if row.complete[index] else "length"
-        yield trace if tagged else f"</think>{trace}", row.answer, reason
+        answer = row.answers[index] if row.answers else row.answer
+        yield trace if tagged else f"</think>{trace}", answer, reason
 
 
 def _given(votes: tuple[bool, ...]) -> str:

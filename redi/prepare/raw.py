@@ -48,6 +48,10 @@ LABEL = ("correct", "is_correct", "label", "reward")
 ANSWER = ("answer", "expected_answer", "final_answer")
 SOURCE = ("source", "problem_source")
 ID = ("uuid", "id")
+FIELDS = {
+    "problem_is_valid", "generations", "correctness", *FLAT_VERIFIERS, "is_reasoning_complete",
+    "finish_reasons", "finish_reason", "traces", *PROBLEM, *TRACE, *LABEL, *ANSWER, *SOURCE, *ID,
+}  # fmt: skip
 
 HEAD = 100  # rows of a file that decide its form
 
@@ -58,6 +62,7 @@ class RawRow:
 
     votes: what the verifiers said of each trace, true for correct; () if none said anything.
     complete: False where the data says that the trace was truncated.
+    answers: what each trace is graded against, if rows of one trace disagree; else () and `answer`.
     flaw: why the row cannot be used: "malformed", "labels missing" or "labels misaligned".
     """
 
@@ -66,6 +71,7 @@ class RawRow:
     votes: Sequence[tuple[bool, ...]] = ()
     complete: Sequence[bool] = ()
     answer: str | None = None
+    answers: Sequence[str] = ()
     source: str | None = None
     id: str | None = None
     valid: bool = True
@@ -109,13 +115,13 @@ def recognize(files: Sequence[Path]) -> Form:
 
 def read(files: Sequence[Path], form: Form, folder: Path) -> Iterator[RawRow]:
     """The problems of `files`, in order. `folder` is for the temporary file of one-trace rows."""
-    rows = (form.read(row) for _, row in read_rows(files))
+    rows = (form.read(row) for _, row in read_rows(files, FIELDS))
     return _joined_by_problem(rows, folder) if form.one_trace else rows
 
 
 def _form_of(file: Path) -> Form:
     seen: dict[str, Any] = {}  # field -> its first value that is not null
-    for _, row in islice(read_rows(file), HEAD):
+    for _, row in islice(read_rows(file, FIELDS), HEAD):
         for name, value in row.items():
             if seen.get(name) is None:
                 seen[name] = value
@@ -245,12 +251,15 @@ def _joined_by_problem(rows: Iterable[RawRow], folder: Path) -> Iterator[RawRow]
 
 
 def _joined(parts: list[dict[str, Any]]) -> RawRow:
-    """One problem's rows as one. Its other fields are those of the first row that has them."""
+    """One problem's rows as one. Its other fields are those of the first row that has them, but a
+    trace whose own row has another answer keeps that one."""
     once = {
         name: next((part[name] for part in parts if part[name] is not None), None)
         for name in ("problem", "answer", "source", "id")
     }
+    answers = [part["answer"] or once["answer"] for part in parts]
     return RawRow(
+        answers=answers if len(set(answers)) > 1 else (),
         traces=[trace for part in parts for trace in part["traces"]],
         votes=[tuple(vote) for part in parts for vote in part["votes"]],
         complete=[complete for part in parts for complete in part["complete"]],

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from redi.config import UserError
 from redi.data.dataset import QUANTILES, Dataset, Limits, select
 from redi.data.files import read_rows
-from redi.data.formats import FORMATS, Example, to_example
+from redi.data.formats import FIELDS, FORMATS, Example, to_example
 from redi.eval.grade import extract
 from redi.packing import ATTENTION, plan
 from redi.show.rows import Table, visible
@@ -38,7 +38,8 @@ class Training:
 
 def findings(path: str, files: list[Path], every_row: Dataset, training: Training) -> list[Table]:
     texts, paired = Texts(), every_row.store.paired
-    for where, row in tqdm(read_rows(files), "reading", unit=" rows", disable=None, leave=False):
+    rows = read_rows(files, {*FIELDS, "source"})
+    for where, row in tqdm(rows, "reading", unit=" rows", disable=None, leave=False):
         texts.add(row.get("source"), to_example(row, where, paired))
     tables = [about_files(path, files, every_row, texts)]
     tables += [about_sources(texts)] if texts.sources else []
@@ -70,7 +71,7 @@ def holds_pairs(path: str, files: list[Path]) -> bool:
     """
     found: dict[bool, Path] = {}
     for file in files:
-        where, row = next(read_rows(file))
+        where, row = next(read_rows(file, FIELDS))
         seen = {name for name, value in row.items() if value is not None}
         stages = [paired for paired in (True, False) if any(map(seen.issuperset, FORMATS[paired]))]
         if not stages:
