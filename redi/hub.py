@@ -53,24 +53,21 @@ def dataset_files(
 ) -> list[Path]:
     """The data files that a file, a folder or a hub id stands for, sorted by name.
 
-    A folder: every data file directly in it, except redi.prepare's card; other files are listed on
+    A folder: every data file directly in it, except redi.prepare's card; others are counted on
     stdout. Subfolders are not searched: they may hold models or earlier outputs. A hub id: the
     files of one split, named after a colon or by `split`. made_by: see `model_folder`.
-    Raises UserError: missing, no data file, a broken link, a suffix in capitals, or not on the hub.
+    Raises UserError: missing, no data file or a broken one, or not on the hub.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if not file.is_dir() and file.name != CARD)
         files = [file for file in found if file.name.lower().endswith(DATA_SUFFIXES)]
-        for file in files:
-            if not _is_data(file):
-                problem = "write its suffix in lower case" if file.exists() else "a broken link"
-                raise UserError(f"{file}: {problem}, or move it out of the data folder")
-        others = [file.name for file in found if file not in files and file.name[0] != "."]
-        if others:
-            print(
-                f"{path}: {len(others)} not read: {', '.join(others[:5])}{', ...' * (len(others) > 5)}"
+        if broken := [file for file in files if not _is_data(file)]:
+            raise UserError(
+                f"{broken[0]}: a broken link, or a suffix in capitals; mend or remove it"
             )
+        if others := [f.name for f in found if f not in files and not f.name.startswith(".")]:
+            print(f"{path}: {len(others)} other files are not read: {others[0]}, ...")
         if not files:
             raise UserError(f"{path}: no {DATA_FILE} in this folder (subfolders are not searched)")
         return files

@@ -63,9 +63,7 @@ class TrainConfig:
     keep: Annotated[
         int | Literal["all"], "how many of the newest checkpoints to keep", may_change
     ] = 2
-    resume: Annotated[
-        Literal["auto", "never"], "never: an unfinished run begins again", may_change
-    ] = "auto"
+    resume: Annotated[Literal["auto", "never"], "resume if unfinished", may_change] = "auto"
     timeout: Annotated[float, "minutes to wait for the other processes", may_change] = 30.0
     collapse_threshold: Annotated[float, "warn if chosen log-probs fall by it", may_change] = 0.5
     collapse_steps: Annotated[int, "... for this many steps in a row", may_change] = 20

@@ -51,6 +51,8 @@ def run(
             model, source, dataset, eval_dataset = _load(config, paired, model_made_by, world)
             score = prepare_score(config, source, world)
         facts = facts_of(source, dataset, config.data)
+        if eval_dataset:
+            facts["held-out data sha256"] = eval_dataset.store.data_hash
         if finished:
             refuse_changed_facts(read_facts(Path(config.out)), facts, config.out)
             print(f"{config.out} is finished: nothing to do")
@@ -96,8 +98,7 @@ def _train_and_save(
 ) -> None:
     world, folder, cache = data.world, source.folder, config.cache
     with local_rank_zero_first(world):
-        # From here on no other process changes the folder: not the checkpoints, and not whether
-        # the run is finished.
+        # Held from here on: another process could remove the checkpoint that is chosen below.
         log = NoLog() if world.rank else RunLog(config.out, config, config.tracker)
     if is_finished(config.out, config):  # by another process, since `run` looked
         print(f"{config.out} is finished: nothing to do")

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 from tqdm import tqdm
 
@@ -26,8 +26,7 @@ def is_finished(out: str, config: Any) -> bool:
     folder, config_file = Path(out), Path(out) / "config.toml"
     if folder.is_file():
         raise UserError(f"--out {out}: is a file; expected a folder")
-    at_start = ("metrics.jsonl", "tensorboard", ".part")
-    if all(path.name.endswith(at_start) for path in folder.glob("*")):
+    if all(p.name.endswith(("metrics.jsonl", "tensorboard", ".part")) for p in folder.glob("*")):
         return False  # no files at all, or only those of a run that was killed at its start
     if not config_file.is_file():
         raise UserError(f"--out {folder}: holds files but no run; choose another folder")
@@ -59,8 +58,7 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
 
 
 class RunLog:
-    """Holds a run's folder, writes config.toml when the run starts, then each record to
-    metrics.jsonl."""
+    """Holds a run's folder; writes config.toml at the start, then each record to metrics.jsonl."""
 
     def __init__(self, out: str, config: Any, tracker: str = "none"):
         """Lock the folder until this process ends. What is in it does not change before `start`.
@@ -79,7 +77,13 @@ class RunLog:
     def start(self, facts: dict[str, str], begin: int = 0) -> None:
         """Write config.toml, and remove the records of steps after `begin`, where the run resumes.
         facts: what is not a setting (versions, hash of the data), written as TOML comments."""
-        _remove_records(self._metrics, begin)
+        kept = 0
+        for line in (self.folder / "metrics.jsonl").read_bytes().splitlines(keepends=True):
+            # Only a later step's line can be cut short: a checkpoint is written after its records.
+            if not line.endswith(b"\n") or json.loads(line).get("step", begin + 1) > begin:
+                break
+            kept += len(line)
+        self._metrics.truncate(kept)
         for part in self.folder.glob("config.toml.*.part"):  # of a process that was killed
             part.unlink()
         comments = "".join(f"# {key}: {' '.join(value.split())}\n" for key, value in facts.items())
@@ -107,30 +111,16 @@ class RunLog:
 class NoLog:
     """The log of every rank but rank 0: writes nothing."""
 
-    def start(self, facts: dict[str, str], begin: int = 0) -> None:
+    def record(self, *_: Any, **__: Any) -> None:
         pass
 
-    def record(self, kind: str, step: int, **values: float) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
+    start = finish = record
 
 
 def read_facts(folder: Path) -> dict[str, str]:
     """The facts that RunLog wrote as comments, "# key: value", into config.toml."""
     lines = (folder / "config.toml").read_text(encoding="utf-8").split("\n")
     return dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-
-
-def _remove_records(metrics: TextIO, begin: int) -> None:
-    kept = 0
-    for line in Path(metrics.name).read_bytes().splitlines(keepends=True):
-        # Only a later step's line can be cut short: a checkpoint is written after its records.
-        if not line.endswith(b"\n") or json.loads(line).get("step", begin + 1) > begin:
-            break
-        kept += len(line)
-    metrics.truncate(kept)
 
 
 class Progress(contextlib.AbstractContextManager):

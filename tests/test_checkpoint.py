@@ -136,6 +136,15 @@ def reversed_arguments(loaded, folder):
     return model, folder, source
 
 
+def test_weights_gathered_from_uneven_shards_are_saved(folder, tmp_path, monkeypatch):
+    # 320 rows on 3 ranks: the gathered tensor is a view of 3 x 107 rows.
+    padded = lambda tensor: torch.cat([tensor, tensor[:1]])[: len(tensor)]  # noqa: E731
+    monkeypatch.setattr(checkpoint, "full_tensor", padded)
+    model, source = load_model(folder)
+    save_model(model, tmp_path / "saved", source)
+    assert bits(tmp_path / "saved") == bits(folder)
+
+
 def test_a_dtype_given_is_the_dtype_saved(folder, tmp_path):
     model, source = load_model(folder)
     save_model(model, tmp_path / "out", source, torch.bfloat16)
@@ -459,6 +468,18 @@ BREAKS = {
     "config.json is a list": (
         lambda folder: (folder / "config.json").write_text("[]"),
         ["config.json: expected a JSON object"],
+    ),
+    "a context that no memory holds": (
+        lambda folder: edit_json(folder / "config.json", max_position_embeddings=10**12),
+        ["max_position_embeddings is 1000000000000; expected 1 to 2097152"],
+    ),
+    "an epsilon of another type": (
+        lambda folder: edit_json(folder / "config.json", rms_norm_eps="tiny"),
+        ["config.json: a field has a value of the wrong type", "'tiny'"],
+    ),
+    "an end token without an embedding": (
+        lambda folder: edit_json(folder / "generation_config.json", eos_token_id=[0, 320]),
+        ["eos_token_id is 320"],
     ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),

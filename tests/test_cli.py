@@ -206,6 +206,9 @@ BAD_INPUTS = {
         NOTHING, sft, ["--max-response", "30", "--over-length", "error"], ["positives.jsonl", "30"],
     ),
     "beyond the context": (NOTHING, sft, ["--max-length", "9999"], ["--max-length", "256"]),
+    "beyond any memory": (
+        NOTHING, sft, ["--max-position-embeddings", "999999999999"], ["max_position_", "2097152"],
+    ),
     "another run": (other_run, sft, ["--lr", "0.5"], ["--out", "lr"]),
     "foreign files": (foreign_files, sft, [], ["--out", "run"]),
     "out is a file": (NOTHING, sft, ["--out", "toy/raw.parquet"], ["--out", "raw.parquet"]),

@@ -433,6 +433,15 @@ def test_resuming_with_something_else_is_refused_by_name(case, here, stop_at):
     assert files_in("run") == before
 
 
+def test_other_held_out_data_is_refused_by_name(here, stop_at):
+    shutil.copy("positives.jsonl", "held.jsonl")
+    config = sft_config(epochs=3, eval_data="held.jsonl", eval_every=9)
+    stop_at(config, 2)
+    write_jsonl(Path("held.jsonl"), [as_positive(conversation(1))])
+    with pytest.raises(UserError, match="--out run: holds a run whose held-out data sha256 was"):
+        run(config)
+
+
 def test_another_objective_is_refused_by_name(here, stop_at):
     stop_at(redi_config(epochs=3), 5)
     with pytest.raises(UserError, match="objective was 'redi', now 'symmetric'"):

@@ -186,7 +186,7 @@ def test_an_epoch_of_five_rows_has_a_smaller_last_step():
     assert told["steps"] == "3 per epoch, of 2 rows"
     assert told["tokens"] == "per step: median 20, 10 to 20"
     # 2, 2 and 1 packs
-    assert told["packs"] == "of 10 tokens: 1.7 per step on each of 1 ranks, 100 % full"
+    assert told["packs"] == "of 10 tokens: 1.7 per step, 100 % full"
 
 
 # ---------------------------------------------------------------- the row with its mask

@@ -9,7 +9,7 @@ from typing import Any
 from redi.config import UserError
 from redi.model import ModelConfig
 
-# Required fields, all positive integers -> their names in ModelConfig.
+# Required fields, integers from 1 to LARGEST -> their names in ModelConfig.
 SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -18,6 +18,7 @@ SIZES = {
     "num_attention_heads": "num_heads",
     "max_position_embeddings": "max_positions",
 }
+LARGEST = 1 << 21  # of these sizes; the rotary tables take a gigabyte per million positions
 # What redi/model.py implements: field -> its allowed values. None: missing or null.
 SUPPORTED: dict[str, list] = {
     "model_type": ["qwen2"],
@@ -39,8 +40,8 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
         _refuse_unsupported(config, where)
         optional = ("num_key_value_heads", "head_dim")
         for name in (*SIZES, *(name for name in optional if config.get(name) is not None)):
-            if type(config[name]) is not int or config[name] < 1:
-                raise UserError(f"{where}: {name} is {config[name]!r}; expected a positive integer")
+            if type(config[name]) is not int or not 1 <= config[name] <= LARGEST:
+                raise UserError(f"{where}: {name} is {config[name]!r}; expected 1 to {LARGEST}")
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         if heads % kv_heads:
@@ -50,12 +51,12 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
             num_kv_heads=kv_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             rope_theta=read_rope_theta(config, where),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             tied=config.get("tie_word_embeddings", False),
         )
     except KeyError as missing:
         raise UserError(f"{where}: the field {missing} is missing") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UserError(f"{where}: a field has a value of the wrong type ({error})") from None
 
 

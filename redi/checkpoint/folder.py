@@ -89,19 +89,21 @@ def open_model(
         largest, size = max(chat.tokenizer.get_vocab().values()), model.config.vocab_size
         if largest >= size:
             raise UserError(f"{path}: token id {largest} has no embedding; vocab_size is {size}")
-    stop_ids = _stop_ids(config, generation, chat)
+    stop_ids = _stop_ids(folder, config, generation, chat)
     return model, Source(str(folder_or_hub_id), folder, config, generation, dtype, chat, stop_ids)
 
 
 def _stop_ids(
-    config: dict[str, Any], generation: dict[str, Any], chat: ChatTokenizer | None
+    folder: Path, config: dict[str, Any], generation: dict[str, Any], chat: ChatTokenizer | None
 ) -> list[int]:
     """The template's end token, then those of generation_config.json, else of config.json."""
     ids = generation.get("eos_token_id")
     ids = config.get("eos_token_id") if ids is None else ids
-    ids = ids if isinstance(ids, list) else [ids]
-    ids = ids if chat is None else [chat.stop_id, *ids]
-    return [i for i in dict.fromkeys(ids) if i is not None]
+    ids = [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < config["vocab_size"]:
+            raise UserError(f"{folder}: eos_token_id is {i!r}; expected a token id, or a list")
+    return list(dict.fromkeys(ids if chat is None else [chat.stop_id, *ids]))
 
 
 def save_model(
@@ -149,7 +151,10 @@ def _gather(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         tensor = full_tensor(tensor)  # all ranks take part
         if is_rank_zero:
-            tensors[name] = tensor.to("cpu", dtype)
+            tensor = tensor.to("cpu", dtype)
+            # Of shards of unequal length, it is a view of padded storage, which cannot be saved.
+            is_view = tensor.untyped_storage().nbytes() > tensor.nbytes
+            tensors[name] = tensor.clone() if is_view else tensor
     return tensors
 
 

@@ -33,7 +33,8 @@ from redi.distributed import World, all_ranks_ok
 FORMAT = 3  # of a checkpoint's files; other formats are refused
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = "state.json"
-UNCHANGED = ("parent's weights sha256", "tokenizer", "data sha256")  # facts, while a run resumes
+# Facts that may not change while a run resumes.
+UNCHANGED = ("parent's weights sha256", "tokenizer", "data sha256", "held-out data sha256")
 
 
 @dataclass
@@ -158,7 +159,7 @@ class Checkpoints:
 def refuse_changed_facts(before: dict[str, str], now: dict[str, str], out: str) -> None:
     """Raise UserError if the run in `out` was made from other weights, tokens or data."""
     for name in UNCHANGED:
-        if before.get(name, now[name]) != now[name]:
+        if name in before and before[name] != now[name]:
             raise UserError(
                 f"--out {out}: holds a run whose {name} was {before[name]}; it is {now[name]} now; "
                 "choose another --out (or, if it is unfinished, --resume never to begin again)"

@@ -25,7 +25,6 @@ from redi.hub import dataset_files
 
 # A row of OpenR1-Math-Raw has up to half a megabyte of text, so a batch has at most 30 MB or so.
 PARQUET_BATCH_ROWS = 64
-
 BOM = b"\xef\xbb\xbf"  # editors on Windows begin a file with it
 
 Row = dict[str, Any]
@@ -36,8 +35,8 @@ def read_rows(
 ) -> Iterator[tuple[str, Row]]:
     """Yield (where, row) of a file, a folder, a hub id or a list of them, in their order.
 
-    fields: the columns of a Parquet file to read; none: all. Errors list what a row has, so it has
-    the other columns' names too, with the value `...`.
+    fields: the columns of a Parquet file to read; none: all. Others may hold what Python cannot,
+    as a date after the year 9999. A row has their names, for errors that list them, and `...`.
     where: "FILE:LINE" in JSON lines, "FILE: row ROW" in an array or a Parquet file; both from 1.
     Blank lines are skipped. Raises UserError: a file that is missing (before the first row of any
     file), unreadable or without a row; a line that is not UTF-8, not JSON or not an object.
@@ -84,7 +83,6 @@ def _read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[
         # With these two, pages are read one by one; by default a whole row group is read.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
-            # The others may hold what Python cannot, such as a date after the year 9999.
             columns = None if fields is None else [name for name in names if name in fields]
             batches = file.iter_batches(PARQUET_BATCH_ROWS, columns=columns)
             rows = (row for batch in batches for row in batch.to_pylist())

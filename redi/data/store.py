@@ -139,9 +139,8 @@ def _write_store(
     if all(path.suffix == ".jsonl" for path in files):
         with fileinput.FileInput(files, mode="rb") as lines:
             total = sum(1 for _ in lines)
-    bar = tqdm(
-        read_rows(files, FIELDS), "tokenizing", total, leave=False, disable=None, unit=" rows"
-    )
+    rows = read_rows(files, FIELDS)
+    bar = tqdm(rows, "tokenizing", total, leave=False, disable=None, unit=" rows")
     with open(folder / "tokens.bin", "wb") as file, bar as rows:
         for number, sequences in tokenize_rows(chat, read_examples(rows, paired, skipped)):
             row_numbers.append(number)

@@ -87,7 +87,6 @@ def evaluate(
             log.start(facts)
             for test in tests:
                 keep_problems(out, test)
-
         # ---- sample: all benchmarks in one queue, each rank its share
         if given is not None:
             elsewhere.store_completions(out, given)

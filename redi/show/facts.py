@@ -187,6 +187,7 @@ def about_training(kept: Dataset, training: Training) -> Table:
     low, median, high = tokens.min(), np.median(tokens), tokens.max()
     per_rank = np.mean([len(step[0]) for step in epoch])
     packs = sum(len(ids) > 0 for step in epoch for packs in step for ids in packs)
+    dealt = "" if ranks == 1 else f" on each of {ranks} ranks"
     full = f"{100 * lengths.sum() / (size * packs):.0f} % full"
     dropped = [f"{count:,} {reason}" for reason, count in kept.dropped.items()]
     over = f"; left out: {', '.join(dropped)}" if dropped else ""
@@ -195,9 +196,10 @@ def about_training(kept: Dataset, training: Training) -> Table:
         (kind, f"{len(kept):,} within the limits{over}"),
         ("steps", f"{len(epoch):,} per epoch, of {training.rows_per_step:,} {kind}"),
         ("tokens", f"per step: median {median:,.0f}, {low:,.0f} to {high:,.0f}"),
-        ("packs", f"of {size:,} tokens: {per_rank:.1f} per step on each of {ranks} ranks, {full}"),
-        ("balance", f"of {ranks} ranks, mean over largest work: {mean}, {worst}"),
+        ("packs", f"of {size:,} tokens: {per_rank:.1f} per step{dealt}, {full}"),
     ]
+    if ranks > 1:
+        rows.append(("balance", f"of {ranks} ranks, mean over largest work: {mean}, {worst}"))
     return Table("Training", rows)
 
 
