@@ -152,7 +152,7 @@ def _gather(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
         tensor = full_tensor(tensor)  # all ranks take part
         if is_rank_zero:
             tensor = tensor.to("cpu", dtype)
-            # Of shards of unequal length, it is a view of padded storage, which cannot be saved.
+            # Gathered from uneven shards, it is a view of padded storage, which cannot be saved.
             is_view = tensor.untyped_storage().nbytes() > tensor.nbytes
             tensors[name] = tensor.clone() if is_view else tensor
     return tensors

@@ -35,8 +35,8 @@ def read_rows(
 ) -> Iterator[tuple[str, Row]]:
     """Yield (where, row) of a file, a folder, a hub id or a list of them, in their order.
 
-    fields: the columns of a Parquet file to read; none: all. Others may hold what Python cannot,
-    as a date after the year 9999. A row has their names, for errors that list them, and `...`.
+    fields: the columns of a Parquet file to read (default: all). Python may not be able to hold the
+    others, such as a date after the year 9999; their value is `...`, so errors can still list them.
     where: "FILE:LINE" in JSON lines, "FILE: row ROW" in an array or a Parquet file; both from 1.
     Blank lines are skipped. Raises UserError: a file that is missing (before the first row of any
     file), unreadable or without a row; a line that is not UTF-8, not JSON or not an object.

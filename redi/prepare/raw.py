@@ -62,7 +62,7 @@ class RawRow:
 
     votes: what the verifiers said of each trace, true for correct; () if none said anything.
     complete: False where the data says that the trace was truncated.
-    answers: what each trace is graded against, if rows of one trace disagree; else () and `answer`.
+    answers: one per trace, if a problem's rows of one trace disagree; otherwise (), see `answer`.
     flaw: why the row cannot be used: "malformed", "labels missing" or "labels misaligned".
     """
 
