@@ -1,9 +1,9 @@
-"""redi on a GPU: does it run, is it right, how fast and how large is it (G0 to G9).
+"""redi on a GPU: whether it runs, whether it is right, its speed and its memory (G0 to G9).
 
     python -m bench.gpu           all parts, in under ten minutes, on a machine with one GPU
     python -m bench.gpu G1        one part, in this process; its results join those on disk
 
-Parts run in this order, so that the facts worth most come first:
+Parts run in this order, the most valuable facts first:
 
     G0        seconds to the first train steps and the first answers, with two layers
     G9        bf16 is right: packed = alone, a small model and the head against float64, greedy
@@ -18,8 +18,8 @@ Parts run in this order, so that the facts worth most come first:
 
 Every part is a process: it has the GPU to itself, and if it fails or takes longer than its limit
 the others still run. Each result is written to bench/results/gpu.json as soon as it is measured. A
-peer that is missing or fails is left out with a line. The exit status is 1 if a part failed or a
-check of G9 missed its goal. Models have random weights and Qwen2.5-Math-1.5B's shape; lengths
+peer that is missing or fails is left out, and a line says so. The exit status is 1 if a part failed
+or a check of G9 missed its goal. Models have random weights and Qwen2.5-Math-1.5B's shape; lengths
 follow bench/plan.py. Clocks and power are taken as they are: compare ratios from one run.
 Letters: R supervised tokens, V vocabulary, T tokens of a text, N rows.
 """
@@ -70,11 +70,11 @@ from redi.train import make_optimizer, train_step
 
 ROOT = Path(__file__).parents[1]
 TOTAL_SECONDS = 550.0  # of all parts
-LEAST_SECONDS = 25.0  # with less left a part is not begun
-DENSE_FLOPS = 790e12  # per second: a large bf16 matmul on an H200, measured
-PROMPT = 120  # tokens, of any row
+LEAST_SECONDS = 25.0  # with less left, no part is begun
+DENSE_FLOPS = 790e12  # per second: large bf16 matmuls on an H200; not measured here
+PROMPT = 120  # tokens of every row
 COMPLETIONS, MEAN_ANSWER = 1517 * 16, 8192  # of the whole evaluation
-MEDIAN_ANSWER = 6750  # the law's mean is then MEAN_ANSWER
+MEDIAN_ANSWER = 6750  # with it, the law of bench/plan.py has a mean of MEAN_ANSWER
 WARM_STEPS = 4  # of decoding: compiled, recorded, allocated; not timed
 SHAPE = replace(QWEN, max_positions=32_768)
 CHECKED = ModelConfig(  # G9's model; its heads are Qwen2.5-Math-1.5B's
@@ -89,7 +89,7 @@ Found = Iterator[tuple[str, dict[str, Any]]]  # id of a measure, bench.measure.r
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is. Tests take less."""
+    """How large everything is; smaller in tests."""
 
     model: ModelConfig = SHAPE
     pack_tokens: int = 32_768
@@ -114,7 +114,7 @@ class Sizes:
         return rng.permutation(np.quantile(drawn, (np.arange(count) + 0.5) / count)).astype(int)
 
     def text_lengths(self, count: int, mean: int, cut: int) -> np.ndarray:
-        """(N,) of the law, scaled to a mean."""
+        """(N,) of the same law, scaled to a mean and cut at `cut`."""
         drawn = self.law_lengths(count, law.MEDIAN_TRACE, law.LONGEST_TRACE)
         return np.clip(drawn * (mean / drawn.mean()), 1, cut).astype(np.int64)
 
@@ -132,7 +132,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Trained:
-    seconds: list[float]  # of every step but the first, which compiles and allocates
+    seconds: list[float]  # of each step but the first, which compiles and allocates
     record: dict[str, float]  # the last step's
     checkpointed: int  # blocks
     formula: float  # bytes, by redi/memory.py
@@ -141,8 +141,8 @@ class Trained:
 def train(
     objective: Objective, rows: np.ndarray, sizes: Sizes, device: torch.device, blocks: str
 ) -> Trained:
-    """Optimizer steps over all the rows, as a run takes them. rows (N,), or (N, 2) of pairs: their
-    lengths. blocks: to checkpoint."""
+    """Optimizer steps of a run, each over all rows. rows: lengths (N,), or (N, 2) of pairs; blocks:
+    as --checkpoint-blocks."""
     world = World(0, 1, device)
     dtype = compute_dtype("auto", world)
     model = random_model(sizes.model, device)
@@ -163,7 +163,7 @@ def train(
     return Trained(np.diff(ends).tolist(), record, checkpointed, needs.total(checkpointed))
 
 
-def runs(device: torch.device, sizes: Sizes) -> Found:
+def first_steps(device: torch.device, sizes: Sizes) -> Found:
     """G0."""
     small = replace(sizes, model=replace(sizes.model, num_layers=2), train_steps=2)
     began = time.perf_counter()
@@ -175,14 +175,14 @@ def runs(device: torch.device, sizes: Sizes) -> Found:
     yield "G0_decode", result([time.perf_counter() - began], None, "seconds: 8 answers of 8 tokens")
 
 
-TRAINED: dict[str, tuple] = {  # id -> objective, rows, the goal in tokens/s
+TRAINED: dict[str, tuple] = {  # id -> objective, lengths of rows, goal in tokens/s
     "G4": (sft, Sizes.traces, 30_000.0),
     "G5": (partial(make_objective, "redi", alpha=0.8), Sizes.pair_lengths, 30_000.0),
     "G5_DPO": (partial(make_objective, "dpo", beta=0.001), Sizes.pair_lengths, None),
 }
 
 
-def training(device: torch.device, sizes: Sizes, name: str) -> Found:
+def train_speed(device: torch.device, sizes: Sizes, name: str) -> Found:
     objective, rows_of, goal = TRAINED[name]
     rows = rows_of(sizes)
     trained, flat = train(objective(), rows, sizes, device, "auto"), rows.reshape(-1)
@@ -192,13 +192,13 @@ def training(device: torch.device, sizes: Sizes, name: str) -> Found:
     shares = [flops / each / DENSE_FLOPS for each in trained.seconds]
     yield f"{name}_tok_s", result(speeds, goal, f"tokens/s, {blocks}")
     yield f"{name}_step", result(trained.seconds, None, f"seconds for {flat.sum():,} tokens")
-    yield f"{name}_mfu", result(shares, None, "790 TFLOP/s, attention by document")
+    yield f"{name}_mfu", result(shares, None, "790 TFLOP/s; attention per document")
     yield f"{name}_gib", result([trained.record["memory_gib"]], None, "GiB")
 
 
 def peaks(device: torch.device, sizes: Sizes) -> Found:
-    """G6. Two packs: with one the gradients of the first are not there at the peak. Two steps: in
-    the second Adam's moments are there."""
+    """G6. Two packs, so that the peak of the second holds the gradients of the first. Two steps, so
+    that the second holds Adam's moments."""
     rows = np.full(8, sizes.pack_tokens // 4)
     for blocks in ("all", "auto", "none"):
         free(device)
@@ -216,19 +216,19 @@ def peaks(device: torch.device, sizes: Sizes) -> Found:
 # ---------------------------------------------------------------- G9: bf16 is right
 
 
-def right(device: torch.device, sizes: Sizes) -> Found:
-    yield from small_model(device, sizes)
-    yield from head_in_bf16(device, min(sizes.head_rows, 1024), 256, sizes.model.vocab_size)
-    yield from decoding(device, sizes)
+def check(device: torch.device, sizes: Sizes) -> Found:
+    yield from check_model(device, sizes)
+    yield from check_head(device, min(sizes.head_rows, 1024), 256, sizes.model.vocab_size)
+    yield from check_decoding(device, sizes)
 
 
-def small_model(device: torch.device, sizes: Sizes) -> Found:
-    """A model in bf16, distributed as in training. The goals are about twice what bf16 does on a
-    CPU."""
-    whole = [*range(len(sizes.checked_lengths))]
-    packed = logps_and_gradient(sizes, device, torch.bfloat16, [whole])
-    alone = logps_and_gradient(sizes, device, torch.bfloat16, [[number] for number in whole])
-    exact = logps_and_gradient(sizes, torch.device("cpu"), torch.float64, [whole])
+def check_model(device: torch.device, sizes: Sizes) -> Found:
+    """A small model in bf16, distributed as in training. The goals are about twice the errors of
+    bf16 on a CPU."""
+    every = [*range(len(sizes.checked_lengths))]
+    packed = logps_and_gradient(sizes, device, torch.bfloat16, [every])
+    alone = logps_and_gradient(sizes, device, torch.bfloat16, [[number] for number in every])
+    exact = logps_and_gradient(sizes, torch.device("cpu"), torch.float64, [every])
     for name, expected, peer in (("packed", alone, "alone"), ("model", exact, "float64")):
         errors = [loss.relative_error(a, b) for a, b in zip(packed, expected)]
         yield f"G9_{name}_logps", result(errors[:1], 1e-2, peer)
@@ -238,7 +238,7 @@ def small_model(device: torch.device, sizes: Sizes) -> Found:
 def logps_and_gradient(
     sizes: Sizes, device: torch.device, dtype: torch.dtype, packs: list[list[int]]
 ) -> tuple[Tensor, Tensor]:
-    """The log-probs (R,) of all supervised tokens, and SFT's gradient by all weights, on the host.
+    """On the host: the log-probs (R,) of all supervised tokens, and SFT's gradient of all weights.
     packs: the sequences of each."""
     model, objective, logps = Transformer(sizes.checked), sft(), []
     initialise(model, seed=0)
@@ -257,11 +257,11 @@ def logps_and_gradient(
     return torch.cat(logps), torch.cat(gradients)
 
 
-def head_in_bf16(device: torch.device, rows: int, size: int, vocabulary: int) -> Found:
-    """Goals: what fp32 logits, their gradient in bf16 and an fp32 dW reach on a CPU, and 30 %."""
+def check_head(device: torch.device, rows: int, size: int, vocabulary: int) -> Found:
+    """Goals of dH and dW: 1.3 times the errors of a CPU, with only the logits' gradient in bf16."""
     given = loss.likely_tokens(rows, size, vocabulary, device)
     exact = loss.in_float64(given)
-    terms = (exact[1] * given[3]).abs().sum()  # with signed weights the loss itself is nearly 0
+    terms = (exact[1] * given[3]).abs().sum()  # the loss itself is nearly 0: weights are signed
     for name, run in (("G9", weighted_logp_sum), ("G9_two_passes", loss.two_passes)):
         value, logps, d_hidden, d_weight = loss.step(run, given)
         errors = {
@@ -275,8 +275,8 @@ def head_in_bf16(device: torch.device, rows: int, size: int, vocabulary: int) ->
             yield f"{name}_{part}", result([error], goal, "float64")
 
 
-def decoding(device: torch.device, sizes: Sizes) -> Found:
-    """Rows are refilled, and as they end, steps of several sizes are recorded."""
+def check_decoding(device: torch.device, sizes: Sizes) -> Found:
+    """Slots are refilled; when the queue is empty, ever smaller steps are recorded."""
     from redi.eval import kernel_steps  # needs triton
 
     model = Transformer(sizes.checked).requires_grad_(False)
@@ -287,7 +287,7 @@ def decoding(device: torch.device, sizes: Sizes) -> Found:
     for name, recorded in (("recorded", kernel_steps.SIZES), ("launched", ())):
         with patch.object(kernel_steps, "SIZES", recorded):
             wrong = sum(a != b for a, b in zip(greedy(model, requests), expected))
-        yield f"G9_greedy_{name}", result([wrong], 0.0, f"of {len(requests)}: not the CPU's")
+        yield f"G9_greedy_{name}", result([wrong], 0.0, f"of {len(requests)} differ from the CPU's")
     model.bfloat16()
     answers = greedy(model, requests)
     model.float()  # the same weights
@@ -296,7 +296,7 @@ def decoding(device: torch.device, sizes: Sizes) -> Found:
         exact = forward_logits(model, [*request.prompt_ids, *answer])[-len(answer) - 1 : -1]
         chosen = exact.gather(1, torch.tensor(answer, device=device)[:, None])[:, 0]
         gaps.append((exact.amax(dim=1) - chosen).max().item())
-    yield "G9_decode_bf16", result([max(gaps)], 0.5, "nats of a chosen token below the best")
+    yield "G9_decode_bf16", result([max(gaps)], 0.5, "nats: a chosen token below the best")
 
 
 def greedy(model: Transformer, requests: list[Request]) -> list[list[int]]:
@@ -306,7 +306,7 @@ def greedy(model: Transformer, requests: list[Request]) -> list[list[int]]:
 
 @torch.no_grad()
 def forward_logits(model: Transformer, tokens: list[int]) -> Tensor:
-    """(T, V) of a text from the training forward, in the dtype of the weights."""
+    """(T, V) of a text, by the forward pass of training, in the dtype of the weights."""
     weight, count = model.output_weight, len(tokens)
     ends = torch.tensor([0, count], dtype=torch.int32, device=weight.device)
     attend = partial(packed_attention, cu_seqlens=ends, lengths=[count])
@@ -329,7 +329,7 @@ HEAD_GOALS = {"Liger": ("G1", 0.75), "Liger_mean": ("G1_mean", 1.0)}
 
 
 def head_loss(device: torch.device, sizes: Sizes) -> Found:
-    """Bytes are over the inputs, and contain both gradients, in bf16, for everybody."""
+    """Bytes are those beyond the inputs; every variant's contain both gradients, in bf16."""
     count, config = sizes.head_rows, sizes.model
     draw = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     hidden = torch.randn(count, config.hidden_size, dtype=torch.bfloat16, **draw)
@@ -352,16 +352,16 @@ def head_loss(device: torch.device, sizes: Sizes) -> Found:
         yield key, result(ratios, goal, name)
     peaks = {name: peak(work, device) for name, work in works.items()}
     for name, taken in seconds.items():
-        name, goals = ("", (75.0, 2.8)) if name == "ours" else (f"_{name}", (None, None))
-        yield f"G1{name}_ms", result([1e3 * each for each in taken], goals[0], "milliseconds")
-        yield f"G2{name}_gib", result([peaks[name[1:] or "ours"] / 2**30], goals[1], "GiB")
+        suffix, goals = ("", (75.0, 2.8)) if name == "ours" else (f"_{name}", (None, None))
+        yield f"G1{suffix}_ms", result([1e3 * each for each in taken], goals[0], "milliseconds")
+        yield f"G2{suffix}_gib", result([peaks[name] / 2**30], goals[1], "GiB")
     yield "G1_share", result(shares, None, "790 TFLOP/s, three matmuls")
     if peaks.get("plain"):
         yield "G2", result([peaks["ours"] / peaks["plain"]], 0.10, "plain")
 
 
 def agrees(name: str, run: Callable, given: loss.Given, expected: loss.Outcome) -> bool:
-    """Whether a peer runs here, and has our gradients; many of them add up dW in bf16."""
+    """Whether a peer runs here and its gradients are ours, within 10 %: many add up dW in bf16."""
     try:
         outcome = loss.step(run, given)
         errors = [loss.relative_error(a, b) for a, b in zip(outcome[2:], expected[2:])]
@@ -377,7 +377,7 @@ def agrees(name: str, run: Callable, given: loss.Given, expected: loss.Outcome) 
 
 @dataclass
 class StepTimes(Usage):
-    """When each step of decoding began, and its rows."""
+    """When the host had launched each decode step, and its rows."""
 
     times: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -392,8 +392,8 @@ def inference_model(config: ModelConfig, device: torch.device) -> Transformer:
     return random_model(config, device).bfloat16().requires_grad_(False)
 
 
-def decode(device: torch.device, sizes: Sizes) -> Found:
-    """G7: tokens/s over a step that reads weights, keys and values once at the speed of a copy."""
+def decode_speed(device: torch.device, sizes: Sizes) -> Found:
+    """G7: tokens/s over those of a step that only reads weights, keys and values, at copy speed."""
     model, config = inference_model(sizes.model, device), sizes.model
     count = 2**31 if device.type == "cuda" else 2**20  # bytes
     source, target = torch.zeros(2, count, dtype=torch.uint8, device=device)
@@ -422,8 +422,8 @@ def decode(device: torch.device, sizes: Sizes) -> Found:
 
 
 def beside_transformers(device: torch.device, sizes: Sizes) -> Found:
-    """Over `generate` on a batch of texts of the same law, padded on the left, and on a batch of
-    equally long ones, which suits it best. Keys and values are random: only steps are timed."""
+    """Our tokens/s over those of `generate`: on texts of the same law, padded on the left (HF), and
+    on equally long ones, which suit it best (HF_even). Keys and values are random numbers."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(**inputs.config_json(sizes.model))
@@ -448,7 +448,7 @@ def beside_transformers(device: torch.device, sizes: Sizes) -> Found:
 
 
 def evaluation(device: torch.device, sizes: Sizes) -> Found:
-    """G8. Left out: loading, the queue that empties at the end, grading."""
+    """G8. Left out: loading, the end when slots stay empty, grading."""
     model, usage = inference_model(sizes.model, device), StepTimes()
     median = MEDIAN_ANSWER * sizes.pack_tokens / law.LONGEST_TRACE
     requests = inputs.requests_under_way(sizes.model, sizes.texts, median, PROMPT)
@@ -469,7 +469,7 @@ def evaluation(device: torch.device, sizes: Sizes) -> Found:
 
 def beside_trl(device: torch.device, sizes: Sizes, ours: str, goal: float) -> Found:
     """TRL's trainer (bench/trainer.py) in bf16 autocast with torch's SDPA: SFT with packing, or DPO
-    on a pair at a time, which is the least padding. It keeps all activations if they fit."""
+    with one pair per batch, which pads least. Activation checkpointing only if memory runs out."""
     paired, ends, counted = ours == "G5", [], []
     sides = ("chosen", "rejected") if paired else ("completion",)
     rows = sizes.pair_lengths() if paired else sizes.traces()[:, None]
@@ -513,14 +513,14 @@ class Part:
 
 
 PARTS = {
-    "G0": Part(runs, 60),
-    "G9": Part(right, 90),
-    "G4": Part(partial(training, name="G4"), 70),
-    "G5": Part(partial(training, name="G5"), 70),
-    "G5_DPO": Part(partial(training, name="G5_DPO"), 70),
+    "G0": Part(first_steps, 60),
+    "G9": Part(check, 90),
+    "G4": Part(partial(train_speed, name="G4"), 70),
+    "G5": Part(partial(train_speed, name="G5"), 70),
+    "G5_DPO": Part(partial(train_speed, name="G5_DPO"), 70),
     "G6": Part(peaks, 80),
     "G1": Part(head_loss, 100),
-    "G7": Part(decode, 120),
+    "G7": Part(decode_speed, 120),
     "G8": Part(evaluation, 80),
     "G4_TRL": Part(partial(beside_trl, ours="G4", goal=1.5), 150),
     "G5_TRL": Part(partial(beside_trl, ours="G5", goal=2.5), 150),
@@ -528,7 +528,7 @@ PARTS = {
 
 
 def run_part(name: str, device: torch.device, sizes: Sizes) -> None:
-    """Print each result and write it to disk when it is measured."""
+    """Print each result, and write it to disk, as soon as it is measured."""
     for key, entry in PARTS[name].run(device, sizes):
         numbers = "".join(f"{entry[column]:>11.4g}" for column in ("median", "min", "max"))
         sign = ">=" if key in AT_LEAST else "<="
@@ -551,8 +551,8 @@ def missed(key: str, entry: dict[str, Any]) -> bool:
 
 
 def in_process(command: list[str], seconds: float) -> str:
-    """Run a part's command; -> why it failed, "" if it did not."""
-    # A session of its own, so that compilers it has started end with it.
+    """Run a part's command. Returns why it failed, or ""."""
+    # A session of its own, so that compilers which it started are killed with it.
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
         status = process.wait(seconds)
@@ -566,13 +566,13 @@ def in_process(command: list[str], seconds: float) -> str:
 
 
 def run_all(total: float = TOTAL_SECONDS) -> int:
-    """Every part as a process; -> exit status."""
+    """Run every part as a process. Returns the exit status."""
     measure.save("gpu", {})
     failed, ends = [], time.monotonic() + total
     for name, part in PARTS.items():
         left = min(part.seconds, ends - time.monotonic())
         if left < min(LEAST_SECONDS, part.seconds):
-            print(f"\n{name}: skipped: the time is over", flush=True)
+            print(f"\n{name}: skipped: no time is left", flush=True)
             continue
         print(f"\n{name}", flush=True)
         if why := in_process([sys.executable, "-m", "bench.gpu", name], left):
@@ -587,7 +587,7 @@ def run_all(total: float = TOTAL_SECONDS) -> int:
 def main() -> None:
     if not torch.cuda.is_available():
         raise UserError("no CUDA device: bench.gpu measures on a GPU; the other benches do not")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end the part
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that in_process kills the part
     if not sys.argv[1:]:
         print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}", flush=True)
         sys.exit(run_all())

@@ -9,8 +9,8 @@ its default chunk, 256 rows here. The peers:
     checkpoint       TRL 1.4 to 1.9 (April to July 2026), SFT's default loss there: chunks of 256
                      rows (ours here too), each under torch.utils.checkpoint
     TRL 1.16         its ChunkedLogProbFunction, which computes all its log-probs: tiles of 4096
-                     rows by 32,768 words, formed again in backward; any token weights. On a CPU
-                     it folds tiles in torch, on CUDA in Triton (bench/gpu.py)
+                     rows by 32,768 words, computed again in backward; any token weights. On a
+                     CPU it reduces tiles in torch, on CUDA in Triton (bench/gpu.py)
     torch none, sum  F.linear_cross_entropy of torch 2.13, at our chunk and at its own default.
                      "sum" has one weight for all tokens, so it is no way to train REDI; ours is
                      compared with it at weights of -1
@@ -23,11 +23,11 @@ its default chunk, 256 rows here. The peers:
                  underflow must cost nothing
 
 Outputs and gradients of all variants are compared in the same run; a difference ends it. Memory is
-the peak over the inputs, each variant in a process of its own. Time is user and system CPU seconds
+the peak beyond the inputs, each variant in its own process. Time is user and system CPU seconds
 of this process, variants interleaved. Much of plain's time is system: it takes three fresh mappings
-of 512 MB from the kernel every step. So that this is not mistaken for arithmetic, the table has
-both columns, and C2, C3 and C3_TRL are measured again with an allocator that keeps its memory
-("warm").
+of 512 MB from the kernel every step. So that this is not mistaken for arithmetic, the table shows
+user and system time, and C2, C3 and C3_TRL are measured again with an allocator that keeps its
+memory ("warm").
 """
 
 import json
@@ -126,7 +126,7 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
 
 
 def liger_mean(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
-    """One weight for all tokens and 3 matmuls: no way to train REDI."""
+    """One weight for all tokens, so no way to train REDI. It needs only three matmuls."""
     from liger_kernel.functional import fused_linear_cross_entropy
 
     return fused_linear_cross_entropy(hidden, weight, targets, impl="nvidia-triton")[0], None
@@ -147,7 +147,7 @@ if IN_TORCH:
         SUM: partial(in_torch, reduction="sum", chunk=CHUNK),
         SUM_DEFAULT: partial(in_torch, reduction="sum", chunk=None),
     }
-COMPARED = {  # name -> ours, the peer, the goal; shown beside: the peer at its own default
+COMPARED = {  # name -> ours, the peer, the goal
     "C2": (ONE_PASS, PLAIN, 0.60),
     "C3": (ONE_PASS, CHECKPOINT, 0.55),
     "C3_TRL": (ONE_PASS, TRL, 0.80),
@@ -177,7 +177,7 @@ def inputs(rows: int = R, std: float = 1.1) -> Given:
 
 
 def step(run: Run, given: Given) -> Outcome:
-    """Forward and backward; the gradients are taken away, so that no step adds to another's."""
+    """Forward and backward; no gradient stays in .grad, where the next step would add to it."""
     loss, logps, *_ = run(*given)
     d_hidden, d_weight = torch.autograd.grad(loss, given[:2])
     return loss.detach(), None if logps is None else logps.detach(), d_hidden, d_weight
@@ -222,7 +222,7 @@ def ratios(seconds: Seconds, ours: str, peer: str) -> list[float]:
 
 
 def wide_logits() -> list[float]:
-    """Seconds of both kernels at a standard deviation of 20 over those at 3."""
+    """Time of both kernels with logits of a standard deviation of 20 over that of 3."""
     given = {std: inputs(R // 4, std) for std in (3.0, 20.0)}
     runs = {
         f"{name} {std}": partial(step, VARIANTS[name], given[std])
@@ -310,7 +310,7 @@ def measured(title: str, compared: dict, names: list[str], peaks: dict[str, int]
 
 
 def warm() -> dict[str, dict]:
-    """C2 and C3 again, in a process with the other allocator; its table goes to our terminal."""
+    """COMPARED_WARM, in a process whose allocator keeps its memory; prints its table."""
     run = subprocess.run(
         [sys.executable, "-m", "bench.loss", "warm"],
         env={**os.environ, "GLIBC_TUNABLES": WARM},
@@ -327,7 +327,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if sys.argv[1:2] == ["memory"]:
         run = VARIANTS[sys.argv[2]]
-        step(run, inputs(rows=8))  # libraries make their own buffers once
+        step(run, inputs(rows=8))  # so that libraries have allocated their own buffers
         given = inputs()
         print(peak_bytes(partial(step, run, given)))
         return

@@ -34,15 +34,14 @@ def packed_attention(
 
 
 def _per_document(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda:  # torch's fused kernels for fp32 take no groups of heads
-        key, value, grouped = *_for_each_query_head(query, key, value), False
+    if query.is_cuda and query.shape[1] != key.shape[1]:  # torch's fused fp32 kernels take no GQA
+        key, value = _repeat_heads(query, key, value)
     documents = zip(query.split(lengths), key.split(lengths), value.split(lengths))
     outputs = [
         F.scaled_dot_product_attention(
             *(part.transpose(0, 1)[None] for part in document),  # (1, heads, L, d)
             is_causal=True,
-            enable_gqa=grouped,
+            enable_gqa=query.shape[1] != key.shape[1],
         )[0].transpose(0, 1)
         for document in documents
     ]
@@ -57,14 +56,14 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longe
         if _takes_gqa():
             grouped = {"enable_gqa": True}
         else:  # torch 2.11
-            key, value = _for_each_query_head(query, key, value)
+            key, value = _repeat_heads(query, key, value)
     lengths = (cu_seqlens, cu_seqlens, longest, longest)
     causal = (-1, 0)  # attend to every token before, to none after
     return varlen_attn(query, key, value, *lengths, window_size=causal, **grouped)
 
 
-def _for_each_query_head(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Copies of key and value in which every query head has its own key/value head (T, H, d)."""
+def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Key and value (T, H, d): each of the K heads repeated for the query heads that share it."""
     group = query.shape[1] // key.shape[1]
     return [t.repeat_interleave(group, dim=1) for t in (key, value)]
 

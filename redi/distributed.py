@@ -43,7 +43,7 @@ class World:
     device: torch.device
     local_world_size: int = 1  # ranks on this node
     timeout: timedelta = timedelta(minutes=30)  # how long ranks wait for each other
-    patient: dist.ProcessGroup | None = None  # all ranks, waiting without a limit
+    patient: dist.ProcessGroup | None = None  # all ranks, which wait up to a year
 
     @property
     def is_local_rank_zero(self) -> bool:
@@ -59,14 +59,14 @@ def start(timeout_minutes: float) -> World:
 
     timeout_minutes: how long a rank waits for the others before it gives up. From here on only
     rank 0 writes to stdout. Raises UserError if nodes run different numbers of processes, or this
-    one more processes than it has GPUs.
+    node runs more processes than it has GPUs.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    # Packs differ in length: without this, a freed block is of no use to a tensor a little larger.
+    # Packs differ in length: without this, a freed block cannot hold a slightly larger tensor.
     # Torch reads the variable at the first allocation.
     if cuda and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -227,7 +227,7 @@ def wait_for_all(world: World) -> None:
 
 
 def all_ranks_ok(ok: bool, world: World, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether something succeeded on every rank. All ranks must call it. group: of all ranks."""
+    """Whether something succeeded on every rank. All ranks must call it; `group` holds them all."""
     failed = torch.tensor(0.0 if ok else 1.0)
     if world.world_size > 1:
         dist.all_reduce(failed, group=group)
@@ -237,8 +237,8 @@ def all_ranks_ok(ok: bool, world: World, group: dist.ProcessGroup | None = None)
 @contextmanager
 def local_rank_zero_first(world: World) -> Iterator[None]:
     """Run the body on rank 0 of every node, then on the other ranks, which find its files on disk.
-    They wait without a limit, because downloading and tokenizing take as long as they take. If the
-    body fails on any node, all other ranks exit with status 2."""
+    Those ranks wait up to a year, because downloading and tokenizing may take long. If the body
+    fails on any node, all other ranks exit with status 2."""
     if not world.is_local_rank_zero and not all_ranks_ok(True, world, world.patient):
         sys.exit(2)  # the rank that failed reports why
     ok = False
@@ -250,7 +250,7 @@ def local_rank_zero_first(world: World) -> Iterator[None]:
             sys.exit(2)
 
 
-# gloo raises RuntimeError and NCCL DistBackendError whatever happens. Their words for a lost rank:
+# Every failure is a RuntimeError in gloo, a DistBackendError in NCCL; these texts mean a lost rank.
 LOST = re.compile(
     "gloo/transport/.*(closed|reset by peer|refused|[Bb]roken pipe|[Tt]imed? ?out)"
     "|remote process exited|collective operation timeout|store->get"
@@ -259,17 +259,16 @@ LOST = re.compile(
 
 @contextmanager
 def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
-    """Turn the error a rank gets when another one died, or stalls in an exchange by gloo, into a
-    RankError. A rank that waits for NCCL is different: torch's watchdog aborts its process when the
-    timeout is over.
+    """Turn the error that a rank gets when another one has died, or does not answer over gloo, into
+    a RankError. While it waits for NCCL it gets none: after the timeout, torch aborts the process.
 
     After the body, leave the process group: gloo's threads often abort a process that exits right
     after an exchange, and torchrun would then stop the ranks that are still working. After an error
-    only a single process leaves it: several would wait for those that are gone.
+    only a single process leaves it: several would wait for the ranks that are gone.
 
     timeout: how long `start` lets ranks wait, in words."""
     several = world.world_size > 1
-    leaving = not dist.is_initialized()  # a single process: `shard` creates a group for it
+    leaving = not dist.is_initialized()  # a single process, for which `shard` creates a group
     try:
         yield
         leaving |= several

@@ -140,7 +140,7 @@ def _exponentials(
     products = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        # A mask that could differ between neighbors would cost 4 loads of 4 bytes for one of 16.
+        # A mask that may differ between neighbors would turn a load of 16 bytes into 4 of 4 bytes.
         z = tl.load(logits + index, mask=index < vocabulary, other=-float("inf"))
         z = tl.where(index == target, -float("inf"), z)
         larger = tl.maximum(maxima, z)

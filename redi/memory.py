@@ -97,14 +97,14 @@ def step_memory(model: Transformer, tokens: int, world: World, dtype: torch.dtyp
 
 
 def check_blocks(setting: str, blocks: int) -> None:
-    """Raise UserError unless `setting` is a --checkpoint-blocks for a model of so many blocks."""
+    """Raise UserError unless `setting` is a --checkpoint-blocks for a model of `blocks` blocks."""
     if setting not in ("auto", "all", "none", *map(str, range(blocks + 1))):
         raise UserError(f"--checkpoint-blocks {setting}: expected auto, all, none or 0 to {blocks}")
 
 
 def blocks_to_checkpoint(setting: str, memory: StepMemory) -> int:
-    """How many blocks to checkpoint, for a setting that `check_blocks` accepts. "auto": as few as
-    the planned memory allows."""
+    """How many blocks to checkpoint, for a setting that `check_blocks` accepts. "auto": the fewest
+    that fit the planned memory."""
     if setting.isdecimal():
         return int(setting)
     fitting = (n for n in range(memory.blocks + 1) if memory.total(n) <= memory.planned)

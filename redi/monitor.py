@@ -86,7 +86,7 @@ class StepSums:
         scalars: are summed too. Raises RuntimeError for a log-prob above 0 (a broken kernel)."""
         vector = torch.cat([self.vector, self.vector.new_zeros(len(scalars))])
         for i, scalar in enumerate(scalars, start=len(self.vector)):
-            vector[i].fill_(scalar)  # vector[i] = number would be a blocking copy
+            vector[i].fill_(scalar)  # vector[i] = scalar would make the host wait
         sum_over_ranks(vector, self.data.world)
         parts = [part.numpy() for part in vector.cpu().split([*self.sizes, len(scalars)])]
         [loss], largest, logp_sums, entropy_sums, sums = parts
@@ -208,7 +208,7 @@ def watch(guard: CollapseGuard, step: int, record: dict[str, Any], checkpoints: 
 # for what activation checkpointing runs again. Attention counts per document: a pack of sixteen
 # traces of 2k tokens does a sixteenth of the attention of one trace of 32k.
 
-# Dense bf16 FLOP/s from the data sheets, by a part of the device's name; the first that matches.
+# Dense bf16 FLOP/s from the data sheets, by a part of the device's name. The first match counts.
 PEAK_FLOPS = {
     "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12,

@@ -139,8 +139,8 @@ class PackedBatch:
 
 
 def to_device(values: Tensor | np.ndarray | Sequence, device: torch.device) -> Tensor:
-    """Values of the host as a tensor on the device. Only a copy from pinned memory lets the host go
-    on while the device still works on what was launched before."""
+    """Copy values of the host to a tensor on the device. With any but pinned memory the host would
+    wait for the work that was launched before."""
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -171,7 +171,7 @@ def pack(
     sequences: list[TokenSequence], weights: Tensor, reference: Tensor | None = None
 ) -> PackedBatch:
     """Concatenate sequences. weights (S,): the weight of each sequence's supervised tokens.
-    reference (N, 2): the reference model's log-prob sums of all pairs; sequences are pairs then.
+    reference (N, 2): the reference model's log-prob sums of all pairs; then sequences are pairs.
 
     An empty list gives an empty pack: one token, not supervised. Raises ValueError for a sequence
     without a prompt: the document before it would predict its first token.

@@ -51,7 +51,7 @@ Score = Callable[[Transformer, int], dict[str, float]]  # (model, step) -> what 
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only, as in the authors' library."""
+    """AdamW with weight decay on matrices only (the authors' code also decays the final norm)."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

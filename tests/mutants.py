@@ -21,7 +21,7 @@ RANKS = "tests/test_ranks.py::test_ranks_together_give_the_loss_and_gradients_of
 CUDA = "tests/test_cuda_without_a_gpu.py"
 STEP = f"{CUDA}::test_a_training_step_waits_once_and_exchanges_each_block_once"
 SFT_STEP, DPO_STEP = (f"{STEP}[train-step objective={o} world_size=8]" for o in ("sft", "dpo"))
-GENERATE = f"{CUDA}::test_a_captured_decode_step_asks_the_device_nothing[generate]"
+GENERATE = f"{CUDA}::test_a_captured_decode_step_never_waits_for_the_device[generate]"
 COMPILE = (
     f"{CUDA}::test_kernels_fit_the_gpu_spill_nothing_and_load_16_bytes_at_a_time"
     "[compile capability=90]"

@@ -63,7 +63,7 @@ def test_a_wrong_head_is_seen(monkeypatch):
         (lambda loss, logps, _: (loss * 1.01, logps), {"G9_loss", "G9_dH", "G9_dW"}),
     ):
         monkeypatch.setattr(gpu, "weighted_logp_sum", lambda *given, w=wrong: w(*right(*given)))
-        found = dict(gpu.head_in_bf16(CPU, rows=64, size=64, vocabulary=500))
+        found = dict(gpu.check_head(CPU, rows=64, size=64, vocabulary=500))
         assert {key for key, entry in found.items() if missed(key, entry)} >= seen
 
 
@@ -74,7 +74,7 @@ def test_attention_that_leaks_between_documents_and_a_late_position_are_seen(mon
         return attention(query, key, value, cu_seqlens, [sum(lengths)])
 
     monkeypatch.setattr("redi.model.packed_attention", leaks)
-    found = dict(gpu.small_model(CPU, TINY))
+    found = dict(gpu.check_model(CPU, TINY))
     assert missed("G9_packed_logps", found["G9_packed_logps"])
     monkeypatch.undo()
     hidden = Decoder.hidden
@@ -83,7 +83,7 @@ def test_attention_that_leaks_between_documents_and_a_late_position_are_seen(mon
         return hidden(self, tokens, positions + 1, attend)
 
     monkeypatch.setattr(Decoder, "hidden", late)
-    found = dict(gpu.decoding(CPU, TINY))
+    found = dict(gpu.check_decoding(CPU, TINY))
     assert missed("G9_decode_bf16", found["G9_decode_bf16"])
 
 
@@ -203,13 +203,13 @@ def test_failures_and_wrong_numbers_show_in_the_exit_status(
         measure.save("gpu", {key: result([value], {"G1_ms": 75.0}.get(key, 1.0), "x")})
         return ""
 
-    monkeypatch.setattr(gpu, "PARTS", {key: Part(gpu.runs, 90), "G8": Part(gpu.runs, 90)})
+    monkeypatch.setattr(gpu, "PARTS", {key: Part(gpu.check, 90), "G8": Part(gpu.check, 90)})
     monkeypatch.setattr(gpu, "in_process", in_process)
     ticks = iter([0.0, 0.0, 100.0])  # the second part would begin after the end
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(ticks))
     assert run_all(total=110.0) == status
     out = capsys.readouterr().out
-    assert "G8: skipped: the time is over" in out
+    assert "G8: skipped: no time is left" in out
     assert out.endswith(last + "\n")
 
 

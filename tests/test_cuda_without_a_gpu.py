@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable(
 
 # ---------------------------------------------------------------- what is expected
 
-# Every place where the host waits for the device, and in training how often in a step.
+# Every place where the host waits for the device: in training with the number of waits in a step.
 TRAINING_WAITS = {"monitor.StepSums.gather: copy to the host": 1}
 GENERATION_WAITS = {
     "kernel_steps.KernelSteps.__init__: copy from memory that is not pinned",  # once
@@ -32,7 +32,7 @@ GENERATION_WAITS = {
 GATHERING_WAITS = {"folder._gather: copy to the host": 12 * LAYERS + 2}  # per tensor
 
 # What ranks exchange in a step: each block and the root is gathered once and its gradients are
-# reduced once; then the gradient's norm and the step's statistics.
+# reduced once; the gradient's norm and the step's statistics are summed.
 EXCHANGED = {
     "allgather_base": LAYERS + 1,
     "reduce_scatter_base": LAYERS + 1,
@@ -67,7 +67,7 @@ KERNELS = [
     for size in ("", " batch=1 width=1")  # Triton makes an integer of 1 a constant
 ]
 SHARED_MEMORY = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10}  # bytes that a block can have
-WIDE_LOADS = [2, 4]  # of _row: 4,096 logits, 512 threads, without the gradient and with it
+WIDE_LOADS = [2, 4]  # of _row: a thread loads 8 fp32 logits of a block; twice with the gradient
 
 
 # ---------------------------------------------------------------- cases, in a process without a GPU
@@ -79,7 +79,7 @@ def slow(cases) -> list:
 
 @pytest.fixture(scope="module")
 def results(request) -> dict[str, dict]:
-    """Of all selected cases, from one process: imports take longer than most cases."""
+    """Case -> its result, from one process for all: imports take longer than most cases."""
     selected = [item for item in request.session.items if item.path == request.path]
     cases = dict.fromkeys(item.callspec.params["case"] for item in selected)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -134,7 +134,7 @@ def test_evaluation_and_gathering_between_steps(case, result):
 
 
 @pytest.mark.parametrize("case", ["generate"])
-def test_a_captured_decode_step_asks_the_device_nothing(case, result):
+def test_a_captured_decode_step_never_waits_for_the_device(case, result):
     assert result["completed"] == 3
     assert [capture["waits"] for capture in result["captures"]] == [[], []]  # of 2 rows and of 1
     assert all(capture["launches"] == 2 * LAYERS for capture in result["captures"])

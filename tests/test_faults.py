@@ -147,11 +147,9 @@ def test_a_second_failed_save_in_a_row_ends_the_run_on_all_ranks(together):
     cause = "(rank 0: OSError: [Errno 28] No space left on device: 'run/checkpoints/.writing-00000"
     assert warning.startswith(f"warning: the checkpoint of step 2 could not be saved {cause}2")
     assert error.startswith(
-        f"error: run/checkpoints: the checkpoints of two saves in a row could not be saved {cause}4"
+        f"error: run/checkpoints: two checkpoints in a row could not be saved {cause}4"
     )
-    assert error.endswith(
-        "; newest checkpoint: none; once that is mended, the same command resumes"
-    )
+    assert error.endswith("; newest checkpoint: none; once that is fixed, the same command resumes")
     assert both[1].errors == ""
     assert os.listdir("run/checkpoints") == []
     for rank in ranks(together, SFT, None, None):

@@ -17,7 +17,8 @@ from mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 COPIED = (
-    "redi", "tests", "recipes", "train_sft.py", "train_redi.py", "evaluate.py", "pyproject.toml",
+    "redi", "bench", "tests", "recipes", "train_sft.py", "train_redi.py", "evaluate.py",
+    "pyproject.toml",
 )  # fmt: skip
 ALL_PASSED, SOME_FAILED = 0, 1  # exit statuses of pytest
 

@@ -40,13 +40,13 @@ made, here = test_train.made, test_train.here  # fixtures: the student and its r
 
 
 class Bomb:
-    """Unpickled, it creates the folder RAN in the current one."""
+    """Creates the folder RAN when it is unpickled."""
 
     def __reduce__(self) -> tuple:
         return os.mkdir, ("RAN",)
 
 
-BOMB = pickle.dumps(Bomb()) + b"\n"  # a whole line, where a reader wants lines
+BOMB = pickle.dumps(Bomb()) + b"\n"  # also a whole line, for readers of lines
 
 
 # ---------------------------------------------------------------- planted
@@ -75,7 +75,7 @@ PLANT: dict[str, Callable[[Path], object]] = {
 
 
 def checkpoint(path: Path) -> None:
-    """The file is in a checkpoint whose hashes are right, in the format that had such files."""
+    """Read the file as part of a checkpoint with the right hashes; format 2 had a .metadata."""
     state = {"format": 2 if path.name == ".metadata" else 3, "facts": {}, "ranks": 1}
     state["sha256"] = {path.name: hash_files([path])}
     (path.parent / "state.json").write_text(json.dumps(state))
@@ -84,7 +84,7 @@ def checkpoint(path: Path) -> None:
 
 
 def model(path: Path) -> None:
-    """The file is in a model folder; a pytorch_model.bin in place of the weights."""
+    """Read the file as part of a model folder; a pytorch_model.bin replaces the weights."""
     for original in Path("student").iterdir():
         is_replaced = path.name == "pytorch_model.bin" and original.suffix == ".safetensors"
         if original.name != path.name and not is_replaced:
@@ -165,7 +165,7 @@ def test_a_planted_pickle_would_run_if_it_were_read(here):
 
 
 def report_unpickling() -> None:
-    """In a child, write to stderr whenever a pickle names what to import."""
+    """In a child process, write to stderr whenever a pickle imports something."""
 
     def look(event: str, arguments: tuple) -> None:
         if event == "pickle.find_class":
@@ -188,7 +188,7 @@ UNPICKLE = {
 }  # fmt: skip
 
 
-def test_no_file_of_redi_uses_what_unpickles():
+def test_no_file_of_redi_uses_a_function_that_unpickles():
     found = []
     for path in ROOT.glob("redi/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

@@ -8,8 +8,8 @@ Every rank writes its own rows and reads its rows from the files of any number o
 the learning rate and the position in the data are functions of the step, so they are not saved. A
 checkpoint is written under another name, flushed to disk and renamed. A damaged checkpoint is
 skipped, and a failed save does not end the run: both are warnings. A second failed save in a row
-ends it. Safetensors, unlike torch.save and torch.distributed.checkpoint, hold no pickles, which can
-run code. Left out: asynchronous saves. Every 200 steps, a save takes well under 1 % of the time.
+ends it. The files hold no pickles, which can run code: torch.save and torch.distributed.checkpoint
+write some. Left out: asynchronous saves. Every 200 steps, a save takes well under 1 % of the time.
 """
 
 import json
@@ -73,34 +73,36 @@ class Checkpoints:
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Write the checkpoint of `step`. Returns whether it succeeded; a failure is a warning.
-        Raises UserError if the save before failed too."""
+        Raises UserError if the previous save failed too."""
         aside = self.folder / f".writing-{step:06d}"
         hashes, failure = self._on_all_ranks(lambda: self._write(aside, model, optimizer))
         if not failure:
             _, failure = self._on_all_ranks(lambda: self._publish(aside, step, hashes))
         self.failed = self.failed + 1 if failure else 0
-        if failure and self.world.rank == 0:
+        if not failure:
+            return True
+        if self.world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         newest = f"step {self.steps()[0]}" if self.steps() else "none"
-        failure = f"could not be saved ({failure}); newest checkpoint: {newest}"
+        what = f"could not be saved ({failure}); newest checkpoint: {newest}"
         if self.failed > 1:
             raise UserError(
-                f"{self.folder}: the checkpoints of two saves in a row {failure}; once that is "
-                "mended, the same command resumes"
+                f"{self.folder}: two checkpoints in a row {what}; once that is fixed, the same "
+                "command resumes"
             )
-        if self.failed and self.world.rank == 0:
-            warning = f"warning: the checkpoint of step {step} {failure}; training continues"
+        if self.world.rank == 0:
+            warning = f"warning: the checkpoint of step {step} {what}; training continues"
             print(warning, file=sys.stderr)
-        return not self.failed
+        return False
 
     def _on_all_ranks(self, action: Callable[[], str]) -> tuple[list[str], str]:
-        """What `action` returns on each rank, and the error of the first rank where it fails."""
+        """(what `action` returns on each rank, the first rank's error or "")."""
         result, failure = "", ""
         try:
             result = action()
         except Exception as error:
             if self.failed and not isinstance(error, (OSError, UserError)):
-                raise  # a bug, most likely: its traceback says more than a line
+                raise  # most likely a bug: show its traceback, not one line
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             failure = one_line(f"{kind}{error}")
         ranks = [(result, failure)] * self.world.world_size
@@ -189,7 +191,7 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
                 f"{folder}: written by another version of redi; finish or export the run with that "
                 "version, or begin it again with --resume never"
             )
-        _ = dict(state["facts"]), max(state["sha256"])  # fails if these are damaged
+        _ = dict(state["facts"]), max(state["sha256"])  # fails if damaged or empty
         for name, sha256 in list(state["sha256"].items())[rank::world_size]:
             if hash_files([folder / name]) != sha256:
                 return f"{name} has changed since it was written"

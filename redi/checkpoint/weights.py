@@ -2,7 +2,7 @@
 
 `check_weights` reads only the headers: every tensor must be there with the right shape, and no
 other tensor. `fill` copies the numbers into a model: on every rank, the rows of its own shards.
-`write_rows` writes these rows for a checkpoint, and `read_rows` reads them on any number of ranks.
+`write_rows` writes a rank's rows for a checkpoint; `read_rows` reads them on any number of ranks.
 Left out: .bin and .pt files (unpickling runs code), quantized weights.
 """
 
@@ -74,13 +74,13 @@ def fill(model: Transformer, folder: Path) -> None:
 
 @torch.no_grad()
 def read_rows(files: list[Path], tensors: dict[str, Tensor]) -> None:
-    """Fill this rank's rows of `tensors`. A tensor may be cut by rows over several files, in order.
+    """Fill this rank's rows of `tensors`. The rows of a tensor may lie in several files, in order.
     Raises UserError if a file is broken or a tensor is not complete."""
     seen = dict.fromkeys(tensors, 0)  # rows
     for _, name, stored in stored_tensors(files):
         if name in tensors:
             shard, rows = local_shard(tensors[name]), stored.get_shape()[0]
-            # The file's first row, counted from the first row of the shard.
+            # Where the file's rows begin, counted from the first row of the shard.
             start = seen[name] - first_row(tensors[name])
             begin, end = max(start, 0), min(start + rows, len(shard))
             if begin < end:
@@ -95,7 +95,7 @@ def read_rows(files: list[Path], tensors: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def write_rows(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write this rank's rows of `tensors` as safetensors and flush them to disk. Returns the file's
-    sha256. One tensor at a time is copied to the host; safetensors.torch.save_file copies all.
+    sha256. Copies one tensor at a time to the host; safetensors.torch.save_file copies all.
     Raises UserError if the file cannot be written."""
     shards = {name: local_shard(tensor) for name, tensor in tensors.items()}
     header, end = {}, 0
@@ -104,7 +104,7 @@ def write_rows(path: Path, tensors: dict[str, Tensor]) -> str:
         place = {"shape": list(shard.shape), "data_offsets": [begin, end]}
         header[name] = {"dtype": DTYPE_NAMES[shard.dtype], **place}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the numbers are aligned
+    text += b" " * (-len(text) % 8)  # aligns the numbers
     numbers = (shard.reshape(-1).view(torch.uint8).cpu().numpy() for shard in shards.values())
     sha256 = hashlib.sha256()
     with write_aside(path, binary=True) as file:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from redi.config import UserError
-from redi.eval.sampling import to_device
 from redi.model import ModelConfig
+from redi.packing import to_device
 
 PAGE = 32  # tokens
 

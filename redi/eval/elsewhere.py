@@ -8,8 +8,8 @@ r"""Completions of another program: the prompts for it, and reading back what it
 
 `prompt_token_ids` are exactly what redi would read; `prompt` is the same as text, which a server
 may tokenize differently; `messages` are for an API with its own template and no prefix. A returned
-row needs `benchmark` if there are several, and may have `num_tokens`. `finish_reason` may be any of
-the words below; without it a response counts as finished, and a truncated one is recognized only by
+row needs `benchmark` if there are several, and may have `num_tokens`. `finish_reason` is one of
+FINISH_REASONS; without it a response counts as finished, and a truncated one is recognized only by
 its missing answer.
 """
 
@@ -24,13 +24,13 @@ from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Completion, Key, completions_file, read_lines, write_lines
 from redi.eval.protocol import EvalConfig, check_limit, make_prompt, user_message
 
-# What vLLM, SGLang, TGI, llama.cpp and the APIs of OpenAI, Anthropic and Google say, in lower case.
+# Of vLLM, SGLang, TGI, llama.cpp and the APIs of OpenAI, Anthropic and Google, in lower case.
 FINISH_REASONS = {
     **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn"), "stop"),
     **dict.fromkeys(("length", "limit", "max_tokens", "max_length"), "length"),
 }
 FIELDS = ("benchmark", "id", "sample", "text", "finish_reason", "num_tokens")  # of a returned row
-MOST_TOKENS = 2**31  # of one response: any more is a mistake
+MOST_TOKENS = 2**31  # of one response; a larger number is a mistake
 
 
 def export_prompts(
@@ -85,15 +85,14 @@ def read_completions(
     samples = 1 + max(sample for _, (_, sample) in found)
     complete = {}
     for test in tests:
-        # Iterators: a row may give any number as its sample.
+        # A generator, not a list: one row with a huge sample number makes `samples` huge.
         keys = ((test.name, (p.id, s)) for p in test.problems for s in range(samples))
         present = sum(name == test.name for name, _ in found)
-        if more := samples * len(test.problems) - present:
+        if missing := samples * len(test.problems) - present:
             id, sample = next(key for key in keys if key not in found)[1]
-            more -= 1
             raise UserError(
                 f"{path}: {test.name}: sample {sample} of problem {id!r} is missing"
-                + (f", and {more} more" if more else "")
+                + (f", and {missing - 1} more" if missing > 1 else "")
                 + f"; expected samples 0 to {samples - 1} of each problem"
             )
         complete[test.name] = [found[key][1] for key in keys]

@@ -78,7 +78,7 @@ def evaluate(
         check_limit([one.request.max_new_tokens for one in firsts], source, config)
     rule = answer_rule(config.prefix)
     with Grader(config.graders, config.grade_seconds, answer_from=rule) as grader:
-        graders = grader.under(config.grader)
+        graders = grader.named(config.grader)
         if first:
             for one in graders:
                 report_unreadable(one, tests)  # now, not after hours of sampling
@@ -111,11 +111,11 @@ def evaluate(
 def load_unchanged(
     config: EvalConfig, world: World, finished: bool, made_by: str | None
 ) -> tuple[Transformer, Source, dict[str, str]]:
-    """(the model, its source, on the first rank hashes of what decides an answer besides the
-    settings and the problems). The weights of a finished evaluation are not loaded.
+    """(the model, its source, hashes of its contents, which only rank 0 computes). The weights are
+    not loaded if the evaluation is finished.
 
-    Raises UserError if the evaluation in config.out began with a model of other contents. One that
-    recorded no contents cannot be checked.
+    Raises UserError if the evaluation in config.out began with a model of other contents, unless it
+    recorded no hashes.
     """
     with local_rank_zero_first(world):  # a hub id is downloaded once per node
         model, source = (open_model if finished else load_model)(config.model, made_by=made_by)

@@ -10,11 +10,11 @@ Two graders, by name:
     paper         the authors' rules (`paper_grader.py`): the last `\boxed{}`, two normal forms of
                   text, sympy. How generation ended does not matter, as in their tables.
 
-Where both look for the box (the authors know only the first rule):
+Where both look for the box (the authors' code has only the first rule):
 
     after_think   after the first `</think>`; a response without one has no answer
-    whole         for models that do not think: the same if there is a `</think>`, nowhere if there
-                  is a `<think>` that never closes, else in the whole response
+    whole         for models that do not think: in the whole response. If there is a `</think>`,
+                  after it; a response with a `<think>` that never closes has no answer
 
 Most answers are decided here, as text or as integers; the rest by processes that may be killed
 (`workers.py`). Left out: Math-Verify's own extraction, which merges neighboring boxes.
@@ -58,8 +58,8 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def answer_rule(prefix: str) -> AnswerFrom:
-    """Where to look for answers that begin with `prefix`: a model that is not made to think may
-    never write `</think>`."""
+    """The rule for answers that begin with `prefix`: without one, a model may never write
+    `</think>`."""
     return "after_think" if prefix else "whole"
 
 
@@ -125,8 +125,8 @@ class Grader:
         self.name, self.answer_from = name, answer_from
         self.pool = Pool(workers, limit_s)
 
-    def under(self, choice: GraderChoice) -> list["Grader"]:
-        """One grader, or both, that share these workers."""
+    def named(self, choice: GraderChoice) -> list["Grader"]:
+        """The grader of that name, or both; they share the workers of this one."""
         names = get_args(GraderName) if choice == "both" else [choice]
         graders = []
         for name in names:
@@ -159,7 +159,7 @@ class Grader:
         return self._settle([self._decide(*item)[1] for item in items])
 
     def marks(self, test: Benchmark, completions: Iterable[Completion]) -> list[Mark]:
-        """A mark for each completion, in their order; of their texts nothing is kept."""
+        """A mark for each completion, in their order. No text is kept."""
         answers = {problem.id: problem.answers for problem in test.problems}
         marks, decided = [], []
         for c in completions:
@@ -251,7 +251,7 @@ class RegradeConfig:
     command: Annotated[Literal["regrade"], "grade stored completions again"]
     run: Annotated[str, "folder that evaluate.py wrote"]
     grader: Annotated[
-        GraderChoice | None, "whose rules: both, math-verify or paper; none: as evaluate.py"
+        GraderChoice | None, "whose rules: both, math-verify or paper; none: those of the run"
     ] = None
     answer_from: Annotated[
         AnswerFrom | None, "after_think or whole; none: whole if the run has no prefix"
@@ -265,8 +265,8 @@ class RegradeConfig:
 
 
 def mark_run(out: Path, graders: list[Grader]) -> None:
-    """Grade every stored completion of an evaluation. Raises UserError if some are missing; then
-    earlier verdicts stay as they were."""
+    """Grade every stored completion of an evaluation. Raises UserError if some are missing,
+    before it changes any verdict on disk."""
     graded: dict[Path, list[Mark]] = {}
     for test, grader in itertools.product(asked(out), graders):
         marks = grader.marks(test, read_lines(completions_file(out, test.name), Completion))
@@ -285,8 +285,8 @@ def main() -> None:
     choice = config.grader or own
     rule = config.answer_from or answer_rule(report.settings_of(out).get("prefix", "<think>\n"))
     with Grader(config.graders, config.grade_seconds, answer_from=rule) as grader:
-        mark_run(out, grader.under(choice))
-    if choice != own == "both":  # its report shows these verdicts too
+        mark_run(out, grader.named(choice))
+    if own == "both" and choice != own:  # the run's own report shows these verdicts too
         report.write(out)
     written = report.write(out, choice)
     print(tables.summary(written), f"saved {report.folder(out, choice)}/report.md", sep="\n")

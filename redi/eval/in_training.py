@@ -4,7 +4,7 @@ The engine samples from the weights in training. Sharded weights are gathered me
 samples and grades its share of the completions, and the counts are summed. The random numbers are
 the same every time, so two scores of a run differ by the model alone.
 
-The prompt is the problem as in training, without the paper's evaluation prompt, an answer may be as
+The prompt is the problem as in training, without the paper's evaluation prompt. An answer may be as
 long as a training response, and Math-Verify's rules grade it. The curve shows where training goes;
 the scores to report come from evaluate.py. Left out: keeping the completions; evaluate a checkpoint
 for that.
@@ -75,8 +75,8 @@ def prepare(config: TrainConfig, source: Source, world: World) -> Score:
 
 @contextmanager
 def memory_lent(device: torch.device) -> Iterator[None]:
-    """Lend the body what torch's allocator caches between steps, as room for keys and values. Their
-    pages return to the device afterwards, and the peak that training logs does not count them."""
+    """Free what torch's allocator caches between steps, so that the body has room for keys and
+    values. Afterwards free these too, and leave them out of the peak that training logs."""
     if device.type != "cuda":
         yield
         return

@@ -19,7 +19,7 @@ from redi.eval.benchmarks import KNOWN, Benchmark, Problem
 from redi.eval.generate import Request
 from redi.eval.grade import GraderChoice
 
-# The paper's evaluation prompt, put before the problem, with the two spaces of its authors' code.
+# The paper's evaluation prompt, put before the problem. The authors' code has the two spaces too.
 PAPER_PROMPT = (
     "Solve the following math problem efficiently and clearly.  The last line of your response "
     "should be of the following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope "
@@ -44,7 +44,7 @@ class EvalConfig:
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.6
     top_p: Annotated[float, "mass of the nucleus"] = 0.95
     max_new_tokens: Annotated[
-        int, "longest answer, tokens: the paper's text (its code has 30720)"
+        int, "longest answer, tokens; as in the paper (the authors' code: 30720)"
     ] = 32_768
     slots: Annotated[
         int, "most completions written side by side; fewer if the cache is full", may_change

@@ -4,7 +4,7 @@ r"""Graded completions -> the numbers of a results table; `statistics.py` says w
 
 A completion that is truncated, unanswered or timed out counts as wrong; its share is reported
 beside the score, because a short limit looks like a bad model. Where both graders judged the
-completions, the paper's comes first for its five benchmarks, Math-Verify's for all others. A report
+completions, the paper's comes first for its five benchmarks, Math-Verify's for the others. A report
 needs only marks and problems, so it can be written again at any time: report.json for programs,
 report.md for people, report.html to read completions in. Left out: votes weighted by length or
 likelihood.
@@ -61,7 +61,7 @@ class Score:
     answer_from: str  # where answers were looked for: after_think or whole (grade.py)
     num_samples: int  # per problem
     pass_at_1: float
-    sem: float | None  # None: of a single sample per problem
+    sem: float | None  # None: a single sample per problem
     interval: tuple[float, float]  # of pass@1, 95 %, over problems
     pass_at_k: list[float]  # k = 1 .. num_samples
     majority: float
@@ -83,11 +83,11 @@ class Report:
     grader: str  # math-verify, paper or both
     settings: dict[str, Any]
     scores: list[Score]
-    other_scores: list[Score]  # of both graders, those of the one that does not come first
+    other_scores: list[Score]  # of the second grader, if there are two
 
 
 class Graded(NamedTuple):
-    """A benchmark of an evaluation, and what one grader said of its completions."""
+    """A benchmark of an evaluation, and one grader's marks of its completions."""
 
     test: Benchmark
     marks: list[Mark]
@@ -209,15 +209,15 @@ def settings_of(out: Path) -> dict[str, Any]:
 
 
 def own_grader(out: Path) -> str:
-    """Whose verdicts evaluate.py asked for."""
+    """The grader that the run was made with: a name, or "both"."""
     return settings_of(out).get("grader", OWN_GRADER)
 
 
 def load(out: Path, grader: str | None = None) -> dict[str, list[Graded]]:
-    """Each benchmark of an evaluation by its name, in the order asked for: by one grader, or by
-    both, and then the one that comes first in a report is the first of the list.
+    """Benchmark's name -> its marks by each grader, in the order of a report: benchmarks as asked
+    for, and of two graders first the one that leads.
 
-    grader: None for own_grader. Raises UserError: no evaluation, no such verdicts.
+    grader: a name, "both", or None for own_grader. Raises UserError: no evaluation, no such marks.
     """
     grader = grader or own_grader(out)
     names = [Path(name).stem for name in settings_of(out).get("benchmark", [])]

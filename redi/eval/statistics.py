@@ -34,8 +34,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def sem(correct: np.ndarray) -> float | None:
-    """The paper's standard error of pass@1; correct (P, n) of 0 and 1. None for n = 1: one run says
-    nothing about the spread between runs."""
+    """The paper's standard error of pass@1; correct (P, n) of 0 and 1. None for n = 1: a single
+    run shows no spread."""
     if correct.shape[1] == 1:
         return None
     return float(correct.mean(axis=0).std(ddof=0) / math.sqrt(correct.shape[1]))

@@ -13,8 +13,8 @@ NOTES = """\
 pass@1 is the mean over all samples; SEM is the paper's, the spread between repeated runs; the
 interval says what other problems like these would give. Truncated, unanswered and timed-out
 completions count as wrong. Loops are completions that end in one passage over and over. Where both
-graders judged the same completions, a benchmark's first row is its score, and the other tables, the
-page and comparisons show its grader."""
+graders judged the same completions, a benchmark's first row is its score; the other tables, the
+page and comparisons use the grader of that row."""
 
 ANSWER_FROM = {"after_think": "after </think>", "whole": "in the whole response"}
 
@@ -42,8 +42,8 @@ Nothing in this table was measured here."""
 
 
 def summary(report: Report) -> str:
-    """One row per benchmark, and their mean if there are several; then the same of the grader that
-    does not come first."""
+    """One row per benchmark, and their mean if there are several; then the same for the second
+    grader, if there are two."""
     rows = [SUMMARY]
     for scores in filter(None, (report.scores, report.other_scores)):
         rows += map(_row, scores)

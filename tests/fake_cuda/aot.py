@@ -4,10 +4,10 @@
         kernels.target_logps(...)               the project's own launch code, on fake tensors
     compiled[0].registers, compiled[0].spilled_bytes
 
-Triton needs a device only to launch. A driver that names a target, and launches turned into
-warm-ups, leave everything else as on a GPU: how arguments are specialized (pointers aligned to 16
+Triton needs a device only to launch. A driver that names a target and launches turned into
+warm-ups leave everything else as on a GPU: how arguments are specialized (pointers aligned to 16
 bytes, integers that are 1 or multiples of 16), the compiler, ptxas. The tools beside ptxas read
-the machine code. It must run without TRITON_INTERPRET.
+the machine code. TRITON_INTERPRET must not be set.
 """
 
 import re
@@ -43,7 +43,7 @@ class Compiled:
 
 
 class _Pointer(MockTensor):
-    """A fake tensor as an argument: as aligned as if its storage began at address 0."""
+    """A fake tensor as an argument, with an address as if its storage began at 0."""
 
     def __init__(self, tensor: Tensor):
         super().__init__(tensor.dtype, list(tensor.shape))

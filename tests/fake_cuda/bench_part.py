@@ -33,7 +33,7 @@ def main(name: str, folder: str) -> None:
 
 
 def some_steps(peer: Any, counts: np.ndarray, device: torch.device, steps=gpu.transformers_steps):
-    """What is read from a fake GPU may end the text early."""
+    """transformers_steps, which fails if numbers read from a fake GPU end the texts early."""
     try:
         return steps(peer, counts, device)
     except AssertionError:

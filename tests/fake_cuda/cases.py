@@ -1,7 +1,7 @@
 """Cases of tests/test_cuda_without_a_gpu.py: python -m fake_cuda.cases CASE [CASE ...]
 
-Each case is a line of JSON on stdout: {"case", "seconds"} and its result, or {"error": traceback}.
-A case is a function of this file and its arguments: "train-step objective=dpo world_size=8".
+A case names a function of this file and its arguments: "train-step objective=dpo world_size=8".
+Each prints a line of JSON: {"case", "seconds"} and its result, or {"error": traceback}.
 The model has the shape of Qwen2.5-Math-1.5B, with `layers` blocks.
 """
 
@@ -11,13 +11,15 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.inputs import RandomRows
+from bench.projection import QWEN
 from redi import distributed, kernels, memory, train
 from redi.batches import TrainData
 from redi.checkpoint.folder import _gather
@@ -26,42 +28,18 @@ from redi.eval.cache import PAGE
 from redi.eval.decode_kernel import decode_attention
 from redi.eval.generate import Request, generate
 from redi.eval.sampling import Sampling
-from redi.model import ModelConfig, Transformer
+from redi.model import Transformer
 from redi.objectives import make_objective, sft
-from redi.packing import TokenSequence
 from redi.recipe import SFTConfig
 
 from .aot import compiled_for
 from .fake import FakeCuda
 
-QWEN = {
-    "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_heads": 12,
-    "num_kv_heads": 2, "head_dim": 128, "rope_theta": 1e4, "norm_eps": 1e-6, "tied": True,
-    "max_positions": 32_768,
-}  # fmt: skip
 LAYERS = 2  # of most cases
+SHAPE = replace(QWEN, num_layers=LAYERS, max_positions=32_768)
 PACK_TOKENS, DOCUMENTS = 32_768, 4  # of a pack
 PROMPT = 120  # tokens
 PARAMETERS = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.1}, "simpo": {"beta": 2.0, "gamma": 1.0}}
-
-
-class Rows:
-    """A Dataset of equally long traces of token 0, DOCUMENTS to a pack."""
-
-    def __init__(self, num_packs: int, paired: bool):
-        self.store = SimpleNamespace(paired=paired)
-        sequences = num_packs * DOCUMENTS
-        shape = (sequences // 2, 2) if paired else sequences
-        self.lengths = np.full(shape, PACK_TOKENS // DOCUMENTS)
-        self.response_lengths = self.lengths.reshape(-1) - PROMPT
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def sequence(self, number: int) -> TokenSequence:
-        row, side = divmod(int(number), 2) if self.store.paired else (int(number), 0)
-        tokens = np.zeros(PACK_TOKENS // DOCUMENTS, dtype=np.int64)
-        return TokenSequence(tokens, PROMPT, row, -1 if side else 1)
 
 
 @dataclass(frozen=True)
@@ -86,11 +64,13 @@ def prepare(objective: str, packs: int, layers: int, reshard: bool) -> Training:
     world = distributed.start(30.0)
     paired = objective != "sft"
     chosen = make_objective(objective, **PARAMETERS[objective]) if paired else sft()
-    rows = Rows(world.world_size * packs, paired)
+    traces = world.world_size * packs * DOCUMENTS
+    lengths = np.full((traces // 2, 2) if paired else traces, PACK_TOKENS // DOCUMENTS)
+    rows = RandomRows(lengths, SHAPE.vocab_size, PROMPT)
     reference = torch.zeros(len(rows), 2, dtype=torch.float64) if chosen.needs_reference else None
     data = TrainData(rows, chosen, world, PACK_TOKENS, reference)
     with torch.device("meta"):
-        model = Transformer(ModelConfig(num_layers=layers, **QWEN))
+        model = Transformer(replace(SHAPE, num_layers=layers))
     dtype = distributed.compute_dtype("auto", world)
     expected = memory.step_memory(model, PACK_TOKENS, world, dtype)
     checkpointed = memory.blocks_to_checkpoint("auto", expected)
@@ -109,7 +89,7 @@ def train_step(
     layers: int = LAYERS,
     reshard: bool = False,
 ) -> dict[str, Any]:
-    """Two optimizer steps; what the second one did (the first creates AdamW's moments)."""
+    """What the second optimizer step does (the first creates AdamW's moments)."""
     with FakeCuda(world_size, memory=memory) as fake:
         training = prepare(objective, packs, layers, reshard)
         training.step()
@@ -152,10 +132,10 @@ def between_steps(reshard: bool = False) -> dict[str, Any]:
 
 
 def generate_answers() -> dict[str, Any]:
-    """Answers of a model that is evaluated: decode steps are captured in CUDA graphs."""
+    """Answers of a model that is only evaluated: decode steps are captured in CUDA graphs."""
     with FakeCuda() as fake:
         with torch.device("cuda", 0):
-            model = Transformer(ModelConfig(num_layers=LAYERS, **QWEN)).to(torch.bfloat16)
+            model = Transformer(SHAPE).to(torch.bfloat16)
         fake.reset()
         completed = write_answers(model)
         captures = [asdict(capture) for capture in fake.captures]
@@ -163,7 +143,7 @@ def generate_answers() -> dict[str, Any]:
 
 
 def write_answers(model: Transformer) -> int:
-    """Three requests, of which two share a prompt, on two rows -> how many were completed."""
+    """Three requests on two slots, two of them with the same prompt -> number of answers."""
     prompts = (1,) * PROMPT, (1,) * PROMPT, (2,) * PROMPT
     requests = [Request(number, prompt, 3) for number, prompt in enumerate(prompts)]
     stop_ids: list[int] = []
@@ -173,16 +153,16 @@ def write_answers(model: Transformer) -> int:
 def compile_kernels(
     capability: int, dtype: str = "bfloat16", batch: int = 256, width: int = 1024
 ) -> dict[str, Any]:
-    """Every Triton kernel through its launch code. batch: rows; width: pages of a row's table."""
+    """Compile every Triton kernel. batch: rows; width: pages in a row's table."""
     compute, cuda = distributed.DTYPES[dtype], torch.device("cuda", 0)
     with FakeCuda(), compiled_for(capability) as compiled:
-        logits = torch.empty(batch, QWEN["vocab_size"], device=cuda)
+        logits = torch.empty(batch, SHAPE.vocab_size, device=cuda)
         targets = torch.zeros(batch, dtype=torch.int64, device=cuda)
         kernels.target_logps(logits, targets)
         weights = torch.zeros(batch, device=cuda)
         kernels.softmax_gradient_(logits, targets, weights, compute)
-        query = torch.empty(batch, QWEN["num_heads"], QWEN["head_dim"], dtype=compute, device=cuda)
-        pages = (4096, QWEN["num_kv_heads"], PAGE, QWEN["head_dim"])
+        query = torch.empty(batch, SHAPE.num_heads, SHAPE.head_dim, dtype=compute, device=cuda)
+        pages = (4096, SHAPE.num_kv_heads, PAGE, SHAPE.head_dim)
         keys, values = (torch.empty(pages, dtype=compute, device=cuda) for _ in range(2))
         table = torch.zeros(batch + 1, width, dtype=torch.int64, device=cuda)
         _, slots, lengths = torch.zeros(3, batch, dtype=torch.int64, device=cuda)

@@ -95,7 +95,7 @@ class FakeCuda:
             for owner, functions in _replacements(self):
                 stack.enter_context(mock.patch.multiple(owner, create=True, **functions))
             stack.enter_context(mock.patch.dict(os.environ, self._environment()))
-            if not torch.version.cuda:  # without this one CUDA kernel, autograd takes it apart
+            if not torch.version.cuda:  # else torch decomposes silu_backward, which has no kernel
                 kernels = torch.library.Library("aten", "IMPL")
                 kernels.impl("silu_backward", lambda grad, x: torch.empty_like(x), "CUDA")
                 stack.callback(kernels._destroy)
@@ -183,9 +183,9 @@ class _Dispatch(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         on_cuda = any(isinstance(leaf, FakeTensor) for leaf in leaves)
         to_cuda = any(isinstance(leaf, torch.device) and leaf.type == "cuda" for leaf in leaves)
-        if not (on_cuda or to_cuda) or operator.namespace == "prim":  # of the host
+        if not (on_cuda or to_cuda) or operator.namespace == "prim":  # the host's
             return operator(*args, **kwargs)
-        if torch.is_inference_mode_enabled():  # elsewhere autograd has taken it apart already
+        if torch.is_inference_mode_enabled():  # else autograd has decomposed it already
             with self:
                 parts = operator.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -194,11 +194,11 @@ class _Dispatch(TorchDispatchMode):
         if answer is not None:
             return answer
         self._record(operator, args, kwargs)
-        if not on_cuda:  # a copy of a real tensor, which torch would make for real
+        if not on_cuda:  # a copy of a real tensor to the device
             args = tree_map_only(Tensor, self.fake_mode.from_tensor, args)
         with self.fake_mode:
             results = operator(*args, **kwargs)
-        # Module.to swaps no tensor to which the mode keeps a weak reference.
+        # Module.to cannot swap a tensor to which this memo keeps a weak reference.
         self.fake_mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
         return tree_map_only(FakeTensor, self._result, results)
 
@@ -209,7 +209,7 @@ class _Dispatch(TorchDispatchMode):
         return _host_values(tensor) if tensor.fake_device.type == "cpu" else tensor
 
     def _answer(self, operator: Any, args: tuple, kwargs: dict) -> Any:
-        """What the host learns from operators that have no shape function; None for the others."""
+        """The result of an operator that has no shape function; None for the others."""
         if operator is aten._local_scalar_dense:
             self.fake.wait("item()")
             return _host_values(args[0]).item()
@@ -228,7 +228,7 @@ class _Dispatch(TorchDispatchMode):
         return None
 
     def _record(self, operator: Any, args: tuple, kwargs: dict) -> None:
-        """Record collectives and waits, and assert what shape functions do not."""
+        """Record collectives and waits, and assert what shape functions do not check."""
         packet, name = operator.overloadpacket, operator.overloadpacket.__name__
         if operator.namespace in ("c10d", "_c10d_functional") and name != "_wrap_tensor_autograd":
             self.fake.collectives[name.strip("_")] += 1
@@ -264,7 +264,7 @@ def _host_values(tensor: FakeTensor) -> Tensor:
 
 @contextmanager
 def _copy_new_tensors_from_the_cpu() -> Iterator[None]:
-    """torch.tensor(..., device="cuda") makes a CPU tensor, then copies it where a mode sees it."""
+    """Make torch.tensor(..., device="cuda") create a CPU tensor and copy it, which a mode sees."""
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     yield

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).with_name("guard.cpp")
 
 
 def load() -> None:
-    """After this, torch's C++ code believes in a CUDA device; there is no way back.
+    """After this, torch's C++ code believes in a CUDA device, until the process ends.
 
     Raises CalledProcessError, with the compiler's message on stderr, if it does not compile."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redi-tests"
