@@ -47,16 +47,19 @@ clean:
 
 # ---- environments: made anew when their requirements change
 
+# Python compiles a module when it is first imported; compiling all of them takes half a minute.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
+
 .venv/core: requirements.txt constraints.txt
 	@$(call new_venv)
 	@echo "installing requirements.txt into .venv (a minute or two)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@$(BIN)/pip install $(PIP_FLAGS) -r requirements.txt -c constraints.txt
 	@touch $@
 
 .venv/dev: requirements-dev.txt requirements.txt constraints.txt
 	@$(call new_venv)
 	@echo "installing requirements-dev.txt into .venv (a minute or two)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	@$(BIN)/pip install $(PIP_FLAGS) -r requirements-dev.txt -c constraints.txt
 	@touch .venv/core $@
 
 define new_venv

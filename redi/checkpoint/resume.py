@@ -97,17 +97,19 @@ class Checkpoints:
 
     def _on_all_ranks(self, action: Callable[[], str]) -> tuple[list[str], str]:
         """(what `action` returns on each rank, the first rank's error or "")."""
-        result, failure = "", ""
+        result, failure, bug = "", "", None
         try:
             result = action()
         except Exception as error:
             if self.failed and not isinstance(error, (OSError, UserError)):
-                raise  # most likely a bug: show its traceback, not one line
+                bug = error
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             failure = one_line(f"{kind}{error}")
         ranks = [(result, failure)] * self.world.world_size
         if self.world.world_size > 1:
             dist.all_gather_object(ranks, (result, failure))
+        if bug:
+            raise bug  # its traceback says more than one line
         failures = [f"rank {n}: {text}" for n, (_, text) in enumerate(ranks) if text]
         return [result for result, _ in ranks], (failures or [""])[0]
 
