@@ -144,6 +144,10 @@ def run_on_ranks(ranks: int, command: list[str]) -> None:
 
 
 def run_program(command: list[str], environment: dict[str, str]) -> None:
+    import torch
+
+    # A fork replaces torch's thread pool when it is first asked for; two threads must not race.
+    torch.set_num_threads(1)
     os.environ.update(environment)
     sys.argv = command
     runpy.run_path(str(ROOT / command[0]), run_name="__main__")
