@@ -52,7 +52,7 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
                 _ = record["kind"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{path}:{number}: not a record of a run") from None
             yield record
 

@@ -332,8 +332,8 @@ MUTANTS = (
     Mutant(
         "a damaged checkpoint is resumed from",
         "redi/checkpoint/resume.py",
-        "if hash_files([folder / name]) != sha256:",
-        "if not (folder / name).exists():",
+        "if hash_files([path]) != sha256:",
+        "if not path.exists():",
         (
             "tests/test_resume.py"
             "::test_a_damaged_checkpoint_is_skipped_for_the_one_before[a flipped bit]",

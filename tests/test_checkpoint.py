@@ -718,6 +718,12 @@ def test_an_export_has_the_dtype_the_run_would_have_saved(folder, tmp_path, monk
     assert load_model(tmp_path / "out")[1].dtype == torch.bfloat16
 
 
+def test_a_checkpoint_may_be_named_from_within_its_run(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(saved_run(folder) / "checkpoints")
+    assert export(monkeypatch, "step-000007", "--out", tmp_path / "out") == 0
+    assert f"step-000007 of {folder.parent / 'run'}" in capsys.readouterr().out
+
+
 def half_the_rows(step: Path) -> None:
     """A file of another model, whose hash state.json has."""
     tensors = {name: tensor[: len(tensor) // 2] for name, tensor in stored(step).items()}

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,6 +156,32 @@ def test_a_second_failed_save_in_a_row_ends_the_run_on_all_ranks(together):
     for rank in ranks(together, SFT, None, None):
         rank.ends(0)
     assert_same_bits("run", "whole")
+
+
+def test_nodes_that_do_not_share_out_cannot_save(together):
+    both = ranks(together, SFT, None, node_of_its_own, local_world_size=1)
+    for rank in both:
+        rank.ends(2)
+    cause = "FileNotFoundError: expected the files listed in state.json; all nodes must share --out"
+    warning, error = both[0].errors.splitlines()
+    assert warning.startswith(
+        f"warning: the checkpoint of step 2 could not be saved (rank 0: {cause}"
+    )
+    assert error.startswith("error: run/checkpoints: two checkpoints in a row could not be saved (")
+    assert os.listdir("run/checkpoints") == os.listdir("node/run/checkpoints") == []
+    child(together, SFT, after_step(3, die)).ends(-signal.SIGKILL)  # one node has checkpoints now
+    for rank in ranks(together, SFT, None, node_of_its_own, local_world_size=1):
+        rank.ends(2)
+    assert saved() == [2]
+
+
+def node_of_its_own() -> None:
+    """Change to another folder, which has the same model and data, but no run/."""
+    shutil.rmtree("node", ignore_errors=True)
+    os.mkdir("node")
+    os.chdir("node")
+    for name in ("student", "positives.jsonl", "tokens"):
+        os.symlink(f"../{name}", name)
 
 
 def state_does_not_fit() -> None:

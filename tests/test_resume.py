@@ -42,8 +42,9 @@ from test_train import (
 
 from redi import programs, train
 from redi import run as run_module
-from redi.checkpoint.resume import Checkpoints, damage, tensors_of
+from redi.checkpoint.resume import Checkpoints, damage, read_state, tensors_of
 from redi.config import Stopped, UserError
+from redi.data.files import hash_files
 from redi.runlog import NoLog, RunLog, read_metrics
 from redi.train import make_optimizer
 
@@ -249,16 +250,11 @@ DAMAGE = {
     "no tensors": lambda folder: (folder / "rank-0.safetensors").unlink(),
     "no state": lambda folder: (folder / "state.json").unlink(),
     "half the state": lambda folder: os.truncate(folder / "state.json", 20),
-    "a state of another kind": lambda folder: (folder / "state.json").write_text("[]"),
-    "a state without facts": lambda folder: (folder / "state.json").write_text(
-        '{"format": 3, "sha256": {}}'
+    "another step under its name": lambda folder: (
+        shutil.rmtree(folder),
+        shutil.copytree(folder.with_name("step-000002"), folder),
     ),
-    "a state without hashes": lambda folder: (folder / "state.json").write_text(
-        '{"format": 3, "facts": {}}'
-    ),
-    "a state without files": lambda folder: (folder / "state.json").write_text(
-        '{"format": 3, "facts": {}, "sha256": {}}'
-    ),
+    "a link to nothing": lambda folder: (shutil.rmtree(folder), folder.symlink_to("nowhere")),
     "nothing in it": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }
 
@@ -295,6 +291,61 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(kind, stopped_run, c
     assert "run: resumes after step 2" in said.out
     assert not damage(newest)  # it was replaced
     assert_same_bits("run", "whole")
+
+
+STATES: dict[str, Callable[[dict], object]] = {
+    "no facts": lambda state: state.pop("facts"),
+    "facts of another kind": lambda state: state.update(facts=[]),
+    "no hashes": lambda state: state.pop("sha256"),
+    "hashes of another kind": lambda state: state.update(sha256=[]),
+    "no files": lambda state: state.update(sha256={}),
+    "a rank is not listed": lambda state: state["sha256"].pop("rank-1.safetensors"),
+    "the first rank is not listed": lambda state: state["sha256"].pop("rank-0.safetensors"),
+    "another file is listed": lambda state: state["sha256"].update({"../secret": ""}),
+    "another step": lambda state: state.update(step=10),
+    "no step": lambda state: state.pop("step"),
+}
+
+
+@pytest.fixture
+def of_eleven_ranks(tmp_path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint's folder, and its state.json."""
+    folder = tmp_path / "step-000030"
+    folder.mkdir()
+    for rank in range(11):
+        (folder / f"rank-{rank}.safetensors").write_text(f"{rank}")
+    hashes = {path.name: hash_files([path]) for path in folder.iterdir()}
+    state = {"format": 3, "step": 30, "sha256": hashes, "facts": {}}
+    (folder / "state.json").write_text(json.dumps(state))
+    assert not damage(folder)
+    return folder, state
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_that_does_not_describe_its_files_is_damage(kind, of_eleven_ranks):
+    folder, state = of_eleven_ranks
+    STATES[kind](state)
+    (folder / "state.json").write_text(json.dumps(state))
+    assert damage(folder)
+
+
+def test_files_are_read_in_the_order_of_ranks_whatever_their_order_in_the_state(of_eleven_ranks):
+    folder, state = of_eleven_ranks
+    for names in (sorted(state["sha256"]), sorted(state["sha256"], reverse=True)):
+        hashes = {name: state["sha256"][name] for name in names}
+        (folder / "state.json").write_text(json.dumps({**state, "sha256": hashes}))
+        files = list(read_state(folder)["sha256"])
+        assert files == [folder / f"rank-{rank}.safetensors" for rank in range(11)]
+
+
+def test_a_pipe_and_a_deeply_nested_state_are_damage(of_eleven_ranks):
+    folder, _ = of_eleven_ranks
+    (folder / "state.json").write_text("[" * 200_000)
+    assert damage(folder)
+    for name in ("rank-1.safetensors", "state.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert damage(folder)  # and does not wait for a writer
 
 
 def test_with_all_checkpoints_damaged_a_run_begins_again(stopped_run, capsys, monkeypatch):
@@ -367,18 +418,35 @@ def test_records_after_the_checkpoint_are_written_again_once(stopped_run, monkey
 
 
 @pytest.mark.parametrize("left", [0, 3])
-def test_a_checkpoint_without_the_records_before_it_is_not_resumed_from(
+def test_a_checkpoint_without_its_records_is_neither_resumed_from_nor_removed(
     left, stopped_run, capsys, monkeypatch
 ):
-    # The machine lost power: the checkpoint was flushed to the disk, the records were not.
     path = Path("run/metrics.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:left]))
-    sft(monkeypatch, "--keep", "2")
-    shown = capsys.readouterr().out
-    assert ("resumes after step 2" in shown) == (left == 3)
-    assert "resumes after step 4" not in shown
+    before = files_in("run")
+    with pytest.raises(SystemExit):
+        sft(monkeypatch, "--keep", "2")
+    assert capsys.readouterr().err == (
+        f"error: run/metrics.jsonl: has {left} steps, fewer than run/checkpoints/step-000004; "
+        "restore that file, or begin again with --resume never\n"
+    )
+    assert files_in("run") == before
+    sft(monkeypatch, "--keep", "2", "--resume", "never")
+    removed = "removed checkpoints: run/checkpoints/step-000004, run/checkpoints/step-000002\n"
+    assert removed in capsys.readouterr().out
     assert_same_bits("run", "whole")
+
+
+def test_records_reach_the_disk_before_their_checkpoint_gets_its_name(here, monkeypatch):
+    fsync, replace_file, done = os.fsync, os.replace, []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (fsync(file), done.append(os.readlink(f"/proc/self/fd/{file}")))
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: (replace_file(a, b), done.append(str(b))))
+    run(sft_config(epochs=1, save_every=2))
+    named = done.index("run/checkpoints/step-000002")
+    assert str(Path("run/metrics.jsonl").resolve()) in done[:named]
 
 
 # ---------------------------------------------------------------- refusals

@@ -27,7 +27,7 @@ def main() -> None:
     folder, out = Path(config.checkpoint), Path(config.out)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected RUN/checkpoints/step-NNNNNN")
-    recorded = folder.parent.parent / "config.toml"
+    recorded = folder.absolute().parent.parent / "config.toml"
     run = load_toml(recorded, str(recorded))
     if not run.keys() >= USED:
         raise UserError(f"{recorded}: expected the settings of a training run")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from redi.checkpoint.weights import read_rows, write_rows
 from redi.config import UserError, one_line
-from redi.data.files import folder_to_disk, hash_files, make_folder, write_aside
+from redi.data.files import folder_to_disk, hash_files, make_folder, to_disk, write_aside
 from redi.distributed import World, all_ranks_ok
 
 FORMAT = 3  # of a checkpoint's files; other formats are refused
@@ -68,8 +68,10 @@ class Checkpoints:
         """Remove later checkpoints (damaged, or of an earlier run) and unfinished ones."""
         if self.world.rank == 0:
             later = [self.at(s) for s in self.steps() if s > step]
+            if later:
+                print(f"removed checkpoints: {', '.join(map(str, later))}", flush=True)
             for path in [*later, *self.folder.glob(".writing-*")]:
-                shutil.rmtree(path, ignore_errors=True)
+                path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Write the checkpoint of `step`. Returns whether it succeeded; a failure is a warning.
@@ -81,7 +83,7 @@ class Checkpoints:
         self.failed = self.failed + 1 if failure else 0
         if not failure:
             return True
-        if self.world.rank == 0:
+        if self.world.is_local_rank_zero:  # of each node: the folder may not be shared
             shutil.rmtree(aside, ignore_errors=True)
         newest = f"step {self.steps()[0]}" if self.steps() else "none"
         what = f"could not be saved ({failure}); newest checkpoint: {newest}"
@@ -95,7 +97,7 @@ class Checkpoints:
             print(warning, file=sys.stderr)
         return False
 
-    def _on_all_ranks(self, action: Callable[[], str]) -> tuple[list[str], str]:
+    def _on_all_ranks(self, action: Callable[[], Any]) -> tuple[list[Any], str]:
         """(what `action` returns on each rank, the first rank's error or "")."""
         result, failure, bug = "", "", None
         try:
@@ -121,41 +123,52 @@ class Checkpoints:
         tensors = list(tensors_of(model, optimizer).items())[node :: self.world.num_nodes]
         return write_rows(aside / f"rank-{self.world.rank}.safetensors", dict(tensors))
 
-    def _publish(self, aside: Path, step: int, hashes: list[str]) -> str:
+    def _publish(self, aside: Path, step: int, hashes: list[str]) -> None:
         """Give the complete checkpoint its name, and remove old ones."""
         if self.world.rank > 0:
-            return ""
+            return
         files = {f"rank-{rank}.safetensors": sha256 for rank, sha256 in enumerate(hashes)}
         state = {"format": FORMAT, "step": step, "sha256": files, "facts": self.facts}
         with write_aside(aside / STATE) as file:
             json.dump(state, file, indent=1)
+        read_state(aside)  # fails if another node has written to a disk of its own
         folder_to_disk(aside)
+        for metrics in self.out.glob("metrics.jsonl"):  # resuming needs the records of all steps
+            with open(metrics, "rb") as file:
+                to_disk(file)
         os.replace(aside, self.at(step))
         folder_to_disk(self.folder)
         for old in [] if self.keep == "all" else self.steps()[self.keep :]:
             if old != self.pinned:
                 shutil.rmtree(self.at(old), ignore_errors=True)
-        return ""
 
     def newest_valid(self, recorded: int) -> int:
         """The step of the newest valid checkpoint, or 0.
 
-        recorded: the steps in metrics.jsonl. Checkpoints without their records are ignored.
-        Raises UserError for a checkpoint of another format, or of a run with other facts.
+        recorded: the steps in metrics.jsonl. Raises UserError if there are fewer than that step, if
+        nodes see different files, and for a checkpoint of another format or a run of other facts.
         """
-        for step in [s for s in self.steps() if s <= recorded]:
+        seen, _ = self._on_all_ranks(lambda: (recorded, self.steps()))
+        if any(files != seen[0] for files in seen):
+            raise UserError(f"--out {self.out}: expected a folder that all nodes share")
+        for step in self.steps():
             folder = self.at(step)
             problem = damage(folder, self.world.rank, self.world.world_size)
             if problem:
                 print(f"warning: {folder} is damaged and skipped: {problem}", file=sys.stderr)
             if all_ranks_ok(not problem, self.world):
+                if step > recorded:
+                    raise UserError(
+                        f"{self.out}/metrics.jsonl: has {recorded} steps, fewer than {folder}; "
+                        "restore that file, or begin again with --resume never"
+                    )
                 refuse_changed_facts(read_state(folder)["facts"], self.facts, str(self.out))
                 return step
         return 0
 
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Read the checkpoint of `step` into model and optimizer."""
-        _read(self.at(step), tensors_of(model, optimizer))
+        read_rows(list(read_state(self.at(step))["sha256"]), tensors_of(model, optimizer))
         for state in optimizer.state.values():
             state["step"].fill_(float(step))
 
@@ -187,32 +200,39 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
     """What is wrong with this rank's share of a checkpoint's files, or "". Raises UserError for a
     checkpoint of another format."""
     try:
-        state = read_state(folder)
-        if state.get("format") != FORMAT:
-            raise UserError(
-                f"{folder}: written by another version of redi; finish or export the run with that "
-                "version, or begin it again with --resume never"
-            )
-        _ = dict(state["facts"]), max(state["sha256"])  # fails if damaged or empty
-        for name, sha256 in list(state["sha256"].items())[rank::world_size]:
-            if hash_files([folder / name]) != sha256:
-                return f"{name} has changed since it was written"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        for path, sha256 in list(read_state(folder)["sha256"].items())[rank::world_size]:
+            if hash_files([path]) != sha256:
+                return f"{path.name} has changed since it was written"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return one_line(str(error))
     return ""
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    return json.loads((folder / STATE).read_text())
+    """Facts of a checkpoint, and sha256 of its files (by path, in the order of ranks). Raises
+    UserError for one of another format, and what `damage` catches for a damaged one."""
+    if not (folder / STATE).is_file():  # reading a pipe would wait forever
+        raise ValueError(f"{STATE} is missing")
+    state = json.loads((folder / STATE).read_text())
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"{folder}: written by another version of redi; finish or export the run with that "
+            "version, or begin it again with --resume never"
+        )
+    hashes, number = state["sha256"], folder.name.removeprefix("step-")
+    names = [f"rank-{rank}.safetensors" for rank in range(max(len(hashes), 1))]
+    files = {path.name for path in folder.glob("rank-*.safetensors") if path.is_file()}
+    if not hashes.keys() == files == set(names):
+        raise FileNotFoundError(f"expected the files listed in {STATE}; all nodes must share --out")
+    if number.isdecimal() and int(number) != state["step"]:
+        raise ValueError(f"{STATE} is of step {state['step']}: the folder was renamed")
+    sha256 = {folder / name: hashes[name] for name in names}
+    return {"facts": {**state["facts"]}, "sha256": sha256}
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Read a checkpoint's weights into an unsharded model. Raises UserError if it is damaged."""
     if problem := damage(folder):
         raise UserError(f"{folder}: not a complete checkpoint ({problem})")
-    _read(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-
-
-def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    read_rows([folder / name for name in read_state(folder)["sha256"]], tensors)
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    read_rows(list(read_state(folder)["sha256"]), tensors)
