@@ -151,9 +151,10 @@ def test_a_damaged_config_toml_is_an_error_that_names_it(tmp_path):
 def test_a_damaged_line_of_metrics_is_an_error_that_names_it(tmp_path):
     finished(tmp_path / "run")
     path = tmp_path / "run" / "metrics.jsonl"
-    path.write_text("{" + path.read_text())
-    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a record of a run"):
-        list(read_metrics(tmp_path / "run"))
+    for damaged in ("{" + path.read_text(), "[" * 200_000 + "\n"):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a record of a run"):
+            list(read_metrics(tmp_path / "run"))
 
 
 def test_records_are_on_disk_as_soon_as_they_are_written(tmp_path):
