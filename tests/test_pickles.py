@@ -1,9 +1,11 @@
-"""Nothing that redi reads can run code: pickles planted in every place where a reader looks.
+"""Nothing that redi reads can run code: pickles planted in every place where a reader looks, and
+answers that are programs.
 
 python -m pytest tests/test_pickles.py
 """
 
 import ast
+import builtins
 import gzip
 import json
 import os
@@ -32,6 +34,7 @@ from redi.data.files import hash_files, read_rows
 from redi.data.store import TokenStore
 from redi.eval import benchmarks
 from redi.eval.completions import Completion, read_lines
+from redi.eval.grade import Grader
 from redi.runlog import read_metrics
 from redi.study.plan import read_study
 
@@ -204,3 +207,46 @@ def test_no_file_of_redi_uses_a_function_that_unpickles():
                 names = set() if is_safe else {"np.load"}
             found += [(path.name, name) for name in names & {*UNPICKLE, "np.load"}]
     assert found == []
+
+
+# ---------------------------------------------------------------- answers
+
+
+CODE = 'open("ran","x")'
+NUMBERED = "+".join(f"chr({ord(char)})" for char in CODE)
+# Letters of docstrings, in Roman numerals; other signs in quotes.
+ROMAN = "+".join(
+    f"''.__\u217eo\u217d__[{str.__doc__.index(char)}]" if char in str.__doc__ else f"'{char}'"
+    for char in CODE
+)
+DOCS = {name: getattr(builtins, name).__doc__ for name in ("aiter", "anext", "property", "compile")}
+NO_CALL = "+".join(
+    next(f"{name}.__doc__[{text.index(char)}]" for name, text in DOCS.items() if char in text)
+    for char in CODE
+)
+SERIES = r"\sum_{n=0}^{\infty} \frac{%s^n}{n!}"
+NAME = rf"r_{{(exec({NUMBERED}))}}"
+HOSTILE = [
+    rf"frac({ROMAN})",
+    rf"\frac{{1}}{{2}}+frac({ROMAN})",
+    rf"sqrt({ROMAN})",
+    rf"(1, frac({ROMAN}))",
+    SERIES % NAME,
+    SERIES % rf"r_{{[exec({NUMBERED})]}}",
+    SERIES % rf"\text{{[vectorize[{NO_CALL}]for[vectorize.__class_getitem__]in[[exec]]]}}",
+    rf"(1, {SERIES % NAME})",
+    CODE,
+    rf"\text{{{CODE}}}+x",
+]
+
+
+def test_no_answer_and_no_gold_runs_code_in_a_grader(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Grader() as both:
+        for hostile in HOSTILE:
+            plain = r"(1, \sqrt{2})" if hostile.startswith("(") else r"\sqrt{2}"
+            pairs = (hostile, plain), (plain, hostile)
+            items = [(rf"</think> \boxed{{{answer}}}", gold, "stop") for answer, gold in pairs]
+            for grader in both.named("both"):
+                assert grader.grade_all(items) == ["incorrect"] * 2
+                assert not Path("ran").exists(), f"{grader.name}: {hostile}"

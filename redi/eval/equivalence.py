@@ -16,6 +16,8 @@ Left out: tolerance for a differently rounded decimal, since the published score
 Only functions that compare algebra import Math-Verify, and they may hang: `grade` runs them apart.
 """
 
+import functools
+import importlib
 import re
 from typing import Any
 
@@ -219,6 +221,7 @@ def _parsed(latex: str) -> list[Any]:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
+    _never_compile_formulas()
     reading = LatexExtractionConfig(
         boxed_match_priority=-1,  # the box is opened already; reading it here merges neighbours
         normalization_config=NormalizationConfig(
@@ -236,6 +239,21 @@ def _parsed(latex: str) -> list[Any]:
         parsing_timeout=None,
         raise_on_error=True,
     )
+
+
+@functools.cache
+def _never_compile_formulas() -> None:
+    r"""Take from sympy its way of turning formulas into Python.
+
+    It writes the name of a symbol into the program as it is, and a name may be any text: \text{...}
+    inside a sum would run. Sums are then evaluated in another way; formulas are read as before.
+    """
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("formulas are not compiled")  # sympy tries another way on this
+
+    # the name within the module hides the built-in; `sympy.utilities.lambdify` is the function
+    importlib.import_module("sympy.utilities.lambdify").compile = refuse
 
 
 _GREEK = "Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|gamma|beta|zeta"

@@ -10,8 +10,9 @@ Two answers are the same if either of two old rules says so, both written anew h
 Their faults are kept, since they are part of the published numbers: \frac{x+1}{2} is read as x+1/2,
 a fraction must be reduced as the gold is, capitals do not count, an exponent of several digits is
 never evaluated, a list matches in the gold's order only. `equivalence.py` is the better judge.
-Evaluating text with sympy would run code in it, so text with more than two different letters is
-never evaluated. Left out: the language model that theirs could ask; the paper does not.
+sympy reads text by running it as Python, so only plain formulas are read: numbers, names, operators
+and round brackets, with two different letters at most. All else is compared as text.
+Left out: the language model that theirs could ask; the paper does not.
 """
 
 import re
@@ -86,6 +87,13 @@ _AMOUNTS = {"million": "*10^6", "billion": "*10^9", "trillion": "*10^12"}
 _FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
 _NOT_EVALUATED = re.compile(r"\^\{|\^\(|\^[0-9]+\^|\^[0-9][0-9]+")  # sympy may hang on these
+# All that sympy may read. With a string, index or attribute a formula is a program, so quotes,
+# square brackets and dots outside numbers are missing; x1.a keeps its dot, as x1 is taken whole.
+_FORMULA = re.compile(
+    r"[a-z\u03b1-\u03c9ħ]+[0-9]*(?:_[a-z\u03b1-\u03c9ħ0-9]+)*"  # a name: x, pi, x_1, a Greek letter
+    r"|[0-9]+(?:\.[0-9]*)?|\.[0-9]+"  # a number
+    r"|[-+*/^(),!\n\t ]"
+)
 _BRACKETS = "()[]"
 
 
@@ -156,7 +164,8 @@ def _same_element(gold: str, answer: str) -> bool:
         return False
     difference = f"({gold})-({answer})"
     letters = set(filter(str.isalpha, difference.replace("sqrt", "").replace("frac", "")))
-    if len(letters) > 2 or _NOT_EVALUATED.search(difference):
+    is_formula = _FORMULA.sub("", difference) == ""
+    if not is_formula or len(letters) > 2 or _NOT_EVALUATED.search(difference):
         return False
     return _is_zero(difference)
 
