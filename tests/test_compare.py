@@ -28,7 +28,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def evaluation(
-    out: Path, *problems: str, text="…", question="1+1?", name="b", grader="math-verify"
+    out: Path,
+    *problems: str,
+    text="…",
+    question="1+1?",
+    name="b",
+    grader="math-verify",
+    answer_from="after_think",
 ) -> Path:
     """A graded evaluation from strings: "10" is a problem solved by sample 0 and not by 1."""
     test = Benchmark(name, [Problem(str(p), question, ["2"]) for p in range(len(problems))])
@@ -51,6 +57,7 @@ def evaluation(
                 extracted="2" if right else "3",
                 num_tokens=5,
                 loops=False,
+                answer_from=answer_from,
             )
             for id, j, right in places
         ],
@@ -137,6 +144,21 @@ def test_both_graders_are_reported_and_the_papers_comes_first_for_its_benchmarks
     with pytest.raises(UserError, match="aime24: older is graded by math-verify and run by paper"):
         compare.compare([older, run])
     assert compare.compare([older, run], "math-verify")[0].difference == 0
+
+
+def test_runs_whose_answers_are_read_in_two_places_are_not_compared(tmp_path):
+    runs = [
+        evaluation(tmp_path / "a", "1"),
+        evaluation(tmp_path / "b", "0", answer_from="whole"),
+    ]
+    said = "b: answers of a are read after </think> and those of b in the whole .* for b, or whole"
+    with pytest.raises(UserError, match=said):
+        compare.compare(runs)
+    rows = compare.result_rows(["a", "b"], [report.read(run) for run in runs])
+    assert "in the whole response" in compare.comparison_table(rows).splitlines()[-1]
+    evaluation(runs[0], "1", grader="paper", answer_from="whole")
+    both = "after </think> by math-verify, in the whole response by paper"
+    assert f"answers are read {both}" in tables.markdown(report.read(runs[0], "both"))
 
 
 def test_runs_of_other_problems_are_not_compared(tmp_path):

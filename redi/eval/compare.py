@@ -26,7 +26,7 @@ from redi.eval.completions import Mark, by_problem
 from redi.eval.grade import GraderName
 from redi.eval.report import Report, load, read, run_names
 from redi.eval.statistics import bootstrap_p_value, interval, mcnemar
-from redi.eval.tables import PUBLISHED, count, percent, table
+from redi.eval.tables import ANSWER_FROM, PUBLISHED, count, percent, table
 
 SURE = 0.05  # the p-value below which a difference is said to be one
 
@@ -96,7 +96,7 @@ def paired(
 
 def compare(runs: list[Path], grader: str | None = None) -> list[Comparison]:
     """Every two runs, on every benchmark that both hold. Raises UserError: two benchmarks of one
-    name with other problems; verdicts of two graders."""
+    name with other problems; verdicts of two graders, or of answers read in two places."""
     loaded = [(name, load(run, grader)) for name, run in zip(run_names(runs), runs)]
     comparisons = []
     for (first, before), (second, after) in combinations(loaded, 2):
@@ -106,6 +106,14 @@ def compare(runs: list[Path], grader: str | None = None) -> list[Comparison]:
                 raise UserError(
                     f"{benchmark}: {first} is graded by {one.grader} and {second} by "
                     f"{other.grader}; choose one: --grader"
+                )
+            here, there = (graded.marks[0].answer_from for graded in (one, other))
+            if here != there:
+                raise UserError(
+                    f"{benchmark}: answers of {first} are read {ANSWER_FROM[here]} and those of "
+                    f"{second} {ANSWER_FROM[there]}; expected one rule: `python -m "
+                    f"redi.eval.grade regrade RUN --answer-from {here}` for {second}, or {there} "
+                    f"for {first}"
                 )
             if one.test.problems != other.test.problems:
                 raise UserError(f"{benchmark}: {first} and {second} were asked other problems")
@@ -140,8 +148,8 @@ def result_rows(names: list[str], reports: list[Report]) -> list[dict[str, Any]]
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table; scores in percent."""
-    header = "model", "benchmark", "grader", "pass@1 ± SEM", "pass@n", "majority", "mean tokens"
-    cells = [(*header, "truncated")]
+    header = "model", "benchmark", "grader", "answers read", "pass@1 ± SEM", "pass@n", "majority"
+    cells = [(*header, "mean tokens", "truncated")]
     for row in rows:
         n = row["samples"]
         cells.append(
@@ -149,6 +157,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
                 row["model"],
                 row["benchmark"],
                 row["grader"],
+                ANSWER_FROM[row["answer_from"]],
                 f"{percent(row['pass@1'])} ± {percent(row['sem'])}",
                 f"{percent(row[f'pass@{n}'])} (n = {n})",
                 percent(row["majority"]),

@@ -21,8 +21,7 @@ ANSWER_FROM = {"after_think": "after </think>", "whole": "in the whole response"
 
 def markdown(report: Report) -> str:
     """The whole report.md."""
-    rules = dict.fromkeys(ANSWER_FROM[score.answer_from] for score in report.scores)
-    said = {**report.settings, "graded by": report.grader, "answers are read": [*rules]}
+    said = {**report.settings, "graded by": report.grader, "answers are read": _rules(report)}
     settings = ", ".join(f"{name} {_shown(value)}" for name, value in said.items())
     parts = [f"# {report.model}", settings, summary(report), NOTES]
     if any(score.num_samples > 1 for score in report.scores):
@@ -34,6 +33,16 @@ def markdown(report: Report) -> str:
     if theirs := published.rows([score.benchmark for score in report.scores]):
         parts += ["## Theirs, not ours", PUBLISHED, table(theirs)]
     return "\n\n".join(parts) + "\n"
+
+
+def _rules(report: Report) -> list[str]:
+    """Where answers were looked for; if the graders did not look in one place, each one's."""
+    rules: dict[str, dict[str, None]] = {}
+    for score in (*report.scores, *report.other_scores):
+        rules.setdefault(ANSWER_FROM[score.answer_from], {})[score.grader] = None
+    if len(rules) == 1:
+        return [*rules]
+    return [f"{rule} by {' and '.join(graders)}" for rule, graders in rules.items()]
 
 
 PUBLISHED = """\
