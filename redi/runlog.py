@@ -21,8 +21,9 @@ from redi.config import UserError, fields_that_may_change, load_toml, parse, pro
 from redi.data.files import lock, make_folder, write_aside
 
 
-def is_finished(out: str, config: Any) -> bool:
-    """Whether `out` holds this run, complete. Raises UserError if `out` holds anything else."""
+def is_finished(out: str, config: Any, unwritten: dict[str, Any] | None = None) -> bool:
+    """Whether `out` holds this run, complete. Raises UserError if `out` holds anything else.
+    unwritten: values of settings that older versions did not have, and so did not write."""
     folder, config_file = Path(out), Path(out) / "config.toml"
     if folder.is_file():
         raise UserError(f"--out {out}: is a file; expected a folder")
@@ -30,7 +31,8 @@ def is_finished(out: str, config: Any) -> bool:
         return False  # no files at all, or only those of a run that was killed at its start
     if not config_file.is_file():
         raise UserError(f"--out {folder}: holds files but no run; choose another folder")
-    old, new = load_toml(config_file, str(config_file)), tomllib.loads(to_toml(config))
+    old = (unwritten or {}) | load_toml(config_file, str(config_file))
+    new = tomllib.loads(to_toml(config))
     changes = "; ".join(
         f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted((old.keys() | new.keys()) - fields_that_may_change(type(config)))
