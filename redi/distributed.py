@@ -13,15 +13,17 @@ sharded over the ranks of a node and replicated across nodes, so all-gathers sta
 Ranks sum losses and gradients, never average them: the whole step's counts are in every loss.
 """
 
+import atexit
 import os
 import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,8 +60,8 @@ def start(timeout_minutes: float) -> World:
     """Join the processes that torchrun started. Without torchrun, the world is this process.
 
     timeout_minutes: how long a rank waits for the others before it gives up. From here on only
-    rank 0 writes to stdout. Raises UserError if nodes run different numbers of processes, or this
-    node runs more processes than it has GPUs.
+    rank 0 writes to stdout. Raises UserError if nodes run different numbers of processes, this node
+    runs more processes than it has GPUs, or another process does not join.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -87,8 +89,12 @@ def start(timeout_minutes: float) -> World:
     # gloo beside nccl: objects and checkpoints are exchanged in host memory.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(backend, timeout=timeout)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    except RuntimeError as error:
+        said = f"rank {rank} could not join the others; start all of them within {timeout}"
+        raise RankError(f"{said}: {str(error).splitlines()[0]}") from error
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open as long as the process)
     return World(rank, world_size, device, local_world_size, timeout, patient)
@@ -238,16 +244,41 @@ def all_ranks_ok(ok: bool, world: World, group: dist.ProcessGroup | None = None)
 def local_rank_zero_first(world: World) -> Iterator[None]:
     """Run the body on rank 0 of every node, then on the other ranks, which find its files on disk.
     Those ranks wait up to a year, because downloading and tokenizing may take long. If the body
-    fails on any node, all other ranks exit with status 2."""
-    if not world.is_local_rank_zero and not all_ranks_ok(True, world, world.patient):
+    fails on rank 0 of a node, all other ranks exit with status 2."""
+    is_first = world.is_local_rank_zero
+    if not is_first and not all_ranks_ok(True, world, world.patient):
         sys.exit(2)  # the rank that failed reports why
-    ok = False
     try:
         yield
-        ok = True
-    finally:
-        if world.is_local_rank_zero and not all_ranks_ok(ok, world, world.patient) and ok:
-            sys.exit(2)
+    except BaseException as error:
+        if is_first:  # at exit, once the error is shown: other ranks may be lost, or busy for hours
+            atexit.register(_fail_other_ranks, world)
+        elif isinstance(error, UserError):  # which the first rank of this node did not meet
+            raise RankError(str(error)) from error
+        raise
+    if is_first and not all_ranks_ok(True, world, world.patient):
+        sys.exit(2)
+
+
+def _fail_other_ranks(world: World) -> None:
+    with suppress(RuntimeError, KeyboardInterrupt):
+        if world.world_size > 1:
+            all_ranks_ok(False, world, world.patient)
+            dist.destroy_process_group()
+
+
+def require_same(values: dict[str, Any], world: World) -> None:
+    """Raise UserError, on every rank, if a value differs between ranks. All ranks must call it."""
+    ranks = [values] * world.world_size
+    if world.world_size > 1:
+        dist.all_gather_object(ranks, values)
+    for rank, other in enumerate(ranks):
+        for name in [name for name in values if other.get(name) != ranks[0].get(name)]:
+            dist.destroy_process_group()  # see `report_lost_ranks`; here all ranks leave it
+            raise UserError(
+                f"{name} is {other.get(name)!r} on rank {rank}, but {ranks[0].get(name)!r} on rank "
+                "0; all nodes need the same flags, and files with the same contents"
+            )
 
 
 # Every failure is a RuntimeError in gloo, a DistBackendError in NCCL; these texts mean a lost rank.
@@ -272,7 +303,7 @@ def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
     try:
         yield
         leaving |= several
-    except Stopped:  # all ranks raise it
+    except (Stopped, SystemExit):  # all ranks raise it; after another rank's error, all leave
         leaving |= several
         raise
     except RuntimeError as error:

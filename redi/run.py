@@ -46,6 +46,7 @@ def run(
     """
     world = distributed.start(config.timeout)
     with report_lost_ranks(world, f"--timeout {config.timeout:g} minutes"):
+        distributed.require_same(vars(config) | {"cache": "may differ"}, world)
         finished = not config.dry_run and is_finished(config.out, config)
         with local_rank_zero_first(world):  # downloads and tokenizes once per node
             model, source, dataset, eval_dataset = _load(config, paired, model_made_by, world)
@@ -53,6 +54,8 @@ def run(
         facts = facts_of(source, dataset, config.data)
         if eval_dataset:
             facts["held-out data sha256"] = eval_dataset.store.data_hash
+        also = {"config.json": str(model.config), f"{config.out}: finished": finished}
+        distributed.require_same(facts | also, world)
         if finished:
             refuse_changed_facts(read_facts(Path(config.out)), facts, config.out)
             print(f"{config.out} is finished: nothing to do")

@@ -32,7 +32,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 from redi import distributed
 from redi.batches import TrainData
 from redi.checkpoint.reference import _score as reference_logp_sums
-from redi.config import RankError, Stopped, UserError
+from redi.config import RankError, Stopped, UserError, program
 from redi.distributed import Parallelism, World, full_tensor, local_rank_zero_first, parallelize
 from redi.monitor import StepSums, squared_update_norm
 
@@ -107,21 +107,18 @@ def one_step(
 
 def in_turn(world: World, folder: Path, failing: int | None) -> str:
     """What a rank does in local_rank_zero_first, in which the rank `failing` raises an error. It
-    takes twice as long as ranks usually wait for each other."""
+    takes twice as long as ranks usually wait for each other, unless it fails."""
     set_timeout(timedelta(seconds=0.1))
     written = folder / f"node-{world.rank // world.local_world_size}-failing-{failing}"
-    try:
-        with local_rank_zero_first(world):
-            if world.rank == failing:
-                raise OSError("disk full")
-            if world.is_local_rank_zero:
-                time.sleep(0.2)
-                written.touch()
-                did = "wrote"
-            else:
-                did = "found" if written.exists() else "too early"
-    except (OSError, SystemExit) as error:
-        did = str(error)
+    with local_rank_zero_first(world):
+        if world.rank == failing:
+            raise UserError("no such data")
+        if world.is_local_rank_zero:
+            time.sleep(0.2)
+            written.touch()
+            did = "wrote"
+        else:
+            did = "found" if written.exists() else "too early"
     set_timeout(world.timeout)
     return did
 
@@ -140,19 +137,20 @@ def gather(value: str, world: World) -> list[str]:
 
 
 def main(out: str, *numbers: str) -> None:
-    """Run the CASES with these numbers, and save what they give."""
+    """Run the CASES with these numbers, and save what they give. The first rank of the last node
+    fails at the end."""
     world = distributed.start(timeout_minutes=2)
     results = {}
     for case in (CASES[int(number)] for number in numbers):
         for cut in CUTS:
             results[case, cut] = one_step(*case, world, *cut)
-    last_leader = world.world_size - world.local_world_size
-    for failing in (None, last_leader):
-        results["in turn", failing] = gather(in_turn(world, Path(out).parent, failing), world)
+    results["in turn"] = gather(in_turn(world, Path(out).parent, failing=None), world)
     results["timeouts"] = timeouts(world)
     if world.rank == 0:
         torch.save(results, out)
-    dist.barrier()
+    last_leader = world.world_size - world.local_world_size
+    with distributed.report_lost_ranks(world, "two minutes"):
+        in_turn(world, Path(out).parent, last_leader)
 
 
 # ---------------------------------------------------------------- what they must give
@@ -165,10 +163,9 @@ def results_of(request, ranks: int, local_world_size: int, folder: Path) -> dict
     selected = [item.callspec.params.get("case") for item in items if hasattr(item, "callspec")]
     numbers = [str(number) for number, case in enumerate(CASES) if case in selected]
     processes = torchrun([__file__, str(out), *numbers], ranks, local_world_size)
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    return torch.load(out, weights_only=False)
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2] * ranks, said
+    return torch.load(out, weights_only=False) | {"said": said}
 
 
 @pytest.fixture(scope="module")
@@ -211,12 +208,58 @@ def test_the_first_rank_of_each_node_runs_first_and_takes_the_others_down_if_it_
     request, fixture
 ):
     results = request.getfixturevalue(fixture)
-    [(_, done), (leader, failed)] = [
-        (key[1], result) for key, result in results.items() if key[0] == "in turn"
-    ]
-    ranks = len(done)
-    assert done == ["wrote", "found"] * (ranks // 2)
-    assert failed == ["2"] * leader + ["disk full"] + ["2"] * (ranks - leader - 1)
+    ranks = len(results["said"])
+    assert results["in turn"] == ["wrote", "found"] * (ranks // 2)
+    assert results["said"] == [""] * (ranks - 2) + ["error: no such data\n", ""]
+
+
+def lose_a_rank(*_: object) -> bool:
+    raise RuntimeError("Connection closed by peer")
+
+
+def test_the_first_rank_of_a_node_ends_with_its_own_error_before_it_waits_for_others(monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(distributed.atexit, "register", lambda *call: at_exit.append(call))
+    monkeypatch.setattr(distributed, "all_ranks_ok", lose_a_rank)
+    world = World(0, 2, torch.device("cpu"), 2)
+    with pytest.raises(UserError, match="no such data"), local_rank_zero_first(world):
+        raise UserError("no such data")
+    [(fail_other_ranks, *arguments)] = at_exit
+    fail_other_ranks(*arguments)  # the rank that is lost is no error
+
+
+def test_an_error_that_only_a_later_rank_of_a_node_meets_is_reported_by_that_rank(monkeypatch):
+    monkeypatch.setattr(distributed, "all_ranks_ok", lambda *_: True)
+    world = World(1, 2, torch.device("cpu"), 2)
+    with pytest.raises(RankError, match="no such data"), local_rank_zero_first(world):
+        raise UserError("no such data")
+
+
+def test_every_rank_names_the_first_value_that_differs(monkeypatch):
+    world, left = World(1, 2, torch.device("cpu")), []
+    values = {"epochs": 1, "lr": 1e-5, "seed": 1}
+
+    def gather_ranks(ranks: list, mine: dict) -> None:
+        ranks[:] = [values, mine]
+
+    monkeypatch.setattr(distributed.dist, "all_gather_object", gather_ranks)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: left.append(True))
+    distributed.require_same(dict(values), world)
+    assert not left
+    with pytest.raises(UserError, match=r"^lr is 0.1 on rank 1, but 1e-05 on rank 0; "):
+        distributed.require_same(values | {"lr": 0.1, "seed": 2}, world)
+    assert left
+
+
+def test_a_rank_that_cannot_join_ends_in_one_line(monkeypatch):
+    def time_out(*_: object, **__: object) -> None:
+        raise dist.DistStoreError("1/2 clients joined.\nframe #0")
+
+    monkeypatch.setattr(dist, "init_process_group", time_out)
+    for name, value in ("MASTER_ADDR", "127.0.0.1"), ("WORLD_SIZE", "2"), ("RANK", "1"):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match=r"rank 1 could not join .* 0:01:00: 1/2 clients joined\.$"):
+        distributed.start(timeout_minutes=1)
 
 
 def test_groups_of_some_ranks_wait_as_long_as_all_ranks_do(on_two_ranks, on_two_nodes):
@@ -339,4 +382,4 @@ def test_memory_segments_are_expandable_unless_the_user_says_something_else(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    program(lambda: main(*sys.argv[1:]))()

@@ -14,7 +14,7 @@ from redi import distributed
 from redi.checkpoint.folder import Source, load_model, open_model
 from redi.checkpoint.weights import weights_hash
 from redi.config import UserError
-from redi.distributed import World, local_rank_zero_first, wait_for_all
+from redi.distributed import World, local_rank_zero_first, require_same, wait_for_all
 from redi.eval import benchmarks, elsewhere, report, tables
 from redi.eval.benchmarks import Benchmark
 from redi.eval.complete import complete
@@ -28,6 +28,8 @@ from redi.runlog import NoLog, RunLog, is_finished, read_facts
 
 def run(config: EvalConfig, world: World) -> None:
     """What evaluate.py does with its flags. Raises UserError for everything a user can fix."""
+    on_each_node = ("slots", "cache_gib", "graders")  # may differ, as the machines do
+    require_same(vars(config) | dict.fromkeys(on_each_node), world)
     default_model = EvalConfig.model
     made_by, given = "python train_redi.py" if config.model == default_model else None, None
     with local_rank_zero_first(world):  # the hub is asked once per node
@@ -63,6 +65,8 @@ def evaluate(
     if given is None:
         model, source, contents = load_unchanged(config, world, finished, made_by)
         facts |= {"model": source.name, **contents}
+    problems = hashlib.sha256(repr(tests).encode()).hexdigest()[:16]
+    require_same({**facts, "--benchmark's sha256": problems, f"{out}: finished": finished}, world)
     if finished:
         for test in tests:
             keep_problems(out, test)
@@ -111,15 +115,15 @@ def evaluate(
 def load_unchanged(
     config: EvalConfig, world: World, finished: bool, made_by: str | None
 ) -> tuple[Transformer, Source, dict[str, str]]:
-    """(the model, its source, hashes of its contents, which only rank 0 computes). The weights are
-    not loaded if the evaluation is finished.
+    """(the model, its source, hashes of its contents). The weights are not loaded if the evaluation
+    is finished.
 
     Raises UserError if the evaluation in config.out began with a model of other contents, unless it
     recorded no hashes.
     """
     with local_rank_zero_first(world):  # a hub id is downloaded once per node
         model, source = (open_model if finished else load_model)(config.model, made_by=made_by)
-        contents = _contents(source) if world.rank == 0 else {}  # hashing reads all weights
+        contents = _contents(source)
         begun = Path(config.out, "config.toml").is_file()
         before = read_facts(Path(config.out)) if begun else {}
         changed = [name for name, now in contents.items() if before.get(name, now) != now]
