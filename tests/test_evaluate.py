@@ -19,7 +19,7 @@ import torch
 
 from redi import programs
 from redi.distributed import World
-from redi.eval import complete, grade
+from redi.eval import complete, evaluation, grade
 from redi.eval.completions import Completion, read_lines
 from redi.eval.generate import Request
 from redi.eval.protocol import Asked
@@ -276,6 +276,20 @@ CHANGES = {  # what changes under an evaluation -> the words that refuse it
         "its problems have changed since run",
     ),
 }
+
+
+def test_ranks_compare_settings_model_and_problems(here, monkeypatch):
+    """What differs between two evaluations is what two ranks would be refused for."""
+    compared = []
+    monkeypatch.setattr(evaluation, "require_same", lambda values, _: compared.append(values))
+    assert evaluated("one") == 0
+    for change, _ in CHANGES.values():
+        change(Path("toy"))
+    assert evaluated("two", "--seed", "1", "--slots", "3", "--graders", "1") == 0
+    differ = [[k for k in a if b.get(k) != a[k]] for a, b in zip(compared, compared[2:])]
+    assert differ[0] == ["out", "seed"]
+    model = ["weights", "tokenizer", "config.json or stop tokens"]
+    assert differ[1] == [*model, "--benchmark's sha256", "one: finished"]
 
 
 def test_what_changes_under_an_evaluation_is_refused_by_name(here, killed_after, capsys):

@@ -9,15 +9,16 @@ here.
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from redi import programs, recipe, train
+from redi import distributed, programs, recipe, train
 from redi import run as run_module
 from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
@@ -471,6 +472,22 @@ def test_another_seed_trains_another_model(here):
     run(sft_config(out="two", seed=2))
     one, two = weights("one"), weights("two")
     assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_ranks_compare_settings_data_and_weights(here, monkeypatch):
+    """What differs between two runs is what two ranks would be refused for."""
+    compared = []
+    monkeypatch.setattr(distributed, "require_same", lambda values, _: compared.append(values))
+    run(sft_config(dry_run=True, cache="a"))
+    rows = read_jsonl("positives.jsonl")
+    write_jsonl(here / "fewer.jsonl", rows[:-4]).replace(here / "positives.jsonl")
+    model = dict(weights("student"), **{"model.norm.weight": torch.zeros(32)})
+    folder = shutil.copytree("student", "zeros")
+    save_file(model, folder + "/model.safetensors", metadata={"format": "pt"})
+    run(sft_config(dry_run=True, cache="b", lr=1e-2, save_every=7, model="zeros"))
+    differ = [[k for k in a if b.get(k) != a[k]] for a, b in zip(compared, compared[2:])]
+    assert differ[0] == ["model", "lr", "save_every"]
+    assert differ[1] == ["parent", "parent's weights sha256", "data sha256", "rows"]
 
 
 def test_training_leaves_the_model_it_started_from_alone(here):
