@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -267,7 +266,7 @@ def _fail_other_ranks(world: World) -> None:
             dist.destroy_process_group()
 
 
-def require_same(values: dict[str, Any], world: World) -> None:
+def require_same(values: dict[str, object], world: World) -> None:
     """Raise UserError, on every rank, if a value differs between ranks. All ranks must call it."""
     ranks = [values] * world.world_size
     if world.world_size > 1:

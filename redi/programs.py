@@ -27,14 +27,8 @@ def train_sft() -> None:
 @program
 def train_redi() -> None:
     config = parse(REDIConfig, "Stage 2 of REDI: learning from pairs of right and wrong traces.")
-    objective = config.make_objective()
-    run(
-        config,
-        objective,
-        paired=True,
-        model_made_by="python train_sft.py",
-        prepare_score=prepare_score,
-    )
+    objective, made_by = config.make_objective(), "python train_sft.py"
+    run(config, objective, paired=True, model_made_by=made_by, prepare_score=prepare_score)
 
 
 def prepare_score(config: TrainConfig, source: Source, world: World) -> Score | None:

@@ -54,7 +54,7 @@ def run(
         facts = facts_of(source, dataset, config.data)
         if eval_dataset:
             facts["held-out data sha256"] = eval_dataset.store.data_hash
-        also = {"config.json": str(model.config), f"{config.out}: finished": finished}
+        also = {"config.json": model.config, "finished": finished}
         distributed.require_same(facts | also, world)
         if finished:
             refuse_changed_facts(read_facts(Path(config.out)), facts, config.out)

@@ -485,7 +485,7 @@ def test_ranks_compare_settings_data_and_weights(here, monkeypatch):
     folder = shutil.copytree("student", "zeros")
     save_file(model, folder + "/model.safetensors", metadata={"format": "pt"})
     run(sft_config(dry_run=True, cache="b", lr=1e-2, save_every=7, model="zeros"))
-    differ = [[k for k in a if b.get(k) != a[k]] for a, b in zip(compared, compared[2:])]
+    differ = [[k for k in a if b[k] != a[k]] for a, b in zip(compared, compared[2:])]
     assert differ[0] == ["model", "lr", "save_every"]
     assert differ[1] == ["parent", "parent's weights sha256", "data sha256", "rows"]
 
