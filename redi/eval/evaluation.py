@@ -67,7 +67,6 @@ def evaluate(
     if given is None:
         model, source, contents = load_unchanged(config, world, finished, made_by)
         facts |= {"model": source.name, **contents}
-    require_same({**facts, "finished": finished}, world)
     if finished:
         for test in tests:
             keep_problems(out, test)
@@ -120,7 +119,7 @@ def load_unchanged(
     is finished.
 
     Raises UserError if the evaluation in config.out began with a model of other contents, unless it
-    recorded no hashes.
+    recorded no hashes, and if ranks have different models.
     """
     with local_rank_zero_first(world):  # a hub id is downloaded once per node
         model, source = (open_model if finished else load_model)(config.model, made_by=made_by)
@@ -133,6 +132,7 @@ def load_unchanged(
                 f"--model {config.model}: its {' and its '.join(changed)} changed since "
                 f"{config.out} was begun; choose another --out"
             )
+    require_same({"torch": torch.__version__, **contents, "finished": finished}, world)
     return model, source, contents
 
 
