@@ -109,8 +109,8 @@ def _train_and_save(
     checkpoints = Checkpoints(Path(config.out), world, facts, config.keep)
     history = [r for r in read_metrics(Path(config.out)) if r["kind"] == "train"]
     begin = checkpoints.newest_valid(len(history)) if config.resume == "auto" else 0
+    checkpoints.remove_after(begin)  # first, because a checkpoint needs its records
     log.start(facts, begin)
-    checkpoints.remove_after(begin)
     distributed.parallelize(model, world, how)
     fill(model, folder)
     if data.objective.needs_reference:  # the model before its first step, also when resuming
