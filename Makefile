@@ -11,6 +11,8 @@ export OMP_NUM_THREADS ?= 2
 # Threads that wait by spinning make a busy machine five times slower.
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= true
+# Demo and tests start many processes: without it, each would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow lint clean
 
@@ -47,7 +49,7 @@ clean:
 
 # ---- environments: made anew when their requirements change
 
-# Python compiles a module when it is first imported; compiling all of them takes half a minute.
+# Modules are compiled when they are first imported; compiling all of them takes half a minute.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 
 .venv/core: requirements.txt constraints.txt
