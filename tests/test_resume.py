@@ -726,7 +726,8 @@ def _die_at_operation(number: int) -> None:
             changes = path.startswith("run/") and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
         else:
             there = os.path.exists(path) or "/" not in path  # rmtree names files by folder
-            changes = event in CHANGES and there != (event == "os.mkdir")
+            of_run = "__pycache__" not in path  # where Python keeps compiled modules
+            changes = event in CHANGES and of_run and there != (event == "os.mkdir")
         if changes:
             seen += 1
             if seen == number:
