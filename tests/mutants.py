@@ -303,9 +303,7 @@ MUTANTS = (
         "redi/distributed.py",
         "shard_index * -(-len(parameter) // num_shards)",
         "shard_index * (len(parameter) // num_shards)",
-        (
-            "tests/test_checkpoint.py::test_rows_saved_by_some_ranks_are_read_by_other_numbers_of_ranks",
-        ),
+        ("tests/test_checkpoint.py::test_rows_saved_by_some_ranks_are_read_by_others",),
     ),
     Mutant(
         "MFU counts the head on every token instead of the supervised ones",
@@ -363,7 +361,7 @@ MUTANTS = (
         "store, str(dtype)]",
         (
             "tests/test_reference.py"
-            "::test_another_model_data_template_dtype_selection_or_rotary_base_is_another_file",
+            "::test_another_model_template_dtype_or_selection_is_another_file",
         ),
     ),
     # ---------------------------------------------------------------- data
@@ -404,7 +402,7 @@ MUTANTS = (
         (SFT_STEP,),
     ),
     Mutant(
-        "flash attention is not told that heads share keys and values",
+        "flash attention runs without its flag for shared keys and values",
         "redi/attention.py",
         'grouped = {"enable_gqa": True}',
         "grouped = {}",

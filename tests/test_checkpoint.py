@@ -21,7 +21,7 @@ from redi.checkpoint import folder as checkpoint
 from redi.checkpoint.config_json import read_rope_theta
 from redi.checkpoint.folder import load_model, open_model, save_model
 from redi.checkpoint.resume import Checkpoints
-from redi.checkpoint.weights import fill, read_rows, weights_hash, write_rows
+from redi.checkpoint.weights import fill, read_shards, weights_hash, write_shards
 from redi.config import UserError
 from redi.data.files import hash_files
 from redi.data.tokenizer import chatml
@@ -590,7 +590,7 @@ class Shard:
 
 @pytest.mark.parametrize("saved_by", [1, 2, 3, 8])
 @pytest.mark.parametrize("read_by", [1, 2, 3, 8])
-def test_rows_saved_by_some_ranks_are_read_by_other_numbers_of_ranks(saved_by, read_by, tmp_path):
+def test_rows_saved_by_some_ranks_are_read_by_others(saved_by, read_by, tmp_path):
     wholes = {
         "matrix": torch.randn(10, 3), "vector": torch.randn(5, dtype=torch.float64),
         "of fewer rows than ranks": torch.randn(3, 2, 2).bfloat16(), "last": torch.randn(16),
@@ -598,7 +598,7 @@ def test_rows_saved_by_some_ranks_are_read_by_other_numbers_of_ranks(saved_by, r
     files = [tmp_path / f"rank-{rank}.safetensors" for rank in range(saved_by)]
     for rank, file in enumerate(files):
         shards = {name: Shard(whole, rank, saved_by) for name, whole in wholes.items()}
-        assert write_rows(file, shards) == hash_files([file])
+        assert write_shards(file, shards) == hash_files([file])
         for name, tensor in load_file(file).items():
             assert torch.equal(tensor, shards[name].local)
     for rank in range(read_by):
@@ -606,7 +606,7 @@ def test_rows_saved_by_some_ranks_are_read_by_other_numbers_of_ranks(saved_by, r
         expected = {name: shard.local.clone() for name, shard in shards.items()}
         for shard in shards.values():
             shard.local.fill_(7)
-        read_rows(files, shards)
+        read_shards(files, shards)
         assert all(torch.equal(shards[name].local, expected[name]) for name in wholes)
 
 

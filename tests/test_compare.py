@@ -163,7 +163,7 @@ def test_runs_whose_answers_are_read_in_two_places_are_not_compared(tmp_path):
 
 def test_runs_of_other_problems_are_not_compared(tmp_path):
     runs = [evaluation(tmp_path / q, "1", question=q) for q in ("x", "y")]
-    with pytest.raises(UserError, match="b: x and y were asked other problems"):
+    with pytest.raises(UserError, match="b: x and y have different problems"):
         compare.compare(runs)
 
 

@@ -86,7 +86,7 @@ def path_of(config, dtype=torch.float32) -> Path:
     return reference_path(config.cache, source.folder, model.config, dtype, dataset)
 
 
-def test_another_model_data_template_dtype_selection_or_rotary_base_is_another_file(here):  # noqa: F811
+def test_another_model_template_dtype_or_selection_is_another_file(here):  # noqa: F811
     paths = [path_of(redi_config()), path_of(redi_config(), torch.bfloat16)]
     paths.append(path_of(redi_config(rope_theta=5e5)))
     paths.append(path_of(redi_config(max_response=20)))  # leaves rows out

@@ -171,22 +171,22 @@ def test_turns_between_answers_count_towards_the_limit_of_the_response():
 def test_a_step_of_two_ranks_is_as_balanced_as_its_work():
     """Rows of 30 and 10 tokens, one a rank: the mean of the work over the largest."""
     training = Training(Limits(99, 99, 99), rows_per_step=2, pack_tokens=40, ranks=2, seed=42)
-    told = dict(about_training(sized([30, 10], [9, 9]), training).rows)
+    printed = dict(about_training(sized([30, 10], [9, 9]), training).rows)
     long, short = 30 + 900 * ATTENTION, 10 + 100 * ATTENTION
     balance = f"{(long + short) / 2 / long:.3f}"
-    assert told["steps"] == "1 per epoch, of 2 rows"
-    assert told["tokens"] == "per step: median 40, 40 to 40"
-    assert told["packs"] == "of 40 tokens: 1.0 per step on each of 2 ranks, 50 % full"
-    assert told["balance"].endswith(f": {balance}, {balance} in the worst step")
+    assert printed["steps"] == "1 per epoch, of 2 rows"
+    assert printed["tokens"] == "per step: median 40, 40 to 40"
+    assert printed["packs"] == "of 40 tokens: 1.0 per step on each of 2 ranks, 50 % full"
+    assert printed["balance"].endswith(f": {balance}, {balance} in the worst step")
 
 
 def test_an_epoch_of_five_rows_has_a_smaller_last_step():
     training = Training(Limits(99, 99, 99), rows_per_step=2, pack_tokens=10, ranks=1, seed=42)
-    told = dict(about_training(sized([10] * 5, [9] * 5), training).rows)
-    assert told["steps"] == "3 per epoch, of 2 rows"
-    assert told["tokens"] == "per step: median 20, 10 to 20"
+    printed = dict(about_training(sized([10] * 5, [9] * 5), training).rows)
+    assert printed["steps"] == "3 per epoch, of 2 rows"
+    assert printed["tokens"] == "per step: median 20, 10 to 20"
     # 2, 2 and 1 packs
-    assert told["packs"] == "of 10 tokens: 1.7 per step, 100 % full"
+    assert printed["packs"] == "of 10 tokens: 1.7 per step, 100 % full"
 
 
 # ---------------------------------------------------------------- the row with its mask

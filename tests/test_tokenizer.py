@@ -61,7 +61,8 @@ R1_TEMPLATE = (
     "{%- if message['role'] == 'assistant' and message['content'] is not none %}"
     "{% set content = message['content'] %}{% if '</think>' in content %}"
     "{% set content = content.split('</think>')[-1] %}{% endif %}"
-    "{{'<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>'}}{%- endif %}{%- endfor -%}"  # noqa: RUF001
+    "{{'<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>'}}"  # noqa: RUF001
+    "{%- endif %}{%- endfor -%}"
     "{% if add_generation_prompt %}{{'<｜Assistant｜><think>\\n'}}{% endif %}"  # noqa: RUF001
 )
 TEMPLATES = {

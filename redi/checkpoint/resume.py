@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from redi.checkpoint.weights import read_rows, write_rows
+from redi.checkpoint.weights import read_shards, write_shards
 from redi.config import UserError, one_line
 from redi.data.files import folder_to_disk, hash_files, make_folder, to_disk, write_aside
 from redi.distributed import World, all_ranks_ok
@@ -121,7 +121,7 @@ class Checkpoints:
         # Nodes hold the same rows, so each node writes its share of the tensors.
         node = self.world.rank // self.world.local_world_size
         tensors = list(tensors_of(model, optimizer).items())[node :: self.world.num_nodes]
-        return write_rows(aside / f"rank-{self.world.rank}.safetensors", dict(tensors))
+        return write_shards(aside / f"rank-{self.world.rank}.safetensors", dict(tensors))
 
     def _publish(self, aside: Path, step: int, hashes: list[str]) -> None:
         """Give the complete checkpoint its name, and remove old ones."""
@@ -168,7 +168,7 @@ class Checkpoints:
 
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Read the checkpoint of `step` into model and optimizer."""
-        read_rows(list(read_state(self.at(step))["sha256"]), tensors_of(model, optimizer))
+        read_shards(list(read_state(self.at(step))["sha256"]), tensors_of(model, optimizer))
         for state in optimizer.state.values():
             state["step"].fill_(float(step))
 
@@ -235,4 +235,4 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     if problem := damage(folder):
         raise UserError(f"{folder}: not a complete checkpoint ({problem})")
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    read_rows(list(read_state(folder)["sha256"]), tensors)
+    read_shards(list(read_state(folder)["sha256"]), tensors)

@@ -2,7 +2,7 @@
 
 `check_weights` reads only the headers: every tensor must be there with the right shape, and no
 other tensor. `fill` copies the numbers into a model: on every rank, the rows of its own shards.
-`write_rows` writes a rank's rows for a checkpoint; `read_rows` reads them on any number of ranks.
+`write_shards` writes a checkpoint file of a rank, `read_shards` reads them on any number of ranks.
 Left out: .bin and .pt files (unpickling runs code), quantized weights.
 """
 
@@ -61,10 +61,10 @@ def fill(model: Transformer, folder: Path) -> None:
     """Copy the weights of `folder` into `model`, on every rank the rows of its own shards. Raises
     UserError if the model is tied, but the stored output weight is not the embedding."""
     files = weight_files(folder)
-    read_rows(files, dict(model.named_parameters()))
+    read_shards(files, dict(model.named_parameters()))
     if model.config.tied and any(name == HEAD for _, name, _ in stored_tensors(files)):
         head = torch.empty_like(model.output_weight)
-        read_rows(files, {HEAD: head})
+        read_shards(files, {HEAD: head})
         if not torch.equal(local_shard(head), local_shard(model.output_weight)):
             raise UserError(
                 f"{folder}: config.json ties the output weight to the embedding, but {HEAD} is "
@@ -73,7 +73,7 @@ def fill(model: Transformer, folder: Path) -> None:
 
 
 @torch.no_grad()
-def read_rows(files: list[Path], tensors: dict[str, Tensor]) -> None:
+def read_shards(files: list[Path], tensors: dict[str, Tensor]) -> None:
     """Fill this rank's rows of `tensors`. The rows of a tensor may lie in several files, in order.
     Raises UserError if a file is broken or a tensor is not complete."""
     seen = dict.fromkeys(tensors, 0)  # rows
@@ -93,7 +93,7 @@ def read_rows(files: list[Path], tensors: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def write_rows(path: Path, tensors: dict[str, Tensor]) -> str:
+def write_shards(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write this rank's rows of `tensors` as safetensors and flush them to disk. Returns the file's
     sha256. Copies one tensor at a time to the host; safetensors.torch.save_file copies all.
     Raises UserError if the file cannot be written."""

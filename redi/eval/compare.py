@@ -116,7 +116,7 @@ def compare(runs: list[Path], grader: str | None = None) -> list[Comparison]:
                     f"for {first}"
                 )
             if one.test.problems != other.test.problems:
-                raise UserError(f"{benchmark}: {first} and {second} were asked other problems")
+                raise UserError(f"{benchmark}: {first} and {second} have different problems")
             comparisons.append(paired(one.test, (first, second), one.marks, other.marks))
     return comparisons
 
@@ -131,10 +131,10 @@ def result_rows(names: list[str], reports: list[Report]) -> list[dict[str, Any]]
             "model": name,
             "benchmark": score.benchmark,
             "grader": score.grader,
+            "answer_from": score.answer_from,
             "problems": score.num_problems,
             "samples": score.num_samples,
             "pass@1": score.pass_at_1,
-            "answer_from": score.answer_from,
             "sem": score.sem,
             f"pass@{score.num_samples}": score.pass_at_k[-1],
             "majority": score.majority,

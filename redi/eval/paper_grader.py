@@ -88,9 +88,9 @@ _FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
 _NOT_EVALUATED = re.compile(r"\^\{|\^\(|\^[0-9]+\^|\^[0-9][0-9]+")  # sympy may hang on these
 # All that sympy may read. With a string, index or attribute a formula is a program, so quotes,
-# square brackets and dots outside numbers are missing; x1.a keeps its dot, as x1 is taken whole.
+# square brackets and dots outside numbers are missing. The dot of x1.a is outside: x1 is a name.
 _FORMULA = re.compile(
-    r"[a-z\u03b1-\u03c9ħ]+[0-9]*(?:_[a-z\u03b1-\u03c9ħ0-9]+)*"  # a name: x, pi, x_1, a Greek letter
+    r"[a-z\u03b1-\u03c9ħ]+[0-9]*(?:_[a-z\u03b1-\u03c9ħ0-9]+)*"  # a name: pi, x_1
     r"|[0-9]+(?:\.[0-9]*)?|\.[0-9]+"  # a number
     r"|[-+*/^(),!\n\t ]"
 )
