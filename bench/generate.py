@@ -28,8 +28,8 @@ import torch
 from bench.inputs import FIRST_WORD, VOCABULARY, lengths, write_model
 from bench.measure import CPUSeconds, interleave, result, synchronize, write
 from redi.checkpoint.folder import load_model
-from redi.eval.generate import Request, Usage, generate
-from redi.eval.sampling import Sampling
+from redi.eval.engine.generate import Request, Usage, generate
+from redi.eval.engine.sampling import Sampling
 
 SLOTS, NEW_TOKENS, CONTEXT = 32, 128, 1024
 REQUESTS, MEDIAN, LONGEST = 160, 48, 512

@@ -58,8 +58,8 @@ from redi.attention import packed_attention
 from redi.batches import TrainData
 from redi.config import UserError, one_line, program
 from redi.distributed import Parallelism, World, compute_dtype, full_tensor, parallelize
-from redi.eval.generate import Request, Usage, generate
-from redi.eval.sampling import Sampling
+from redi.eval.engine.generate import Request, Usage, generate
+from redi.eval.engine.sampling import Sampling
 from redi.logprobs import weighted_logp_sum
 from redi.model import ModelConfig, Transformer
 from redi.monitor import training_flops
@@ -277,7 +277,7 @@ def check_head(device: torch.device, rows: int, size: int, vocabulary: int) -> F
 
 def check_decoding(device: torch.device, sizes: Sizes) -> Found:
     """Slots are refilled; when the queue is empty, ever smaller steps are recorded."""
-    from redi.eval import kernel_steps  # needs triton
+    from redi.eval.engine import kernel_steps  # needs triton
 
     model = Transformer(sizes.checked).requires_grad_(False)
     initialise(model, seed=0)

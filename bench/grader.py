@@ -28,7 +28,7 @@ from bench.measure import result, write
 from redi.config import UserError, program
 from redi.eval.benchmarks import Benchmark, load
 from redi.eval.grade import Grader, extract
-from redi.eval.spelling import text_key
+from redi.eval.grading.normalize import text_key
 
 WORKERS = 2
 GRADERS = ("math-verify", "paper")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import bench.plan as law
-from redi.eval.generate import Request
+from redi.eval.engine.generate import Request
 from redi.model import ModelConfig, Transformer
 from redi.packing import TokenSequence
 

@@ -445,7 +445,7 @@ MUTANTS = (
     ),
     Mutant(
         "a captured decode step asks for the longest row",
-        "redi/eval/kernel_steps.py",
+        "redi/eval/engine/kernel_steps.py",
         "last = lengths - 1",
         "last = lengths - 1 + 0 * int(lengths.max())",
         (GENERATE,),

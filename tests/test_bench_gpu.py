@@ -20,7 +20,7 @@ import torch
 from bench import gpu, inputs, loss, measure
 from bench.gpu import CHECKED, SHAPE, Part, Sizes, in_process, missed, run_all
 from bench.measure import result
-from redi.eval.decoder import Decoder
+from redi.eval.engine.decoder import Decoder
 from redi.model import Transformer
 
 CPU = torch.device("cpu")

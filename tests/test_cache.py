@@ -1,5 +1,4 @@
-"""redi/eval/cache.py and decoder.py: the engine's logits are the training forward's, whatever the
-memory."""
+"""The engine's logits are the training forward's, whatever the memory."""
 
 from itertools import repeat
 
@@ -13,10 +12,10 @@ from torch import Tensor
 from redi.attention import packed_attention
 from redi.checkpoint.folder import load_model
 from redi.config import UserError
-from redi.eval import cache
-from redi.eval import generate as engine
-from redi.eval.generate import Request, Usage, generate
-from redi.eval.sampling import Sampling
+from redi.eval.engine import cache
+from redi.eval.engine import generate as engine
+from redi.eval.engine.generate import Request, Usage, generate
+from redi.eval.engine.sampling import Sampling
 
 HOT = Sampling(temperature=1.0, top_p=0.95, seed=1)
 CONTEXT = 128

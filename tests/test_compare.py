@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from redi.config import UserError
-from redi.eval import compare, page, report, tables
+from redi.eval import report
 from redi.eval.benchmarks import Benchmark, Problem
-from redi.eval.compare import paired
 from redi.eval.completions import (
     Completion,
     Mark,
@@ -22,7 +21,9 @@ from redi.eval.completions import (
     marks_file,
     write_lines,
 )
-from redi.eval.statistics import mcnemar
+from redi.eval.reporting import compare, page, tables
+from redi.eval.reporting.compare import paired
+from redi.eval.reporting.statistics import mcnemar
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ it has no bf16 arithmetic.
 import pytest
 import torch
 
-kernel = pytest.importorskip("redi.eval.decode_kernel", reason="triton is not installed")
+kernel = pytest.importorskip("redi.eval.engine.decode_kernel", reason="triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

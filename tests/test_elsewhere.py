@@ -7,7 +7,7 @@ import pytest
 from redi.checkpoint.folder import open_model
 from redi.config import UserError
 from redi.eval.benchmarks import Benchmark, Problem
-from redi.eval.elsewhere import export_prompts, read_completions
+from redi.eval.external import export_prompts, read_completions
 from redi.eval.protocol import PAPER_PROMPT, EvalConfig, ask
 
 TESTS = [Benchmark("b", [Problem("x", "1+1?", ["2"]), Problem("7", "2+2?", ["4"])])]

@@ -19,9 +19,10 @@ import torch
 
 from redi import programs
 from redi.distributed import World
-from redi.eval import complete, evaluation, grade
+from redi.eval import evaluation, grade
 from redi.eval.completions import Completion, read_lines
-from redi.eval.generate import Request
+from redi.eval.engine import complete
+from redi.eval.engine.generate import Request
 from redi.eval.protocol import Asked
 from redi.toy import student as toy
 

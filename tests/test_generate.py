@@ -1,4 +1,4 @@
-"""redi/eval/generate.py against transformers' generate, a loop without a cache, and the definition
+"""engine/generate.py against transformers' generate, a loop without a cache, and the definition
 of nucleus sampling."""
 
 from itertools import repeat
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from redi.attention import packed_attention
 from redi.checkpoint.folder import load_model
-from redi.eval import cache
-from redi.eval.decoder import Decoder
-from redi.eval.generate import Generated, Request, Usage, generate
-from redi.eval.sampling import Sampling
+from redi.eval.engine import cache
+from redi.eval.engine.decoder import Decoder
+from redi.eval.engine.generate import Generated, Request, Usage, generate
+from redi.eval.engine.sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0)
 LONGEST = 24  # new tokens

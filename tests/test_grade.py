@@ -13,11 +13,11 @@ import pytest
 
 from redi.config import UserError
 from redi.eval import grade as grade_module
-from redi.eval import workers
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import Completion
 from redi.eval.grade import Grader, extract, grade
-from redi.eval.spelling import LONGEST_ANSWER, as_integer, text_key
+from redi.eval.grading import workers
+from redi.eval.grading.normalize import LONGEST_ANSWER, as_integer, text_key
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = r"\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}"  # Math-Verify issue 65

@@ -1,4 +1,4 @@
-"""redi/eval/kernel_steps.py, what decoding does on CUDA, against what it does on a CPU.
+"""redi/eval/engine/kernel_steps.py, what decoding does on CUDA, against what it does on a CPU.
 
 Without CUDA the kernel runs in Triton's interpreter or is its torch twin, and a recording is played
 back by calling the function again: rows, fillings, tables and inputs are those of the device.
@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from redi.checkpoint.folder import load_model
-from redi.eval import cache
-from redi.eval.cache import Cache
-from redi.eval.decoder import Decoder
-from redi.eval.generate import Request, Usage, generate
-from redi.eval.sampling import Sampling
+from redi.eval.engine import cache
+from redi.eval.engine.cache import Cache
+from redi.eval.engine.decoder import Decoder
+from redi.eval.engine.generate import Request, Usage, generate
+from redi.eval.engine.sampling import Sampling
 
-kernel_steps = pytest.importorskip("redi.eval.kernel_steps", reason="triton is not installed")
-from redi.eval.decode_kernel import decode_attention_reference  # noqa: E402
+kernel_steps = pytest.importorskip(
+    "redi.eval.engine.kernel_steps", reason="triton is not installed"
+)
+from redi.eval.engine.decode_kernel import decode_attention_reference  # noqa: E402
 
 SIZES = (1, 2, 4, 8)
 HOT = Sampling(temperature=1.0, seed=1)

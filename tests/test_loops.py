@@ -1,10 +1,10 @@
-"""redi/eval/loops.py against its definition."""
+"""redi/eval/grading/repetition.py against its definition."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redi.eval.loops import period
+from redi.eval.grading.repetition import period
 
 ROUND = "Wait, 4 + 4 = 8. "  # 17 characters
 PARAGRAPH = "".join(chr(0x4E00 + i) for i in range(120))  # no character twice

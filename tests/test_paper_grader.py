@@ -3,7 +3,7 @@ r"""The paper's own rules, faults and all: the authors' grader gives each case t
 import pytest
 
 from redi.eval.grade import extract
-from redi.eval.paper_grader import equal
+from redi.eval.grading.paper_grader import equal
 
 
 @pytest.mark.parametrize(

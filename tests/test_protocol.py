@@ -7,7 +7,7 @@ import pytest
 from redi.checkpoint.folder import open_model
 from redi.config import UserError, parse
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
-from redi.eval.elsewhere import export_prompts
+from redi.eval.external import export_prompts
 from redi.eval.protocol import EvalConfig, ask, check_limit, make_prompt
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -6,11 +6,11 @@ import math
 import pytest
 
 from redi.config import UserError
-from redi.eval import published
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import Mark
 from redi.eval.report import Report, mean_pass_at_1, run_names, score, to_json
-from redi.eval.tables import markdown, summary, table
+from redi.eval.reporting import paper_results
+from redi.eval.reporting.tables import markdown, summary, table
 
 
 def mark(id="p", sample=0, verdict="correct", num_tokens=10, extracted="1", loops=False) -> Mark:
@@ -210,7 +210,7 @@ def test_the_papers_figures_are_marked_as_theirs_and_only_beside_its_benchmarks(
     assert "Nothing in this table was measured here" in text
     header, _, *rows = text.split("## Theirs, not ours")[1].strip().splitlines()[3:]
     assert [cell.strip() for cell in header.split("|")][2:] == ["aime24", ""]
-    assert len(rows) == len(published.RESULTS)
+    assert len(rows) == len(paper_results.RESULTS)
     assert "28.1 / 66.7" in next(row for row in rows if "Qwen-REDI-1.5B" in row)
     assert "Theirs" not in markdown(report(mine=grid("1")))
 
@@ -220,7 +220,7 @@ def test_the_papers_averages_are_those_it_prints():
     printed = {"SFT 3 epochs": 41.9, "SFT 5 epochs": 45.8, "DeepSeek-R1-Distill-Qwen-1.5B": 48.6,
                "Qwen-REDI-1.5B (SFT 5 + REDI)": 49.5, "SFT 3 + REDI": 48.3,
                "SFT 3 + symmetric": 47.7, "SFT 3 + DPO": 47.2, "SFT 3 + SimPO": 47.2}  # fmt: skip
-    for model, figures in published.RESULTS.items():
+    for model, figures in paper_results.RESULTS.items():
         assert sum(p for p, _ in figures) / 5 == pytest.approx(printed[model], abs=0.1)
 
 

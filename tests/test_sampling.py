@@ -1,4 +1,4 @@
-"""redi/eval/sampling.py against the definition of the nucleus: in plain Python, by a full sort."""
+"""engine/sampling.py against the definition of the nucleus: in plain Python, by a full sort."""
 
 import math
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from redi.eval import sampling
-from redi.eval.sampling import (
+from redi.eval.engine import sampling
+from redi.eval.engine.sampling import (
     Draws,
     Sampling,
     by_sorting,

@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redi.eval import statistics
-from redi.eval.statistics import bootstrap_p_value, interval, majority, mcnemar, pass_at_k, sem
+from redi.eval.reporting import statistics
+from redi.eval.reporting.statistics import (
+    bootstrap_p_value,
+    interval,
+    majority,
+    mcnemar,
+    pass_at_k,
+    sem,
+)
 
 # ---------------------------------------------------------------- pass@k
 

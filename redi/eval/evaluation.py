@@ -15,12 +15,13 @@ from redi.checkpoint.folder import Source, load_model, open_model
 from redi.checkpoint.weights import weights_hash
 from redi.config import UserError
 from redi.distributed import World, local_rank_zero_first, require_same, wait_for_all
-from redi.eval import benchmarks, elsewhere, report, tables
+from redi.eval import benchmarks, external, report
 from redi.eval.benchmarks import Benchmark
-from redi.eval.complete import complete
 from redi.eval.completions import Completion, Store, keep_problems
+from redi.eval.engine.complete import complete
 from redi.eval.grade import Grader, answer_rule, mark_run, report_unreadable
 from redi.eval.protocol import Asked, EvalConfig, ask, check_limit
+from redi.eval.reporting import tables
 from redi.hub import is_hub_id
 from redi.model import Transformer
 from redi.runlog import NoLog, RunLog, is_finished, read_facts
@@ -39,7 +40,7 @@ def run(config: EvalConfig, world: World) -> None:
     if config.export_prompts:
         return export(config, tests, made_by)
     if config.completions:
-        config.samples, given = elsewhere.read_completions(config.completions, tests)
+        config.samples, given = external.read_completions(config.completions, tests)
         config.out = config.out or f"out/eval/{Path(config.completions).stem}"
         if config.model == default_model:  # the model that made them was not named
             config.model = config.completions
@@ -71,7 +72,7 @@ def evaluate(
         for test in tests:
             keep_problems(out, test)
         if given is not None:
-            elsewhere.store_completions(out, given)
+            external.store_completions(out, given)
         print((out / "report.md").read_text(), f"{out} is finished: nothing to do", sep="\n")
         return
 
@@ -93,7 +94,7 @@ def evaluate(
                 keep_problems(out, test)
         # ---- sample: all benchmarks in one queue, each rank its share
         if given is not None:
-            elsewhere.store_completions(out, given)
+            external.store_completions(out, given)
         else:
             model.to(world.device, distributed.compute_dtype(config.dtype, world))
             model.requires_grad_(False)
@@ -175,9 +176,9 @@ def sample(
 
 
 def export(config: EvalConfig, tests: list[Benchmark], made_by: str | None) -> None:
-    """Write what another program is to be asked. Raises UserError as `elsewhere.export_prompts`."""
+    """Write what another program is to be asked. Raises UserError as `external.export_prompts`."""
     if config.completions:
         raise UserError("--export-prompts: expected without --completions; one comes first")
     _, source = open_model(config.model, made_by=made_by)
-    count = elsewhere.export_prompts(config.export_prompts, tests, source, config)
+    count = external.export_prompts(config.export_prompts, tests, source, config)
     print(f"saved {config.export_prompts}: {count} prompts, {config.samples} samples of each")

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from redi.config import UserError, parse, program, require
-from redi.eval import paper_grader
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import (
     Completion,
@@ -43,9 +42,10 @@ from redi.eval.completions import (
     read_lines,
     write_lines,
 )
-from redi.eval.loops import period
-from redi.eval.spelling import LONGEST_ANSWER, as_integer, text_key
-from redi.eval.workers import Pool, Question
+from redi.eval.grading import paper_grader
+from redi.eval.grading.normalize import LONGEST_ANSWER, as_integer, text_key
+from redi.eval.grading.repetition import period
+from redi.eval.grading.workers import Pool, Question
 
 Verdict = Literal["correct", "incorrect", "no_answer", "truncated", "timeout"]
 GraderName = Literal["math-verify", "paper"]
@@ -279,7 +279,8 @@ def mark_run(out: Path, graders: list[Grader]) -> None:
 @program
 def main() -> None:
     config = parse(RegradeConfig, "Grade the stored completions of an evaluation again.")
-    from redi.eval import report, tables  # only this command needs them
+    from redi.eval import report
+    from redi.eval.reporting import tables  # only this command needs them
 
     out, own = Path(config.run), report.own_grader(Path(config.run))
     choice = config.grader or own

@@ -19,7 +19,7 @@ import torch
 from redi.checkpoint.folder import Source
 from redi.distributed import World, gathered, sum_over_ranks
 from redi.eval.benchmarks import load
-from redi.eval.complete import complete
+from redi.eval.engine.complete import complete
 from redi.eval.grade import Grader, report_unreadable
 from redi.eval.protocol import EvalConfig, ask
 from redi.model import Transformer

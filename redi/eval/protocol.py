@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from redi.checkpoint.folder import Source
 from redi.config import UserError, may_change, require
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
-from redi.eval.generate import Request
+from redi.eval.engine.generate import Request
 from redi.eval.grade import GraderChoice
 
 # The paper's evaluation prompt, put before the problem. The authors' code has the two spaces too.

@@ -25,11 +25,11 @@ import numpy as np
 
 from redi.config import UserError
 from redi.data.files import make_folder, write_aside
-from redi.eval import published
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import Mark, asked, by_problem, marks_file, read_lines
-from redi.eval.spelling import LONGEST_ANSWER, text_key
-from redi.eval.statistics import interval, majority, pass_at_k, sem
+from redi.eval.grading.normalize import LONGEST_ANSWER, text_key
+from redi.eval.reporting import paper_results
+from redi.eval.reporting.statistics import interval, majority, pass_at_k, sem
 
 OWN_GRADER = "math-verify"  # of a run that does not say
 # Settings that say what was measured; the first three are all that is known of completions that
@@ -224,7 +224,7 @@ def load(out: Path, grader: str | None = None) -> dict[str, list[Graded]]:
     graded = {}
     for test in sorted(asked(out), key=lambda test: [*names, test.name].index(test.name)):
         graders = [grader] if grader != "both" else ["math-verify", "paper"]
-        if test.name in published.BENCHMARKS:
+        if test.name in paper_results.BENCHMARKS:
             graders.reverse()
         graded[test.name] = [Graded(test, _marks(out, g, test.name), g) for g in graders]
     return graded
@@ -271,7 +271,7 @@ def folder(out: Path, grader: str) -> Path:
 
 def write(out: Path, grader: str | None = None) -> Report:
     """Write report.json, report.md and report.html of an evaluation's verdicts."""
-    from redi.eval import page, tables
+    from redi.eval.reporting import page, tables
 
     report = read(out, grader)
     target = folder(out, report.grader)
@@ -301,7 +301,7 @@ def to_json(report: Report) -> str:
 
 
 def main() -> None:
-    from redi.eval import compare
+    from redi.eval.reporting import compare
 
     compare.main()
 

@@ -10,7 +10,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from redi.eval import tables
+from redi.eval.reporting import tables
 from redi.study.figures import name_of, number
 from redi.study.plan import STAGE_1
 from redi.study.results import Results, Row

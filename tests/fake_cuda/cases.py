@@ -24,10 +24,10 @@ from redi import distributed, kernels, memory, train
 from redi.batches import TrainData
 from redi.checkpoint.folder import _gather
 from redi.distributed import Parallelism
-from redi.eval.cache import PAGE
-from redi.eval.decode_kernel import decode_attention
-from redi.eval.generate import Request, generate
-from redi.eval.sampling import Sampling
+from redi.eval.engine.cache import PAGE
+from redi.eval.engine.decode_kernel import decode_attention
+from redi.eval.engine.generate import Request, generate
+from redi.eval.engine.sampling import Sampling
 from redi.model import Transformer
 from redi.objectives import make_objective, sft
 from redi.recipe import SFTConfig

@@ -191,8 +191,8 @@ def completions() -> dict[str, list[dict[str, Any]]]:
     problem share its prefill, and about four requests per setting are evicted and resumed.
     """
     from redi.checkpoint import load_model
-    from redi.eval.generate import Request, generate
-    from redi.eval.sampling import Sampling
+    from redi.eval.engine.generate import Request, generate
+    from redi.eval.engine.sampling import Sampling
 
     model, source = load_model("student")
     chat = source.chat

@@ -18,7 +18,7 @@ from typing import Any
 from redi.config import UserError
 from redi.eval.completions import Completion, completions_file, read_lines
 from redi.eval.report import Graded, load, run_names, settings_of
-from redi.eval.tables import ANSWER_FROM
+from redi.eval.reporting.tables import ANSWER_FROM
 
 TEMPLATE = Path(__file__).with_name("page.html")
 CHARACTERS = 50_000_000  # of all completions together

@@ -15,10 +15,10 @@ from itertools import groupby
 from redi.checkpoint.folder import Source
 from redi.distributed import World
 from redi.eval.completions import Completion
-from redi.eval.generate import Usage, generate
-from redi.eval.loops import period
+from redi.eval.engine.generate import Usage, generate
+from redi.eval.engine.sampling import Sampling
+from redi.eval.grading.repetition import period
 from redi.eval.protocol import Asked, EvalConfig
-from redi.eval.sampling import Sampling
 from redi.model import Transformer
 from redi.runlog import Progress
 

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from redi.attention import packed_attention
 from redi.config import UserError
-from redi.eval.cache import Cache, pages_for, spread
-from redi.eval.decoder import Decoder
-from redi.eval.sampling import Draws, Sampling, sample
+from redi.eval.engine.cache import Cache, pages_for, spread
+from redi.eval.engine.decoder import Decoder
+from redi.eval.engine.sampling import Draws, Sampling, sample
 from redi.model import Transformer
 from redi.packing import to_device
 
@@ -168,7 +168,7 @@ class _Engine:
         self.cache = Cache(model.config, weight, pages, cache_bytes, 2 * slots, longest)
         self.kernel_steps = None
         if self.cache.with_kernel:
-            from redi.eval.kernel_steps import KernelSteps  # needs triton
+            from redi.eval.engine.kernel_steps import KernelSteps  # needs triton
 
             self.kernel_steps = KernelSteps(self.cache, self.decoder)
         self.free = list(range(slots))[::-1]

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from redi.eval.cache import Cache
-from redi.eval.decode_kernel import decode_attention
-from redi.eval.decoder import Decoder
+from redi.eval.engine.cache import Cache
+from redi.eval.engine.decode_kernel import decode_attention
+from redi.eval.engine.decoder import Decoder
 from redi.packing import to_device
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a recorded step

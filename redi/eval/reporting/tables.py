@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from redi.eval import published
 from redi.eval.report import Group, Report, Score, mean_pass_at_1
+from redi.eval.reporting import paper_results
 
 SUMMARY = (
     "benchmark", "grader", "problems", "pass@1 ± SEM", "95 % interval", "pass@n", "majority",
@@ -30,7 +30,7 @@ def markdown(report: Report) -> str:
         for kind, groups in (("difficulty", score.by_difficulty), ("subject", score.by_subject)):
             if groups:
                 parts += [f"## {_name(score)} by {kind}", _groups(kind, groups)]
-    if theirs := published.rows([score.benchmark for score in report.scores]):
+    if theirs := paper_results.rows([score.benchmark for score in report.scores]):
         parts += ["## Theirs, not ours", PUBLISHED, table(theirs)]
     return "\n\n".join(parts) + "\n"
 

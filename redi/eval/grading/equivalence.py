@@ -21,7 +21,7 @@ import importlib
 import re
 from typing import Any
 
-from redi.eval.spelling import clean, drop_units, text_key
+from redi.eval.grading.normalize import clean, drop_units, text_key
 
 # ---------------------------------------------------------------- answers of several parts
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from redi.config import UserError
-from redi.eval import equivalence, paper_grader
+from redi.eval.grading import equivalence, paper_grader
 
 Reply = Literal["correct", "incorrect", "timeout"]
 Question = tuple[str, ...]  # a rule, an answer and the golds, any of which it may equal
@@ -40,7 +40,7 @@ RULES = {
     "paper": paper_grader.equal,
     "readable": lambda gold, _: equivalence.is_readable(gold),  # asked of golds, not of answers
 }
-ROOT = str(Path(__file__).resolve().parents[2])  # the folder that holds the package
+ROOT = str(Path(__file__).resolve().parents[3])  # the folder that holds the package
 MEMORY_LIMIT = 2 << 30  # bytes of address space; a comparison needs some 0.2 GiB
 STARTUP_S = 120.0  # importing sympy takes 0.5 s, a minute on a busy network file system
 GRACE_S = 5.0  # from a worker's own limit to the parent's
@@ -110,7 +110,12 @@ class _Worker:
 
     def __init__(self, limit_s: float):
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from redi.eval.workers import serve; serve({limit_s})"],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                f"from redi.eval.grading.workers import serve; serve({limit_s})",
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

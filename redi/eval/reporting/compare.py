@@ -20,13 +20,13 @@ from typing import Annotated, Any
 
 from redi.config import UserError, parse, program
 from redi.data.files import write_aside
-from redi.eval import page, published
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Mark, by_problem
 from redi.eval.grade import GraderName
 from redi.eval.report import Report, load, read, run_names
-from redi.eval.statistics import bootstrap_p_value, interval, mcnemar
-from redi.eval.tables import ANSWER_FROM, PUBLISHED, count, percent, table
+from redi.eval.reporting import page, paper_results
+from redi.eval.reporting.statistics import bootstrap_p_value, interval, mcnemar
+from redi.eval.reporting.tables import ANSWER_FROM, PUBLISHED, count, percent, table
 
 SURE = 0.05  # the p-value below which a difference is said to be one
 
@@ -181,7 +181,7 @@ def main() -> None:
     comparisons = compare(runs, config.grader)
     if comparisons:
         print("", *(comparison.sentence() for comparison in comparisons), sep="\n")
-    if theirs := published.rows([row["benchmark"] for row in rows]):
+    if theirs := paper_results.rows([row["benchmark"] for row in rows]):
         print("", PUBLISHED, "", table(theirs), sep="\n")
     if config.out:
         with write_aside(config.out) as file:
