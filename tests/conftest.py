@@ -1,17 +1,22 @@
-"""Tiny Qwen2 models and tokenizers, saved by the libraries that the tests compare with."""
+"""Tiny models and tokenizers saved by the libraries that tests compare with; small runs."""
 
 import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from processes import child, ranks
+from small_run import PAIRS, SFT, as_positive, conversation, run, write_jsonl
 
+from redi.config import Stopped
 from redi.data.tokenizer import chatml
-from redi.toy.student import train_tokenizer
+from redi.runlog import RunLog
+from redi.toy import student as toy
 
 # Without a GPU, Triton runs kernels in its interpreter. It reads this when it is imported.
 if not torch.cuda.is_available():
@@ -20,6 +25,9 @@ if not torch.cuda.is_available():
 # The same examples at every run: a suite that fails by chance tells nobody which change broke it.
 settings.register_profile("redi", derandomize=True)
 settings.load_profile("redi")
+
+# The bits of a run depend on the number of threads.
+torch.set_num_threads(1)
 
 # A shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,7 +69,7 @@ def save_qwen2() -> Callable:
 @pytest.fixture(scope="session")
 def tokenizer_json() -> str:
     """A byte-level BPE tokenizer, trained on a few words."""
-    return train_tokenizer([*WORDS, chatml()] * 4).to_str()
+    return toy.train_tokenizer([*WORDS, chatml()] * 4).to_str()
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +85,71 @@ def save_tokenizer(tokenizer_json: str) -> Callable:
         return folder
 
     return save
+
+
+# ---------------------------------------------------------------- small runs (small_run.py)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """student/, pairs.jsonl and positives.jsonl."""
+    folder = tmp_path_factory.mktemp("train")
+    rows = [conversation(number) for number in range(PAIRS)]
+    write_jsonl(folder / "pairs.jsonl", rows)
+    write_jsonl(folder / "positives.jsonl", [as_positive(row) for row in rows])
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "STUDENT", {**toy.STUDENT, **sizes})
+        texts = [row["chosen"][0]["content"] for row in rows]
+        toy.make_student(folder / "student", texts, seed=0)
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    """A working folder with the student and its data."""
+    for name in ("student", "pairs.jsonl", "positives.jsonl"):
+        (tmp_path / name).symlink_to(made / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def stop_at(monkeypatch) -> Callable:
+    """stop_at(config, step): run it, and have it stopped by SIGTERM after that step."""
+
+    def stop(config, step: int) -> None:
+        record = RunLog.record
+
+        def recorded(log: RunLog, kind: str, number: int, **values: Any) -> None:
+            record(log, kind, number, **values)
+            if number == step - 1:  # the next step sees it
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunLog, "record", recorded)
+            with pytest.raises(Stopped, match=f"after step {step} of"):
+                run(config)
+
+    return stop
+
+
+@pytest.fixture(scope="session")
+def whole(made, tmp_path_factory) -> Path:
+    """A folder with whole/, a run that nothing happened to, and the tokens for others."""
+    folder = tmp_path_factory.mktemp("killed")
+    for name in ("student", "positives.jsonl"):
+        (folder / name).symlink_to(made / name)
+    child(folder, [*SFT, "--out", "whole"]).ends(0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(made, tmp_path_factory) -> Path:
+    """A folder with whole/, a run on two ranks that nothing happened to."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name in ("student", "positives.jsonl"):
+        (folder / name).symlink_to(made / name)
+    for rank in ranks(folder, [*SFT, "--out", "whole"], None, None):
+        rank.ends(0)
+    return folder

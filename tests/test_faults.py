@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_faults.py
 
-Runs, and ways to start them, are those of test_resume.py: the programs' `main` in forked children,
+Runs, and ways to start them, are those of py: the programs' `main` in forked children,
 here with something broken in them. A full disk is a limit on the size of files (root writes through
 chmod). Left out: NCCL, which needs several GPUs.
 """
@@ -22,22 +22,22 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import test_resume
-import test_train
 import torch
+from processes import Fault, after_step, child, die, ranks
 from safetensors.torch import load_file, save_file
-from test_resume import (
+from small_run import (
     MODEL_FILES,
     SFT,
-    after_step,
+    as_positive,
     assert_same_bits,
-    child,
-    die,
-    ranks,
+    conversation,
     records,
+    run,
     saved,
-)  # fmt: skip
-from test_train import as_positive, conversation, run, sft_config, steps, write_jsonl
+    sft_config,
+    steps,
+    write_jsonl,
+)
 from tokenizers import Tokenizer
 
 from redi import train
@@ -52,8 +52,6 @@ from redi.runlog import read_metrics
 from redi.toy import student as toy
 
 ROOT = Path(__file__).parent.parent
-made, here, one_thread = test_train.made, test_train.here, test_resume.one_thread
-whole, on_two_ranks = test_resume.whole, test_resume.on_two_ranks
 
 
 @pytest.fixture
@@ -75,11 +73,11 @@ def without_run(folder: Path, monkeypatch) -> Path:
     return folder
 
 
-def all_of(*faults: test_resume.Fault) -> test_resume.Fault:
+def all_of(*faults: Fault) -> Fault:
     return partial(_all_of, faults)
 
 
-def _all_of(faults: tuple[test_resume.Fault, ...]) -> None:
+def _all_of(faults: tuple[Fault, ...]) -> None:
     for fault in faults:
         fault()
 

@@ -5,16 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import test_train
 import torch
+from small_run import run, sft_config, write_jsonl
 from test_tokenizer import MATH_TEMPLATE, make
-from test_train import run, sft_config, write_jsonl
 
 from redi.config import UserError
 from redi.data.formats import Example, find_format, read_examples, to_example
 from redi.data.tokenizer import ChatTokenizer, chatml
-
-made, here = test_train.made, test_train.here
 
 
 def user(text: str) -> dict:

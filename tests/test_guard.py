@@ -3,18 +3,15 @@
     python -m pytest tests/test_guard.py
 
 First as a function of chosen log-probs worked out by hand (all exact in binary), then in real runs
-that learn far too fast. test_resume.py checks that the checkpoint it keeps survives a resume.
+that learn far too fast. py checks that the checkpoint it keeps survives a resume.
 """
 
 import sys
 from pathlib import Path
 
 import pytest
-import test_resume
-import test_train
 import torch
-from test_resume import assert_same_bits, saved
-from test_train import redi_config, run, steps
+from small_run import assert_same_bits, redi_config, run, saved, steps
 
 from redi import programs
 from redi.checkpoint.resume import Checkpoints
@@ -22,10 +19,6 @@ from redi.config import UserError
 from redi.distributed import World
 from redi.monitor import CollapseGuard, watch
 from redi.runlog import read_metrics
-
-made, here, one_thread = test_train.made, test_train.here, test_resume.one_thread
-stop_at = test_resume.stop_at
-
 
 # ---------------------------------------------------------------- as a function
 

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_resume
-import test_train
 import torch
-from test_resume import SFT, ranks, records
-from test_train import sft_config, steps, weights
+from processes import ranks
+from small_run import SFT, records, sft_config, steps, weights
 
 from redi import programs
 from redi import run as run_module
@@ -21,7 +19,6 @@ from redi.eval import in_training
 from redi.objectives import sft
 from redi.runlog import read_metrics
 
-made, here, one_thread = test_train.made, test_train.here, test_resume.one_thread
 PROBLEMS = 5
 EXAM = {
     "eval_benchmark": "benchmark.jsonl",

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_train import here, made  # noqa: F401 (fixtures: the student and its rows)
-
 ROOT = Path(__file__).parent.parent
 METHOD = (
     "losses", "objectives", "logprobs", "kernels", "model", "attention", "packing", "batches",
@@ -48,7 +46,7 @@ def test_the_core_reaches_no_tool_and_has_no_circle_of_imports():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_training_without_a_benchmark_loads_no_tool(here):  # noqa: F811
+def test_training_without_a_benchmark_loads_no_tool(here):
     flags = (
         "--model student --data positives.jsonl --rope-theta keep --max-position-embeddings keep "
         "--max-prompt 100 --max-response 100 --max-length 200 --rows-per-step 10 --epochs 1"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import Oracle, here, made, read_jsonl  # noqa: F401 (fixtures)
+from small_run import Oracle, read_jsonl
 
 from redi.objectives import OBJECTIVES
 
@@ -30,7 +30,7 @@ def ran(*command: str, **where) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def copy(here) -> Path:  # noqa: F811
+def copy(here) -> Path:
     """A checkout in which the document's diff is applied, beside a student and its pairs."""
     for name in ("train_redi.py", "redi", "recipes"):
         source = ROOT / name

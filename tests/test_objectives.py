@@ -10,10 +10,9 @@ import inspect
 from functools import wraps
 
 import pytest
-import test_train
 import torch
-from test_invariance import PARAMETERS
-from test_train import redi_config, run, steps
+from small_run import redi_config, run, steps
+from small_step import PARAMETERS
 
 from redi import losses, objectives, recipe, related_losses
 from redi.config import UserError
@@ -27,8 +26,6 @@ from redi.objectives import (
     make_objective,
     sft,
 )
-
-made, here = test_train.made, test_train.here  # fixtures: the student and its rows
 
 
 def objective_named(name: str) -> objectives.Objective:

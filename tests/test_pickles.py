@@ -21,10 +21,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import test_train
 import torch
-from test_resume import SFT, child, die_after
-from test_train import HERE
+from processes import child, die_after
+from small_run import HERE, SFT
 
 from redi.checkpoint import load_model
 from redi.checkpoint.reference import load_reference
@@ -39,7 +38,6 @@ from redi.runlog import read_metrics
 from redi.study.plan import read_study
 
 ROOT = Path(__file__).parent.parent
-made, here = test_train.made, test_train.here  # fixtures: the student and its rows
 
 
 class Bomb:

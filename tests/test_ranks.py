@@ -20,13 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_invariance import (
-    BETWEEN_CUTS,
-    Rows,
-    assert_close,
-    objective_of,
-    tiny,
-)
+from small_step import BETWEEN_CUTS, Rows, assert_close, objective_of, tiny
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 from redi import distributed

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import here, made, redi_config, run, steps, weights  # noqa: F401 (fixtures)
+from small_run import redi_config, run, steps, weights
 
 from redi import run as run_module
 from redi.checkpoint import reference
@@ -45,7 +45,7 @@ def scored(monkeypatch) -> list[int]:
 # ---------------------------------------------------------------- used again
 
 
-def test_a_second_run_takes_them_from_disk_and_learns_the_same_bits(here, scored):  # noqa: F811
+def test_a_second_run_takes_them_from_disk_and_learns_the_same_bits(here, scored):
     first = steps(run(redi_config(out="one", **DPO)))
     assert scored == [10]
     assert len(cached()) == 1
@@ -56,14 +56,14 @@ def test_a_second_run_takes_them_from_disk_and_learns_the_same_bits(here, scored
     assert [record["loss"] for record in first] == [record["loss"] for record in second]
 
 
-def test_another_objective_lr_and_cut_into_packs_take_the_same(here, scored):  # noqa: F811
+def test_another_objective_lr_and_cut_into_packs_take_the_same(here, scored):
     run(redi_config(out="one", **DPO))
     run(redi_config(out="two", objective="ipo", beta=0.1, lr=1e-5, pack_tokens=60))
     assert scored == [10]
     assert len(cached()) == 1
 
 
-def test_held_out_pairs_have_their_own(here, scored):  # noqa: F811
+def test_held_out_pairs_have_their_own(here, scored):
     rows = Path("pairs.jsonl").read_text().splitlines(keepends=True)
     Path("held.jsonl").write_text("".join(rows[:4]))
     run(redi_config(out="one", eval_data="held.jsonl", **DPO))
@@ -72,7 +72,7 @@ def test_held_out_pairs_have_their_own(here, scored):  # noqa: F811
     assert len(cached()) == 2
 
 
-def test_an_objective_without_a_reference_keeps_none(here, scored):  # noqa: F811
+def test_an_objective_without_a_reference_keeps_none(here, scored):
     run(redi_config())
     assert scored == cached() == []
 
@@ -86,7 +86,7 @@ def path_of(config, dtype=torch.float32) -> Path:
     return reference_path(config.cache, source.folder, model.config, dtype, dataset)
 
 
-def test_another_model_template_dtype_or_selection_is_another_file(here):  # noqa: F811
+def test_another_model_template_dtype_or_selection_is_another_file(here):
     paths = [path_of(redi_config()), path_of(redi_config(), torch.bfloat16)]
     paths.append(path_of(redi_config(rope_theta=5e5)))
     paths.append(path_of(redi_config(max_response=20)))  # leaves rows out
@@ -128,7 +128,7 @@ def one_bit(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut_short, one_bit, lambda content: b""])
-def test_a_damaged_file_is_computed_again_with_a_notice(here, scored, capsys, damage):  # noqa: F811
+def test_a_damaged_file_is_computed_again_with_a_notice(here, scored, capsys, damage):
     run(redi_config(out="one", **DPO))
     [path] = cached()
     whole = path.read_bytes()

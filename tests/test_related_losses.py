@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_invariance import FORMULAS, PARAMETERS
-from test_train import here, made, redi_config, run, steps, weights  # noqa: F401 (fixtures)
+from small_run import redi_config, run, steps, weights
+from small_step import FORMULAS, PARAMETERS
 
 from redi import objectives, programs, recipe, related_losses
 from redi import run as run_module
@@ -290,7 +290,7 @@ def test_value_and_gradient_equal_trls(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_trains_by_its_flags(name, here, monkeypatch, capsys):  # noqa: F811
+def test_every_objective_trains_by_its_flags(name, here, monkeypatch, capsys):
     settings = {
         "model": "student", "data": "pairs.jsonl", "out": "run", "lr": 1e-3, "rows-per-step": 5,
         "max-prompt": 100, "max-response": 100, "max-length": 200, "pack-tokens": 150,
@@ -337,7 +337,7 @@ def test_alpha_is_a_share_in_redi_and_a_weight_elsewhere():
         redi_config(objective="orpo", alpha=-1.0)
 
 
-def test_positives_is_redi_with_alpha_0_to_the_bit(here):  # noqa: F811
+def test_positives_is_redi_with_alpha_0_to_the_bit(here):
     run(redi_config(objective="positives", out="positives"))
     run(redi_config(alpha=0.0, out="redi"))
     for name, tensor in weights("positives").items():
@@ -354,7 +354,7 @@ WIDENS["redi_weighted"] = {"alpha": 0.8, "gamma": 0.05}
 
 
 @pytest.mark.parametrize("name", WIDENS)
-def test_what_learns_from_both_traces_widens_the_margin(name, here):  # noqa: F811
+def test_what_learns_from_both_traces_widens_the_margin(name, here):
     config = redi_config(objective=name, rows_per_step=10, epochs=8, **WIDENS[name])
     records = steps(run(config))
     assert records[-1]["margin"] > records[0]["margin"] + 0.05
@@ -363,7 +363,7 @@ def test_what_learns_from_both_traces_widens_the_margin(name, here):  # noqa: F8
 # ---------------------------------------------------------------- Appendix B
 
 
-def test_the_gradient_of_simpo_turns_to_that_of_symmetric_as_beta_falls(here):  # noqa: F811
+def test_the_gradient_of_simpo_turns_to_that_of_symmetric_as_beta_falls(here):
     """On the toy's rows and student, whose weights are made larger so that pairs differ."""
     config = redi_config()
     model, source = load_model(config.model)

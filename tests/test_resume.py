@@ -1,6 +1,6 @@
 """Invariant 7: killed at any moment, a run resumes to the same bits as one never killed.
 
-    python -m pytest tests/test_resume.py
+    python -m pytest tests/py
 
 Runs that are only stopped go through `redi.run` in this process. Those that are killed are the
 programs' own `main` in children, forked from a server that has imported torch already: a start
@@ -9,118 +9,53 @@ step. `python -m bench.faults` places them by the clock, with real commands.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from multiprocessing import forkserver
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import test_train
 import torch
 import torch._dynamo  # AdamW imports it: better once, in the server of the children
 import torch.distributed.fsdp
+from processes import Fault, child, die, die_after, ranks
 from safetensors.torch import load_file
-from test_train import (
+from small_run import (
     HERE,
+    MODEL_FILES,
+    SFT,
     as_positive,
+    assert_same_bits,
     conversation,
+    files_in,
     loaded,
+    records,
     redi_config,
     run,
+    saved,
     sft_config,
     steps,
     write_jsonl,
-)  # fmt: skip
+)
 
 from redi import programs, train
 from redi import run as run_module
 from redi.checkpoint.resume import Checkpoints, damage, read_state, tensors_of
-from redi.config import Stopped, UserError
+from redi.config import UserError
 from redi.data.files import hash_files
-from redi.runlog import NoLog, RunLog, read_metrics
+from redi.runlog import RunLog, read_metrics
 from redi.train import make_optimizer
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The bits of a child, and on a busy machine the time, are those of one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 RUN_FILES = {"checkpoints", "config.toml", "metrics.jsonl"}
 CHECKPOINTS = {"step-000002", "step-000004"}
-TIMING = {"seconds", "memory_gib"}  # of a record: all that a resumed run has otherwise
-made, here = test_train.made, test_train.here  # fixtures: the student and its rows
-
-# 10 rows, 4 a step, 2 epochs: 6 steps, of which 3 end an epoch. Saves after 2 and 4.
-SFT = [
-    "--model", "student", "--data", "positives.jsonl", "--out", "run", "--cache", "tokens",
-    "--lr", "1e-3", "--epochs", "2", "--rows-per-step", "4", "--save-every", "2", "--keep", "1",
-    "--rope-theta", "keep", "--max-position-embeddings", "keep",
-    "--max-prompt", "100", "--max-response", "100", "--max-length", "200",
-]  # fmt: skip
-MODEL_FILES = {
-    "README.md", "chat_template.jinja", "config.json", "generation_config.json",
-    "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-}  # fmt: skip
-
-
-def records(out: str | Path = "run") -> list[dict[str, Any]]:
-    """Metrics without the fields that time, and without notes of a stop."""
-    return [
-        {key: value for key, value in record.items() if key not in TIMING}
-        for record in read_metrics(Path(out))
-        if record["kind"] != "stopped"
-    ]
-
-
-def assert_same_bits(out: str | Path, as_out: str | Path) -> None:
-    assert records(out) == records(as_out)
-    one, other = (Path(folder) / "model.safetensors" for folder in (out, as_out))
-    assert one.read_bytes() == other.read_bytes()
-
-
-def saved(out: str | Path = "run") -> list[int]:
-    """Steps whose checkpoints are there, oldest first."""
-    return sorted(int(p.name.removeprefix("step-")) for p in Path(out).glob("checkpoints/step-*"))
-
-
-def files_in(folder: str) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 # ---------------------------------------------------------------- runs that are stopped
-
-
-@pytest.fixture
-def stop_at(monkeypatch) -> Callable:
-    """stop_at(config, step): run it, and have it stopped by SIGTERM after that step."""
-
-    def stop(config, step: int) -> None:
-        record = RunLog.record
-
-        def recorded(log: RunLog, kind: str, number: int, **values: Any) -> None:
-            record(log, kind, number, **values)
-            if number == step - 1:  # the next step sees it
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(RunLog, "record", recorded)
-            with pytest.raises(Stopped, match=f"after step {step} of"):
-                run(config)
-
-    return stop
 
 
 OBJECTIVES = {
@@ -581,133 +516,6 @@ def test_a_run_that_another_process_finished_meanwhile_is_left_alone(here, capsy
 # ---------------------------------------------------------------- children, to be killed
 
 
-@dataclass
-class Child:
-    """A program's `main` in a process of its own."""
-
-    process: multiprocessing.Process
-    output: Path
-
-    def ends(self, status: int, seconds: float = 60) -> None:
-        """Wait for it, and insist on its exit status; of a signal, that is minus its number."""
-        self.process.join(seconds)
-        alive = self.process.is_alive()
-        if alive:
-            self.process.kill()
-        assert not alive, f"still there after {seconds} s: {self.shown} {self.errors}"
-        assert self.process.exitcode == status, self.errors
-
-    @property
-    def shown(self) -> str:
-        return self.output.with_suffix(".out").read_text()
-
-    @property
-    def errors(self) -> str:
-        return self.output.with_suffix(".err").read_text()
-
-
-@cache
-def server() -> multiprocessing.context.ForkServerContext:
-    """What children are forked from: it has imported this module, and with it torch."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    with pytest.MonkeyPatch.context() as patch:  # older Pythons do not tell it where modules are
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        forkserver.ensure_running()
-    return context
-
-
-Fault = Callable[[], None]  # called in the child before its program
-
-
-def child(
-    folder: Path,
-    arguments: list[str],
-    fault: Fault | None = None,
-    main: Callable[[], None] = programs.train_sft,
-    **environment: str,
-) -> Child:
-    """Start a program in `folder`, with something broken in it."""
-    output = folder / f"child-{len(list(folder.glob('child-*.err')))}"
-    output.with_suffix(".err").touch()
-    settings = (str(folder), arguments, fault, main, output, environment)
-    process = server().Process(target=in_child, args=settings, daemon=True)
-    process.start()
-    return Child(process, output)
-
-
-def in_child(
-    folder: str,
-    arguments: list[str],
-    fault: Fault | None,
-    main: Callable[[], None],
-    output: Path,
-    environment: dict[str, str],
-) -> None:
-    os.chdir(folder)
-    os.environ.update(environment)
-    for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
-        file = os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, stream.fileno())
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # or tqdm's lock is left behind by a kill
-    sys.argv = ["program", *arguments]
-    if fault:
-        fault()
-    main()
-
-
-def ranks(
-    folder: Path,
-    arguments: list[str],
-    *faults: Fault | None,
-    main: Callable[[], None] = programs.train_sft,
-    local_world_size: int | None = None,
-) -> list[Child]:
-    """Start a child per rank, with torchrun's environment. local_world_size: ranks per node."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = {
-        "WORLD_SIZE": len(faults), "LOCAL_WORLD_SIZE": local_world_size or len(faults),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    started = []
-    for rank, fault in enumerate(faults):
-        local = rank % together["LOCAL_WORLD_SIZE"]
-        environment = {**together, "RANK": rank, "LOCAL_RANK": local}
-        as_text = {name: str(value) for name, value in environment.items()}
-        started.append(child(folder, arguments, fault, main, **as_text))
-    return started
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def after_step(step: int, do: Callable[[], None]) -> Fault:
-    """In the child, do something once a step is done and recorded."""
-    return partial(_after_step, step, do)
-
-
-def _after_step(step: int, do: Callable[[], None]) -> None:
-    for log in (RunLog, NoLog):  # the first rank's, the others'
-        log.record = _then(log.record, step, do)
-
-
-def _then(record: Callable, step: int, do: Callable[[], None]) -> Callable:
-    def recorded(log: RunLog | NoLog, kind: str, number: int, **values: Any) -> None:
-        record(log, kind, number, **values)
-        if kind == "train" and number == step:
-            do()
-
-    return recorded
-
-
-def die_after(step: int) -> Fault:
-    return after_step(step, die)
-
-
 def die_at_operation(number: int) -> Fault:
     """SIGKILL right before the run's so-manieth change of the file system."""
     return partial(_die_at_operation, number)
@@ -739,16 +547,6 @@ def _die_at_operation(number: int) -> None:
 # ---------------------------------------------------------------- killed
 
 
-@pytest.fixture(scope="module")
-def whole(made, tmp_path_factory) -> Path:
-    """A folder with whole/, a run that nothing happened to, and the tokens for others."""
-    folder = tmp_path_factory.mktemp("killed")
-    for name in ("student", "positives.jsonl"):
-        (folder / name).symlink_to(made / name)
-    child(folder, [*SFT, "--out", "whole"]).ends(0)
-    return folder
-
-
 def test_killed_before_any_change_of_the_file_system_it_resumes_to_the_same_bits(
     whole, monkeypatch
 ):
@@ -771,17 +569,6 @@ def test_killed_before_any_change_of_the_file_system_it_resumes_to_the_same_bits
         assert set(os.listdir("run/checkpoints")) | {"step-000002"} == CHECKPOINTS
     assert number > 30
     assert inside_a_save >= 10
-
-
-@pytest.fixture(scope="module")
-def on_two_ranks(made, tmp_path_factory) -> Path:
-    """A folder with whole/, a run on two ranks that nothing happened to."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for name in ("student", "positives.jsonl"):
-        (folder / name).symlink_to(made / name)
-    for rank in ranks(folder, [*SFT, "--out", "whole"], None, None):
-        rank.ends(0)
-    return folder
 
 
 def killed_on_two_ranks(folder: Path, fault: Fault, rank: int = 0) -> None:

@@ -1,13 +1,12 @@
 """The train loop against a plain one, what it logs, and the rows under it.
 
-    python -m pytest tests/test_train.py
+    python -m pytest tests/py
 
 The model is a random Qwen2 with two layers, the data one-line arithmetic problems. Losses are
 checked against transformers, which runs every row alone; the optimizer against a loop written
 here.
 """
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -15,10 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from small_run import (
+    HERE,
+    PAIRS,
+    Oracle,
+    conversation,
+    loaded,
+    read_jsonl,
+    redi_config,
+    run,
+    sft_config,
+    steps,
+    weights,
+    write_jsonl,
+)
 
-from redi import distributed, programs, recipe, train
+from redi import distributed, train
 from redi import run as run_module
 from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
@@ -27,144 +39,16 @@ from redi.config import UserError
 from redi.data.dataset import Limits, describe, select
 from redi.data.store import load_store
 from redi.data.tokenizer import ChatTokenizer
-from redi.distributed import World
-from redi.objectives import make_objective, sft
+from redi.objectives import sft
 from redi.runlog import RunLog, read_metrics
-from redi.toy import student as toy
 
 ROOT = Path(__file__).parent.parent
-PAIRS = 10
-HERE = World(0, 1, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- a student and its rows
 
 
-def conversation(number: int) -> dict[str, list]:
-    """A problem, a right trace and a wrong one, of lengths that differ from row to row."""
-    digits = "+".join(str((number * 7 + i) % 10) for i in range(2 + number % 3))
-    right = sum(map(int, digits.split("+")))
-
-    def trace(answer: int, sure: bool) -> list[dict[str, str]]:
-        thought = f"<think>\n{digits} is {answer}\n</think>\n" if sure else ""
-        return [{"role": "assistant", "content": f"{thought}\\boxed{{{answer}}}"}]
-
-    return {
-        "prompt": [{"role": "user", "content": f"Compute {digits}=?"}],
-        "chosen": trace(right, sure=True),
-        "rejected": trace(right + 1, sure=number % 2 == 0),
-    }
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def as_positive(row: dict) -> dict:
-    return {"prompt": row["prompt"], "completion": row["chosen"]}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """student/, pairs.jsonl and positives.jsonl."""
-    folder = tmp_path_factory.mktemp("train")
-    rows = [conversation(number) for number in range(PAIRS)]
-    write_jsonl(folder / "pairs.jsonl", rows)
-    write_jsonl(folder / "positives.jsonl", [as_positive(row) for row in rows])
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "STUDENT", {**toy.STUDENT, **sizes})
-        texts = [row["chosen"][0]["content"] for row in rows]
-        toy.make_student(folder / "student", texts, seed=0)
-    return folder
-
-
-@pytest.fixture
-def here(made, tmp_path, monkeypatch) -> Path:
-    """A working folder with the student and its data."""
-    for name in ("student", "pairs.jsonl", "positives.jsonl"):
-        (tmp_path / name).symlink_to(made / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-SHORT = {"max_prompt": 100, "max_response": 100, "max_length": 200}
-
-
-def sft_config(**changes) -> recipe.SFTConfig:
-    settings = {
-        "model": "student", "data": "positives.jsonl", "out": "run", "lr": 1e-3, "epochs": 1,
-        "rows_per_step": 4, "rope_theta": "keep", "max_position_embeddings": "keep", **SHORT,
-    }  # fmt: skip
-    return recipe.SFTConfig(**{**settings, **changes})
-
-
-def redi_config(**changes) -> recipe.REDIConfig:
-    settings = {
-        "model": "student", "data": "pairs.jsonl", "out": "run", "lr": 1e-3, "epochs": 1,
-        "rows_per_step": 4, **SHORT,
-    }  # fmt: skip
-    return recipe.REDIConfig(**{**settings, **changes})
-
-
-def run(config) -> list[dict]:
-    """Run the program of this configuration; its records."""
-    if isinstance(config, recipe.REDIConfig):
-        objective, paired, made_by = config.make_objective(), True, "python train_sft.py"
-    else:
-        objective, paired, made_by = sft(), False, None
-    run_module.run(config, objective, paired, made_by, programs.prepare_score)
-    return list(read_metrics(Path(config.out)))
-
-
-def steps(records: list[dict], kind: str = "train") -> list[dict]:
-    return [record for record in records if record["kind"] == kind]
-
-
-def weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / "model.safetensors")
-
-
 # ---------------------------------------------------------------- transformers as the oracle
-
-
-class Oracle:
-    """transformers' Qwen2 in float64, one row at a time, with the template rendered by hand."""
-
-    def __init__(self, folder: str):
-        from tokenizers import Tokenizer
-        from transformers import Qwen2ForCausalLM
-
-        self.model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float64)
-        self.tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
-
-    def logps(self, row: dict, field: str) -> torch.Tensor:
-        """Log-probs of the response's tokens, <|im_end|> the last of them."""
-        logps, response = self.all_logps(row, field)
-        return logps[torch.arange(len(response)), response]
-
-    def all_logps(self, row: dict, field: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every token at every position of the response (|y|, V), and the response (|y|,)."""
-        user, answer = row["prompt"][0]["content"], row[field][0]["content"]
-        prompt = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
-        prompt_ids = self.tokenizer.encode(prompt).ids
-        response_ids = self.tokenizer.encode(f"{answer}<|im_end|>").ids
-        logits = self.model(torch.tensor([prompt_ids + response_ids])).logits[0]
-        positions = torch.arange(len(prompt_ids), len(prompt_ids) + len(response_ids))
-        return F.log_softmax(logits, -1)[positions - 1], torch.tensor(response_ids)
-
-    def entropy(self, row: dict, field: str) -> float:
-        """Mean, over the response's tokens, of the entropy they were predicted with."""
-        logps = self.all_logps(row, field)[0].detach()
-        return -(logps.exp() * logps).sum(-1).mean().item()
-
-    def gradient_norm(self) -> float:
-        return math.sqrt(sum(p.grad.pow(2).sum().item() for p in self.model.parameters()))
-
-
-def read_jsonl(path: str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def test_first_step_of_sft_has_the_loss_and_gradient_norm_of_transformers(here):
@@ -277,13 +161,6 @@ def test_with_alpha_0_rejected_traces_teach_nothing_but_are_logged(here):
 
 
 # ---------------------------------------------------------------- the optimizer and its schedule
-
-
-def loaded(config) -> tuple:
-    model, source = load_model(config.model)
-    dataset = run_module.load_data(config.data, config, source, paired=True)
-    objective = make_objective("redi", alpha=0.8)
-    return model, TrainData(dataset, objective, HERE, config.pack_tokens)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.05])

@@ -1,0 +1,177 @@
+"""A small training run: a student of two layers, its rows, the programs' settings, an oracle."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from redi import programs, recipe
+from redi import run as run_module
+from redi.batches import TrainData
+from redi.checkpoint.folder import load_model
+from redi.distributed import World
+from redi.objectives import make_objective, sft
+from redi.runlog import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+PAIRS = 10
+
+
+HERE = World(0, 1, torch.device("cpu"))
+
+
+def conversation(number: int) -> dict[str, list]:
+    """A problem, a right trace and a wrong one, of lengths that differ from row to row."""
+    digits = "+".join(str((number * 7 + i) % 10) for i in range(2 + number % 3))
+    right = sum(map(int, digits.split("+")))
+
+    def trace(answer: int, sure: bool) -> list[dict[str, str]]:
+        thought = f"<think>\n{digits} is {answer}\n</think>\n" if sure else ""
+        return [{"role": "assistant", "content": f"{thought}\\boxed{{{answer}}}"}]
+
+    return {
+        "prompt": [{"role": "user", "content": f"Compute {digits}=?"}],
+        "chosen": trace(right, sure=True),
+        "rejected": trace(right + 1, sure=number % 2 == 0),
+    }
+
+
+def as_positive(row: dict) -> dict:
+    return {"prompt": row["prompt"], "completion": row["chosen"]}
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+SHORT = {"max_prompt": 100, "max_response": 100, "max_length": 200}
+
+
+def sft_config(**changes) -> recipe.SFTConfig:
+    settings = {
+        "model": "student", "data": "positives.jsonl", "out": "run", "lr": 1e-3, "epochs": 1,
+        "rows_per_step": 4, "rope_theta": "keep", "max_position_embeddings": "keep", **SHORT,
+    }  # fmt: skip
+    return recipe.SFTConfig(**{**settings, **changes})
+
+
+def redi_config(**changes) -> recipe.REDIConfig:
+    settings = {
+        "model": "student", "data": "pairs.jsonl", "out": "run", "lr": 1e-3, "epochs": 1,
+        "rows_per_step": 4, **SHORT,
+    }  # fmt: skip
+    return recipe.REDIConfig(**{**settings, **changes})
+
+
+def run(config) -> list[dict]:
+    """Run the program of this configuration; its records."""
+    if isinstance(config, recipe.REDIConfig):
+        objective, paired, made_by = config.make_objective(), True, "python train_sft.py"
+    else:
+        objective, paired, made_by = sft(), False, None
+    run_module.run(config, objective, paired, made_by, programs.prepare_score)
+    return list(read_metrics(Path(config.out)))
+
+
+def steps(records: list[dict], kind: str = "train") -> list[dict]:
+    return [record for record in records if record["kind"] == kind]
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def loaded(config) -> tuple:
+    model, source = load_model(config.model)
+    dataset = run_module.load_data(config.data, config, source, paired=True)
+    objective = make_objective("redi", alpha=0.8)
+    return model, TrainData(dataset, objective, HERE, config.pack_tokens)
+
+
+class Oracle:
+    """transformers' Qwen2 in float64, one row at a time, with the template rendered by hand."""
+
+    def __init__(self, folder: str):
+        from tokenizers import Tokenizer
+        from transformers import Qwen2ForCausalLM
+
+        self.model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        self.tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+
+    def logps(self, row: dict, field: str) -> torch.Tensor:
+        """Log-probs of the response's tokens, <|im_end|> the last of them."""
+        logps, response = self.all_logps(row, field)
+        return logps[torch.arange(len(response)), response]
+
+    def all_logps(self, row: dict, field: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every token at every position of the response (|y|, V), and the response (|y|,)."""
+        user, answer = row["prompt"][0]["content"], row[field][0]["content"]
+        prompt = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+        prompt_ids = self.tokenizer.encode(prompt).ids
+        response_ids = self.tokenizer.encode(f"{answer}<|im_end|>").ids
+        logits = self.model(torch.tensor([prompt_ids + response_ids])).logits[0]
+        positions = torch.arange(len(prompt_ids), len(prompt_ids) + len(response_ids))
+        return F.log_softmax(logits, -1)[positions - 1], torch.tensor(response_ids)
+
+    def entropy(self, row: dict, field: str) -> float:
+        """Mean, over the response's tokens, of the entropy they were predicted with."""
+        logps = self.all_logps(row, field)[0].detach()
+        return -(logps.exp() * logps).sum(-1).mean().item()
+
+    def gradient_norm(self) -> float:
+        return math.sqrt(sum(p.grad.pow(2).sum().item() for p in self.model.parameters()))
+
+
+def read_jsonl(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+TIMING = {"seconds", "memory_gib"}  # of a record: all that a resumed run has otherwise
+
+
+# 10 rows, 4 a step, 2 epochs: 6 steps, of which 3 end an epoch. Saves after 2 and 4.
+SFT = [
+    "--model", "student", "--data", "positives.jsonl", "--out", "run", "--cache", "tokens",
+    "--lr", "1e-3", "--epochs", "2", "--rows-per-step", "4", "--save-every", "2", "--keep", "1",
+    "--rope-theta", "keep", "--max-position-embeddings", "keep",
+    "--max-prompt", "100", "--max-response", "100", "--max-length", "200",
+]  # fmt: skip
+
+
+MODEL_FILES = {
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json",
+    "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+def records(out: str | Path = "run") -> list[dict[str, Any]]:
+    """Metrics without the fields that time, and without notes of a stop."""
+    return [
+        {key: value for key, value in record.items() if key not in TIMING}
+        for record in read_metrics(Path(out))
+        if record["kind"] != "stopped"
+    ]
+
+
+def assert_same_bits(out: str | Path, as_out: str | Path) -> None:
+    assert records(out) == records(as_out)
+    one, other = (Path(folder) / "model.safetensors" for folder in (out, as_out))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def saved(out: str | Path = "run") -> list[int]:
+    """Steps whose checkpoints are there, oldest first."""
+    return sorted(int(p.name.removeprefix("step-")) for p in Path(out).glob("checkpoints/step-*"))
+
+
+def files_in(folder: str) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}

@@ -1,0 +1,207 @@
+"""A step of a tiny model over random rows, and what the papers say its loss is."""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from redi.batches import TrainData
+from redi.distributed import World
+from redi.model import ModelConfig, Transformer
+from redi.objectives import make_objective, sft
+from redi.packing import PackedBatch, TokenSequence
+
+ALPHA, BETA, GAMMA = 0.8, 0.7, 0.3
+
+
+PARAMETERS = {
+    "redi": {"alpha": ALPHA},
+    "symmetric": {},
+    "dpo": {"beta": BETA},
+    "simpo": {"beta": BETA, "gamma": GAMMA},
+    "positives": {},
+    "dpo_norm": {"beta": BETA},
+    "irpo": {"beta": BETA, "alpha": ALPHA},
+    "dpop": {"beta": BETA, "alpha": ALPHA},
+    "ipo": {"beta": BETA},
+    "apo_zero": {"beta": BETA},
+    "orpo": {"alpha": ALPHA},
+    "npo": {"beta": BETA, "alpha": ALPHA},
+    "topr": {},
+    "dft": {},
+    "redi_weighted": {"alpha": ALPHA, "gamma": GAMMA},
+}
+
+
+ROWS, VOCABULARY = 7, 48
+
+
+def tiny(tied: bool, dtype: torch.dtype, seed: int = 0) -> Transformer:
+    config = ModelConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=4, rope_theta=1e4, norm_eps=1e-6, tied=tied, max_positions=64,
+    )  # fmt: skip
+    model = Transformer(config)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = 0.15 * torch.randn(weight.shape, generator=draw)
+            weight.copy_(noise + (1.0 if "norm" in name else 0.0))
+    return model.to(dtype)
+
+
+@dataclass
+class Rows:
+    """Rows of random tokens, with the fields of data.dataset.Dataset that TrainData reads."""
+
+    sequences: list[TokenSequence]
+    store: SimpleNamespace
+
+    @classmethod
+    def draw(cls, paired: bool, rows: int = ROWS, seed: int = 1) -> "Rows":
+        rng = np.random.default_rng(seed)
+        sequences = []
+        for row in range(rows):
+            prompt = rng.integers(0, VOCABULARY, rng.integers(1, 6))
+            for sign in (1, -1) if paired else (1,):
+                response = rng.integers(0, VOCABULARY, rng.integers(1, 12))
+                tokens = np.concatenate([prompt, response])
+                sequences.append(TokenSequence(tokens, len(prompt), row, sign))
+        return cls(sequences, SimpleNamespace(paired=paired))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        lengths = np.array([len(s.tokens) for s in self.sequences])
+        return lengths.reshape(-1, 2) if self.store.paired else lengths
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        return np.array([s.response_length for s in self.sequences])
+
+    def sequence(self, sequence_id: int) -> TokenSequence:
+        return self.sequences[sequence_id]
+
+
+def objective_of(name: str):
+    return sft() if name == "sft" else make_objective(name, **PARAMETERS[name])
+
+
+def data_of(name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000) -> TrainData:
+    world = World(rank, world_size, torch.device("cpu"))
+    return TrainData(Rows.draw(paired=name != "sft"), objective_of(name), world, pack_tokens)
+
+
+def row_logps(model: Transformer, sequence: TokenSequence) -> torch.Tensor:
+    """Log-probs (|y|,) of a response, the sequence alone, from its whole logits."""
+    tokens = torch.from_numpy(sequence.tokens)
+    length = len(tokens)
+    alone = PackedBatch(
+        tokens=tokens,
+        positions=torch.arange(length),
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+        lengths=[length],
+        rows=torch.arange(length),  # every row: the cut is made here, below
+        targets=tokens,
+        token_weights=torch.zeros(length),
+        row_ids=[0],
+        signs=[1],
+        response_lengths=[length],
+    )
+    logits = model(alone, lambda hidden, weight: hidden @ weight.T)  # (L, V)
+    logps = F.log_softmax(logits, dim=-1)
+    places = range(sequence.prompt_length, length)
+    return torch.stack([logps[at - 1, tokens[at]] for at in places])
+
+
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(-x)."""
+    return torch.log1p(torch.exp(-x.abs())) + x.clamp(min=0.0)
+
+
+def mean(logps: torch.Tensor) -> torch.Tensor:
+    return logps.sum() / len(logps)
+
+
+def gain(logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Log-ratio of a whole response to the reference."""
+    return logps.sum() - reference
+
+
+def per_token(logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return gain(logps, reference) / len(logps)
+
+
+def log_odds(logps: torch.Tensor) -> torch.Tensor:
+    p = torch.exp(mean(logps))
+    return torch.log(p / (1 - p))
+
+
+# Loss of a pair: w (|y_w|,) and r (|y_l|,) are the token log-probs of its chosen and rejected
+# trace, wr and rr the reference's sums. Section 3 of the paper, then the papers that
+# redi/related_losses.py names.
+FORMULAS = {
+    "redi": lambda w, r, wr, rr: -mean(w) + ALPHA * mean(r),
+    "symmetric": lambda w, r, wr, rr: -mean(w) + mean(r),
+    "dpo": lambda w, r, wr, rr: softplus(-BETA * (gain(w, wr) - gain(r, rr))),
+    "simpo": lambda w, r, wr, rr: softplus(-(BETA * (mean(w) - mean(r)) - GAMMA)),
+    "positives": lambda w, r, wr, rr: -mean(w) + 0 * r.sum(),
+    "dpo_norm": lambda w, r, wr, rr: softplus(-BETA * (per_token(w, wr) - per_token(r, rr))),
+    "irpo": lambda w, r, wr, rr: softplus(-BETA * (gain(w, wr) - gain(r, rr))) - ALPHA * mean(w),
+    "dpop": lambda w, r, wr, rr: softplus(
+        -BETA * (gain(w, wr) - gain(r, rr) - ALPHA * torch.relu(-gain(w, wr)))
+    ),
+    "ipo": lambda w, r, wr, rr: (per_token(w, wr) - per_token(r, rr) - 1 / (2 * BETA)).pow(2),
+    "apo_zero": lambda w, r, wr, rr: (
+        1 - 1 / (1 + torch.exp(-BETA * gain(w, wr))) + 1 / (1 + torch.exp(-BETA * gain(r, rr)))
+    ),
+    "orpo": lambda w, r, wr, rr: -mean(w) + ALPHA * softplus(log_odds(r) - log_odds(w)),
+    "npo": lambda w, r, wr, rr: (
+        2 / BETA * torch.log(1 + (torch.exp(r.sum()) / torch.exp(rr)) ** BETA) - ALPHA * mean(w)
+    ),
+    "topr": lambda w, r, wr, rr: -w.sum() + min(1.0, math.exp(gain(r, rr).item())) * r.sum(),
+    "dft": lambda w, r, wr, rr: (
+        -sum(math.exp(logp.item()) * logp for logp in w) / len(w) + 0 * r.sum()
+    ),
+    "redi_weighted": lambda w, r, wr, rr: -mean(w) + ALPHA * torch.exp(GAMMA * mean(r)) * mean(r),
+}
+
+
+def paper_loss(name: str, model: Transformer, reference: Transformer) -> torch.Tensor:
+    """The loss of a step over all rows, as its paper states it."""
+    rows = Rows.draw(paired=name != "sft").sequences
+    logps = [row_logps(model, sequence) for sequence in rows]
+    if name == "sft":
+        return -sum(part.sum() for part in logps) / sum(len(part) for part in logps)
+    with torch.no_grad():
+        sums = [row_logps(reference, sequence).sum() for sequence in rows]
+    pairs = zip(logps[0::2], logps[1::2], sums[0::2], sums[1::2])
+    losses = [FORMULAS[name](*pair) for pair in pairs]
+    return sum(losses) / len(losses)
+
+
+def gradients(model: Transformer) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_close(grads: dict[str, torch.Tensor], loss: float, wanted, tolerance: float) -> None:
+    wanted_loss, wanted_grads = wanted
+    assert abs(loss - wanted_loss) <= tolerance * max(1.0, abs(wanted_loss))
+    assert grads.keys() == wanted_grads.keys()
+    largest = max(grad.norm().item() for grad in wanted_grads.values())
+    for name, grad in grads.items():
+        size = wanted_grads[name].norm().item()
+        # A key bias moves all scores of a query alike: its gradient is zero but for rounding.
+        size = largest if name.endswith("k_proj.bias") else size
+        assert (grad.double() - wanted_grads[name].double()).norm().item() <= tolerance * size, name
+
+
+TO_ORACLE = {torch.float64: 1e-12, torch.float32: 5e-6}
+
+
+BETWEEN_CUTS = {torch.float64: 1e-12, torch.float32: 1e-6}
