@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from redi.config import UserError, fields_that_may_change, load_toml, parse, program, to_toml
-from redi.data.files import lock, make_folder, write_aside
+from redi.data.files import lock, make_folder, whole_lines, write_aside
 
 
 def is_finished(out: str, config: Any, unwritten: dict[str, Any] | None = None) -> bool:
@@ -48,9 +48,7 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     line that is not a record raises a UserError."""
     path = run / "metrics.jsonl"
     if path.is_file():
-        for number, line in enumerate(
-            path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1
-        ):
+        for number, line in enumerate(whole_lines(path), start=1):
             try:
                 record = json.loads(line)
                 _ = record["kind"]
@@ -80,9 +78,9 @@ class RunLog:
         """Write config.toml, and remove the records of steps after `begin`, where the run resumes.
         facts: what is not a setting (versions, hash of the data), written as TOML comments."""
         kept = 0
-        for line in (self.folder / "metrics.jsonl").read_bytes().splitlines(keepends=True):
-            # Only a later step's line can be cut short: a checkpoint is written after its records.
-            if not line.endswith(b"\n") or json.loads(line).get("step", begin + 1) > begin:
+        # Only a later step's line can be cut short: a checkpoint is written after its records.
+        for line in whole_lines(self.folder / "metrics.jsonl"):
+            if json.loads(line).get("step", begin + 1) > begin:
                 break
             kept += len(line)
         self._metrics.truncate(kept)

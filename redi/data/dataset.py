@@ -14,6 +14,7 @@ from redi.config import UserError
 from redi.data.store import TokenStore
 from redi.data.tokenizer import ChatTokenizer
 from redi.packing import TokenSequence
+from redi.tables import text_table
 
 QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -102,7 +103,7 @@ def describe(dataset: Dataset, chat: ChatTokenizer) -> str:
     kind = "pairs" if dataset.store.paired else "rows"
     lines = [f"{len(dataset):,} {kind} to train on, {sum(left_out.values()):,} left out"]
     lines += [f"  left out: {count:,} {reason}" for reason, count in left_out.items()]
-    lines.append(f"{'tokens':<10}{'total':>14}" + "".join(f"{q:>9}" for q in QUANTILES))
+    rows = [("tokens", "total", *QUANTILES)]
     prompts, responses = dataset.prompt_lengths, dataset.response_lengths
     parts = {"prompt": prompts, "response": responses}
     if dataset.store.paired:
@@ -112,7 +113,8 @@ def describe(dataset: Dataset, chat: ChatTokenizer) -> str:
         parts["between"] = between
     for name, lengths in parts.items():
         quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
-        lines.append(f"{name:<10}{lengths.sum():>14,}" + "".join(f"{q:>9,}" for q in quantiles))
+        rows.append((name, *(f"{n:,}" for n in (lengths.sum(), *quantiles))))
+    lines.append(text_table(rows))
 
     number, first = dataset.row_number(0), dataset.sequence(0)
     lines.append(f"row {number} as the model sees it (only the response is learned from):")

@@ -150,6 +150,14 @@ def write_aside(path: str | Path, binary: bool = False) -> Iterator[IO]:
             part.unlink()
 
 
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that a process appends to, without a last line that a kill cut short."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line
+
+
 def make_folder(path: str | Path) -> None:
     """Make a folder and its parents. Raises UserError if that is not possible."""
     try:
