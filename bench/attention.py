@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bench.measure import CPUSeconds, interleave, result, write
 from redi.attention import packed_attention
+from redi.tables import text_table
 
 T, H, K, D = 4096, 12, 2, 64
 LENGTHS = [96, 128, 160, 192, 224, 256, 304, 352, 416, 496, 608, 864]  # of traces, over 25
@@ -107,12 +108,13 @@ def main() -> None:
     seconds = interleave(
         {name: partial(step, run, given, upstream) for name, run in found.items()}, ROUNDS
     )
-    print(f"{'forward and backward':<24}{'user ms':>9}{'system ms':>11}{'/ ours':>8}")
+    rows = [("forward and backward", "user ms", "system ms", "/ ours")]
     for name, rounds in seconds.items():
         user = statistics.median(s.user for s in rounds) * 1e3
         system = statistics.median(s.system for s in rounds) * 1e3
         ratio = statistics.median(ratios(seconds, name))
-        print(f"{name:<24}{user:>9.0f}{system:>11.0f}{ratio:>8.1f}")
+        rows.append((name, f"{user:.0f}", f"{system:.0f}", f"{ratio:.1f}"))
+    print(text_table(rows))
     results = {}
     for name, peer, goal in (("C7", DENSE, 8.0), ("C7_padded", PADDED, 4.0)):
         fastest = min(
@@ -120,11 +122,6 @@ def main() -> None:
             key=lambda v: statistics.median(s.total for s in seconds[v]),
         )
         results[name] = result(ratios(seconds, fastest), goal, fastest)
-    print()
-    for name, entry in results.items():
-        spread = f"{entry['min']:.1f} to {entry['max']:.1f}"
-        print(f"{name:<10} {entry['median']:>5.1f} ({spread})  goal {entry['goal']:.0f}", end="")
-        print(f"   over {entry['peer']}")
     write("attention", results)
 
 

@@ -28,6 +28,7 @@ sampled; pages that processes share count in each.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -37,7 +38,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,26 +93,17 @@ def write_raw(path: Path, sample: Path, size: int = RAW_BYTES) -> int:
 
 @dataclass(frozen=True)
 class Watched:
-    """What a command printed last, and what it took."""
+    """What a command printed, and what it took."""
 
-    said: str
+    output: str
     seconds: float
     peak_gib: float
 
 
-class Clock:
-    """Wall and CPU seconds since it was made, of this process and those that it waited for."""
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), cpu_of_all()
-
-    def read(self) -> dict[str, float]:
-        return {"seconds": time.perf_counter() - self.wall, "cpu": cpu_of_all() - self.cpu}
-
-
-def cpu_of_all() -> float:
-    times = os.times()
-    return sum(times[:4])
+def seconds_since(began: list[float] | None = None) -> list[float]:
+    """[wall, CPU] seconds since `began`; CPU of this process and of children it waited for."""
+    now = [time.perf_counter(), sum(os.times()[:4])]
+    return now if began is None else [after - before for after, before in zip(now, began)]
 
 
 def watch(*command: str, **environment: str) -> Watched:
@@ -133,11 +125,11 @@ def watch(*command: str, **environment: str) -> Watched:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    said, errors = process.communicate()
+    output, errors = process.communicate()
     sampler.join()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}:\n{errors[-3000:]}")
-    return Watched(said.strip(), time.monotonic() - began, max(peaks) / 2**30)
+    return Watched(output.strip(), time.monotonic() - began, max(peaks) / 2**30)
 
 
 def resident(pid: int) -> int:
@@ -154,21 +146,33 @@ def resident(pid: int) -> int:
 # ---------------------------------------------------------------- sides, in processes of their own
 
 
-def ours(tokenizer: Path, data: Path, work: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Side:
+    """What one side measured. hash: SHA-256 of all ids."""
+
+    wall: float
+    cpu: float
+    rows: int
+    tokens: int
+    hash: str
+    peak_gib: float = 0.0
+
+
+def ours(tokenizer: Path, data: Path, work: Path) -> Side:
     from tokenizers import Tokenizer
 
     from redi.data.store import load_store
 
     chat = ChatTokenizer(Tokenizer.from_file(str(tokenizer / "tokenizer.json")), chatml())
-    clock = Clock()
+    began = seconds_since()
     store = load_store([data], chat, False, work / "cache")
-    taken = clock.read()
+    wall, cpu = seconds_since(began)
     about = json.loads((store.folder / "store.json").read_text())
     rows, tokens = len(store.row_numbers), len(store.tokens)
-    return {**taken, "rows": rows, "tokens": tokens, "sha256": about["tokens_hash"]}
+    return Side(wall, cpu, rows, tokens, about["tokens_hash"])
 
 
-def peer(tokenizer: Path, data: Path, work: Path, processes: int | None) -> dict[str, Any]:
+def peer(tokenizer: Path, data: Path, work: Path, processes: int | None) -> Side:
     from datasets import load_dataset
     from transformers import PreTrainedTokenizerFast
 
@@ -176,7 +180,7 @@ def peer(tokenizer: Path, data: Path, work: Path, processes: int | None) -> dict
         tokenizer_file=str(tokenizer / "tokenizer.json"), chat_template=chatml()
     )
 
-    def tokenise(batch: dict[str, list]) -> dict[str, list]:
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
         prompts, answers = batch["prompt"], batch["completion"]
         whole = [prompt + answer for prompt, answer in zip(prompts, answers)]
         first = chat.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)
@@ -187,86 +191,72 @@ def peer(tokenizer: Path, data: Path, work: Path, processes: int | None) -> dict
 
     rows = load_dataset("json", data_files=str(data), split="train", cache_dir=str(work / "peer"))
     columns = {"remove_columns": rows.column_names}
-    clock = Clock()
-    made = rows.map(tokenise, batched=True, num_proc=processes, **columns)
-    taken = clock.read()
+    began = seconds_since()
+    tokenized = rows.map(tokenize, batched=True, num_proc=processes, **columns)
+    wall, cpu = seconds_since(began)
     digest, total = hashlib.sha256(), 0
-    for row in made.with_format("numpy"):
+    for row in tokenized.with_format("numpy"):
         ids = row["input_ids"][:-1]  # the template's newline behind the stop token
         digest.update(ids.astype(np.int32).tobytes())
         total += len(ids)
-    return {**taken, "rows": len(made), "tokens": total, "sha256": digest.hexdigest()}
+    return Side(wall, cpu, len(tokenized), total, digest.hexdigest())
 
 
-SIDES: dict[str, Callable[[Path, Path, Path], dict[str, Any]]] = {
+SIDES: dict[str, Callable[[Path, Path, Path], Side]] = {
     "ours": ours,
     "2 processes": lambda *given: peer(*given, processes=2),
     "one process": lambda *given: peer(*given, processes=None),
 }
 
 
-def side(name: str, tokenizer: Path, data: Path) -> tuple[dict[str, Any], float]:
-    """What a side says of itself, and its peak."""
+def run_side(name: str, tokenizer: Path, data: Path) -> Side:
     with tempfile.TemporaryDirectory(dir=data.parent) as work:
         paths = (str(tokenizer), str(data), work)
         watched = watch("bench.data", "side", name, *paths, TOKENIZERS_PARALLELISM="true")
-    said = json.loads(watched.said.splitlines()[-1])
-    tokens_s, rows_s = (said[what] / said["seconds"] for what in ("tokens", "rows"))
-    print(
-        f"{name:<12}{said['seconds']:>8.1f} s{said['cpu']:>8.1f} s of CPU"
-        f"{tokens_s:>12,.0f} tokens/s{rows_s:>8,.0f} rows/s{watched.peak_gib:>7.2f} GiB",
-        flush=True,
-    )
-    return said, watched.peak_gib
+    side = Side(**json.loads(watched.output.splitlines()[-1]))
+    side = replace(side, peak_gib=watched.peak_gib)
+    print(f"{name}: {side}", flush=True)
+    return side
 
 
 # ---------------------------------------------------------------- measures
 
 
 def measure(tokenizer: Path, sample: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    raw, found = folder / "raw.jsonl", {}
+    raw, positives = folder / "raw.jsonl", folder / "data" / "positives.jsonl"
     rows = write_raw(raw, sample)
     size = raw.stat().st_size / 1e9
-    print(
-        f"{rows:,} raw rows, {size:.2f} GB; 516,000 have {size * 516_000 / rows:.0f} GB", flush=True
-    )
+    print(f"{rows:,} rows, {size:.2f} GB; 516,000: {size * 516_000 / rows:.0f} GB", flush=True)
     prepared = watch("redi.prepare", str(raw), "--out", str(folder / "data"))
     raw.unlink()
-    print(f"prepare: {prepared.seconds:.1f} s, {prepared.peak_gib:.2f} GiB\n{prepared.said}")
-    positives = folder / "data" / "positives.jsonl"
-    (folder / "data" / "pairs.jsonl").unlink()
+    print(f"prepare: {prepared.seconds:.1f} s, {prepared.peak_gib:.2f} GiB\n{prepared.output}")
 
-    size = f"{positives.stat().st_size / 1e9:.2f} GB of positives"
-    said, peak = side("ours", tokenizer, positives)
-    found["prepare_rows_s"] = result([rows / prepared.seconds], None, "rows/s of 2 GB")
-    found["prepare_peak_gib"] = result([prepared.peak_gib], 1.0, "GiB, at most")
-    found["D1_rows_s"] = result([said["rows"] / said["seconds"]], None, f"rows/s, {size}")
-    found["D1_tokens_s"] = result([said["tokens"] / said["seconds"]], None, f"tokens/s, {size}")
-    found["D1_peak_gib"] = result([peak], 1.0, f"GiB, at most; {size}")
-
+    size, whole = f"{positives.stat().st_size / 1e9:.2f} GB", run_side("ours", tokenizer, positives)
+    found = {
+        "prepare_rows_s": result([rows / prepared.seconds], None, "rows/s of 2 GB"),
+        "prepare_peak_gib": result([prepared.peak_gib], 1.0, "GiB, at most"),
+        "D1_rows_s": result([whole.rows / whole.wall], None, f"rows/s, {size} of positives"),
+        "D1_tokens_s": result([whole.tokens / whole.wall], None, f"tokens/s, {size} of positives"),
+        "D1_peak_gib": result([whole.peak_gib], 1.0, f"GiB, at most; {size} of positives"),
+    }
     few = folder / "few.jsonl"
     with open(positives, "rb") as source, open(few, "wb") as file:
-        file.writelines(line for line, _ in zip(source, range(ROWS)))
+        file.writelines(itertools.islice(source, ROWS))
     positives.unlink()
-    taken: dict[str, list] = {name: [] for name in ("ours", "2 processes", "one process")}
-    for turn in range(ROUNDS):
-        for name in list(taken)[:: -1 if turn % 2 else 1]:
-            taken[name].append(side(name, tokenizer, few))
-    assert len({said["sha256"] for runs in taken.values() for said, _ in runs}) == 1, "ids differ"
-    for key, name, measured in (
-        ("D1", "2 processes", "seconds"),
-        ("D1_cpu", "2 processes", "cpu"),
-        ("D1_one_process", "one process", "seconds"),
-        ("D1_one_process_cpu", "one process", "cpu"),
-    ):
-        both = zip(taken[name], taken["ours"])
-        ratios = [theirs[measured] / mine[measured] for (theirs, _), (mine, _) in both]
-        goal = 1.5 if key == "D1" else None
-        found[key] = result(ratios, goal, f"datasets.map, {name}, {ROWS} rows")
-    for name, runs in taken.items():
-        peaks = [peak for _, peak in runs]
+    taken: dict[str, list[Side]] = {name: [] for name in SIDES}
+    order = list(SIDES)
+    for _ in range(ROUNDS):
+        for name in order:
+            taken[name].append(run_side(name, tokenizer, few))
+        order.reverse()
+    assert len({side.hash for sides in taken.values() for side in sides}) == 1, "ids differ"
+    for name, sides in taken.items():
         key = f"D1_{name.replace(' ', '_')}_peak_gib"
-        found[key] = result(peaks, None, f"GiB, {ROWS} rows")
+        found[key] = result([side.peak_gib for side in sides], None, f"GiB, {ROWS} rows")
+    for key, name, goal in (("D1", "2 processes", 1.5), ("D1_one_process", "one process", None)):
+        both, peer = list(zip(taken[name], taken["ours"])), f"datasets.map, {name}, {ROWS} rows"
+        found[key] = result([other.wall / own.wall for other, own in both], goal, peer)
+        found[f"{key}_cpu"] = result([other.cpu / own.cpu for other, own in both], None, peer)
     return found
 
 
@@ -274,15 +264,12 @@ def measure(tokenizer: Path, sample: Path, folder: Path) -> dict[str, dict[str, 
 def main() -> None:
     if sys.argv[1:2] == ["side"]:
         name, *paths = sys.argv[2:]
-        print(json.dumps(SIDES[name](*map(Path, paths))))
+        print(json.dumps(asdict(SIDES[name](*map(Path, paths)))))
         return
     if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "tokenizer.json").is_file():
         raise UserError("usage: python -m bench.data TOKENIZER SAMPLE (a folder, a file)")
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(sys.argv[1]), Path(sys.argv[2]), Path(folder))
-    for name, entry in found.items():
-        values = "".join(f"{entry[key]:>13,.2f}" for key in ("median", "min", "max"))
-        print(f"{name:<26}{values}{entry['goal'] or '-':>6}   {entry['peer']}")
     write("data", found)
 
 

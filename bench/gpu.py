@@ -50,9 +50,8 @@ from torch import Tensor
 import bench.plan as law
 from bench import inputs, loss, measure, trainer
 from bench.generate import transformers_steps
-from bench.inputs import RandomRows, random_model, random_requests
+from bench.inputs import QWEN, RandomRows, random_model, random_requests
 from bench.measure import clock, free, interleave, peak, result
-from bench.projection import QWEN
 from redi import memory
 from redi.attention import packed_attention
 from redi.batches import TrainData

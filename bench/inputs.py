@@ -30,6 +30,10 @@ FIRST_WORD = len(CONTROL) + len(ROLES)
 FRAME = 6  # <|im_start|> user ... <|im_end|> <|im_start|> assistant ... <|im_end|>
 LONGEST, VOCABULARY = 1024, 8192
 ROWS, PAIRS = 16, 8
+QWEN = ModelConfig(  # Qwen2.5-Math-1.5B
+    vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
+    num_kv_heads=2, head_dim=128, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=4096,
+)  # fmt: skip
 
 
 def write_inputs(

@@ -30,22 +30,23 @@ user and system time, and C2, C3 and C3_TRL are measured again with an allocator
 memory ("warm").
 """
 
-import json
-import os
 import statistics
-import subprocess
-import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench.measure import CPUSeconds, interleave, peak_bytes, result, write
+from bench.measure import CPUSeconds, Worker, interleave, peak_bytes, result, write
 from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
+from redi.tables import text_table
 
 R, D, V = 4096, 512, 32_768
 CHUNK = 256  # rows: 32 MiB of fp32 logits, ours by default, and TRL's default
@@ -207,10 +208,14 @@ def compare(given: Given, names: list[str]) -> None:
                 assert error < 1e-5, f"{name}: {part} differs from {PLAIN} by {error:.1e}"
 
 
-def memory(name: str) -> int:
-    """The peak of one step, in bytes, measured in a process of its own."""
-    command = [sys.executable, "-m", "bench.loss", "memory", name]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def memory(name: str, pipe: Connection) -> None:
+    """Send the peak of one step in bytes: a worker of its own for each variant."""
+    pipe.recv()
+    run = VARIANTS[name]
+    step(run, inputs(rows=8))  # so that libraries have allocated their own buffers
+    given = inputs()
+    pipe.send(peak_bytes(partial(step, run, given)))
+    pipe.recv()
 
 
 def timed(given: Given, names: list[str]) -> Seconds:
@@ -267,13 +272,13 @@ def low_precision() -> dict[str, dict]:
     right = in_float64(given)
     sure = (right[1].exp() > 0.9).double().mean().item()
     print(f"\nbf16: mean NLL {-right[1].mean().item():.2f}, {sure:.0%} of tokens above 0.9")
-    print(f"{'error against float64':<24}{'log-prob, nats':>16}{'d hidden':>12}{'d weight':>12}")
-    errors = {}
+    errors, rows = {}, [("error against float64", "log-prob, nats", "d hidden", "d weight")]
     for name in [n for n in (PLAIN, ONE_PASS, TWO_PASSES, TRL, NONE) if n in VARIANTS]:
         _, logps, d_hidden, d_weight = step(VARIANTS[name], given)
         worst = (logps.double() - right[1]).abs().max().item()
         errors[name] = worst, relative_error(d_hidden, right[2]), relative_error(d_weight, right[3])
-        print(f"{name:<24}{worst:>16.1e}" + "".join(f"{e:>12.1e}" for e in errors[name][1:]))
+        rows.append((name, *(f"{error:.1e}" for error in errors[name])))
+    print(text_table(rows))
     found = {"C6_logp": result([errors[ONE_PASS][0]], 1e-4, "float64, nats")}
     if IN_TORCH:
         for part, number, goal in (("dH", 1, 1.3), ("dW", 2, 0.5)):
@@ -286,15 +291,16 @@ def low_precision() -> dict[str, dict]:
 
 
 def table(title: str, seconds: Seconds, peaks: dict[str, int]) -> None:
-    print(f"\n{title:<24}{'user s':>8}{'system s':>10}{'/ plain':>9}{'MiB':>8}{'/ plain':>9}")
+    rows = [(title, "user s", "system s", "/ plain", "MiB", "/ plain")]
     for name, rounds in seconds.items():
         user = statistics.median(s.user for s in rounds)
         system = statistics.median(s.system for s in rounds)
         ratio = statistics.median(ratios(seconds, name, PLAIN))
-        line = f"{name:<24}{user:>8.2f}{system:>10.2f}{ratio:>9.3f}"
+        sizes = ("", "")
         if name in peaks:
-            line += f"{peaks[name] / 2**20:>8.0f}{peaks[name] / peaks[PLAIN]:>9.3f}"
-        print(line, flush=True)
+            sizes = (f"{peaks[name] / 2**20:.0f}", f"{peaks[name] / peaks[PLAIN]:.3f}")
+        rows.append((name, f"{user:.2f}", f"{system:.2f}", f"{ratio:.3f}", *sizes))
+    print(f"\n{text_table(rows)}", flush=True)
 
 
 def measured(title: str, compared: dict, names: list[str], peaks: dict[str, int]) -> dict:
@@ -309,42 +315,29 @@ def measured(title: str, compared: dict, names: list[str], peaks: dict[str, int]
     }
 
 
-def warm() -> dict[str, dict]:
-    """COMPARED_WARM, in a process whose allocator keeps its memory; prints its table."""
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.loss", "warm"],
-        env={**os.environ, "GLIBC_TUNABLES": WARM},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    shown, _, found = run.stdout.rpartition("\n{")
-    print(shown, flush=True)
-    return json.loads("{" + found)
+def warm(pipe: Connection) -> None:
+    """Send COMPARED_WARM's results: a worker whose allocator keeps its memory."""
+    pipe.recv()
+    names = [n for n in (PLAIN, CHECKPOINT, TRL, ONE_PASS) if n in VARIANTS]
+    pipe.send(measured("warm allocator", COMPARED_WARM, names, {}))
+    pipe.recv()
+
+
+def in_worker(target: Callable, *arguments: str, **environment: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        with Worker("loss", Path(folder), target, *arguments, **environment) as worker:
+            answer = worker.ask("measure")
+        print(worker.log.read_text(), end="", flush=True)
+    return answer
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    if sys.argv[1:2] == ["memory"]:
-        run = VARIANTS[sys.argv[2]]
-        step(run, inputs(rows=8))  # so that libraries have allocated their own buffers
-        given = inputs()
-        print(peak_bytes(partial(step, run, given)))
-        return
-    if sys.argv[1:] == ["warm"]:
-        names = [n for n in (PLAIN, CHECKPOINT, TRL, ONE_PASS) if n in VARIANTS]
-        print(json.dumps(measured("warm allocator", COMPARED_WARM, names, {})))
-        return
-    peaks = {name: memory(name) for name in VARIANTS}
+    peaks = {name: in_worker(memory, name) for name in VARIANTS}
     results = {"C1": result([peaks[ONE_PASS] / peaks[PLAIN]], 0.12, PLAIN)}
     results |= measured("fresh memory", COMPARED, list(VARIANTS), peaks)
-    results |= warm() | low_precision()
+    results |= in_worker(warm, GLIBC_TUNABLES=WARM) | low_precision()
     results["wide_logits"] = result(wide_logits(), 1.5, "logits of a standard deviation of 3")
-    print(f"\n{'':<14}{'median':>9}{'min':>9}{'max':>9}{'goal':>8}   over")
-    for name, entry in results.items():
-        goal = "-" if entry["goal"] is None else f"{entry['goal']:g}"
-        numbers = "".join(f"{entry[key]:>9.3g}" for key in ("median", "min", "max"))
-        print(f"{name:<14}{numbers}{goal:>8}   {entry['peer']}")
     write("loss", results)
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: rounds of CPU time, a peak of memory, and the results file.
+"""What benchmarks share: rounds of CPU time, a peak of memory, worker processes, the results file.
 
 rounds = interleave({"ours": f, "peer": g}, 5)      f g  g f  f g ...: drift meets both alike
 ratios = [a.total / b.total for a, b in zip(rounds["ours"], rounds["peer"])]
@@ -8,6 +8,7 @@ write("loss", {"C2": result(ratios, goal=0.75, peer="plain logits")})
 import gc
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -16,8 +17,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
+
+from redi.tables import text_table
 
 Time = TypeVar("Time")  # what a clock returns
 RESULTS = Path(__file__).parent / "results"
@@ -129,6 +134,62 @@ def _cuda() -> Any:
     return torch.cuda
 
 
+# ---------------------------------------------------------------- processes
+
+
+class Worker:
+    """A process of one thread without a GPU: it runs target(*arguments, pipe) and is a context
+    manager. `ask` sends what target receives from its pipe, and returns what target sends; target
+    ends when it receives None."""
+
+    def __init__(
+        self, name: str, folder: Path, target: Callable, *arguments: Any, **environment: str
+    ):
+        context = multiprocessing.get_context("spawn")
+        self.name, self.log = name, folder / f"{name}.log"
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(
+            target=_work, args=(self.log, target, arguments, other_end), daemon=True
+        )
+        settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with patch.dict(os.environ, settings | environment):  # glibc and OpenMP read it at a start
+            self.process.start()
+        other_end.close()
+
+    def ask(self, question: Any) -> Any:
+        """Raises RuntimeError with the worker's last output if it has ended."""
+        self.send(question)
+        return self.receive()
+
+    def send(self, question: Any) -> None:
+        self.pipe.send(question)
+
+    def receive(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{self.name}:\n{self.log.read_text()[-4000:]}") from None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is None:
+            self.send(None)
+            self.process.join(timeout=60)
+        self.process.kill()
+
+
+def _work(log: Path, target: Callable, arguments: tuple, pipe: Connection) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    import torch
+
+    torch.set_num_threads(1)
+    target(*arguments, pipe)
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -157,7 +218,13 @@ def save(name: str, results: dict[str, dict[str, Any]]) -> Path:
 
 
 def write(name: str, results: dict[str, dict[str, Any]]) -> None:
-    """bench/results/NAME.json."""
+    """Print the results and write them to bench/results/NAME.json."""
+    rows = [("", "median", "min", "max", "goal", "over")]
+    for key, entry in results.items():
+        goal = "-" if entry["goal"] is None else f"{entry['goal']:g}"
+        numbers = (f"{entry[column]:.3g}" for column in ("median", "min", "max"))
+        rows.append((key, *numbers, goal, entry["peer"]))
+    print(f"\n{text_table(rows)}")
     path = save(name, results)
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 

@@ -95,25 +95,6 @@ def dealt_round_robin(count: int, per_step: int, group: int) -> list[list[np.nda
     return [round_robin(ids[start : start + size], group) for start in range(0, len(ids), size)]
 
 
-def show(name: str, steps: list[StepPlan], lengths: np.ndarray) -> None:
-    """Packs and the worst step, in two lines."""
-    above, found = above_bound(steps, lengths), balances(by_rank(steps), lengths)
-    counts = np.array([len(step[0]) for step in steps])
-    packs = [ids for step in steps for rank in step for ids in rank]
-    empty = sum(len(ids) == 0 for ids in packs)
-    steps_empty = sum(any(len(ids) == 0 for rank in step for ids in rank) for step in steps)
-    filled = lengths.sum() / (PACK_TOKENS * len(packs))
-    print(f"\n{name}: {len(steps):,} steps, {counts.mean():.2f} micro-batches a rank and step")
-    histogram = ", ".join(f"{above.count(k)} steps at +{k}" for k in sorted(set(above)))
-    print(f"  above the bound: {histogram}; packs are {filled:.1%} full")
-    print(f"  empty packs: {empty:,} of {len(packs):,}, in {steps_empty:,} steps")
-    worst = int(found.argmin())
-    rows = sum(len(ids) for rank in steps[worst] for ids in rank)
-    print(
-        f"  balance: mean {found.mean():.4f}, worst {found.min():.4f} (step {worst}, {rows} rows)"
-    )
-
-
 def main() -> None:
     rng = np.random.default_rng(0)
     traces = draw(rng, TRACES, MEDIAN_TRACE, LONGEST_TRACE)
@@ -131,7 +112,6 @@ def main() -> None:
     # The goal is about the worst step, so that is what the entry leads with.
     results["C11"]["median"] = results["C11"]["max"]
     check(steps, traces, piece=1)
-    show("SFT", steps, traces)
     peers = {"C12_sft": balances(dealt_round_robin(TRACES, ROWS_PER_STEP, 1), traces)}
     ours = {"C12_sft": balances(by_rank(steps), traces)}
 
@@ -139,7 +119,6 @@ def main() -> None:
     for name, kept in (("C12_redi", False), ("C12_pairs_kept", True)):
         steps = plan(pairs, PAIRS_PER_STEP, PACK_TOKENS, RANKS, keep_pairs=kept)
         check(steps, flat, piece=2 if kept else 1)
-        show("pairs kept together" if kept else "REDI", steps, flat)
         ours[name] = balances(by_rank(steps), flat)
         peers[name] = balances(dealt_round_robin(PAIRS, PAIRS_PER_STEP, 2), flat)
     print()
@@ -150,9 +129,6 @@ def main() -> None:
             **result(found.tolist(), goals[name], f"round-robin: {peer:.3f}"),
             "mean": float(found.mean()),
         }
-    for name, entry in results.items():
-        value = entry.get("mean", entry["median"])
-        print(f"{name:<16}{value:>8.3f}   goal {entry['goal']}   {entry['peer']}")
     write("plan", results)
 
 

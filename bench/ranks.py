@@ -27,15 +27,12 @@ otherwise keep a third more than is alive, in holes. It costs page faults, so th
 run without it.
 """
 
-import multiprocessing
-import os
 import socket
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -47,13 +44,14 @@ import numpy as np
 import torch
 
 from bench.inputs import RandomRows
-from bench.measure import CPUSeconds, cpu_now, peak_bytes, result, write
+from bench.measure import CPUSeconds, Worker, cpu_now, peak_bytes, result, write
 from redi import distributed, memory, train
 from redi.batches import TrainData
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
 from redi.objectives import sft
 from redi.packing import StepPlan
+from redi.tables import text_table
 from redi.toy import student as toy
 
 RANKS = 2
@@ -164,56 +162,31 @@ class Weighing:
 
 
 class Group:
-    """RANKS processes, asked together: the ranks of one run, or each alone."""
+    """RANKS processes that work at the same time: the ranks of one run, or each alone."""
 
-    def __init__(self, work: Work, together: bool, folder: Path, **environment: str):
-        context = multiprocessing.get_context("spawn")
-        self.log, self.members = folder / f"{len(list(folder.iterdir()))}.log", []
-        self.log.touch()
-        port = free_port()
+    def __init__(
+        self, stack: ExitStack, folder: Path, work: Work, together: bool, **environment: str
+    ):
+        self.workers, port = [], free_port()
         for number in range(RANKS):
             numbers = list(range(RANKS)) if together else [number]
-            settings = environment | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"}
-            if together:
-                settings |= torchrun(number, port)
-            pipe, other_end = context.Pipe()
-            arguments = (work, numbers, other_end, self.log)
-            process = context.Process(target=serve, args=arguments, daemon=True)
-            with environment_of(settings):  # what glibc and OpenMP read when a process starts
-                process.start()
-            other_end.close()
-            self.members.append((process, pipe))
+            settings = environment | (torchrun(number, port) if together else {"WORLD_SIZE": "1"})
+            name = f"{len(list(folder.iterdir()))}"
+            worker = Worker(name, folder, serve, work, numbers, **settings)
+            self.workers.append(stack.enter_context(worker))
 
-    def ask(self, what: Any) -> list[Any]:
-        """The answer of each process; all work at the same time."""
-        for _, pipe in self.members:
-            pipe.send(what)
-        try:
-            return [pipe.recv() for _, pipe in self.members]
-        except EOFError:
-            raise RuntimeError(self.log.read_text()[-4000:]) from None
-
-    def __enter__(self) -> "Group":
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        for process, pipe in self.members:
-            if kind is None:
-                pipe.send(None)
-                process.join(timeout=30)
-            process.kill()
+    def ask(self, question: Any) -> list[Any]:
+        for worker in self.workers:
+            worker.send(question)
+        return [worker.receive() for worker in self.workers]
 
 
-def serve(work: Work, numbers: list[int], pipe: Connection, log: Path) -> None:
-    """In a process of a group: answer until None is asked."""
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    torch.set_num_threads(1)
+def serve(work: Work, numbers: list[int], pipe: Connection) -> None:
+    """In a process of a group: answer until the question is None."""
     world = distributed.start(timeout_minutes=2.0)
     answer = work(world, numbers)
-    while (what := pipe.recv()) is not None:
-        pipe.send(answer(what))
+    while (question := pipe.recv()) is not None:
+        pipe.send(answer(question))
     if world.world_size > 1:
         torch.distributed.destroy_process_group()
 
@@ -229,17 +202,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
-
-
-@contextmanager
-def environment_of(settings: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 # ---------------------------------------------------------------- measures
@@ -282,50 +244,41 @@ def take_turns(ranks: Group, alone: Group, rounds: int) -> dict[int, dict[str, l
 def timed(config: ModelConfig, rounds: int) -> dict[str, dict[str, Any]]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        work = partial(Training, config)
-        ranks = stack.enter_context(Group(work, True, folder))
-        alone = stack.enter_context(Group(work, False, folder))
-        taken = take_turns(ranks, alone, rounds)
+        groups = (Group(stack, folder, partial(Training, config), t) for t in (True, False))
+        taken = take_turns(*groups, rounds)
     found = {}
-    print(f"{'tokens/s, of the wall and of CPU time':<40}{'ranks':>8}{'alone':>8}{'ratio':>8}")
+    rows = [("tokens/s, of the wall and of CPU time", "packs a step", "ranks", "alone")]
     for packs, of in taken.items():
         name = "C14" if packs == 1 else f"C14_{packs}"
         for key, measure, goal in ((name, speed, GOALS[packs]), (f"{name}_cpu", cpu_speed, None)):
             speeds = {who: [measure(turn) for turn in turns] for who, turns in of.items()}
             ratios = [a / b for a, b in zip(speeds["ranks"], speeds["alone"])]
             found[key] = result(ratios, goal, ALONE)
-            medians = "".join(f"{statistics.median(each):>8.0f}" for each in speeds.values())
-            print(f"{key:<10}{packs} packs a step{'':<16}{medians}{found[key]['median']:>8.3f}")
+            medians = (f"{statistics.median(each):.0f}" for each in speeds.values())
+            rows.append((key, str(packs), *medians))
+    print(f"\n{text_table(rows)}")
     return found
 
 
 def weighed(config: ModelConfig) -> dict[str, dict[str, Any]]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        group = stack.enter_context(Group(partial(Weighing, config), True, folder, **GIVE_BACK))
+        group = Group(stack, folder, partial(Weighing, config), True, **GIVE_BACK)
         settings = {"memory": 0, "memory_checkpointed": config.num_layers}
         answers = {name: group.ask(count) for name, count in settings.items()}
-    found = {}
-    print(f"\n{'MiB of a rank':<28}{'peak':>8}{'formula':>9}{'ratio':>8}")
+    found, rows = {}, [("MiB of a rank", "peak", "formula")]
     for name, ranks in answers.items():
         ratios = [each.peak / each.formula for each in ranks]
         found[f"{name}_ratio"] = result(ratios, None, "the formula of redi/memory.py")
         off = [abs(ratio - 1) for ratio in ratios]
         found[f"{name}_off"] = result(off, 0.15, "|peak / redi.memory's formula - 1|")
-        for each, ratio in zip(ranks, ratios):
-            sizes = f"{each.peak / 2**20:>8.0f}{each.formula / 2**20:>9.0f}"
-            print(f"{name:<28}{sizes}{ratio:>8.3f}")
+        rows += [(name, *(f"{n / 2**20:.0f}" for n in (r.peak, r.formula))) for r in ranks]
+    print(f"\n{text_table(rows)}")
     return found
 
 
 def main() -> None:
-    results = weighed(WEIGHED) | timed(TIMED, ROUNDS)
-    print(f"\n{'':<28}{'median':>8}{'min':>8}{'max':>8}{'goal':>7}   over")
-    for name, entry in results.items():
-        goal = "-" if entry["goal"] is None else f"{entry['goal']:g}"
-        numbers = "".join(f"{entry[key]:>8.3f}" for key in ("median", "min", "max"))
-        print(f"{name:<28}{numbers}{goal:>7}   {entry['peer']}")
-    write("ranks", results)
+    write("ranks", weighed(WEIGHED) | timed(TIMED, ROUNDS))
 
 
 if __name__ == "__main__":

@@ -35,19 +35,18 @@ those of the rows, no padding.
 """
 
 import json
-import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.inputs import LONGEST, write_inputs
-from bench.measure import CPUSeconds, cpu_now, result, write
+from bench.measure import CPUSeconds, Worker, cpu_now, result, write
+from redi.tables import text_table
 
 ROUNDS = {256: 5, 512: 5}  # hidden -> steps after the first, which is not timed
 STEPS = 1 + max(ROUNDS.values())  # of the learning rate's fall
@@ -69,14 +68,18 @@ class Step:
 
 
 class Turns:
-    """A trainer's end of the pipe: report a step, then wait to be let go on, or end."""
+    """A trainer's end of the pipe: wait for a turn, then report an optimizer step."""
 
     def __init__(self, pipe: Connection):
-        self.pipe, self.began = pipe, cpu_now()
+        self.pipe = pipe
+        self._wait()
 
     def take(self, loss: float, tokens: int, chosen_logp: float = 0.0) -> None:
         self.pipe.send(Step(loss, tokens, chosen_logp, cpu_now().since(self.began)))
-        if not self.pipe.recv():
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.pipe.recv() is None:
             sys.exit()
         self.began = cpu_now()
 
@@ -97,63 +100,22 @@ class Trainer:
         return "rows.jsonl" if self.objective == "sft" else "pairs.jsonl"
 
 
-class Process:
-    """A trainer in a process of its own."""
-
-    def __init__(self, trainer: Trainer, folder: Path, name: str):
-        context = multiprocessing.get_context("spawn")
-        self.name, self.log = name, folder / f"{name}.log"
-        self.log.touch()
-        self.pipe, other_end = context.Pipe()
-        arguments = (trainer, folder, other_end, self.log)
-        self.process = context.Process(target=in_process, args=arguments, daemon=True)
-        self.process.start()
-        other_end.close()
-
-    def step(self, first: bool) -> Step:
-        if not first:
-            self.pipe.send(True)
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            raise RuntimeError(f"{self.name}:\n{self.log.read_text()[-4000:]}") from None
-
-    def end(self) -> None:
-        self.pipe.send(False)
-        self.process.join()
-
-
-def in_process(trainer: Trainer, folder: Path, pipe: Connection, log: Path) -> None:
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # CPU time is measured
-    import torch
-
-    torch.set_num_threads(1)
+def run_trainer(trainer: Trainer, folder: Path, pipe: Connection) -> None:
     trainer.run(trainer, folder, Turns(pipe))
 
 
-@contextmanager
-def running(folder: Path, trainers: dict[str, Trainer]) -> Iterator[dict[str, Process]]:
-    processes = {name: Process(trainer, folder, name) for name, trainer in trainers.items()}
-    try:
-        yield processes
-        for process in processes.values():
-            process.end()
-    finally:
-        for process in processes.values():
-            process.process.kill()
-
-
 def take_turns(folder: Path, trainers: dict[str, Trainer], steps: int) -> dict[str, list[Step]]:
-    """The steps of every trainer, on the inputs in `folder`; the order turns round each time."""
+    """The steps of every trainer, on the inputs in `folder`; each round reverses the order."""
     taken: dict[str, list[Step]] = {name: [] for name in trainers}
     order = list(trainers)
-    with running(folder, trainers) as processes:
-        for number in range(steps):
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker(name, folder, run_trainer, trainer, folder))
+            for name, trainer in trainers.items()
+        }
+        for _ in range(steps):
             for name in order:
-                taken[name].append(processes[name].step(first=number == 0))
+                taken[name].append(workers[name].ask("a step"))
             order.reverse()
     return taken
 
@@ -283,17 +245,17 @@ def compare(trainers: dict[str, Trainer], taken: dict[str, list[Step]]) -> None:
 
 
 def table(hidden: int, taken: dict[str, list[Step]]) -> None:
-    print(
-        f"\nhidden {hidden:<28}{'tokens':>8}{'tok/s':>8}{'user s':>9}{'system s':>10}"
-        f"{'losses of steps 1, 2, last':>36}"
-    )
+    rows = [
+        (f"hidden {hidden}", "tokens", "tok/s", "user s", "system s", "losses of steps 1, 2, last")
+    ]
     for name, steps in taken.items():
         tokens, seconds = steps[0].tokens, [step.seconds for step in steps[1:]]
         speed = statistics.median(tokens / s.total for s in seconds)
         user = statistics.median(s.user for s in seconds)
         system = statistics.median(s.system for s in seconds)
-        shown = "".join(f"{steps[number].loss:>12.6f}" for number in (0, 1, -1))
-        print(f"{name:<35}{tokens:>8,}{speed:>8.0f}{user:>9.2f}{system:>10.2f}{shown}")
+        losses = "  ".join(f"{steps[number].loss:.6f}" for number in (0, 1, -1))
+        rows.append((name, f"{tokens:,}", f"{speed:.0f}", f"{user:.2f}", f"{system:.2f}", losses))
+    print(f"\n{text_table(rows)}")
 
 
 def main() -> None:
@@ -312,11 +274,6 @@ def main() -> None:
                 ratios = [theirs.seconds.total / own.seconds.total for own, theirs in both]
                 key = name if base else f"{name}_{hidden}"
                 results[key] = result(ratios, goal if base else None, peer)
-    print(f"\n{'':<26}{'median':>8}{'min':>8}{'max':>8}{'goal':>7}   over")
-    for name, entry in results.items():
-        goal = f"{entry['goal']:.0f}" if entry["goal"] else "-"
-        numbers = "".join(f"{entry[key]:>8.2f}" for key in ("median", "min", "max"))
-        print(f"{name:<26}{numbers}{goal:>7}   {entry['peer']}")
     write("trainer", results)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bench.inputs import lengths, write_inputs
-from bench.measure import CPUSeconds
-from bench.trainer import TRAINERS, Process, Step, compare, read_rows, take_turns
+from bench.measure import CPUSeconds, Worker
+from bench.trainer import TRAINERS, Step, compare, read_rows, run_trainer, take_turns
 from redi.data.tokenizer import ChatTokenizer
 
 LONGEST = 256
@@ -68,9 +68,9 @@ def test_our_sft_and_trls_take_the_same_steps(tmp_path):
 
 
 def test_a_trainer_that_ends_early_is_an_error_with_its_last_words(tmp_path):
-    process = Process(TRAINERS["our SFT"], tmp_path, "ours")  # a folder without inputs
-    with pytest.raises(RuntimeError, match=r"ours:(?s:.*)No such file.*rows\.jsonl"):
-        process.step(first=True)
+    worker = Worker("ours", tmp_path, run_trainer, TRAINERS["our SFT"], tmp_path)  # no inputs
+    with pytest.raises(RuntimeError, match=r"ours:(?s:.*)No such file.*rows\.jsonl"), worker:
+        worker.ask("a step")
 
 
 # ---------------------------------------------------------------- what makes a ratio count

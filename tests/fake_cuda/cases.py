@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.inputs import RandomRows
-from bench.projection import QWEN
+from bench.inputs import QWEN, RandomRows
 from redi import distributed, kernels, memory, train
 from redi.batches import TrainData
 from redi.checkpoint.folder import _gather
