@@ -7,8 +7,6 @@ On the fake GPU (tests/fake_cuda) no number is computed: what breaks there break
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -16,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from processes import finished
 
 from bench import gpu, inputs, loss, measure
 from bench.gpu import CHECKED, SHAPE, Part, Sizes, in_process, missed, run_all
@@ -221,11 +220,9 @@ def test_goals_have_a_direction():
 
 
 def test_without_cuda_it_says_so_in_a_line():
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "bench.gpu"]
-    run = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
-    assert (run.returncode, run.stdout) == (2, "")
-    [line] = run.stderr.splitlines()
+    status, shown, errors = finished("-m", "bench.gpu")
+    assert (status, shown) == (2, "")
+    [line] = errors.splitlines()
     assert line.startswith("error: no CUDA device")
 
 
@@ -236,12 +233,10 @@ def test_without_cuda_it_says_so_in_a_line():
 @pytest.mark.parametrize("name", [name for name in gpu.PARTS if "TRL" not in name])
 def test_a_part_runs_on_a_fake_gpu(name, results):
     """TRL is left out: it indexes by a mask, whose result has a size only a device knows."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "tests"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "fake_cuda.bench_part", name, str(results)]
-    run = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    left_out = [line for line in run.stdout.splitlines() if "left out" in line]
+    command = ("-m", "fake_cuda.bench_part", name, results)
+    status, shown, errors = finished(*command, TRITON_INTERPRET="")
+    assert status == 0, shown + errors
+    left_out = [line for line in shown.splitlines() if "left out" in line]
     allowed = ("Liger_CuTe: left out: ImplNotAvailable", "torch: left out: AttributeError")
     assert all(line.startswith(allowed) for line in left_out), left_out
     found = json.loads((results / "gpu.json").read_text())["results"]

@@ -7,15 +7,11 @@ The last section of tests/mutants.py has faults that these tests must notice.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from fake_cuda import why_unavailable
+from processes import finished
 
-ROOT = Path(__file__).parent.parent
 LAYERS = 2
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
@@ -82,16 +78,10 @@ def results(request) -> dict[str, dict]:
     """Case -> its result, from one process for all: imports take longer than most cases."""
     selected = [item for item in request.session.items if item.path == request.path]
     cases = dict.fromkeys(item.callspec.params["case"] for item in selected)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "fake_cuda.cases", *cases]
-    timeout = 60 + 120 * len(cases)
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stderr
-    return {result["case"]: result for result in map(json.loads, done.stdout.splitlines())}
+    command = ("-m", "fake_cuda.cases", *cases)
+    status, shown, errors = finished(*command, seconds=60 + 120 * len(cases), TRITON_INTERPRET="")
+    assert status == 0, errors
+    return {result["case"]: result for result in map(json.loads, shown.splitlines())}
 
 
 @pytest.fixture
