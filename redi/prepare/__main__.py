@@ -8,32 +8,30 @@ prints, for 50 problems of which one has no correct trace and 45 have no incorre
     format: OpenR1-Math-Raw
     raw rows                   50
       no correct generation     1
-    positives                  49  small/positives.jsonl
+    positives                  49
       no incorrect generation  45
-    pairs                       4  small/pairs.jsonl
+    pairs                       4
+    saved small/positives.jsonl, small/pairs.jsonl, small/card.json
 
 Each total is the one above it minus the rows dropped between them. The defaults are the paper's;
-with them, the paper's own counts are printed below.
-Not in the paper: labels from our own grader (labels.py), which traces without labels always get,
-except in OpenR1-Math-Raw; dropping repeated problems or problems of a benchmark (overlap.py).
-
-card.json describes the files beside it: the source, the rules, the counts (zeros included), and the
-SHA-256 of everything read and written. contaminated.jsonl lists the rows found in a benchmark.
+with them, the paper's own counts are printed below. card.json describes the files beside it: the
+source, the rules, the counts (zeros included), and the SHA-256 of everything read and written.
+Not in the paper: labels from our own grader (labels.py); dropping repeated problems and problems of
+a benchmark (overlap.py), which contaminated.jsonl lists.
 
 Rows are streamed from file to file. The same rows in the same order give the same bytes, whatever
-their form and the number of workers. Nothing is random, so the card's seed is null. Left out:
-shuffling and limits on length, which belong to the trainers.
+their form and the number of workers. Left out: shuffling and limits on length, which belong to the
+trainers.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import IO, Annotated, Any
 
 from tqdm import tqdm
 
@@ -47,13 +45,12 @@ from redi.prepare import overlap, raw, traces
 from redi.prepare.labels import NO_ANSWER, Labels
 from redi.prepare.raw import Form, RawRow
 from redi.prepare.traces import Choice, Rules
+from redi.tables import text_table
 
-POSITIVES, PAIRS = "positives.jsonl", "pairs.jsonl"
-CONTAMINATED = "contaminated.jsonl"
-REPEATED = {"exact": "duplicate", "normalized": "duplicate but for its typesetting"}
+POSITIVES, PAIRS, CONTAMINATED = "positives.jsonl", "pairs.jsonl", "contaminated.jsonl"
+IN_BENCHMARK = {"same text": "in a benchmark", "other numbers": "in a benchmark, other numbers"}
 # With the published source and rules: the counts that these rules should give (Section 3).
 PAPER = "the paper: 77,629 positives, and 53,175 pairs after train_redi.py's limits on length"
-OVERLAPPING = {"same text": "in a benchmark", "other numbers": "in a benchmark, other numbers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +81,8 @@ class Counts:
     sources: of the positives.
     """
 
-    no_positive: dict[str, int]
-    no_pair: dict[str, int]
+    no_positive: Counter[str]
+    no_pair: Counter[str]
     rows: int = 0
     traces: int = 0
     positives: int = 0
@@ -103,8 +100,7 @@ class Counts:
         self.sources[choice.positive["source"] or "none"] += 1
         self.further += len(choice.pairs) + len(choice.no_pair) - 1
         self.pairs += len(choice.pairs)
-        for reason in choice.no_pair:
-            self.no_pair[reason] += 1
+        self.no_pair.update(choice.no_pair)
 
 
 def no_counts(config: PrepareConfig, form: Form) -> Counts:
@@ -123,8 +119,8 @@ def no_counts(config: PrepareConfig, form: Form) -> Counts:
         "no correct generation": True,
         "no complete correct one": config.require_complete,
         "empty chosen": True,  # the first correct generation is null or blank
-        **dict.fromkeys(OVERLAPPING.values(), config.decontaminate),
-        **dict.fromkeys(REPEATED.values(), config.dedup),
+        **dict.fromkeys(IN_BENCHMARK.values(), config.decontaminate),
+        **dict.fromkeys(overlap.REPEATED, config.dedup),
     }
     no_pair = {
         "no incorrect generation": True,
@@ -136,26 +132,8 @@ def no_counts(config: PrepareConfig, form: Form) -> Counts:
         "rejected too short": config.min_length_ratio > 0,
         "same as another pair": several,
     }
-    zeros = [{name: 0 for name, can in table.items() if can} for table in (no_positive, no_pair)]
-    return Counts(*zeros)
-
-
-class JsonLines:
-    """Writes rows as JSON lines into a text file and hashes what it writes."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, row: Any) -> None:
-        line = json.dumps(row, ensure_ascii=False) + "\n"
-        self.file.write(line)
-        self.sha256.update(line.encode())
-
-    def finish(self) -> str:
-        """Sync the file to disk; its SHA-256 in hex."""
-        to_disk(self.file)
-        return self.sha256.hexdigest()
+    possible = ([name for name, can in table.items() if can] for table in (no_positive, no_pair))
+    return Counts(*(Counter(dict.fromkeys(reasons, 0)) for reasons in possible))
 
 
 class Overlaps:
@@ -165,28 +143,32 @@ class Overlaps:
         tests = [benchmarks.load(name) for name in dict.fromkeys(config.decontaminate)]
         self.benchmarks = {test.name: len(test.problems) for test in tests}
         problems = ((test.name, p.id, p.problem) for test in tests for p in test.problems)
-        self.index = overlap.Index(problems, config.ngram) if tests else None
+        self.index = overlap.Index(problems, config.ngram)
         self.seen = overlap.Seen() if config.dedup else None
 
-    def reason_to_drop(self, number: int, row: RawRow, found: JsonLines | None) -> str | None:
+    def reason_to_drop(self, number: int, row: RawRow, found: IO | None) -> str | None:
         """Where else the problem occurs, or None. Matches with a benchmark go to `found`."""
-        matches = self.index.matches(row.problem) if self.index else []
+        matches = self.index.matches(row.problem) if found else []
         for match in matches:
             ours = {"row": number, "id": row.id, "problem": row.problem}
-            theirs = {"benchmark": match.benchmark, "benchmark_id": match.id}
-            found.write(ours | theirs | {"kind": match.kind, "share": round(match.share, 3)})
-        for kind, reason in OVERLAPPING.items():  # "same text" first
-            if any(match.kind == kind for match in matches):
+            write(found, ours | dataclasses.asdict(match))
+        kinds = {match.kind for match in matches}
+        for kind, reason in IN_BENCHMARK.items():  # "same text" first
+            if kind in kinds:
                 return reason
-        return REPEATED.get(self.seen.add(row.problem)) if self.seen else None
+        return self.seen.add(row.problem) if self.seen else None
+
+
+def write(file: IO, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
     """Write the files into `config.out`. card.json gets its name last: without it, the other files
     may not belong together. Raises UserError: bad input, or a file that cannot be written."""
     files, out = dataset_files(config.raw), Path(config.out)
-    names = [CARD, POSITIVES, PAIRS, *([CONTAMINATED] if config.decontaminate else [])]
-    clash = {file.resolve() for file in files} & {(out / name).resolve() for name in names}
+    names = [POSITIVES, PAIRS, *([CONTAMINATED] if config.decontaminate else [])]
+    clash = {file.resolve() for file in files} & {(out / name).resolve() for name in (CARD, *names)}
     if clash:
         raise UserError(f"{min(clash)}: both raw data and output; choose another --out")
     form, overlaps = raw.recognize(files), Overlaps(config)
@@ -194,10 +176,9 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
     make_folder(out)
     with contextlib.ExitStack() as opened:
         # They are renamed in reverse order, so card.json last.
-        card, *others = (opened.enter_context(write_aside(out / name)) for name in names)
-        written = {name: JsonLines(file) for name, file in zip(names[1:], others)}
-        grader = opened.enter_context(Grader(config.workers))
-        labels = Labels(grader, config, config.relabel)
+        card = opened.enter_context(write_aside(out / CARD))
+        written = {name: opened.enter_context(write_aside(out / name)) for name in names}
+        labels = Labels(opened.enter_context(Grader(config.workers)), config, config.relabel)
         hashes = _hashes(files)
         rows, total = labels.add(raw.read(files, form, out)), _number_of_rows(files, form)
         bar = tqdm(rows, desc="prepare", unit=" rows", disable=None, total=total)
@@ -207,9 +188,9 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
                 choice = Choice(no_positive=reason)
             counts.add(row, choice)
             if choice.positive:
-                written[POSITIVES].write(choice.positive)
+                write(written[POSITIVES], choice.positive)
             for pair in choice.pairs:
-                written[PAIRS].write(pair)
+                write(written[PAIRS], pair)
         if not counts.positives:
             reasons = ", ".join(f"{n} {reason}" for reason, n in counts.no_positive.items() if n)
             raise UserError(
@@ -217,19 +198,20 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
             )
         # Syncing gigabytes takes seconds. Done before the first rename, it leaves Ctrl-C no time to
         # put new pairs beside old positives.
-        sha256 = {name: file.finish() for name, file in written.items()}
+        for file in written.values():
+            to_disk(file)
         rules = dataclasses.asdict(config).items()
         facts = {
             "redi": redi.__version__,
             "raw": config.raw,
             "format": form.name,
             "rules": {k: v for k, v in rules if k not in ("raw", "out", "workers")},
-            "seed": None,
+            "seed": None,  # nothing is random
             "benchmarks": overlaps.benchmarks,
             **vars(counts),
             "labels": labels.summary(),
             "raw_sha256": hashes,
-            "sha256": sha256,
+            "sha256": {name: hash_files([Path(file.name)]) for name, file in written.items()},
         }
         json.dump(facts, card, indent=2)
         card.write("\n")
@@ -254,20 +236,16 @@ def _number_of_rows(files: list[Path], form: Form) -> int | None:
     return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
 
 
-def table(counts: Counts, form: Form, out: Path) -> str:
-    """The account as in the module's docstring, without zeros."""
-    lines = [
-        *([("traces", counts.traces, "")] if form.one_trace else []),
-        ("problems" if form.one_trace else "raw rows", counts.rows, ""),
-        *((f"  {reason}", n, "") for reason, n in counts.no_positive.items() if n),
-        ("positives", counts.positives, f"  {out / POSITIVES}"),
-        *([("  more pairs to be had", counts.further, "")] if counts.further else []),
-        *((f"  {reason}", n, "") for reason, n in counts.no_pair.items() if n),
-        ("pairs", counts.pairs, f"  {out / PAIRS}"),
-    ]
-    left = max(len(label) for label, _, _ in lines)
-    right = max(len(str(count)) for _, count, _ in lines)
-    return "\n".join(f"{label:<{left}}  {count:>{right}}{file}" for label, count, file in lines)
+def account(counts: Counts, form: Form) -> str:
+    """The table of the module's docstring: the reasons that occurred, indented."""
+    rows = [("problems" if form.one_trace else "raw rows", counts.rows)]
+    rows += [(f"  {reason}", n) for reason, n in counts.no_positive.items() if n]
+    rows += [("positives", counts.positives)]
+    rows += [("  more pairs to be had", counts.further)] if counts.further else []
+    rows += [(f"  {reason}", n) for reason, n in counts.no_pair.items() if n]
+    rows += [("pairs", counts.pairs)]
+    traces = [("traces", counts.traces)] if form.one_trace else []
+    return text_table([(name, str(n)) for name, n in traces + rows])
 
 
 @program
@@ -278,7 +256,8 @@ def main() -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"nothing was written to {config.out}") from None
     print(f"format: {form.name}")
-    print(table(counts, form, Path(config.out)))
+    print(account(counts, form))
+    print("saved", ", ".join(str(Path(config.out) / name) for name in (POSITIVES, PAIRS, CARD)))
     if labels.counts:
         print(labels.table())
     if config == dataclasses.replace(PrepareConfig(), out=config.out, workers=config.workers):

@@ -24,6 +24,7 @@ from redi.eval.grade import Grader, Verdict, extract
 from redi.prepare import traces
 from redi.prepare.raw import RawRow
 from redi.prepare.traces import Rules
+from redi.tables import text_table
 
 NO_ANSWER = "no answer to grade by"
 GIVEN = ("correct", "disputed", "incorrect", "none")
@@ -31,7 +32,7 @@ BATCH_ROWS = 64  # graded together; a row is up to half a megabyte
 
 
 class Labels:
-    """Grades rows. counts: (what the given votes said, our verdict) -> number of traces."""
+    """Grades rows. counts: (label by the given votes, our verdict) -> number of traces."""
 
     def __init__(self, grader: Grader, rules: Rules, relabel: bool) -> None:
         self.grader = grader
@@ -68,22 +69,21 @@ class Labels:
         return replace(row, votes=votes, flaw=None)
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """{what was given: {verdict: number of traces}}, without what was never given."""
+        """{label: {verdict: number of traces}}, without labels that do not occur."""
         columns = {given: {v: self.counts[given, v] for v in get_args(Verdict)} for given in GIVEN}
         return {given: column for given, column in columns.items() if any(column.values())}
 
     def table(self) -> str:
         """The verdicts by the given labels, and how far the two agree."""
         columns = self.summary()
-        lines = [f"graded \\ given{''.join(f'  {given:>9}' for given in columns)}"]
+        rows = [("graded \\ given", *columns)]
         for verdict in get_args(Verdict):
-            counts = "".join(f"  {column[verdict]:>9}" for column in columns.values())
-            lines.append(f"  {verdict:12}{counts}")
+            rows.append((f"  {verdict}", *(str(column[verdict]) for column in columns.values())))
         both = {k: n for k, n in self.counts.items() if k[0] != "none" and k[1] != "timeout"}
         agree = sum(n for (given, v), n in both.items() if (given == "correct") == (v == "correct"))
-        if total := sum(both.values()):
-            lines.append(f"agreement on correct or not: {agree} of {total}, {agree / total:.1%}")
-        return "\n".join(lines)
+        total = sum(both.values())
+        line = f"\nagreement on correct or not: {agree} of {total}, {agree / max(total, 1):.1%}"
+        return text_table(rows) + (line if total else "")
 
 
 def _items(row: RawRow, indices: list[int]) -> Iterator[tuple[str, str, str]]:

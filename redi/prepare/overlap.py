@@ -43,14 +43,15 @@ _SENTENCE_END = re.compile(r"(?<=[.?!:])[$\s]*\s|\n|(?<=[$)}\]])\s+(?=[A-Z])")
 _PUNCTUATION = frozenset(".,;?")
 
 Kind = Literal["same text", "other numbers"]
+REPEATED = ("duplicate", "duplicate but for its typesetting")
 
 
 @dataclass(frozen=True)
 class Match:
-    """A benchmark's problem found in a text; share: of its n-grams."""
+    """A benchmark's problem found in a text; share: of its n-grams, to three digits."""
 
     benchmark: str
-    id: str
+    benchmark_id: str
     kind: Kind
     share: float
 
@@ -59,16 +60,16 @@ class Seen:
     """The problems seen so far, as hashes: about a hundred bytes per problem."""
 
     def __init__(self) -> None:
-        self._texts: set[bytes] = set()
-        self._tokens: set[bytes] = set()
+        self._hashes: tuple[set[bytes], set[bytes]] = set(), set()  # of texts, of their tokens
 
-    def add(self, problem: str) -> Literal["exact", "normalized"] | None:
-        """Add `problem`; how it repeats an earlier one, or None."""
-        text, normal = _digest(problem), _digest(" ".join(tokens(problem)))
-        known = "exact" if text in self._texts else "normalized" if normal in self._tokens else None
-        self._texts.add(text)
-        self._tokens.add(normal)
-        return known
+    def add(self, problem: str) -> str | None:
+        """Add `problem`. How it repeats an earlier one, one of REPEATED, or None."""
+        texts, reasons = (problem, " ".join(tokens(problem))), []
+        for text, hashes, reason in zip(texts, self._hashes, REPEATED):
+            digest = hashlib.sha256(text.encode()).digest()[:16]
+            reasons += [reason] if digest in hashes else []
+            hashes.add(digest)
+        return next(iter(reasons), None)
 
 
 class Index:
@@ -77,44 +78,49 @@ class Index:
     def __init__(self, problems: Iterable[tuple[str, str, str]], n: int) -> None:
         self.n = n
         self._names: list[tuple[str, str]] = []
-        self._grams: list[frozenset[str]] = []  # of each problem, with its numbers
-        self._masked: list[frozenset[str]] = []  # and without
+        self._tokens: list[str] = []
+        self._grams: list[tuple[frozenset[str], frozenset[str]]] = []  # with numbers, and masked
         self._where: dict[str, list[int]] = defaultdict(list)  # masked n-gram -> problems
         self._short: dict[str, list[int]] = defaultdict(list)  # masked tokens -> short problems
-        self._short_text: dict[int, str] = {}  # their tokens, with their numbers
         for number, (benchmark, identity, text) in enumerate(problems):
             found = tokens(text)
-            words = _words(found)
             self._names.append((benchmark, identity))
-            self._grams.append(_grams(words, n))
-            self._masked.append(_grams(_masked(words), n))
-            if len(_masked(words)) >= 2 * n:
-                for gram in self._masked[number]:
-                    self._where[gram].append(number)
-            elif found:
+            self._tokens.append(" ".join(found))
+            self._grams.append(self._both_grams(found))
+            if len(_masked(_words(found))) < 2 * n:
                 self._short[" ".join(_masked(found))].append(number)
-                self._short_text[number] = " ".join(found)
+            else:
+                for gram in self._grams[number][1]:
+                    self._where[gram].append(number)
 
     def matches(self, text: str) -> list[Match]:
         """Every benchmark problem found in `text`, in the benchmarks' order."""
         found: dict[int, tuple[Kind, float]] = {}
-        words = _words(tokens(text))
-        grams, masked = _grams(words, self.n), _grams(_masked(words), self.n)
+        grams, masked = self._both_grams(tokens(text))
         for number in {number for gram in masked for number in self._where.get(gram, ())}:
-            own, own_masked = self._grams[number], self._masked[number]
-            same = len(own & grams) / len(own)
-            alike = len(own_masked & masked) / len(own_masked)
+            known, known_masked = self._grams[number]
+            same = len(known & grams) / len(known)
+            alike = len(known_masked & masked) / len(known_masked)
             if alike >= MASKED and same < alike:
                 found[number] = ("other numbers", alike)
             elif same >= SAME:
                 found[number] = ("same text", same)
         for run in _sentences(text, 2 * self.n):
             for number in self._short.get(" ".join(_masked(run)), ()):
-                if self._short_text[number] == " ".join(run):
+                if self._tokens[number] == " ".join(run):
                     found[number] = ("same text", 1.0)
                 else:
                     found.setdefault(number, ("other numbers", 1.0))
-        return [Match(*self._names[number], *found[number]) for number in sorted(found)]
+        sorted_by_problem = sorted(found.items())
+        return [Match(*self._names[i], kind, round(s, 3)) for i, (kind, s) in sorted_by_problem]
+
+    def _both_grams(self, found: list[str]) -> tuple[frozenset[str], frozenset[str]]:
+        """The n-grams of the words among the tokens, and the same with masked numbers."""
+        words, n = _words(found), self.n
+        return tuple(
+            frozenset(" ".join(given[i : i + n]) for i in range(len(given) - n + 1))
+            for given in (words, _masked(words))
+        )
 
 
 def tokens(text: str) -> list[str]:
@@ -135,10 +141,6 @@ def _masked(found: Sequence[str]) -> list[str]:
     return [token for i, token in enumerate(zeros) if token != "0" or zeros[i - 1 : i] != ["0"]]
 
 
-def _grams(words: Sequence[str], n: int) -> frozenset[str]:
-    return frozenset(" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
-
-
 def _sentences(text: str, limit: int) -> Iterator[list[str]]:
     """The tokens of each sentence, and of each run of sentences, of fewer than `limit` words."""
     sentences = [tokens(part) for part in _SENTENCE_END.split(text)]
@@ -149,7 +151,3 @@ def _sentences(text: str, limit: int) -> Iterator[list[str]]:
             if len(_masked(_words(run))) >= limit:
                 break
             yield run
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()[:16]

@@ -7,17 +7,16 @@ r"""Teacher data in any of four forms -> one `RawRow` per problem, streamed.
     one trace a row   {"problem": "1+1?", "response": "It is 2.", "correct": true, "answer": "2"}
 
 The fields of a file's first 100 rows decide its form; a missing field counts as null. Each form may
-also have `answer`, `source` and an id (`uuid` or `id`). Files with one trace per row spell their
-fields in the ways listed below (PROBLEM, TRACE, ...); the first spelling found is used. Their rows
-are grouped by problem, in order of first appearance. The texts wait in a temporary file; memory
-holds sixteen bytes and an offset per problem.
+also have `answer`, `source` and an id (`uuid` or `id`). Files with one trace per row name their
+fields in different ways (SPELLINGS); the first name found is used. Their rows are grouped by
+problem, in order of first appearance: the texts wait in a temporary file, and memory holds an
+offset per trace.
 
 The verifiers' labels of a trace are its votes. In OpenR1-Math-Raw both must have voted on every
 trace, as in the paper. In OpenR1-Math-220k a null is a missing vote: where the Llama judge's list
 is null, as it mostly is, Math-Verify alone decides; where both voted, the paper's rule needs both.
-(The judge was asked mainly where Math-Verify had said no, so traces it corrected count as wrong,
-unless `--reject-rule both` or `--relabel` is given.) A trace without any vote has no label. In
-files with one trace per row, booleans and 0 and 1 are votes.
+(The judge mostly saw traces that Math-Verify had rejected, so traces it corrected count as wrong,
+unless `--reject-rule both` or `--relabel` is given.) A trace without any vote has no label.
 
 Left out: `solution` as a trace's field, usually the author's; problems or traces that are lists of
 messages; several generations in fields of their own.
@@ -25,8 +24,9 @@ messages; several generations in fields of their own.
 
 import functools
 import hashlib
-import json
+import pickle
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -38,29 +38,34 @@ from redi.data.files import Row, is_encodable, read_rows
 from redi.eval.benchmarks import answer_text
 
 RAW, FLAT, LISTED = "OpenR1-Math-Raw", "OpenR1-Math-220k", "problem, traces"
+HEAD = 100  # rows of a file that decide its form
 VERIFIERS = ("llama_verification", "math_verify_reparsed_answer")
 FLAT_VERIFIERS = ("correctness_llama", "correctness_math_verify")
 
-# One trace per row: how published data sets spell each field.
-PROBLEM = ("problem", "question", "prompt")
-TRACE = ("generation", "generated_solution", "response", "trace", "output", "completion")
-LABEL = ("correct", "is_correct", "label", "reward")
-ANSWER = ("answer", "expected_answer", "final_answer")
-SOURCE = ("source", "problem_source")
-ID = ("uuid", "id")
-FIELDS = {
-    "problem_is_valid", "generations", "correctness", *FLAT_VERIFIERS, "is_reasoning_complete",
-    "finish_reasons", "finish_reason", "traces", *PROBLEM, *TRACE, *LABEL, *ANSWER, *SOURCE, *ID,
+# One trace per row: how published data sets name each field.
+SPELLINGS = {
+    "problem": ("problem", "question", "prompt"),
+    "trace": ("generation", "generated_solution", "response", "trace", "output", "completion"),
+    "label": ("correct", "is_correct", "label", "reward"),
+    "answer": ("answer", "expected_answer", "final_answer"),
+    "source": ("source", "problem_source"),
+}
+# Of the other fields: text, booleans, [type of the items] or {field: type}. Null is always allowed.
+TYPES = {
+    "problem": str, "problem_is_valid": str, "source": str, "trace": str, "finish_reason": str,
+    "generations": [str], "finish_reasons": [str], "is_reasoning_complete": [bool],
+    **{verifier: [bool] for verifier in FLAT_VERIFIERS},
+    "correctness": {verifier: [bool] for verifier in VERIFIERS},
+    "traces": [{"text": str, "correct": bool}],
 }  # fmt: skip
-
-HEAD = 100  # rows of a file that decide its form
+FIELDS = {*TYPES, "uuid", "id", *(name for names in SPELLINGS.values() for name in names)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
     """A problem and the teacher's traces of it; `votes` and `complete` are aligned with `traces`.
 
-    votes: what the verifiers said of each trace, true for correct; () if none said anything.
+    votes: the verifiers' labels of each trace, True for correct; () if there are none.
     complete: False where the data says that the trace was truncated.
     answers: one per trace, if a problem's rows of one trace disagree; otherwise (), see `answer`.
     flaw: why the row cannot be used: "malformed", "labels missing" or "labels misaligned".
@@ -129,12 +134,11 @@ def _form_of(file: Path) -> Form:
         if seen.keys() >= set(form.fields):
             return form
     texts = [name for name, value in seen.items() if isinstance(value, str)]
+    flags = [name for name, value in seen.items() if value in (0, 1)]
+    usable = {"problem": texts, "trace": texts, "label": flags, "answer": seen, "source": seen}
     spellings = {
-        "problem": _first(PROBLEM, texts),
-        "trace": _first(TRACE, texts),
-        "label": _first(LABEL, [name for name, value in seen.items() if value in (0, 1)]),
-        "answer": _first(ANSWER, seen),
-        "source": _first(SOURCE, seen),
+        name: next((field for field in SPELLINGS[name] if field in fields), None)
+        for name, fields in usable.items()
     }
     if spellings["problem"] and spellings["trace"]:
         used = tuple(filter(None, spellings.values()))
@@ -144,7 +148,7 @@ def _form_of(file: Path) -> Form:
     raise UserError(
         f"{file}: not teacher data in a form known here; its fields are "
         f"{', '.join(list(seen)[:20]) or 'none'}; the forms are {known}; one trace a row "
-        f"({' or '.join(PROBLEM)}, and {' or '.join(TRACE)}, as text)"
+        f"({' or '.join(SPELLINGS['problem'])}, and {' or '.join(SPELLINGS['trace'])}, as text)"
     )
 
 
@@ -152,66 +156,83 @@ def _form_of(file: Path) -> Form:
 
 
 def _openr1_math_raw(row: Row) -> RawRow:
-    traces = _list(row.get("generations"), _text, [])
-    labels = _typed(row.get("correctness"), dict) or {}
-    columns = [_list(labels.get(verifier), _vote) for verifier in VERIFIERS]
-    if any(column is None or None in column for column in columns):
-        flaw = "labels missing"
-    else:
-        flaw = None if _aligned(columns, traces) else "labels misaligned"
-    votes = [()] * len(traces) if flaw else list(zip(*columns))
-    valid = _is_yes(row.get("problem_is_valid"))
-    return _raw_row(row, traces, votes=votes, valid=valid, flaw=flaw)
+    by_verifier = _field(row, "correctness", {})
+    labels = [by_verifier.get(verifier) for verifier in VERIFIERS]
+    missing = any(column is None or None in column for column in labels)
+    fields = {"valid": _is_valid(row), "flaw": "labels missing" if missing else None}
+    return _raw_row(row, _field(row, "generations", []), [] if missing else labels, **fields)
 
 
 def _openr1_math_220k(row: Row) -> RawRow:
-    traces = _list(row.get("generations"), _text, [])
-    nothing = [None] * len(traces)
-    closed = _list(row.get("is_reasoning_complete"), _vote, nothing)
-    reasons = _list(row.get("finish_reasons"), _text, nothing)
-    if not _aligned([closed, reasons], traces):
+    traces = _field(row, "generations", [])
+    fields = ("is_reasoning_complete", "finish_reasons", *FLAT_VERIFIERS)
+    closed, reasons, *labels = (_field(row, name, [None] * len(traces)) for name in fields)
+    if not len(closed) == len(reasons) == len(traces):
         raise _Malformed
     complete = [c is not False and reason != "length" for c, reason in zip(closed, reasons)]
-    columns = [_list(row.get(verifier), _vote, nothing) for verifier in FLAT_VERIFIERS]
-    flaw = None if _aligned(columns, traces) else "labels misaligned"
-    votes = [()] * len(traces)
-    if not flaw:
-        votes = [tuple(vote for vote in given if vote is not None) for given in zip(*columns)]
-    valid = _is_yes(row.get("problem_is_valid")) or "problem_is_valid" not in row
-    return _raw_row(row, traces, votes=votes, complete=complete, valid=valid, flaw=flaw)
+    valid = "problem_is_valid" not in row or _is_valid(row)
+    return _raw_row(row, traces, labels, complete=complete, valid=valid)
 
 
 def _listed(row: Row) -> RawRow:
-    entries = [_typed(entry, dict) for entry in _typed(row.get("traces"), list) or []]
+    entries = _field(row, "traces", [])
     if None in entries:
         raise _Malformed
-    labels = [_vote(entry.get("correct")) for entry in entries]
-    votes = [() if label is None else (label,) for label in labels]
-    return _raw_row(row, [_text(entry.get("text")) for entry in entries], votes=votes)
+    labels = [entry.get("correct") for entry in entries]
+    return _raw_row(row, [entry.get("text") for entry in entries], [labels])
 
 
 def _one_trace(row: Row, spellings: dict[str, str | None]) -> RawRow:
-    fields = {name: row.get(spelling) for name, spelling in spellings.items()}
-    label, is_complete = fields["label"], _text(row.get("finish_reason")) != "length"
+    row = row | {name: row.get(spelling) for name, spelling in spellings.items()}
+    label, complete = row["label"], _field(row, "finish_reason") != "length"
     if label not in (None, 0, 1):  # True and False are 1 and 0
         raise _Malformed
-    votes = [() if label is None else (bool(label),)]
-    trace = _text(fields["trace"])
-    return _raw_row(row | fields, [trace], votes=votes, complete=[is_complete])
+    labels = [None if label is None else bool(label)]
+    return _raw_row(row, [_field(row, "trace")], [labels], complete=[complete])
 
 
-def _raw_row(row: Row, traces: list[str | None], **fields: Any) -> RawRow:
-    """`traces` and `fields`, with the fields that all forms share."""
-    identity = row.get(_first(ID, row))
-    is_id = isinstance(identity, str) and is_encodable(identity)
+def _raw_row(
+    row: Row, traces: list[str | None], labels: list[list[bool | None]], **fields: Any
+) -> RawRow:
+    """Adds what all forms share. labels: a list per verifier, aligned with the traces."""
+    if any(len(column) != len(traces) for column in labels):
+        fields, labels = {**fields, "flaw": "labels misaligned"}, []
+    given = zip([None] * len(traces), *labels)
+    identity = row.get("uuid", row.get("id"))
     return RawRow(
-        problem=_text(row.get("problem")),
+        problem=_field(row, "problem"),
         traces=traces,
+        votes=[tuple(vote for vote in votes if vote is not None) for votes in given],
         answer=answer_text(row.get("answer")) or None,
-        source=_text(row.get("source")),
-        id=identity if is_id else None,
+        source=_field(row, "source"),
+        id=identity if isinstance(identity, str) and is_encodable(identity) else None,
         **{"complete": [True] * len(traces), **fields},
     )
+
+
+def _is_valid(row: Row) -> bool:
+    return _field(row, "problem_is_valid", "").strip().lower() == "yes"
+
+
+def _field(row: Row, name: str, default: Any = None) -> Any:
+    """The value, or `default` for null. Raises _Malformed."""
+    _check(row.get(name), TYPES[name])
+    return default if row.get(name) is None else row[name]
+
+
+def _check(value: Any, expected: Any) -> None:
+    """Raises _Malformed, unless the value is null or of this type (see TYPES)."""
+    if value is None:
+        return
+    kind = expected if isinstance(expected, type) else type(expected)
+    if not isinstance(value, kind) or (kind is str and not is_encodable(value)):
+        raise _Malformed
+    if kind is list:
+        for item in value:
+            _check(item, expected[0])
+    elif kind is dict:
+        for name, of_field in expected.items():
+            _check(value.get(name), of_field)
 
 
 FORMS = (
@@ -225,78 +246,36 @@ FORMS = (
 
 
 def _joined_by_problem(rows: Iterable[RawRow], folder: Path) -> Iterator[RawRow]:
-    """Rows of one trace -> rows of one problem; malformed ones belong to none and come last.
-
-    Each row is stored with the offset of the previous row of the same problem, so a problem's rows
-    are found by going back from its last one.
-    """
-    malformed, last = 0, {}  # the problem's hash -> the offset of its last row
+    """Rows of one trace -> rows of one problem; malformed ones belong to none and come last."""
+    malformed, offsets = 0, defaultdict(list)  # the problem's hash -> where its rows are stored
     with tempfile.TemporaryFile(dir=folder) as spool:
         for row in rows:
             if row.flaw:
                 malformed += 1
                 continue
-            key = hashlib.sha256((row.problem or "").encode()).digest()[:16]
-            record = json.dumps([last.get(key), vars(row)]).encode() + b"\n"
-            last[key] = spool.tell()
-            spool.write(record)
-        for offset in last.values():
+            offsets[hashlib.sha256((row.problem or "").encode()).digest()].append(spool.tell())
+            pickle.dump(row, spool)
+        for of_problem in offsets.values():
             parts = []
-            while offset is not None:
+            for offset in of_problem:
                 spool.seek(offset)
-                offset, part = json.loads(spool.readline())
-                parts.append(part)
-            yield _joined(parts[::-1])
+                parts.append(pickle.load(spool))
+            yield _joined(parts)
     yield from [MALFORMED] * malformed
 
 
-def _joined(parts: list[dict[str, Any]]) -> RawRow:
+def _joined(parts: list[RawRow]) -> RawRow:
     """One problem's rows as one. Its other fields are those of the first row that has them, but a
     trace whose own row has another answer keeps that one."""
     once = {
-        name: next((part[name] for part in parts if part[name] is not None), None)
+        name: next((value for part in parts if (value := getattr(part, name)) is not None), None)
         for name in ("problem", "answer", "source", "id")
     }
-    answers = [part["answer"] or once["answer"] for part in parts]
+    answers = [part.answer or once["answer"] for part in parts]
     return RawRow(
         answers=answers if len(set(answers)) > 1 else (),
-        traces=[trace for part in parts for trace in part["traces"]],
-        votes=[tuple(vote) for part in parts for vote in part["votes"]],
-        complete=[complete for part in parts for complete in part["complete"]],
+        traces=[part.traces[0] for part in parts],
+        votes=[part.votes[0] for part in parts],
+        complete=[part.complete[0] for part in parts],
         **once,
     )
-
-
-# ---------------------------------------------------------------- fields; null is always allowed
-
-
-def _typed(value: Any, kind: type) -> Any:
-    if value is not None and not isinstance(value, kind):
-        raise _Malformed
-    return value
-
-
-def _text(value: Any) -> str | None:
-    if not is_encodable(_typed(value, str) or ""):
-        raise _Malformed
-    return value
-
-
-def _vote(value: Any) -> bool | None:
-    return _typed(value, bool)
-
-
-def _list(value: Any, item: Callable[[Any], Any], default: list | None = None) -> list | None:
-    return default if _typed(value, list) is None else [item(element) for element in value]
-
-
-def _aligned(columns: Iterable[Sequence], traces: Sequence) -> bool:
-    return all(len(column) == len(traces) for column in columns)
-
-
-def _is_yes(value: Any) -> bool:
-    return (_text(value) or "").strip().lower() == "yes"
-
-
-def _first(names: Iterable[str], present: Iterable[str]) -> str | None:
-    return next((name for name in names if name in present), None)

@@ -1,13 +1,7 @@
 """Raw teacher rows -> positives for stage 1 and pairs for stage 2 (Section 3, data set curation).
 
-A row of OpenR1-Math-Raw is a problem, the teacher's traces, and two verifiers' votes on each:
-
-    {"problem": "1+1?", "problem_is_valid": "Yes", "source": "olympiads",
-     "generations": ["It is 3.", "It is 2.", "So 2."],
-     "correctness": {"llama_verification":          [false, true, true],
-                     "math_verify_reparsed_answer": [false, true, true]}}
-
-It gives one line of each file: the first correct trace, and a pair with the first incorrect one.
+A problem with a wrong and a right trace gives one line of each file. It is the first correct trace,
+and a pair with the first incorrect one:
 
     positive  {"prompt":     [{"role": "user", "content": "1+1?"}],
                "completion": [{"role": "assistant", "content": "It is 2."}], "source": .., "id": ..}
@@ -26,6 +20,7 @@ limits on length (in tokens, and there is no tokenizer here).
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Annotated, Literal
@@ -83,19 +78,15 @@ class Choice:
 
 def unusable(row: RawRow, rules: Rules) -> str | None:
     """Why a row can give nothing, whatever its labels are, or None."""
-    if row.flaw == "malformed":
-        return row.flaw
-    if not row.valid:
-        return "problem not valid"
-    if row.source in rules.excluded:
-        return f"source {row.source}"
-    if rules.sources and row.source not in rules.sources:
-        return "source not asked for"
-    if _is_blank(row.problem):
-        return "empty problem"
-    if not row.traces:
-        return "no generations"
-    return None
+    checks = {
+        "malformed": row.flaw == "malformed",
+        "problem not valid": not row.valid,
+        f"source {row.source}": row.source in rules.excluded,
+        "source not asked for": rules.sources and row.source not in rules.sources,
+        "empty problem": _is_blank(row.problem),
+        "no generations": not row.traces,
+    }
+    return next((reason for reason, applies in checks.items() if applies), None)
 
 
 def choose(row: RawRow, rules: Rules) -> Choice:
@@ -118,12 +109,7 @@ def choose(row: RawRow, rules: Rules) -> Choice:
         return Choice(no_positive="no complete correct one")
     if _is_blank(chosen[0]):
         return Choice(no_positive="empty chosen")
-    positive = {
-        "prompt": _message("user", row.problem),
-        "completion": _message("assistant", chosen[0]),
-        "source": row.source,
-        "id": _id(row.problem, chosen[0]),
-    }
+    positive = _example(row, [chosen[0]], completion=chosen[0])
 
     # 5. D_Pref: the same trace, and the first incorrect one.
     if not incorrect:
@@ -133,50 +119,43 @@ def choose(row: RawRow, rules: Rules) -> Choice:
     rejected = _usable(incorrect, rules)
     if not rejected:
         return Choice(positive, no_pair=["no complete incorrect one"])
-    pairs, reasons = _pairs(positive, chosen, rejected, rules)
-    return Choice(positive, pairs, no_pair=reasons)
+    pairs: dict[tuple[str, str], Row] = {}
+    reasons = []
+    for k, texts in enumerate(islice(zip(chosen, rejected), rules.pairs_per_problem)):
+        if reason := _unpairable(*texts, rules):
+            reasons.append(reason)
+        elif texts in pairs:
+            reasons.append("same as another pair")
+        else:
+            identity = [texts[0]] if k == 0 else texts
+            pairs[texts] = _example(row, identity, chosen=texts[0], rejected=texts[1])
+    return Choice(positive, list(pairs.values()), no_pair=reasons)
 
 
 def _usable(traces: list[tuple[str | None, bool]], rules: Rules) -> list[str | None]:
     return [trace for trace, complete in traces if complete or not rules.require_complete]
 
 
-def _pairs(
-    positive: Row, correct: list[str | None], incorrect: list[str | None], rules: Rules
-) -> tuple[list[Row], list[str]]:
-    """The k-th correct trace with the k-th incorrect one, and why some of these give no pair."""
-    pairs: dict[tuple[str, str], Row] = {}
-    reasons: list[str] = []
-    problem = positive["prompt"][0]["content"]
-    candidates = islice(zip(correct, incorrect), rules.pairs_per_problem)
-    for k, (chosen, rejected) in enumerate(candidates):
-        if _is_blank(chosen):
-            reasons.append("empty further chosen")
-        elif _is_blank(rejected):
-            reasons.append("empty rejected")
-        elif rejected == chosen:
-            reasons.append("chosen equals rejected")
-        elif len(rejected) < rules.min_length_ratio * len(chosen):
-            reasons.append("rejected too short")
-        elif (chosen, rejected) in pairs:
-            reasons.append("same as another pair")
-        else:
-            pairs[chosen, rejected] = {
-                "prompt": positive["prompt"],
-                "chosen": _message("assistant", chosen),
-                "rejected": _message("assistant", rejected),
-                "source": positive["source"],
-                "id": positive["id"] if k == 0 else _id(problem, chosen, rejected),
-            }
-    return list(pairs.values()), reasons
+def _unpairable(chosen: str | None, rejected: str | None, rules: Rules) -> str | None:
+    """Why two traces cannot be a pair, or None."""
+    if _is_blank(chosen):
+        return "empty further chosen"
+    if _is_blank(rejected):
+        return "empty rejected"
+    if rejected == chosen:
+        return "chosen equals rejected"
+    return "rejected too short" if len(rejected) < rules.min_length_ratio * len(chosen) else None
 
 
-def _id(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-
-
-def _message(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
+def _example(row: RawRow, identity: Sequence[str], **responses: str) -> Row:
+    """A row to train on. identity: the traces that its id covers, beside the problem."""
+    answers = {side: [{"role": "assistant", "content": r}] for side, r in responses.items()}
+    return {
+        "prompt": [{"role": "user", "content": row.problem}],
+        **answers,
+        "source": row.source,
+        "id": hashlib.sha256("\0".join([row.problem, *identity]).encode()).hexdigest()[:16],
+    }
 
 
 def _is_blank(text: str | None) -> bool:
