@@ -1,7 +1,7 @@
 """Look at training rows before training: `python -m redi.show DATA` (__main__.py).
 
-facts.py     what the rows are: sources, tokens, texts, the plan of an epoch, as tables
-rows.py      one row with its mask, and the tables, for a terminal
-page.py      the same as one HTML page, and a picture of the lengths
+rows.py      a row cut into stretches and tokens, with its mask, and drawn in a terminal
+facts.py     the report: files, sources, token lengths, texts, the plan of an epoch
+page.py      report and rows as one HTML page, with a picture of the lengths
 __main__.py  the program
 """

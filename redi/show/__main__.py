@@ -2,17 +2,16 @@
 
     python -m redi.show data/positives.jsonl                    rows for train_sft.py
     python -m redi.show data/pairs.jsonl --row 17               for train_redi.py; draws row 17
-    python -m redi.show rows.parquet --html page.html --histograms lengths.png
+    python -m redi.show rows.parquet --html page.html
 
 prints the rows' sources, how many tokens they have, what the texts contain, what training will do
 with them, and one row with its mask. The page says the same, and shows five rows token by token.
-The fields of the rows decide which stage they are for, and so the default step size and limits.
-
-Lengths come from the token store, which training then reuses. Left out: what card.json says about
-the raw data; anything that takes a model or all texts at once (redi.prepare finds near duplicates).
+The fields of the first row decide the stage, and so the default step size and limits. Lengths come
+from the token store, which training then reuses.
+Left out: what takes a model or all texts at once (redi.prepare finds repeated problems).
 """
 
-import os
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,9 @@ from redi.data.store import load_store
 from redi.data.tokenizer import ChatTokenizer
 from redi.hub import TOKENIZER_FILES, dataset_files, model_folder
 from redi.recipe import REDIConfig, SFTConfig, TrainConfig
-from redi.show.facts import Training, findings, holds_pairs, lengths_by_part
+from redi.show.facts import holds_pairs, lengths_by_part, report
 from redi.show.page import draw_histograms, page
-from redi.show.rows import row_as_text, stretches, tables_as_text
+from redi.show.rows import row_as_text, stretches
 
 NO_LIMITS = Limits(sys.maxsize, sys.maxsize, sys.maxsize)
 
@@ -40,7 +39,6 @@ class ShowConfig:
     model: Annotated[str, "whose tokenizer: folder or hub id"] = SFTConfig.model
     row: Annotated[int | None, "row to draw, counted from 1 in the file; none: the first"] = None
     html: Annotated[str | None, "write a page: all of this, and five rows token by token"] = None
-    histograms: Annotated[str | None, "write a picture of the lengths, a PNG"] = None
     rows_per_step: Annotated[int | None, "rows in an optimizer step; none: as published"] = None
     max_prompt: Annotated[int | None, "longest prompt, tokens; none: as published"] = None
     max_response: Annotated[int | None, "longest response; none: as published"] = None
@@ -50,94 +48,76 @@ class ShowConfig:
     cache: Annotated[str, "folder for tokenized data, kept"] = TrainConfig.cache
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            require(not isinstance(value, int) or value >= 1, name, value, "at least 1")
-        for path in (self.html, self.histograms):
-            if path is not None:
-                check_writable(path)
+        require(self.row is None or self.row >= 1, "row", self.row, "at least 1")
+        require(self.ranks >= 1, "ranks", self.ranks, "at least 1")
+        is_folder = self.html is not None and Path(self.html).is_dir()
+        require(not is_folder, "html", f"the folder {self.html}", "a file to write")
 
-    def training(self, paired: bool) -> Training:
-        """The given settings; those not given are the stage's published ones."""
-        published = REDIConfig if paired else SFTConfig
-        names = ("rows_per_step", "max_prompt", "max_response", "max_length")
-        rows, *limits = (getattr(self, name) or getattr(published, name) for name in names)
-        return Training(Limits(*limits), rows, self.pack_tokens, self.ranks, TrainConfig.seed)
-
-
-def check_writable(path: str) -> None:
-    """Raises UserError before the long work, not after it."""
-    if Path(path).is_dir():
-        raise UserError(f"{path}: is a folder; expected a file to write")
-    if not os.access(Path(path).parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: cannot be written; expected a file in a folder that is writable")
+    def training(self, paired: bool) -> TrainConfig:
+        """The stage's published settings with those that are given. Raises UserError."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        names = {"rows_per_step", "max_prompt", "max_response", "max_length", "pack_tokens"}
+        stage = REDIConfig if paired else SFTConfig
+        return stage(data=self.file, **{name: given[name] for name in names & given.keys()})
 
 
 def find_row(dataset: Dataset, number: int, path: str) -> int:
     """The index of the row whose number in the data, from 1, is `number`."""
-    store = dataset.store
-    total = len(dataset) + sum(store.skipped.values())
-    if number > total:
-        raise UserError(f"--row {number}: {path} has {total:,} rows")
-    found = np.flatnonzero(store.row_numbers == number)
+    found = np.flatnonzero(dataset.store.row_numbers == number)
     if not len(found):
-        raise UserError(f"--row {number}: is left out ({', '.join(store.skipped)})")
+        total = len(dataset) + sum(dataset.store.skipped.values())
+        reasons = ", ".join(dataset.store.skipped) or "none"
+        raise UserError(f"--row {number}: {path} has {total:,} rows (left out: {reasons})")
     return int(found[0])
 
 
 def rows_to_draw(dataset: Dataset, chosen: int) -> dict[int, str]:
-    """The chosen row, the first, and those with the shortest, median and longest responses."""
+    """Captions of the chosen row, the first, and those with the shortest, median and longest
+    responses."""
     responses = dataset.response_lengths.reshape(len(dataset), -1).sum(axis=1)
     order = np.argsort(responses, kind="stable").tolist()
-    names: dict[int, list[str]] = {chosen: []}
+    captions = {chosen: f"Row {dataset.row_number(chosen):,}"}
     picked = (0, order[0], order[len(order) // 2], order[-1])
     for row, name in zip(picked, ("first", "shortest", "median", "longest")):
-        names.setdefault(row, []).append(f"the {name}")
-    return {row: ", ".join(of_row) for row, of_row in names.items()}
+        captions.setdefault(row, f"Row {dataset.row_number(row):,}")
+        captions[row] += f", the {name}"
+    return captions
 
 
-def caption(dataset: Dataset, row: int, name: str = "") -> str:
-    lengths = lengths_by_part(dataset).items()
-    tokens = ", ".join(f"{part} {int(of_rows[row]):,}" for part, of_rows in lengths)
-    return f"Row {dataset.row_number(row):,}{f', {name}' if name else ''}: {tokens} tokens"
+def show(config: ShowConfig) -> str | None:
+    """Print the report and a row. Returns the page, if one is to be written. Raises UserError."""
+    from_prepare = Path(config.file).name in ("positives.jsonl", "pairs.jsonl")
+    files = dataset_files(config.file, "python -m redi.prepare" if from_prepare else None)
+    paired = holds_pairs(files)
+    training = config.training(paired)
+    chat = ChatTokenizer.from_folder(model_folder(config.model, files=TOKENIZER_FILES))
+    every_row = select(
+        load_store(files, chat, paired, config.cache), NO_LIMITS, "drop", config.file
+    )
+    chosen = find_row(every_row, config.row, config.file) if config.row else 0
 
-
-def has_colors() -> bool:
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stdout.isatty() and not plain
+    text = report(files, every_row, training, config.ranks)
+    print(text, end="\n\n")
+    learned = f"+ is made more likely{', - less' if paired else ''}"
+    print(f"Row {every_row.row_number(chosen):,}: {learned}")
+    print(row_as_text(stretches(every_row, chosen), chat))
+    if config.html is None:
+        return None
+    picture = draw_histograms(lengths_by_part(every_row), training)
+    captions = rows_to_draw(every_row, chosen)
+    rows = [(caption, stretches(every_row, row)) for row, caption in captions.items()]
+    return page(config.file, text, picture, rows, chat)
 
 
 @program
 def main() -> None:
     config = parse(ShowConfig, "Look at training rows before training on them.")
-    ours = Path(config.file).name in ("positives.jsonl", "pairs.jsonl")
-    files = dataset_files(config.file, made_by="python -m redi.prepare" if ours else None)
-    paired = holds_pairs(config.file, files)
-    training = config.training(paired)
-    chat = ChatTokenizer.from_folder(model_folder(config.model, files=TOKENIZER_FILES))
-    store = load_store(files, chat, paired, config.cache)
-    every_row = select(store, NO_LIMITS, "drop", config.file)
-    chosen = find_row(every_row, config.row, config.file) if config.row else 0
-
-    tables = findings(config.file, files, every_row, training)
-    print(tables_as_text(tables), end="\n\n")
-    print(f"{caption(every_row, chosen)}; + is made more likely{', - less' if paired else ''}")
-    print(row_as_text(stretches(every_row, chosen), chat, has_colors()))
-
-    if not (config.histograms or config.html):
-        return
-    limits = {"prompts": training.limits.prompt, "responses": training.limits.response}
-    picture = draw_histograms(lengths_by_part(every_row), limits)
-    if config.histograms:
-        with write_aside(config.histograms, binary=True) as file:
-            file.write(picture)
-        print(f"saved {config.histograms}")
+    # An unwritable page is found before the long work.
+    with write_aside(config.html) if config.html else contextlib.nullcontext() as file:
+        text = show(config)
+        if file:
+            file.write(text)
     if config.html:
-        rows = [
-            (caption(every_row, row, name), stretches(every_row, row))
-            for row, name in rows_to_draw(every_row, chosen).items()
-        ]
-        with write_aside(config.html) as file:
-            file.write(page(config.file, tables, picture, rows, chat))
         print(f"saved {config.html}")
 
 

@@ -1,207 +1,158 @@
-"""What redi.show finds out about training rows: counted texts, token lengths, the plan of an epoch.
+"""The report on training rows: counted texts, token lengths, the plan of an epoch.
 
-Everything becomes a `Table` of text, so the terminal and the page say the same. The texts are read
-once and only counts are kept; lengths come from the token store's index.
+The texts are read once and only counts are kept; lengths come from the token store's index.
 Letters: N rows.
 """
 
 import hashlib
 import json
+import textwrap
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from redi.config import UserError
+from redi.config import UserError, one_line
 from redi.data.dataset import QUANTILES, Dataset, Limits, select
 from redi.data.files import read_rows
-from redi.data.formats import FIELDS, FORMATS, Example, to_example
+from redi.data.formats import FIELDS, FORMATS, to_example
 from redi.eval.grade import extract
 from redi.packing import ATTENTION, plan
-from redi.show.rows import Table, visible
+from redi.recipe import TrainConfig
+from redi.show.rows import COLUMNS, sides, visible
+from redi.tables import text_table
 
 TOP_SOURCES = 10
+LONGEST_NAME = 60  # of a source, in characters
+ENDINGS = ("</think>", "\\boxed{}")
 
 
-@dataclass(frozen=True)
-class Training:
-    """The settings of a training program that decide about rows, steps and packs."""
-
-    limits: Limits
-    rows_per_step: int
-    pack_tokens: int
-    ranks: int
-    seed: int
+def holds_pairs(files: Sequence[Path]) -> bool:
+    """Whether the first row is a pair. Rows of the other stage are refused when they are read."""
+    _, row = next(read_rows(files, FIELDS))
+    present = {name for name, value in row.items() if value is not None}
+    return any(present.issuperset(fields) for fields in FORMATS[True])
 
 
-def findings(path: str, files: list[Path], every_row: Dataset, training: Training) -> list[Table]:
-    texts, paired = Texts(), every_row.store.paired
+def report(files: Sequence[Path], every_row: Dataset, config: TrainConfig, ranks: int) -> str:
+    """What the files hold and what `config` will train on, with this many processes."""
+    store, names = every_row.store, sides(every_row)
+    stage = "pairs for train_redi.py" if store.paired else "rows for train_sft.py"
+    sources, counts = count_texts(files, every_row)
+    total = sources.total()
+    size = tqdm.format_sizeof(sum(file.stat().st_size for file in files))
+    about_files = [
+        f"{config.data}: {total:,} {stage}, {size}B in {len(files)} file{'s' * (len(files) > 1)}",
+        f"sha256 {store.data_hash}",
+        *(f"left out: {count:,} {reason}" for reason, count in store.skipped.items()),
+        f"prompts: {_share(counts['repeated prompts'], total)} repeat an earlier one",
+    ]
+    if store.paired:
+        chosen, rejected = every_row.response_lengths.reshape(-1, 2).T
+        shorter, longer = (rejected < chosen).mean(), (rejected > chosen).mean()
+        about_files.append(f"rejected: {shorter:.1%} shorter than chosen, {longer:.1%} longer")
+    endings = [
+        (f"with {ending}", *(_share(counts[ending, side], total) for side in names))
+        for ending in ENDINGS
+    ]
+    limits = Limits(config.max_prompt, config.max_response, config.max_length)
+    try:
+        training = about_training(select(store, limits, "drop", config.data), config, ranks)
+    except UserError as no_row_is_left:
+        training = [str(no_row_is_left)]
+    sections = [
+        _section("File", about_files),
+        table_of_sources(sources),
+        table_of_lengths(every_row),
+        text_table([("Responses", *names), *endings]),
+        _section("Training", training),
+    ]
+    return "\n\n".join(sections)
+
+
+def count_texts(
+    files: Sequence[Path], every_row: Dataset
+) -> tuple[Counter[str], Counter[str | tuple[str, str]]]:
+    """(rows of each source, counts of "repeated prompts" and of (ending, side of the pair))"""
+    sources, counts = Counter(), Counter()
+    prompts: set[bytes] = set()  # hashes
     rows = read_rows(files, {*FIELDS, "source"})
     for where, row in tqdm(rows, "reading", unit=" rows", disable=None, leave=False):
-        texts.add(row.get("source"), to_example(row, where, paired))
-    tables = [about_files(path, files, every_row, texts)]
-    tables += [about_sources(texts)] if texts.sources else []
-    tables += [about_tokens(every_row, training.limits), about_texts(every_row, texts)]
-    try:
-        kept = select(every_row.store, training.limits, "drop", path)
-    except UserError as no_row_is_left:
-        return [*tables, Table("Training", [("rows", str(no_row_is_left))])]
-    return [*tables, about_training(kept, training)]
+        source = row.get("source")
+        sources[source if isinstance(source, str) else "(no source named)"] += 1
+        example = to_example(row, where, every_row.store.paired)
+        prompt = hashlib.sha256(json.dumps(example.prompt).encode()).digest()[:16]
+        counts["repeated prompts"] += prompt in prompts
+        prompts.add(prompt)
+        for side, messages in zip(sides(every_row), example.responses):
+            answer = messages[-1]["content"]
+            has = ("</think>" in answer, extract(answer, "whole") is not None)
+            counts.update((ending, side) for ending, found in zip(ENDINGS, has) if found)
+    return sources, counts
 
 
 def lengths_by_part(dataset: Dataset) -> dict[str, np.ndarray]:
     """Tokens of each row's parts, (N,) each; "between" two answers only if a row has several."""
-    sides = ("chosen", "rejected") if dataset.store.paired else ("response",)
-    prompts = dataset.prompt_lengths.reshape(-1, len(sides))
-    responses = dataset.response_lengths.reshape(-1, len(sides))
+    names = sides(dataset)
+    prompts = dataset.prompt_lengths.reshape(-1, len(names))
+    responses = dataset.response_lengths.reshape(-1, len(names))
     between = (dataset.lengths.reshape(prompts.shape) - prompts - responses).sum(axis=1)
-    parts = {"prompt": prompts[:, 0], **dict(zip(sides, responses.T))}
+    parts = {"prompt": prompts[:, 0], **dict(zip(names, responses.T))}
     return {**parts, "between": between} if between.any() else parts
 
 
-# ---------------------------------------------------------------- what the files hold
+def table_of_sources(sources: Counter[str]) -> str:
+    top = sources.most_common(TOP_SOURCES)
+    others = sources.total() - sum(count for _, count in top)
+    rows = [(visible(one_line(name))[:LONGEST_NAME], count) for name, count in top]
+    rows += [(f"{len(sources) - len(top):,} others", others)] if others else []
+    cells = [(name, f"{count:,}", _share(count, sources.total())) for name, count in rows]
+    return text_table([("Sources", "rows", "share"), *cells])
 
 
-def holds_pairs(path: str, files: list[Path]) -> bool:
-    """Whether the files hold pairs, by the first row of each file.
-
-    Raises UserError for files of neither stage, or of both.
-    """
-    found: dict[bool, Path] = {}
-    for file in files:
-        where, row = next(read_rows(file, FIELDS))
-        seen = {name for name, value in row.items() if value is not None}
-        stages = [paired for paired in (True, False) if any(map(seen.issuperset, FORMATS[paired]))]
-        if not stages:
-            formats = [*FORMATS[False], *FORMATS[True]]
-            known = " or ".join("{" + ", ".join(fields) + "}" for fields in formats)
-            listed = visible(", ".join(sorted(seen))[:200]) or "none"
-            raise UserError(
-                f"{where}: no row to train on: its fields are {listed}; expected {known}; "
-                "python -m redi.prepare makes such rows of a teacher's"
-            )
-        found.setdefault(stages[0], file)
-    if len(found) == 2:
-        raise UserError(
-            f"{path}: holds pairs ({found[True].name}) and rows for SFT ({found[False].name}); "
-            "give one of the files"
-        )
-    return True in found
+def table_of_lengths(dataset: Dataset) -> str:
+    rows = [("Tokens", "in all", *QUANTILES)]
+    for name, lengths in lengths_by_part(dataset).items():
+        quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
+        rows.append((name, *(f"{int(number):,}" for number in (lengths.sum(), *quantiles))))
+    return text_table(rows)
 
 
-@dataclass
-class Texts:
-    """What is counted while the rows' texts are read."""
-
-    rows: int = 0
-    sources: Counter[str] = field(default_factory=Counter)
-    repeated_prompts: int = 0
-    closed: Counter[int] = field(default_factory=Counter)  # with </think>, by side of the pair
-    answered: Counter[int] = field(default_factory=Counter)  # with a boxed answer
-    prompts: set[bytes] = field(default_factory=set)  # hashes, 16 bytes each
-
-    def add(self, source: object, example: Example) -> None:
-        self.rows += 1
-        if isinstance(source, str):
-            self.sources[source] += 1
-        prompt = hashlib.sha256(json.dumps(example.prompt).encode()).digest()[:16]
-        self.repeated_prompts += prompt in self.prompts
-        self.prompts.add(prompt)
-        for side, messages in enumerate(example.responses):
-            answer = messages[-1]["content"]
-            self.closed[side] += "</think>" in answer
-            self.answered[side] += extract(answer, "whole") is not None
-
-
-# ---------------------------------------------------------------- tables
-
-
-def about_files(path: str, files: list[Path], every_row: Dataset, texts: Texts) -> Table:
-    store = every_row.store
-    kind = "pairs for train_redi.py" if store.paired else "rows for train_sft.py"
-    size = sum(file.stat().st_size for file in files)
-    several = f" in {len(files)} files" if len(files) > 1 else ""
-    rows = [("data", f"{path}: {texts.rows:,} {kind}, {tqdm.format_sizeof(size)}B{several}")]
-    rows.append(("sha256", store.data_hash))
-    rows += [("left out", f"{count:,} {reason}") for reason, count in store.skipped.items()]
-    return Table("File", rows)
-
-
-def about_sources(texts: Texts) -> Table:
-    top = texts.sources.most_common(TOP_SOURCES)
-    others = texts.sources.total() - sum(count for _, count in top)
-    unnamed = texts.rows - texts.sources.total()
-    rows = [*top, (f"{len(texts.sources) - len(top):,} others", others)]
-    rows.append(("no source named", unnamed))
-    cells = [(name, f"{count:,}", _share(count, texts.rows)) for name, count in rows if count]
-    return Table("Sources", cells, ("rows", "share"))
-
-
-def about_tokens(every_row: Dataset, limits: Limits) -> Table:
-    lengths, prompts = every_row.lengths.reshape(-1), every_row.prompt_lengths
-    sides = ("chosen", "rejected") if every_row.store.paired else ("response",)
-    parts = {**lengths_by_part(every_row), "together": lengths}
-    limited = {"prompt": (parts["prompt"], limits.prompt), "together": (lengths, limits.total)}
-    # The limit of a response is on everything after the prompt.
-    for side, after_prompt in zip(sides, (lengths - prompts).reshape(-1, len(sides)).T):
-        limited[side] = after_prompt, limits.response
-    rows = []
-    for name, of in parts.items():
-        quantiles = np.quantile(of, list(QUANTILES.values()), method="inverted_cdf")
-        cells = [f"{int(number):,}" for number in (of.sum(), *quantiles)]
-        limited_lengths, limit = limited.get(name, (of, None))
-        over = "" if limit is None else f"{(limited_lengths > limit).sum():,}"
-        rows.append((name, *cells, "" if limit is None else f"{limit:,}", over))
-    return Table("Tokens", rows, ("in all", *QUANTILES, "limit", "over it"))
-
-
-def about_texts(every_row: Dataset, texts: Texts) -> Table:
-    paired = every_row.store.paired
-    sides = ("chosen", "rejected") if paired else ("the responses",)
-    rows = []
-    for name, counts in (("</think>", texts.closed), ("\\boxed{}", texts.answered)):
-        shares = [f"{_share(counts[i], texts.rows)} of {side}" for i, side in enumerate(sides)]
-        rows.append((name, " and ".join(shares)))
-    if paired:
-        chosen, rejected = every_row.response_lengths.reshape(-1, 2).T
-        shorter, longer = int((rejected < chosen).sum()), int((rejected > chosen).sum())
-        text = f"shorter than chosen in {_share(shorter, len(chosen))} of the pairs, longer in "
-        rows.append(("rejected", text + _share(longer, len(chosen))))
-    rows.append(("prompts", f"{_share(texts.repeated_prompts, texts.rows)} repeat an earlier one"))
-    return Table("Texts", rows)
-
-
-def about_training(kept: Dataset, training: Training) -> Table:
+def about_training(kept: Dataset, config: TrainConfig, ranks: int) -> list[str]:
     """The plan of the first epoch, as training makes it."""
-    ranks, size = training.ranks, training.pack_tokens
     kind = "pairs" if kept.store.paired else "rows"
-    epoch = plan(kept.lengths, training.rows_per_step, size, ranks, training.seed)
+    epoch = plan(kept.lengths, config.rows_per_step, config.pack_tokens, ranks, config.seed)
     lengths = kept.lengths.reshape(-1).astype(np.float64)
     work = lengths + ATTENTION * lengths**2
     by_rank = [[np.concatenate(packs) for packs in step] for step in epoch]
     tokens = np.array([sum(lengths[ids].sum() for ids in step) for step in by_rank])
     works = np.array([[work[ids].sum() for ids in step] for step in by_rank])
     balance = works.mean(axis=1) / works.max(axis=1)
-    low, median, high = tokens.min(), np.median(tokens), tokens.max()
-    per_rank = np.mean([len(step[0]) for step in epoch])
     packs = sum(len(ids) > 0 for step in epoch for packs in step for ids in packs)
-    dealt = "" if ranks == 1 else f" on each of {ranks} ranks"
-    full = f"{100 * lengths.sum() / (size * packs):.0f} % full"
-    dropped = [f"{count:,} {reason}" for reason, count in kept.dropped.items()]
-    over = f"; left out: {', '.join(dropped)}" if dropped else ""
-    mean, worst = f"{balance.mean():.3f}", f"{balance.min():.3f} in the worst step"
-    rows = [
-        (kind, f"{len(kept):,} within the limits{over}"),
-        ("steps", f"{len(epoch):,} per epoch, of {training.rows_per_step:,} {kind}"),
-        ("tokens", f"per step: median {median:,.0f}, {low:,.0f} to {high:,.0f}"),
-        ("packs", f"of {size:,} tokens: {per_rank:.1f} per step{dealt}, {full}"),
+    per_rank = np.mean([len(step[0]) for step in epoch])
+    dropped = [f"; left out: {count:,} {reason}" for reason, count in kept.dropped.items()]
+    low, median, high = np.quantile(tokens, [0, 0.5, 1])
+    lines = [
+        f"{kind}: {len(kept):,} within the limits (prompt {config.max_prompt:,} tokens, response "
+        f"{config.max_response:,}, both {config.max_length:,}){''.join(dropped)}",
+        f"steps: {len(epoch):,} per epoch, of {config.rows_per_step:,} {kind}",
+        f"tokens per step: median {median:,.0f}, {low:,.0f} to {high:,.0f}",
+        f"packs of {config.pack_tokens:,} tokens: {per_rank:.1f} per step and rank, "
+        f"{lengths.sum() / (config.pack_tokens * packs):.0%} full",
+        f"balance of {ranks} ranks, mean over largest work: {balance.mean():.3f}, "
+        f"{balance.min():.3f} in the worst step",
     ]
-    if ranks > 1:
-        rows.append(("balance", f"of {ranks} ranks, mean over largest work: {mean}, {worst}"))
-    return Table("Training", rows)
+    return lines if ranks > 1 else lines[:-1]
+
+
+def _section(title: str, lines: Iterable[str]) -> str:
+    wrap = textwrap.TextWrapper(
+        COLUMNS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+    )
+    return "\n".join([title, *(wrap.fill(visible(one_line(line))) for line in lines)])
 
 
 def _share(count: int, total: int) -> str:
-    return f"{100 * count / total:.1f} %"
+    return f"{count / total:.1%}"
