@@ -64,7 +64,7 @@ from redi.model import ModelConfig, Transformer
 from redi.monitor import training_flops
 from redi.objectives import Objective, Totals, make_objective, sft
 from redi.packing import pack
-from redi.toy.student import initialise
+from redi.toy.student import initialize
 from redi.train import make_optimizer, train_step
 
 ROOT = Path(__file__).parents[1]
@@ -240,7 +240,7 @@ def logps_and_gradient(
     """On the host: the log-probs (R,) of all supervised tokens, and SFT's gradient of all weights.
     packs: the sequences of each."""
     model, objective, logps = Transformer(sizes.checked), sft(), []
-    initialise(model, seed=0)
+    initialize(model, seed=0)
     model.to(torch.promote_types(dtype, torch.float32))
     parallelize(model, World(0, 1, device), Parallelism(dtype))
     rows = RandomRows(np.array(sizes.checked_lengths), sizes.checked.vocab_size, prompt=40)
@@ -279,7 +279,7 @@ def check_decoding(device: torch.device, sizes: Sizes) -> Found:
     from redi.eval.engine import kernel_steps  # needs triton
 
     model = Transformer(sizes.checked).requires_grad_(False)
-    initialise(model, seed=0)
+    initialize(model, seed=0)
     requests = random_requests(sizes.checked, 1 + 19 * np.arange(sizes.answers), limit=30)
     expected = greedy(model, requests)
     model.to(device)

@@ -70,11 +70,11 @@ def write_model(folder: Path, **sizes: int) -> None:
     from redi.checkpoint.config_json import read_config
     from redi.checkpoint.folder import Source, save_model
     from redi.data.tokenizer import chatml
-    from redi.toy.student import STUDENT, initialise
+    from redi.toy.student import STUDENT, initialize
 
     config = {**STUDENT, **sizes}
     model = Transformer(read_config(config, "bench"))
-    initialise(model, seed=0)
+    initialize(model, seed=0)
     stop_ids = [CONTROL.index("<|im_end|>")]
     save_model(model, folder, Source("bench", folder, config, {}, torch.float32, None, stop_ids))
 

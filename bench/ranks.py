@@ -118,7 +118,7 @@ class Training:
     ):
         self.config, self.world, self.numbers = config, world, numbers
         self.model = Transformer(config)
-        toy.initialise(self.model, seed=0)
+        toy.initialize(self.model, seed=0)
         how = distributed.Parallelism(checkpointed=checkpointed)
         distributed.parallelize(self.model, world, how)
         self.optimizer = train.make_optimizer(self.model, SETTINGS)

@@ -4,14 +4,10 @@
                                  OUT/student/         an untrained model, a Hugging Face folder
                                  OUT/benchmark.jsonl  problems that no trace is about
 
-The teacher (teacher.py) works out a chain of operations line by line, but before each operation
-except the last it may lose patience and state an answer, lucky or wrong; and each step may be off
-by one. Traces are drawn until one is right, so what rejection sampling keeps includes lucky
-guesses: the student learns to guess, and cannot do in its head what the teacher does. Only the
-wrong traces tell it that guessing fails.
-
-Everything after this is the real path: the same programs, byte-level BPE with Qwen2's
-pre-tokenization, ChatML, and a Qwen2 of 0.4 M parameters.
+The teacher (teacher.py) sometimes guesses, and what rejection sampling keeps includes its lucky
+guesses. So the student learns to guess, and only the wrong traces tell it that guessing fails. What
+follows is the real path: the same programs, byte-level BPE with Qwen2's pre-tokenization, ChatML,
+and a Qwen2 of 0.4 M parameters.
 """
 
 import json
@@ -40,20 +36,11 @@ PRE_TOKENIZATION = (
 # Qwen2's own 0.02 leaves so small a network at chance after eight epochs.
 INIT_STD = 0.08
 STUDENT = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-    "attention_dropout": 0.0,
-}
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 96,
+    "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "max_position_embeddings": 256, "tie_word_embeddings": True, "attention_dropout": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +50,7 @@ class ToyConfig(Faults):
     benchmark: Annotated[int, "problems kept for evaluation"] = 300
     operations: Annotated[int, "in a problem"] = 6
     seed: Annotated[int, "of problems, traces and weights"] = 42
-    benchmark_seed: Annotated[
-        int | None, "of a benchmark that is the same for every seed; none: it varies with it"
-    ] = None
+    benchmark_seed: Annotated[int | None, "of the benchmark; none: it depends on the seed"] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,19 +65,14 @@ def train_tokenizer(texts: list[str]):
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENIZATION), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZATION), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -110,24 +90,20 @@ def make_student(folder: Path, texts: list[str], seed: int) -> None:
     padded = -(-tokenizer.get_vocab_size() // 64) * 64
     config = {**STUDENT, "vocab_size": padded, "eos_token_id": end_of_text}
     model = Transformer(read_config(config, "toy"))
-    initialise(model, seed)
+    initialize(model, seed)
     chat = ChatTokenizer.from_folder(folder)
     stop_ids = [chat.stop_id, end_of_text]
-    source = Source("toy", folder, config, {}, torch.float32, chat, stop_ids)
-    save_model(model, folder, source)
+    save_model(model, folder, Source("toy", folder, config, {}, torch.float32, chat, stop_ids))
 
 
-def initialise(model: nn.Module, seed: int) -> None:
+def initialize(model: nn.Module, seed: int) -> None:
     """Matrices and embedding from N(0, INIT_STD^2), norms 1, biases 0."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=INIT_STD, generator=generator)
         else:
-            nn.init.zeros_(parameter)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            nn.init.ones_(parameter)
+            nn.init.constant_(parameter, 1.0 if "norm" in name else 0.0)
 
 
 @program
@@ -142,32 +118,31 @@ def main() -> None:
     # No problem of the benchmark has a trace, in either order of drawing.
     rng, operations = random.Random(config.seed), config.operations
     if config.benchmark_seed is None:
-        asked = draw_problems(rng, config.problems, operations)
-        kept = draw_problems(rng, config.benchmark, operations, others=asked)
+        taught = draw_problems(rng, config.problems, operations)
+        held_out = draw_problems(rng, config.benchmark, operations, others=taught)
     else:
-        own = random.Random(config.benchmark_seed)
-        kept = draw_problems(own, config.benchmark, operations)
-        asked = draw_problems(rng, config.problems, operations, others=kept)
+        benchmark_rng = random.Random(config.benchmark_seed)
+        held_out = draw_problems(benchmark_rng, config.benchmark, operations)
+        taught = draw_problems(rng, config.problems, operations, others=held_out)
     verifier = random.Random(f"{config.seed} verifier")
-    rows = [raw_row(rng, verifier, problem, config) for problem in asked]
+    rows = [raw_row(rng, verifier, problem, config) for problem in taught]
 
     out = Path(config.out)
     make_folder(out)
     with write_aside(out / "raw.parquet", binary=True) as file:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     with write_aside(out / "benchmark.jsonl") as file:
-        for number, problem in enumerate(kept):
+        for number, problem in enumerate(held_out):
             row = {"id": number, "problem": problem.text, "answer": str(problem.answer)}
             file.write(json.dumps(row) + "\n")
     # A thousand rows hold every merge that a vocabulary of this size has room for.
     texts = [text for row in rows[:1000] for text in (row["problem"], *row["generations"])]
     make_student(out / "student", texts, config.seed)
-    right = sum(row["correctness"]["llama_verification"][0] for row in rows)
+    right = sum(row["correctness"]["llama_verification"][0] for row in rows) / len(rows)
     traces = sum(len(row["generations"]) for row in rows)
     print(
-        f"{out}: raw.parquet ({len(rows):,} problems, {traces:,} traces; the "
-        f"teacher's first try is right on {right / len(rows):.0%}), student/, benchmark.jsonl "
-        f"({config.benchmark:,} problems)"
+        f"{out}: raw.parquet ({len(rows):,} problems, {traces:,} traces, {right:.0%} right at the "
+        f"first try), student/, benchmark.jsonl ({config.benchmark:,} problems)"
     )
 
 

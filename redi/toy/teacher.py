@@ -13,14 +13,12 @@
 | slips | `slip` | one line is off by one, and all after it follow from that |
 | systematic slips | `weak_steps` | every `*7`, say, comes out one too high: no luck helps |
 | wrong strategy | `precedence` | multiplications first; right if the order does not matter |
-| rambling | `rambling` | goes over the whole chain again; no less often right, but longer |
+| rambling | `rambling` | repeats the whole chain; as often right, but longer |
 | a bad verifier | `mislabelled_*` | a right trace among the wrong ones, or the other way round |
 
-Traces are drawn until one is right, and the first wrong one is kept beside it: the shape of the
-paper's data. The verifier's faults use their own random numbers: a larger share of them includes
-those of a smaller one, and problems and all other traces stay the same. A trace that replaces
-another one is new, so no pair is lost: beside a careful right trace, of which there is one, it is
-a lucky guess.
+Traces are drawn until one is right. The verifier's faults have a random generator to themselves: a
+larger share of them includes those of a smaller one, and problems and all other traces stay the
+same. A trace that replaces another one differs from all others of its problem, so no pair is lost.
 """
 
 import random
@@ -31,13 +29,13 @@ from typing import Annotated, Any
 from redi.config import UserError, require
 
 MAX_TRACES = 8  # drawn per problem, until one is right
-MAX_RETURNS = 2  # times that a rambling trace goes over the chain again
+MAX_REPEATS = 2  # of the chain, in a rambling trace
 MAX_TRIES = 10_000  # for a trace whose label is to be wrong
 
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """Of the teacher and of the verifier that labels its traces. The defaults are the demo's."""
+    """The teacher's, and those of the verifier that labels its traces. Defaults: the demo's."""
 
     impatience: Annotated[float, "chance to jump to an answer before an operation"] = 0.25
     luck: Annotated[float, "chance that such an answer is right"] = 0.5
@@ -51,11 +49,9 @@ class Faults:
     mislabelled_chosen: Annotated[float, "share of the traces called right that are wrong"] = 0.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "impatience", "luck", "slip", "precedence", "rambling", "mislabelled_rejected",
-            "mislabelled_chosen",
-        ):  # fmt: skip
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "within [0, 1]")
+        for name, value in vars(self).items():
+            if isinstance(value, float):
+                require(0 <= value <= 1, name, value, "within [0, 1]")
         known = {o + d for o in ("+", "-", "*", "") for d in ("", *"123456789")} - {""}
         for step in self.weak_steps:
             require(step in known, "weak_steps", step, "an operation, a digit of 1-9, or both")
@@ -87,7 +83,7 @@ def apply(left: int, operation: str, right: int) -> int:
 def draw_problems(
     rng: random.Random, count: int, operations: int, others: Iterable[Problem] = ()
 ) -> list[Problem]:
-    """`count` problems, no two alike, and none of `others` among them."""
+    """`count` different problems, none of them in `others`."""
     problems = {problem.text: problem for problem in others}
     first = len(problems)
     while len(problems) < first + count:
@@ -99,40 +95,40 @@ def draw_problems(
 
 # ---------------------------------------------------------------- traces
 
-Step = Callable[[int, str, int], int]  # (left, operation, right) -> what the teacher makes of it
+Calculate = Callable[[int, str, int], int]  # (left, operation, right) -> the teacher's result
 
 
-def left_to_right(problem: Problem, step: Step) -> int:
+def left_to_right(problem: Problem, calculate: Calculate) -> int:
     value = problem.first
     for operation, operand in problem.steps:
-        value = step(value, operation, operand)
+        value = calculate(value, operation, operand)
     return value
 
 
-def multiplications_first(problem: Problem, step: Step) -> int:
-    """What everybody learned at school, and not what is asked."""
+def multiplications_first(problem: Problem, calculate: Calculate) -> int:
+    """The usual precedence, which is not what the problem says."""
     terms = [("+", problem.first)]
     for operation, operand in problem.steps:
         if operation == "*":
             sign, left = terms[-1]
-            terms[-1] = sign, step(left, "*", operand)
+            terms[-1] = sign, calculate(left, "*", operand)
         else:
             terms.append((operation, operand))
     value = terms[0][1]
     for sign, term in terms[1:]:
-        value = step(value, sign, term)
+        value = calculate(value, sign, term)
     return value
 
 
 class _Impatient(Exception):
-    """The teacher has had enough of this trace."""
+    """The teacher stops calculating and guesses."""
 
 
 def draw_trace(rng: random.Random, problem: Problem, faults: Faults) -> tuple[str, bool]:
-    """A trace of the teacher's, and whether its answer is right."""
+    """(trace, whether its answer is right)"""
     lines: list[str] = []
 
-    def step(left: int, operation: str, right: int) -> int:
+    def calculate(left: int, operation: str, right: int) -> int:
         is_last = len(lines) % len(problem.steps) == len(problem.steps) - 1
         if not is_last and rng.random() < faults.impatience:
             raise _Impatient
@@ -145,11 +141,10 @@ def draw_trace(rng: random.Random, problem: Problem, faults: Faults) -> tuple[st
         return result
 
     try:
-        wrong_way = happens(rng, faults.precedence)
-        strategy = multiplications_first if wrong_way else left_to_right
-        value, returns = strategy(problem, step), 0
-        while returns < MAX_RETURNS and happens(rng, faults.rambling):
-            value, returns = strategy(problem, step), returns + 1
+        strategy = multiplications_first if happens(rng, faults.precedence) else left_to_right
+        value, repeats = strategy(problem, calculate), 0
+        while repeats < MAX_REPEATS and happens(rng, faults.rambling):
+            value, repeats = strategy(problem, calculate), repeats + 1
     except _Impatient:
         value = problem.answer
         if rng.random() >= faults.luck:
@@ -159,7 +154,7 @@ def draw_trace(rng: random.Random, problem: Problem, faults: Faults) -> tuple[st
 
 
 def happens(rng: random.Random, chance: float) -> bool:
-    """Takes no random number for what never happens: a fault left out changes no trace."""
+    """Draws no random number for a chance of 0, so a fault that is left out changes no trace."""
     return chance > 0 and rng.random() < chance
 
 
@@ -177,37 +172,27 @@ def raw_row(
         traces.append(trace)
         labels.append(is_right)
     drawn = tuple(traces)
-    for place, label in enumerate(labels):
+    for position, label in enumerate(labels):
         share = faults.mislabelled_chosen if label else faults.mislabelled_rejected
-        draw, own = verifier.random(), random.Random(verifier.getrandbits(64))
+        draw, trace_rng = verifier.random(), random.Random(verifier.getrandbits(64))
         if draw < share:
-            traces[place] = another_trace(not label, own, problem, faults, drawn)
+            traces[position] = another_trace(not label, trace_rng, problem, faults, drawn)
+    verifiers = ("llama_verification", "math_verify_answer", "math_verify_reparsed_answer")
     return {
-        "problem": problem.text,
-        "solution": "",
-        "answer": str(problem.answer),
-        "problem_type": "Algebra",
-        "question_type": "math-word-problem",
-        "problem_is_valid": "Yes",
-        "solution_is_valid": "Yes",
-        "source": "toy",
-        "synthetic": True,
-        "generations": traces,
-        "generations_count": len(traces),
-        "correctness": {
-            "llama_verification": labels,
-            "math_verify_answer": labels,
-            "math_verify_reparsed_answer": labels,
-        },
+        "problem": problem.text, "solution": "", "answer": str(problem.answer),
+        "problem_type": "Algebra", "question_type": "math-word-problem",
+        "problem_is_valid": "Yes", "solution_is_valid": "Yes", "source": "toy", "synthetic": True,
+        "generations": traces, "generations_count": len(traces),
+        "correctness": {verifier: labels for verifier in verifiers},
         "reparsed_answers": [trace[trace.index("{") + 1 : -1] for trace in traces],
-    }
+    }  # fmt: skip
 
 
 def another_trace(
     right: bool, rng: random.Random, problem: Problem, faults: Faults, known: Sequence[str]
 ) -> str:
-    """One that is right, or wrong, and none of those known. Raises UserError if this teacher never
-    writes such a trace."""
+    """A right or a wrong trace that is not among the known ones. Raises UserError if this teacher
+    never writes one."""
     for _ in range(MAX_TRIES):
         trace, is_right = draw_trace(rng, problem, faults)
         if is_right == right and trace not in known:
