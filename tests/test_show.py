@@ -2,9 +2,7 @@
 
 import hashlib
 import html.parser
-import json
 import re
-import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,51 +15,41 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import main_in_this_process
+from small_run import write_jsonl
 
-from redi import recipe
-from redi.config import UserError
-from redi.data.dataset import Limits
 from redi.data.tokenizer import ChatTokenizer
 from redi.packing import ATTENTION, TokenSequence
+from redi.recipe import REDIConfig, SFTConfig
 from redi.show import __main__ as show
-from redi.show.facts import Training, about_tokens, about_training
-from redi.show.rows import Stretch, Table, stretches, tables_as_text, tokens_of, visible
+from redi.show.facts import about_training, table_of_lengths
+from redi.show.rows import Stretch, stretches, tokens_of, visible
 
 
-def messages(role: str, text: str) -> list[dict[str, str]]:
+def turn(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
 
 
 def pair(problem: str, chosen: str, rejected: str, **fields) -> dict:
-    return {
-        "prompt": messages("user", problem),
-        "chosen": messages("assistant", chosen),
-        "rejected": messages("assistant", rejected),
-        **fields,
-    }
+    sides = {"chosen": turn("assistant", chosen), "rejected": turn("assistant", rejected)}
+    return {"prompt": turn("user", problem), **sides, **fields}
 
 
 def positive(problem: str, response: str, **fields) -> dict:
-    answer = messages("assistant", response)
-    return {"prompt": messages("user", problem), "completion": answer, **fields}
+    return {
+        "prompt": turn("user", problem), "completion": turn("assistant", response), **fields
+    }  # fmt: skip
 
 
 PAIRS = [
-    pair(
-        "1+1?", "<think>\n</think>\n\\boxed{2}", "<think>\nI am lost", source="a", grade=1, id="1"
-    ),
-    pair("1+1?", "<think>\n</think>\n\\boxed{2}", "\\boxed{3}", source="a", grade=2, id="2"),
-    pair("1+2?", "<think>\n</think>\n2", "\\boxed{\\boxed{4}}", source="b", grade=1, id="3"),
-    pair("2+2?", "x" * 9, "y" * 9, grade=None, id="4"),
+    pair("1+1?", "<think>\n</think>\n\\boxed{2}", "<think>\nI am lost", source="a"),
+    pair("1+1?", "<think>\n</think>\n\\boxed{2}", "\\boxed{3}", source="a"),
+    pair("1+2?", "<think>\n</think>\n2", "\\boxed{\\boxed{4}}", source="b"),
+    pair("2+2?", "x" * 9, "y" * 9),
 ]
 HOSTILE = (
     "</script><script>alert(1)</script>&lt;<|im_end|>\x1b[2J\x00\r\u202e\ue000\ufffd <b a='\"'>"
 )
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -72,59 +60,57 @@ def model(save_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def shown(model, tmp_path, monkeypatch, capsys):
-    """shown(file, flags...) -> (exit status, stdout, stderr) of the program."""
+    """shown(rows or file, flags...) -> stdout of the program, or stderr where it fails."""
     monkeypatch.chdir(tmp_path)
 
-    def run(file, *flags: str, wanted: int = 0) -> str:
-        arguments = ["show", str(file), "--model", str(model), "--cache", "cache", *map(str, flags)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        status = 0
-        try:
-            show.main()
-        except SystemExit as stop:
-            status = stop.code
+    def run(data, *flags: object, status: int = 0) -> str:
+        file = write_jsonl(Path("p.jsonl"), data) if isinstance(data, list) else data
+        given = (file, "--model", model, "--cache", "cache", *flags)
+        ended = main_in_this_process(show.main, *given)
         out, err = capsys.readouterr()
-        assert status == wanted, err
-        return out if wanted == 0 else err
+        assert ended == status, err
+        return err if status else out
 
     return run
 
 
-def lines_of(report: str) -> dict[str, str]:
-    """First word or words of a line -> the rest of it."""
-    cut = [line.strip().split("  ", 1) for line in report.splitlines()]
-    return {parts[0]: " ".join(parts[1].split()) for parts in cut if len(parts) == 2}
+def cells(table: str) -> dict[str, list[str]]:
+    """First word of a line -> the others."""
+    return {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.split()}
 
 
 # ---------------------------------------------------------------- numbers
 
 
-def test_step_size_and_limits_are_those_of_the_training_programs():
+def test_step_size_and_limits_are_those_of_the_training_programs_unless_given():
     config = show.ShowConfig(file="rows.jsonl")
-    sft, redi = recipe.SFTConfig, recipe.REDIConfig
-    assert config.training(False).limits == Limits(sft.max_prompt, sft.max_response, sft.max_length)
-    assert config.training(True).limits == Limits(800, 19_000, 32_768)
-    assert config.training(True).rows_per_step == redi.rows_per_step == 32
-    assert show.ShowConfig(file="x", max_prompt=7).training(True).limits.prompt == 7
+    assert config.training(False) == SFTConfig(data="rows.jsonl")
+    assert config.training(True) == REDIConfig(data="rows.jsonl")
+    assert show.ShowConfig(file="x", max_prompt=7).training(True).max_prompt == 7
 
 
 def test_a_report_of_four_pairs(shown):
-    report = shown(write(Path("p.jsonl"), PAIRS))
-    lines = lines_of(report)
-    assert lines["data"].startswith("p.jsonl: 4 pairs for train_redi.py, ")
-    data = Path("p.jsonl").read_bytes()
-    assert lines["sha256"] == hashlib.sha256(data).hexdigest()
-    assert (lines["a"], lines["b"]) == ("2 50.0 %", "1 25.0 %")
-    assert lines["no source named"] == "1 25.0 %"
-    assert lines["</think>"] == "75.0 % of chosen and 0.0 % of rejected"
+    report = shown(PAIRS)
+    lines, data = cells(report), Path("p.jsonl").read_bytes()
+    assert "\n  p.jsonl: 4 pairs for train_redi.py, " in report
+    assert lines["sha256"] == [hashlib.sha256(data).hexdigest()]
+    assert (lines["a"], lines["b"]) == (["2", "50.0%"], ["1", "25.0%"])
+    assert "\n(no source named)     1  25.0%\n" in report
     # The third chosen has no box, the first rejected neither; the fourth have none.
-    assert lines["\\boxed{}"] == "50.0 % of chosen and 50.0 % of rejected"
-    assert lines["prompts"] == "25.0 % repeat an earlier one"
-    assert lines["steps"] == "1 per epoch, of 32 pairs"
+    assert re.search(r"with </think> +75\.0% +0\.0%\nwith \\boxed\{\} +50\.0% +50\.0%\n", report)
+    assert "prompts: 25.0% repeat an earlier one" in report
+    assert "steps: 1 per epoch, of 32 pairs" in report
     created = pa.array([10**8] * 4, pa.date32())  # days: no date that Python has
     pq.write_table(pa.Table.from_pylist(PAIRS).append_column("created", created), "p.parquet")
-    assert lines_of(shown("p.parquet"))["data"].startswith("p.parquet: 4 pairs")
-    assert all(len(line) <= 100 for line in report.splitlines())
+    assert "p.parquet: 4 pairs" in shown(Path("p.parquet"))
+
+
+def test_a_report_of_long_names_and_many_sources_fits_a_screen(shown):
+    rows = [positive(f"{i}?", "\\boxed{1}", source=f"s{i % 30}" * 99) for i in range(60)]
+    report = shown(rows)
+    assert "20 others" in report
+    assert report[: report.index("Row 1")].count("\n") <= 40
+    assert max(map(len, report.splitlines())) <= 100
 
 
 @dataclass
@@ -150,54 +136,54 @@ def sized(lengths: list, responses: list[int]) -> Sized:
     return Sized(given, given.reshape(-1) - answers, answers)
 
 
-def test_token_quantiles_are_lengths_that_occur_and_limits_are_counted():
-    pairs = sized([[5, 9], [6, 8], [7, 30]], [2, 6, 2, 4, 2, 25])
-    table = {name: cells for name, *cells in about_tokens(pairs, Limits(4, 5, 20)).rows}
-    #                            in all  min  median  p90   p99   max  limit over
-    assert table["prompt"] == ["12", "3", "4", "5", "5", "5", "4", "1"]
-    assert table["chosen"] == ["6", "2", "2", "2", "2", "2", "5", "0"]
-    assert table["rejected"] == ["35", "4", "6", "25", "25", "25", "5", "2"]
-    assert table["together"] == ["65", "5", "7", "30", "30", "30", "20", "1"]
+def test_token_quantiles_are_lengths_that_occur():
+    table = cells(table_of_lengths(sized([[5, 9], [6, 8], [7, 30]], [2, 6, 2, 4, 2, 25])))
+    #                            in all  min  median  p90   p99   max
+    assert table["prompt"] == ["12", "3", "4", "5", "5", "5"]
+    assert table["chosen"] == ["6", "2", "2", "2", "2", "2"]
+    assert table["rejected"] == ["35", "4", "6", "25", "25", "25"]
+    # 10 tokens: a prompt of 2, and of the 8 after it 5 are learned from.
+    turns = cells(table_of_lengths(Sized(np.array([10]), np.array([2]), np.array([5]))))
+    assert turns["between"] == ["3"] * 6
 
 
-def test_turns_between_answers_count_towards_the_limit_of_the_response():
-    """10 tokens: a prompt of 2, and of the 8 behind it 5 are learned from."""
-    rows = Sized(np.array([10]), np.array([2]), np.array([5]))
-    table = {name: cells[1:] for name, *cells in about_tokens(rows, Limits(9, 7, 20)).rows}
-    assert table["response"] == ["5", "5", "5", "5", "5", "7", "1"]
-    assert table["between"] == ["3", "3", "3", "3", "3", "", ""]
+def plan_of(rows: Sized, rows_per_step: int, pack_tokens: int, ranks: int) -> str:
+    config = SFTConfig(rows_per_step=rows_per_step, pack_tokens=pack_tokens)
+    return "\n".join(about_training(rows, config, ranks))
 
 
 def test_a_step_of_two_ranks_is_as_balanced_as_its_work():
-    """Rows of 30 and 10 tokens, one a rank: the mean of the work over the largest."""
-    training = Training(Limits(99, 99, 99), rows_per_step=2, pack_tokens=40, ranks=2, seed=42)
-    printed = dict(about_training(sized([30, 10], [9, 9]), training).rows)
+    """Rows of 30 and 10 tokens, one per rank: the mean of the work over the largest."""
+    printed = plan_of(sized([30, 10], [9, 9]), rows_per_step=2, pack_tokens=40, ranks=2)
     long, short = 30 + 900 * ATTENTION, 10 + 100 * ATTENTION
     balance = f"{(long + short) / 2 / long:.3f}"
-    assert printed["steps"] == "1 per epoch, of 2 rows"
-    assert printed["tokens"] == "per step: median 40, 40 to 40"
-    assert printed["packs"] == "of 40 tokens: 1.0 per step on each of 2 ranks, 50 % full"
-    assert printed["balance"].endswith(f": {balance}, {balance} in the worst step")
+    assert "steps: 1 per epoch, of 2 rows" in printed
+    assert "tokens per step: median 40, 40 to 40" in printed
+    assert "packs of 40 tokens: 1.0 per step and rank, 50% full" in printed
+    assert printed.endswith(f": {balance}, {balance} in the worst step")
 
 
 def test_an_epoch_of_five_rows_has_a_smaller_last_step():
-    training = Training(Limits(99, 99, 99), rows_per_step=2, pack_tokens=10, ranks=1, seed=42)
-    printed = dict(about_training(sized([10] * 5, [9] * 5), training).rows)
-    assert printed["steps"] == "3 per epoch, of 2 rows"
-    assert printed["tokens"] == "per step: median 20, 10 to 20"
+    printed = plan_of(sized([10] * 5, [9] * 5), rows_per_step=2, pack_tokens=10, ranks=1)
+    assert "steps: 3 per epoch, of 2 rows" in printed
+    assert "tokens per step: median 20, 10 to 20" in printed
     # 2, 2 and 1 packs
-    assert printed["packs"] == "of 10 tokens: 1.7 per step, 100 % full"
+    assert printed.endswith("packs of 10 tokens: 1.7 per step and rank, 100% full")
+
+
+def test_all_rows_over_a_limit_are_still_described(shown):
+    report = shown(PAIRS, "--max-prompt", 3)
+    assert "no row is left to train on (4 prompt over 3 tokens)" in " ".join(report.split())
 
 
 # ---------------------------------------------------------------- the row with its mask
 
 
 def test_a_row_is_drawn_with_its_mask(shown):
-    row = pair("1+1?\n<|im_end|>", "So\n\n2\n", "3")
-    report = shown(write(Path("p.jsonl"), [PAIRS[0], row]), "--row", 2)
-    drawn = report[report.index("Row 2: prompt ") :].splitlines()
-    assert drawn[0].endswith(", rejected 2 tokens; + is made more likely, - less")
-    assert drawn[1:] == [
+    report = shown([PAIRS[0], pair("1+1?\n<|im_end|>", "So\n\n2\n", "3")], "--row", 2)
+    drawn = report[report.index("Row 2: ") :].splitlines()
+    assert drawn == [
+        "Row 2: + is made more likely, - less",
         "    | «<|im_start|>»system",
         "    | Please reason step by step, and put your final answer within \\boxed{}.«<|im_end|>»",
         "    | «<|im_start|>»user",
@@ -214,28 +200,15 @@ def test_a_row_is_drawn_with_its_mask(shown):
 
 def test_a_long_response_is_shortened_in_the_middle(shown):
     """Of 1,000 digits, each a token, and the stop token: 120 at the beginning, 60 at the end."""
-    report = shown(write(Path("p.jsonl"), [positive("?", "12345" * 200)]))
-    assert "response 1,001 tokens; + is made more likely\n" in report
+    report = shown([positive("?", "12345" * 200)])
     learned = [line[6:] for line in report.splitlines() if line.startswith("  + | ")]
     assert "[... 821 tokens left out ...]" in learned
     assert sum(len(line) for line in learned if line[0] != "[") == 120 + 59 + len("«<|im_end|>»")
     assert all(len(line) <= 94 for line in learned)
 
 
-@pytest.mark.parametrize(
-    ("terminal", "no_color", "colored"), [(True, "", True), (True, "1", False), (False, "", False)]
-)
-def test_colors_are_for_terminals_that_want_them(shown, monkeypatch, terminal, no_color, colored):
-    monkeypatch.setenv("NO_COLOR", no_color)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    report = shown(write(Path("p.jsonl"), PAIRS))
-    assert ("\x1b[31m  - | <think>" in report) == colored
-    assert ("\x1b" in report) == colored
-
-
 def test_a_row_is_cut_where_its_mask_changes():
-    """A prompt of 2 tokens; of the 5 behind it, the 2nd and 3rd are another's turn."""
+    """A prompt of 2 tokens; of the 5 after it, the 2nd and 3rd are another's turn."""
     learned = np.array([True, False, False, True, True])
     sequence = TokenSequence(np.arange(10, 17), 2, row=0, sign=1, learned=learned)
     rows = SimpleNamespace(store=SimpleNamespace(paired=False), sequence=lambda number: sequence)
@@ -248,10 +221,12 @@ def test_a_row_is_cut_where_its_mask_changes():
 
 
 def test_of_several_turns_only_the_answers_are_learned_from(shown):
-    turns = [*messages("user", "a"), *messages("assistant", "b")]
-    turns += [*messages("user", "c"), *messages("assistant", "d")]
+    texts = enumerate("abcd")
+    turns = [turn("assistant" if i % 2 else "user", text)[0] for i, text in texts]
     rows = [{"messages": turns}, {"messages": turns[:2]}]
-    report = shown(write(Path("p.jsonl"), rows), "--html", "p.html")
+    report = shown(rows, "--html", "p.html", "--max-response", 4)
+    # 4 tokens of the first row are learned from, but the turn between them counts too.
+    assert "left out: 1 response over 4 tokens" in " ".join(report.split())
     page = Page(Path("p.html").read_text(encoding="utf-8"))
     captions = [text for text in page.texts if ", not learned from" in text]
     assert len(captions) == 2 + 1  # two prompts, and a turn between answers
@@ -277,7 +252,7 @@ def test_tokens_give_the_text_again(model, text):
     assert [i for _, its_ids, _ in found for i in its_ids] == ids
 
 
-# ---------------------------------------------------------------- the page and the picture
+# ---------------------------------------------------------------- the page
 
 
 class Page(html.parser.HTMLParser):
@@ -305,97 +280,70 @@ class Page(html.parser.HTMLParser):
 
 def test_hostile_texts_stay_texts(shown):
     row = pair(HOSTILE, f"a{HOSTILE}", f"b{HOSTILE}", source=HOSTILE, **{HOSTILE: HOSTILE})
-    report = shown(write(Path("p.jsonl"), [row] * 2), "--html", "p.html")
+    report = shown([row] * 2, "--html", "p.html")
     assert not set(report) - {"\n"} & {chr(code) for code in [*range(32), 0x202E, 0xE000]}
     text = Path("p.html").read_text(encoding="utf-8")
     page = Page(text)
     assert "script" not in page.tags
-    shown_text = "".join(page.texts)
-    assert shown_text.count(visible(HOSTILE)) >= 5
-    assert "\x1b" not in text
-    assert "\x00" not in text
+    assert "".join(page.texts).count(visible(HOSTILE)) >= 3
+    assert not {"\x1b", "\x00"} & set(text)
 
 
-def test_the_page_loads_nothing_and_shows_every_token_with_its_place(shown):
+def test_the_page_loads_nothing_and_shows_every_token_with_its_position_and_id(shown):
     rows = [PAIRS[0], pair("1+🧮?", "é🧮x", "的")]  # characters of several tokens
-    shown(write(Path("p.jsonl"), rows), "--html", "p.html", "--row", 2)
+    shown(rows, "--html", "p.html", "--row", 2)
     text = Path("p.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert text.count("src=") == text.count('src="data:image/png;base64,') == page.tags["img"] == 1
     assert "url(http" not in text
-    caption = next(t for t in page.texts if t.startswith("Row "))
-    row, prompt, chosen, rejected = (int(number) for number in re.findall(r"\d+", caption))
-    assert row == 2
     opened = Page(text[text.index("<details open>") : text.index("</details>") + 10])
+    assert opened.texts[0] == "Row 2, the shortest"
+    captions = [re.fullmatch(r".*, (\d+) tokens", text) for text in opened.texts]
+    prompt, chosen, rejected = (int(found[1]) for found in captions if found)
     found = [re.fullmatch(r"token (\d+), id ([\d ]+)", title) for title in opened.titles]
-    places = [int(f[1]) + i for f in found for i in range(len(f[2].split()))]
-    assert places == [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+    positions = [int(f[1]) + i for f in found for i in range(len(f[2].split()))]
+    assert positions == [*range(prompt + chosen), *range(prompt, prompt + rejected)]
 
 
-def test_a_page_of_long_rows_stays_small(shown):
+def test_a_page_of_long_rows_stays_small_and_is_the_same_each_time(shown):
     rows = [pair("?" * 3000, "1" * n, "2" * (n + 1)) for n in range(20_000, 20_006)]
-    shown(write(Path("p.jsonl"), rows), "--html", "p.html")
-    assert Path("p.html").stat().st_size < 500_000
-
-
-def test_histograms_are_a_png_and_the_same_each_time(shown):
-    file = write(Path("p.jsonl"), PAIRS)
-    shown(file, "--histograms", "p.png", "--html", "p.html")
-    assert Path("p.png").read_bytes().startswith(b"\x89PNG")
+    shown(rows, "--html", "p.html")
     first = Path("p.html").read_bytes()
-    shown(file, "--html", "p.html")
+    assert len(first) < 500_000
+    shown(rows, "--html", "p.html")
     assert Path("p.html").read_bytes() == first
-
-
-def test_all_rows_over_a_limit_are_still_described(shown):
-    report = shown(write(Path("p.jsonl"), PAIRS), "--max-prompt", 3)
-    assert "no row is left to train on (4 prompt over 3 tokens)" in " ".join(report.split())
 
 
 # ---------------------------------------------------------------- errors
 
+RAW = [{"problem": "?", "response": "!", "correct": True}]
+FIVE = [*PAIRS, pair("?", "same", "same")]
+ERRORS = {
+    "no data yet": ("data/pairs.jsonl", [], "`python -m redi.prepare` makes it"),
+    "no such file": ("rows.jsonl", [], "no such file"),
+    "raw data": (RAW, [], "p.jsonl:1: fields seen: problem, response, correct; expected {prompt,"),
+    "no such row": (FIVE, ["--row", 6], "--row 6: p.jsonl has 5 rows"),
+    "a row left out": (FIVE, ["--row", 5], "(left out: chosen equals rejected)"),
+    "row 0": (FIVE, ["--row", 0], "--row: expected at least 1"),
+    "no folder": ("none.jsonl", ["--html", "nowhere/p.html"], "nowhere/p.html: cannot be written"),
+    "a folder": (FIVE, ["--html", "."], "--html: expected a file to write"),
+}
 
-def error_of(shown, *arguments) -> str:
-    text = shown(*arguments, wanted=2)
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_is_one_line_that_says_what_to_do(shown, case):
+    data, flags, expected = ERRORS[case]
+    text = shown(data, *flags, status=2)
     assert text.startswith("error: ")
     assert text.count("\n") == 1
-    return text
-
-
-def test_errors_are_one_line_that_says_what_to_do(shown, tmp_path):
-    assert "`python -m redi.prepare` makes it" in error_of(shown, "data/pairs.jsonl")
-    assert "no such file" in error_of(shown, "rows.jsonl")
-    raw = write(Path("raw.jsonl"), [{"problem": "?", "response": "!", "correct": True}])
-    assert "its fields are correct, problem, response" in error_of(shown, raw)
-    assert "python -m redi.prepare makes such rows" in error_of(shown, raw)
-    file = write(Path("p.jsonl"), [*PAIRS, pair("?", "same", "same")])
-    assert f"--row 6: {file} has 5 rows" in error_of(shown, file, "--row", 6)
-    assert "--row 5: is left out (chosen equals rejected)" in error_of(shown, file, "--row", 5)
-    assert "--row: expected at least 1" in error_of(shown, file, "--row", 0)
-    assert "nowhere/p.html: cannot be written" in error_of(shown, file, "--html", "nowhere/p.html")
-    assert "is a folder" in error_of(shown, file, "--histograms", tmp_path)
+    assert expected in text
 
 
 def test_a_folder_of_both_stages_is_refused(shown):
     Path("both").mkdir()
-    write(Path("both/pairs.jsonl"), PAIRS)
-    write(Path("both/positives.jsonl"), [positive("?", "!")])
-    assert "pairs (pairs.jsonl) and rows for SFT (positives.jsonl)" in error_of(shown, "both")
-
-
-def test_an_unwritable_page_is_found_before_the_rows_are_read(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"):
-        show.ShowConfig(file="rows.jsonl", html=str(tmp_path / "missing/p.html"))
-
-
-def test_a_report_fits_a_screen(shown):
-    rows = [positive(f"{i}?", "</think>\\boxed{1}", source=f"s{i % 30}") for i in range(60)]
-    report = shown(write(Path("p.jsonl"), rows))
-    assert "20 others" in report
-    assert report[: report.index("Row 1")].count("\n") <= 40
-
-
-def test_a_table_of_long_names_keeps_its_width():
-    table = Table("t", [("n" * 300, "1")], ("rows",))
-    assert max(map(len, tables_as_text([table]).splitlines())) == 100
+    write_jsonl(Path("both/pairs.jsonl"), PAIRS)
+    write_jsonl(Path("both/positives.jsonl"), [positive("?", "!")])
+    text = shown(Path("both"), status=2)
+    assert "both/positives.jsonl:1: fields seen: prompt, completion; expected" in text
+    assert "train_sft.py trains on such rows" in text

@@ -87,7 +87,7 @@ def rows_to_draw(dataset: Dataset, chosen: int) -> dict[int, str]:
 def show(config: ShowConfig) -> str | None:
     """Print the report and a row. Returns the page, if one is to be written. Raises UserError."""
     from_prepare = Path(config.file).name in ("positives.jsonl", "pairs.jsonl")
-    files = dataset_files(config.file, "python -m redi.prepare" if from_prepare else None)
+    files = dataset_files(config.file, made_by="python -m redi.prepare" if from_prepare else None)
     paired = holds_pairs(files)
     training = config.training(paired)
     chat = ChatTokenizer.from_folder(model_folder(config.model, files=TOKENIZER_FILES))

@@ -183,7 +183,7 @@ def raw_row(
         "problem_type": "Algebra", "question_type": "math-word-problem",
         "problem_is_valid": "Yes", "solution_is_valid": "Yes", "source": "toy", "synthetic": True,
         "generations": traces, "generations_count": len(traces),
-        "correctness": {verifier: labels for verifier in verifiers},
+        "correctness": dict.fromkeys(verifiers, labels),
         "reparsed_answers": [trace[trace.index("{") + 1 : -1] for trace in traces],
     }  # fmt: skip
 
