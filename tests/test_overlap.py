@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from redi.prepare.overlap import Index, Match, Seen, tokens
+from redi.prepare.overlap import REPEATED, Index, Match, Seen, tokens
 
 BENCHMARK = [
     "What is the value of $\\frac{3}{7} + 12$?",  # fewer than 16 words: a sentence, whole
@@ -21,84 +21,73 @@ BENCHMARK = [
     "line $y = c$ is tangent to the graph of $f$.",
 ]
 INDEX = Index([("bench", str(i), text) for i, text in enumerate(BENCHMARK)], 8)
-
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+# Problems of the same trade, stock phrases and all.
+UNRELATED = (
+    "Let {a} and {b} be relatively prime positive integers such that the probability that no two "
+    "of {n} chairs are taken is {a}/{b}. Find ${a}+{b}$.",
+    "What is the value of ${n}{a} + {m}$ when ${a} = {k}$?",
+    "Find the sum of all real numbers ${a}$ such that ${a}^2 - {n}{a} + {m} = 0$.",
+    "{who} walks {n} kilometers and rests for {m} minutes. How long is {who} on the way?",
+    "Simplify $\\frac{{{n}}}{{{m}}}$.",
+    "Compute $\\sqrt{{{n}}} + \\sqrt{{{m}}}$. {who} gets {k}.",
+    "How many positive integers less than {n} are divisible by {m} but not by {k}?",
+    "A circle of radius ${n}$ is inscribed in a triangle with sides ${m}$, ${k}$ and ${a}$.",
+)
 
 
-def rewrapped(text, chance):
-    """The same problem as another hand would set it."""
+def rewrapped(text, rng):
+    """The same problem with another typesetting."""
     text = re.sub(r"\$(.+?)\$", r"\\( \1 \\)", text)
-    text = re.sub(r"(?<!\\) ", lambda _: chance.choice([" ", "  ", "\n"]), text)
+    text = re.sub(r"(?<!\\) ", lambda _: rng.choice([" ", "  ", "\n"]), text)
     text = text.replace("\\frac", "\\dfrac").replace("{,}", ",").replace("\\left", "\\big")
-    return chance.choice(["", "Solve this problem.\n\n"]) + text
+    return rng.choice(["", "Solve this problem.\n\n"]) + text
 
 
-def renumbered(text, chance):
-    number = chance.choice(list(re.finditer(r"\d+", text)))
+def renumbered(text, rng):
+    number = rng.choice(list(re.finditer(r"\d+", text)))
     return f"{text[: number.start()]}{int(number[0]) + 5}{text[number.end() :]}"
 
 
-def unrelated(count, chance):
-    """Problems of the same trade, stock phrases and all."""
-    forms = (
-        "Let {a} and {b} be relatively prime positive integers such that the probability that "
-        "no two of {n} chairs are taken is {a}/{b}. Find ${a}+{b}$.",
-        "What is the value of ${n}{a} + {m}$ when ${a} = {k}$?",
-        "Find the sum of all real numbers ${a}$ such that ${a}^2 - {n}{a} + {m} = 0$.",
-        "{who} walks {n} kilometers and rests for {m} minutes. How long is {who} on the way?",
-        "Simplify $\\frac{{{n}}}{{{m}}}$.",
-        "Compute $\\sqrt{{{n}}} + \\sqrt{{{m}}}$. {who} gets {k}.",
-        "How many positive integers less than {n} are divisible by {m} but not by {k}?",
-        "A circle of radius ${n}$ is inscribed in a triangle with sides ${m}$, ${k}$ and ${a}$.",
-    )
-    for _ in range(count):
-        yield chance.choice(forms).format(
-            a=chance.choice("apqrs"),
-            b=chance.choice("bcdex"),
-            who=chance.choice(["Ruth", "Omar", "Lin"]),
-            n=chance.randrange(1000),
-            m=chance.randrange(1000),
-            k=chance.randrange(1000),
-        )
-
-
 def kinds(text):
-    return {match.id: match.kind for match in INDEX.matches(text)}
+    return {match.benchmark_id: match.kind for match in INDEX.matches(text)}
 
 
 @pytest.mark.parametrize("number", range(len(BENCHMARK)))
-def test_a_planted_copy_is_found_however_it_is_set_and_told_from_one_with_other_numbers(number):
-    chance, text = random.Random(number), BENCHMARK[number]
-    found = {str(number): "same text"}
+def test_a_planted_copy_is_found_in_any_typesetting_and_apart_from_one_with_other_numbers(number):
+    rng, text = random.Random(number), BENCHMARK[number]
     assert INDEX.matches(text) == [Match("bench", str(number), "same text", 1.0)]
     for _ in range(20):
-        copy = rewrapped(text, chance)
-        assert kinds(copy) == found
-        assert kinds(f"{copy}\n{INSTRUCTION}") == found
-        assert kinds(f"{copy} {INSTRUCTION}") == found
-        assert kinds(copy.lower()) == found
-        other = renumbered(text, chance)
-        assert kinds(other) == {str(number): "other numbers"}
-        assert kinds(f"{rewrapped(other, chance)} {INSTRUCTION}") == {str(number): "other numbers"}
+        copy, other = rewrapped(text, rng), renumbered(text, rng)
+        for found in (copy, f"{copy}\n{INSTRUCTION}", f"{copy} {INSTRUCTION}", copy.lower()):
+            assert kinds(found) == {str(number): "same text"}
+        for found in (other, f"{rewrapped(other, rng)} {INSTRUCTION}"):
+            assert kinds(found) == {str(number): "other numbers"}
 
 
-def test_a_copy_with_a_sentence_of_its_own_is_the_same_text():
+def test_a_copy_with_another_last_sentence_is_the_same_text():
     text = BENCHMARK[3].replace("How long, in kilometers, is her way?", "What does she do then?")
     (match,) = INDEX.matches(text)
-    assert (match.id, match.kind) == ("3", "same text")
+    assert (match.benchmark_id, match.kind) == ("3", "same text")
     assert 0.5 <= match.share < 1
 
 
 def test_no_unrelated_problem_is_matched():
-    texts = list(unrelated(1000, random.Random(0)))
-    assert len(set(texts)) > 900
+    rng = random.Random(0)
+    texts = set()
+    for _ in range(1000):
+        names = {"a": rng.choice("apqrs"), "b": rng.choice("bcdex")}
+        numbers = {name: rng.randrange(1000) for name in "nmk"}
+        who = rng.choice(["Ruth", "Omar", "Lin"])
+        texts.add(rng.choice(UNRELATED).format(**names, **numbers, who=who))
+    assert len(texts) > 900
     assert [text for text in texts if INDEX.matches(text)] == []
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "Simplify $\\sqrt{180} + \\sqrt{5}$.",  # goes on
+        "Simplify $\\sqrt{180} + \\sqrt{5}$.",  # continues
         "Simplify $180$.",
         "Find the sum of the squares of all real numbers $c$ such that $c > 2$.",  # a stock phrase
         "where $m$ and $n$ are relatively prime positive integers. Find $m+n$.",
@@ -112,43 +101,32 @@ def test_a_part_of_a_problem_is_not_the_problem(text):
 
 def test_a_problem_found_in_two_benchmarks_is_reported_for_both():
     index = Index([("a", "1", BENCHMARK[3]), ("b", "7", BENCHMARK[3])], 8)
-    assert [(m.benchmark, m.id) for m in index.matches(BENCHMARK[3])] == [("a", "1"), ("b", "7")]
-
-
-# ---------------------------------------------------------------- duplicates
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("Find $x$, if $$x+1 = 2.$$", "Find \\(x\\) if \\[ x + 1 =2 \\]"),
-        ("Is 5! even?", "is  5!\neven"),
-        ("$\\dfrac{1}{2}$ of $1{,}000$", "\\( \\frac{1}{2} \\) of 1,000"),
-        ("$\\left( a \\right)\\,b$", "$(a) b$"),
-    ],
-)
-def test_problems_that_differ_in_their_typesetting_have_the_same_tokens(one, other):
-    assert tokens(one) == tokens(other)
+    found = index.matches(BENCHMARK[3])
+    assert [(m.benchmark, m.benchmark_id) for m in found] == [("a", "1"), ("b", "7")]
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("one", "other", "same"),
     [
-        ("$x+1$", "$x-1$"),
-        ("$1.5$", "$15$"),
-        ("1, 2", "12"),
-        ("$5!$", "$5$"),
-        ("$2^{n+1}$", "$2^n+1$"),
-        ("$\\frac{1}{23}$", "$\\frac{12}{3}$"),
-        ("$\\sin x$", "$\\cos x$"),
-        ("ratio 3:4", "ratio 3.4"),
+        ("Find $x$, if $$x+1 = 2.$$", "Find \\(x\\) if \\[ x + 1 =2 \\]", True),
+        ("Is 5! even?", "is  5!\neven", True),
+        ("$\\dfrac{1}{2}$ of $1{,}000$", "\\( \\frac{1}{2} \\) of 1,000", True),
+        ("$\\left( a \\right)\\,b$", "$(a) b$", True),
+        ("$x+1$", "$x-1$", False),
+        ("$1.5$", "$15$", False),
+        ("1, 2", "12", False),
+        ("$5!$", "$5$", False),
+        ("$2^{n+1}$", "$2^n+1$", False),
+        ("$\\frac{1}{23}$", "$\\frac{12}{3}$", False),
+        ("$\\sin x$", "$\\cos x$", False),
+        ("ratio 3:4", "ratio 3.4", False),
     ],
 )
-def test_problems_that_differ_in_what_they_ask_have_other_tokens(one, other):
-    assert tokens(one) != tokens(other)
+def test_problems_have_the_same_tokens_exactly_if_only_their_typesetting_differs(one, other, same):
+    assert (tokens(one) == tokens(other)) == same
 
 
-def test_a_repeated_problem_is_told_as_exact_or_normalized():
-    seen = Seen()
+def test_a_repeated_problem_is_reported_as_exact_or_with_another_typesetting():
+    seen, (exact, normalized) = Seen(), REPEATED
     problems = ["Find $x$.", "Find $y$.", "Find $x$.", "find \\(x\\)", "find \\(x\\)"]
-    assert [seen.add(p) for p in problems] == [None, None, "exact", "normalized", "exact"]
+    assert [seen.add(p) for p in problems] == [None, None, exact, normalized, exact]

@@ -1,25 +1,30 @@
-"""python -m redi.prepare: the files, the account of every row, and nothing by halves."""
+"""python -m redi.prepare: the files, the account of every row, and no partial output."""
 
 import hashlib
 import json
-import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from processes import command, finished, main_in_this_process, wait_until
+from small_run import read_jsonl, write_jsonl
 
 from redi.config import UserError
 from redi.eval.grade import Grader
 from redi.prepare.__main__ import PrepareConfig, main, prepare
 
-ROOT = Path(__file__).parent.parent
 BOTH = [False, True, True]
+FILES = ["card.json", "pairs.jsonl", "positives.jsonl"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """The working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def raw(problem, llama=BOTH, math_verify=BOTH, **changes):
@@ -49,81 +54,58 @@ ROWS = [
     raw("last", generations=["wrong", "line\u2028separator", "x"]),
 ]
 POSITIVES = ["first", "all right", "no text", "both ways", "last"]
-PAIRS = ["first", "last"]
 
 
-def json_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+def prepared(rows, **choices):
+    """(the counts, the card) of a run with these settings, from `rows` or a path into made/."""
+    path = write_jsonl(Path("raw.jsonl"), rows) if isinstance(rows, list) else rows
+    counts, _, _ = prepare(PrepareConfig(raw=str(path), out="made", **choices))
+    return counts, json.loads(Path("made/card.json").read_text())
 
 
-def prepared(path, out, **choices):
-    """(the counts, the card) of a run with these settings."""
-    counts, _, _ = prepare(PrepareConfig(raw=str(path), out=str(out), **choices))
-    return counts, json.loads((out / "card.json").read_text())
+def shown(capsys, *flags):
+    """What the program prints."""
+    assert main_in_this_process(main, "raw.jsonl", "--out", "made", *flags) == 0
+    return capsys.readouterr().out
 
 
 def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def problems(path):
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line)["prompt"][0]["content"] for line in lines]
+def texts(side, file="pairs"):
+    lines = Path(f"made/{file}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line)[side][0]["content"] for line in lines]
 
 
-def command(*arguments, cwd, **options):
-    """The program as a user runs it; HF_HUB_OFFLINE keeps hub ids off the network."""
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(cwd / "hf"),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "redi.prepare", *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def problems():
+    return texts("prompt", "positives")
 
 
-def run(*arguments, cwd, **options):
-    """(exit status, stdout, stderr)"""
-    process = command(*arguments, cwd=cwd, **options)
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+def written():
+    return {file.name: file.read_bytes() for file in Path("made").glob("*")}
 
 
 # ---------------------------------------------------------------- what is written
 
 
-def test_the_published_run_prints_the_papers_counts_beside_its_own(tmp_path, capsys, monkeypatch):
+def test_the_published_run_prints_the_papers_counts_beside_its_counts(capsys):
     """A local folder of that name stands in for the dataset on the hub."""
-    (tmp_path / "open-r1/OpenR1-Math-Raw").mkdir(parents=True)
-    json_lines(tmp_path / "open-r1/OpenR1-Math-Raw/raw.jsonl", ROWS)
-    monkeypatch.chdir(tmp_path)
+    Path("open-r1/OpenR1-Math-Raw").mkdir(parents=True)
+    write_jsonl(Path("open-r1/OpenR1-Math-Raw/raw.jsonl"), ROWS)
     paper = "the paper: 77,629 positives, and 53,175 pairs after train_redi.py's limits on length"
     for flags, printed in ([], True), (["--reject-rule", "both"], False):
-        monkeypatch.setattr(sys, "argv", ["prepare", *flags])
-        main()
+        assert main_in_this_process(main, *flags) == 0
         assert (paper in capsys.readouterr().out.splitlines()) == printed
 
 
-def test_one_row_per_rule_gives_exactly_the_rows_expected_with_every_drop_counted(tmp_path):
-    json_lines(tmp_path / "raw.jsonl", ROWS)
-    status, out, err = run("raw.jsonl", "--out", "made", cwd=tmp_path)
-    assert (status, err) == (0, "")
-    made = tmp_path / "made"
-    assert sorted(f.name for f in made.iterdir()) == [
-        "card.json",
-        "pairs.jsonl",
-        "positives.jsonl",
-    ]
-    assert problems(made / "positives.jsonl") == POSITIVES
-    assert problems(made / "pairs.jsonl") == PAIRS
+def test_one_row_per_rule_gives_exactly_the_rows_expected_with_every_drop_counted():
+    write_jsonl(Path("raw.jsonl"), ROWS)
+    status, out, errors = finished("-m", "redi.prepare", "raw.jsonl", "--out", "made")
+    assert (status, errors) == (0, "")
+    assert sorted(written()) == FILES
+    assert problems() == POSITIVES
+    assert texts("prompt") == ["first", "last"]
     assert out == (
         "format: OpenR1-Math-Raw\n"
         "raw rows                   13\n"
@@ -135,29 +117,28 @@ def test_one_row_per_rule_gives_exactly_the_rows_expected_with_every_drop_counte
         "  labels misaligned         1\n"
         "  no correct generation     1\n"
         "  empty chosen              1\n"
-        "positives                   5  made/positives.jsonl\n"
+        "positives                   5\n"
         "  no incorrect generation   1\n"
         "  empty rejected            1\n"
         "  chosen equals rejected    1\n"
-        "pairs                       2  made/pairs.jsonl\n"
+        "pairs                       2\n"
+        "saved made/positives.jsonl, made/pairs.jsonl, made/card.json\n"
     )
-    card = json.loads((made / "card.json").read_text())
-    assert card["raw"] == "raw.jsonl"
-    assert card["format"] == "OpenR1-Math-Raw"
+    card = json.loads(Path("made/card.json").read_text())
+    assert (card["raw"], card["format"]) == ("raw.jsonl", "OpenR1-Math-Raw")
     assert card["rows"] == 13 == card["positives"] + sum(card["no_positive"].values())
     assert card["positives"] == 5 == card["pairs"] + sum(card["no_pair"].values())
     assert card["sources"] == {"math": 5}
     assert card["rules"]["exclude_sources"] == ["cn_k12"]
-    assert card["raw_sha256"] == {"raw.jsonl": sha256(tmp_path / "raw.jsonl")}
-    assert card["sha256"] == {
-        name: sha256(made / name) for name in ("positives.jsonl", "pairs.jsonl")
-    }
+    assert card["raw_sha256"] == {"raw.jsonl": sha256("raw.jsonl")}
+    names = ("positives.jsonl", "pairs.jsonl")
+    assert card["sha256"] == {name: sha256(f"made/{name}") for name in names}
 
 
-def test_a_line_is_the_json_that_the_trainers_read(tmp_path):
-    prepared(json_lines(tmp_path / "raw.jsonl", [raw("1+1?")]), tmp_path)
+def test_a_line_is_the_json_that_the_trainers_read():
+    prepared([raw("1+1?")])
     row_id = hashlib.sha256("1+1?\0right — ½".encode()).hexdigest()[:16]
-    assert (tmp_path / "pairs.jsonl").read_text(encoding="utf-8") == (
+    assert Path("made/pairs.jsonl").read_text(encoding="utf-8") == (
         '{"prompt": [{"role": "user", "content": "1+1?"}], '
         '"chosen": [{"role": "assistant", "content": "right — ½"}], '
         '"rejected": [{"role": "assistant", "content": "wrong\\n"}], '
@@ -165,32 +146,36 @@ def test_a_line_is_the_json_that_the_trainers_read(tmp_path):
     )
 
 
-def test_parquet_json_lines_and_a_folder_give_the_same_bytes_and_so_does_a_second_run(tmp_path):
-    json_lines(tmp_path / "raw.jsonl", ROWS)
-    (tmp_path / "raw.json").write_text(json.dumps(ROWS))
+def test_parquet_json_lines_and_a_folder_give_the_same_bytes_and_so_does_a_second_run():
+    write_jsonl(Path("raw.jsonl"), ROWS)
+    Path("raw.json").write_text(json.dumps(ROWS))
     unread = pa.array([10**8] * len(ROWS), pa.date32())  # days: no date that Python has
     table = pa.Table.from_pylist(ROWS).append_column("created", unread)
-    pq.write_table(table, tmp_path / "raw.parquet")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    json_lines(folder / "part-0.jsonl", ROWS[:5])
-    pq.write_table(pa.Table.from_pylist(ROWS[5:]), folder / "part-1.parquet")
-    written = {}
-    for source in ("raw.jsonl", "raw.json", "raw.parquet", "folder", "raw.jsonl"):
-        out = tmp_path / "made"
-        counts, _ = prepared(tmp_path / source, out)
-        files = [(out / name).read_bytes() for name in ("positives.jsonl", "pairs.jsonl")]
-        written.setdefault((files[0], files[1]), []).append(counts)
-    assert len(written) == 1
-    (all_counts,) = written.values()
-    assert all(counts == all_counts[0] for counts in all_counts)
+    pq.write_table(table, "raw.parquet")
+    Path("parts").mkdir()
+    write_jsonl(Path("parts/part-0.jsonl"), ROWS[:5])
+    pq.write_table(pa.Table.from_pylist(ROWS[5:]), "parts/part-1.parquet")
+    results = []
+    for source in ("raw.jsonl", "raw.json", "raw.parquet", "parts", "raw.jsonl"):
+        counts, _ = prepared(source)
+        results.append((counts, {k: v for k, v in written().items() if k != "card.json"}))
+    assert results == [results[0]] * 5
 
 
-def test_half_of_a_surrogate_pair_is_counted_as_malformed(tmp_path):
+def test_half_of_a_surrogate_pair_is_counted_as_malformed():
     rows = [raw("good"), raw("bad \ud83d"), raw("bad", generations=["\udc00", "right", "x"])]
-    counts, _ = prepared(json_lines(tmp_path / "raw.jsonl", rows), tmp_path / "made")
+    counts, _ = prepared(rows)
     assert counts.no_positive["malformed"] == 2
-    assert problems(tmp_path / "made" / "positives.jsonl") == ["good"]
+    assert problems() == ["good"]
+
+
+def test_one_trace_rows_are_counted_as_problems(capsys):
+    rows = [{"problem": p, "response": f"{p}{c}", "correct": c} for c in (0, 1) for p in "ab"]
+    write_jsonl(Path("raw.jsonl"), rows)
+    first, traces, problems, *_ = shown(capsys).splitlines()
+    assert first == "format: one trace a row (problem, response, correct)"
+    assert (traces.split(), problems.split()) == (["traces", "4"], ["problems", "2"])
+    assert sorted(written()) == FILES
 
 
 # ---------------------------------------------------------------- what the paper does not do
@@ -204,132 +189,109 @@ TRACES = [
 ]
 
 
-def unlabelled(problem, answer="2", labels=False, texts=TRACES):
+def listed(problem, answer="2", labels=False, traces=TRACES):
     """A row of the form "problem, traces"."""
-    traces = [{"text": text, **({"correct": label} if labels else {})} for text, label in texts]
-    return {"problem": problem, "answer": answer, "traces": traces}
+    entries = [{"text": text, **({"correct": label} if labels else {})} for text, label in traces]
+    return {"problem": problem, "answer": answer, "traces": entries}
 
 
-def completions(path, side):
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line)[side][0]["content"] for line in lines]
-
-
-def test_traces_without_labels_are_graded_and_only_they(tmp_path):
+def test_traces_without_labels_are_graded_and_only_they():
     rows = [
-        unlabelled("graded"),
-        unlabelled("given", labels=True),
-        unlabelled("no answer", answer=None),
-        unlabelled("given, no answer", answer=None, labels=True),
+        listed("graded"),
+        listed("given", labels=True),
+        listed("no answer", answer=None),
+        listed("given, no answer", answer=None, labels=True),
     ]
-    _, card = prepared(json_lines(tmp_path / "raw.jsonl", rows), tmp_path / "made", workers=1)
+    _, card = prepared(rows, workers=1)
     assert card["no_positive"]["no answer to grade by"] == 1
-    assert problems(tmp_path / "made" / "positives.jsonl") == [
-        "graded",
-        "given",
-        "given, no answer",
-    ]
+    assert problems() == ["graded", "given", "given, no answer"]
     assert card["labels"] == {
         "none": {"correct": 2, "incorrect": 1, "no_answer": 2, "truncated": 0, "timeout": 0}
     }
 
 
-def test_relabel_grades_every_trace_and_prints_how_far_the_labels_agree(tmp_path):
-    json_lines(tmp_path / "raw.jsonl", [unlabelled("1+1?", labels=True)])
-    status, out, err = run("raw.jsonl", "--out", "made", "--relabel", cwd=tmp_path)
-    assert (status, err) == (0, "")
-    assert out.endswith(
-        "graded \\ given    correct  incorrect\n"
-        "  correct               1          1\n"
-        "  incorrect             0          1\n"
-        "  no_answer             2          0\n"
-        "  truncated             0          0\n"
-        "  timeout               0          0\n"
+def test_relabel_grades_every_trace_and_prints_how_far_the_labels_agree(capsys):
+    write_jsonl(Path("raw.jsonl"), [listed("1+1?", labels=True)])
+    assert shown(capsys, "--relabel").endswith(
+        "graded \\ given  correct  incorrect\n"
+        "  correct             1          1\n"
+        "  incorrect           0          1\n"
+        "  no_answer           2          0\n"
+        "  truncated           0          0\n"
+        "  timeout             0          0\n"
         "agreement on correct or not: 2 of 5, 40.0%\n"
     )
-    card = json.loads((tmp_path / "made" / "card.json").read_text())
+    card = json.loads(Path("made/card.json").read_text())
     assert card["labels"]["correct"]["no_answer"] == 2
     assert card["rules"]["relabel"] is True
 
 
-def test_the_bytes_are_the_same_however_many_workers_grade(tmp_path):
+def test_the_bytes_are_the_same_with_any_number_of_workers():
     """Answers that take algebra, in more rows than one batch."""
-    rows = [
-        unlabelled(
-            f"{n}/7",
-            f"\\frac{{{n}}}{{7}}",
-            texts=[(f"</think>\\boxed{{{2 * n}/14}}", None), (f"</think>\\boxed{{{n}/8}}", None)],
-        )
-        for n in range(1, 100)
-    ]
-    json_lines(tmp_path / "raw.jsonl", rows)
-    made = {}
+    rows = []
+    for n in range(1, 71):
+        traces = [(f"</think>\\boxed{{{answer}}}", None) for answer in (f"{2 * n}/14", f"{n}/8")]
+        rows.append(listed(f"{n}/7", f"\\frac{{{n}}}{{7}}", traces=traces))
+    results = []
     for workers in (1, 3):
-        out = tmp_path / str(workers)
-        counts, _ = prepared(tmp_path / "raw.jsonl", out, workers=workers)
-        assert counts.pairs == 99
-        made[workers] = {f.name: f.read_bytes() for f in out.iterdir()}
-    assert made[1] == made[3]
+        counts, _ = prepared(rows, workers=workers)
+        assert counts.pairs == 70
+        results.append(written())
+    assert results[0] == results[1]
 
 
-def test_a_trace_whose_grading_times_out_is_neither_correct_nor_incorrect(tmp_path, monkeypatch):
+def test_a_trace_whose_grading_times_out_is_neither_correct_nor_incorrect(monkeypatch):
     monkeypatch.setattr(
         "redi.prepare.__main__.Grader", lambda workers: Grader(workers, limit_s=2.0)
     )
-    hangs = "</think>\\boxed{5^{5^{5^{5^5}}}}"
-    row = unlabelled("1+1?", "\\frac{1}{2}", texts=[(hangs, None), ("</think>\\boxed{.5}", None)])
-    counts, card = prepared(json_lines(tmp_path / "raw.jsonl", [row]), tmp_path, workers=1)
+    answers = ("\\boxed{5^{5^{5^{5^5}}}}", "\\boxed{.5}")  # the first takes forever
+    traces = [(f"</think>{answer}", None) for answer in answers]
+    counts, card = prepared([listed("1+1?", "\\frac{1}{2}", traces=traces)], workers=1)
     assert counts.no_pair["no incorrect generation"] == 1
     assert card["labels"]["none"]["timeout"] == 1
 
 
-def test_traces_of_a_teacher_that_does_not_think_aloud_are_read_whole(tmp_path):
+def test_traces_of_a_teacher_that_does_not_mark_its_thinking_are_read_whole():
     plain = [("So \\boxed{2}.", None), ("So \\boxed{3}.", None)]
     cut = [("1+1 \\boxed{2}", None), ("1+1</think> \\boxed{2}", None)]
-    rows = [unlabelled("plain", texts=plain), unlabelled("thinks", texts=cut)]
-    prepared(json_lines(tmp_path / "raw.jsonl", rows), tmp_path / "made", workers=1)
-    made = tmp_path / "made" / "pairs.jsonl"
-    assert completions(made, "chosen") == ["So \\boxed{2}.", "1+1</think> \\boxed{2}"]
-    assert completions(made, "rejected") == ["So \\boxed{3}.", "1+1 \\boxed{2}"]
+    prepared([listed("plain", traces=plain), listed("thinks", traces=cut)], workers=1)
+    assert texts("chosen") == ["So \\boxed{2}.", "1+1</think> \\boxed{2}"]
+    assert texts("rejected") == ["So \\boxed{3}.", "1+1 \\boxed{2}"]
 
 
-def test_rows_of_one_problem_with_two_answers_are_each_graded_by_their_own(tmp_path):
-    given = [("2", "2"), ("3", "3"), ("4", "2"), ("2", None)]  # what a trace says, its row's answer
+def test_rows_of_one_problem_with_two_answers_are_each_graded_by_their_answer():
+    given = [("2", "2"), ("3", "3"), ("4", "2"), ("2", None)]  # a trace's answer, its row's answer
     rows = [{"problem": "?", "response": f"\\boxed{{{x}}}", "answer": y} for x, y in given]
-    _, card = prepared(json_lines(tmp_path / "raw.jsonl", rows), tmp_path / "made", workers=1)
+    _, card = prepared(rows, workers=1)
     assert card["labels"]["none"]["correct"] == 3
-    assert completions(tmp_path / "made" / "pairs.jsonl", "rejected") == ["\\boxed{4}"]
+    assert texts("rejected") == ["\\boxed{4}"]
 
 
-def test_openr1_math_raw_rows_without_labels_are_dropped_as_in_the_paper_unless_relabelled(
-    tmp_path,
-):
+def test_openr1_math_raw_rows_without_labels_are_dropped_as_in_the_paper_unless_relabelled():
     row = raw("1+1?", llama=None, generations=["\\boxed{3}", "\\boxed{2}", "x"], answer="2")
-    path = json_lines(tmp_path / "raw.jsonl", [row, raw("labelled", answer="2")])
-    assert prepared(path, tmp_path / "made")[0].no_positive["labels missing"] == 1
-    relabelled = prepared(path, tmp_path / "made", relabel=True, workers=1)[0].no_positive
-    assert relabelled["labels missing"] == 0
+    rows = [row, raw("labelled", answer="2")]
+    for relabel, missing in ((False, 1), (True, 0)):
+        counts, _ = prepared(rows, relabel=relabel, workers=1)
+        assert counts.no_positive["labels missing"] == missing
 
 
-def test_complete_is_a_closed_thought_and_an_answer(tmp_path):
-    path = json_lines(tmp_path / "raw.jsonl", [unlabelled("1+1?", labels=True)])
-    texts = [text for text, _ in TRACES]
-    prepared(path, tmp_path / "made", pairs_per_problem=9)
-    made = tmp_path / "made" / "pairs.jsonl"
-    assert completions(made, "chosen") == [texts[0], texts[2]]
-    prepared(path, tmp_path / "made", pairs_per_problem=9, require_complete=True)
-    assert completions(made, "chosen") == [texts[0]]
+def test_a_complete_trace_ends_its_thinking_and_answers():
+    rows = [listed("1+1?", labels=True)]
+    complete, cut = TRACES[0][0], TRACES[2][0]
+    for require, chosen in ((False, [complete, cut]), (True, [complete])):
+        prepared(rows, pairs_per_problem=9, require_complete=require)
+        assert texts("chosen") == chosen
 
 
-def test_further_pairs_are_in_the_account(tmp_path):
-    rows = [unlabelled("a", labels=True), unlabelled("b", labels=True, texts=TRACES[:1])]
-    counts, _ = prepared(json_lines(tmp_path / "raw.jsonl", rows), tmp_path, pairs_per_problem=2)
+def test_further_pairs_are_in_the_account():
+    rows = [listed("a", labels=True), listed("b", labels=True, traces=TRACES[:1])]
+    counts, _ = prepared(rows, pairs_per_problem=2)
     assert (counts.positives, counts.further, counts.pairs) == (2, 1, 2)
     assert counts.no_pair["no incorrect generation"] == 1
-    assert counts.positives + counts.further == counts.pairs + sum(counts.no_pair.values())
+    assert counts.positives + counts.further == counts.pairs + counts.no_pair.total()
 
 
-def test_of_problems_that_are_the_same_the_first_that_gives_a_positive_is_kept(tmp_path):
+def test_of_problems_that_are_the_same_the_first_that_gives_a_positive_is_kept():
     rows = [
         raw("Find $x$.", [False] * 3),
         raw("Find $x$."),
@@ -337,8 +299,8 @@ def test_of_problems_that_are_the_same_the_first_that_gives_a_positive_is_kept(t
         raw("find \\(x\\)"),
         raw("Find $y$."),
     ]
-    counts, card = prepared(json_lines(tmp_path / "raw.jsonl", rows), tmp_path, dedup=True)
-    assert problems(tmp_path / "positives.jsonl") == ["Find $x$.", "Find $y$."]
+    counts, card = prepared(rows, dedup=True)
+    assert problems() == ["Find $x$.", "Find $y$."]
     assert counts.no_positive["duplicate"] == 1
     assert counts.no_positive["duplicate but for its typesetting"] == 1
     assert card["sources"] == {"math": 2}
@@ -350,156 +312,125 @@ CANAL = (
 )
 
 
-def test_problems_of_a_benchmark_are_dropped_counted_and_named(tmp_path):
+def test_problems_of_a_benchmark_are_dropped_counted_and_named():
     rows = [raw("first"), raw(CANAL), raw(CANAL.replace("25", "26")), raw(CANAL, [False] * 3)]
-    json_lines(tmp_path / "raw.jsonl", rows)
-    json_lines(tmp_path / "walks.jsonl", [{"id": "w1", "problem": CANAL, "answer": "20"}])
-    made = tmp_path / "made"
-    choices = {"decontaminate": [str(tmp_path / "walks.jsonl")]}
-    counts, card = prepared(tmp_path / "raw.jsonl", made, **choices)
-    assert problems(made / "positives.jsonl") == ["first"]
+    write_jsonl(Path("walks.jsonl"), [{"id": "w1", "problem": CANAL, "answer": "20"}])
+    counts, card = prepared(rows, decontaminate=["walks.jsonl"])
+    assert problems() == ["first"]
     assert counts.no_positive["in a benchmark"] == 1
     assert counts.no_positive["in a benchmark, other numbers"] == 1
     assert counts.no_positive["no correct generation"] == 1
     assert card["benchmarks"] == {"walks": 1}
-    found = [json.loads(line) for line in (made / "contaminated.jsonl").read_text().splitlines()]
+    found = read_jsonl("made/contaminated.jsonl")
     assert [(f["row"], f["benchmark"], f["benchmark_id"], f["kind"]) for f in found] == [
         (2, "walks", "w1", "same text"),
         (3, "walks", "w1", "other numbers"),
     ]
-    assert card["sha256"]["contaminated.jsonl"] == sha256(made / "contaminated.jsonl")
-    prepared(tmp_path / "raw.jsonl", made)
-    assert not (made / "contaminated.jsonl").exists()
+    assert card["sha256"]["contaminated.jsonl"] == sha256("made/contaminated.jsonl")
+    prepared(rows)
+    assert sorted(written()) == FILES
 
 
-def test_one_trace_rows_are_counted_as_problems(tmp_path):
-    rows = [{"problem": p, "response": f"{p}{c}", "correct": c} for c in (0, 1) for p in "ab"]
-    json_lines(tmp_path / "raw.jsonl", rows)
-    status, out, _ = run("raw.jsonl", "--out", "made", cwd=tmp_path)
-    assert status == 0
-    assert out.startswith("format: one trace a row (problem, response, correct)\ntraces  ")
-    assert [line.split()[-1] for line in out.splitlines()[1:3]] == ["4", "2"]
-    assert sorted(f.name for f in (tmp_path / "made").iterdir()) == [
-        "card.json",
-        "pairs.jsonl",
-        "positives.jsonl",
-    ]
-
-
-def test_source_filters_are_flags(tmp_path):
-    json_lines(
-        tmp_path / "raw.jsonl", [raw("a"), raw("b", source="amc"), raw("c", source="cn_k12")]
-    )
-    made = tmp_path / "made" / "positives.jsonl"
-    for flags, kept in [
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
         (["--exclude-sources", "none"], ["a", "b", "c"]),
         (["--exclude-sources", "amc", "math"], ["c"]),
         (["--sources", "amc", "cn_k12"], ["b"]),
-    ]:
-        assert run("raw.jsonl", "--out", "made", *flags, cwd=tmp_path)[0] == 0
-        assert problems(made) == kept
+    ],
+)
+def test_source_filters_are_flags(capsys, flags, kept):
+    rows = [raw("a"), raw("b", source="amc"), raw("c", source="cn_k12")]
+    write_jsonl(Path("raw.jsonl"), rows)
+    shown(capsys, *flags)
+    assert problems() == kept
 
 
-@pytest.mark.parametrize("wrong", [{"workers": 0}, {"ngram": 0}, {"pairs_per_problem": 0}])
-def test_settings_that_make_no_sense_name_their_flag(wrong):
-    (name,) = wrong
+@pytest.mark.parametrize("name", ["workers", "ngram", "pairs_per_problem"])
+def test_settings_that_make_no_sense_name_their_flag(name):
     with pytest.raises(UserError, match="--" + name.replace("_", "-")):
-        PrepareConfig(**wrong)
+        PrepareConfig(**{name: 0})
 
 
 # ---------------------------------------------------------------- what goes wrong
 
 GOOD = json.dumps(raw("good"))
-BAD_INPUTS = [
-    ("broken.jsonl", f"{GOOD}\n{GOOD[:50]}\n{GOOD}\n", "broken.jsonl:2: not valid JSON"),
-    ("latin.jsonl", GOOD.encode() + b'\n{"x": "\xe9"}\n', "latin.jsonl:2: not valid JSON in UTF-8"),
-    ("list.jsonl", f"{GOOD}\n[]\n", "list.jsonl:2: expected a JSON object"),
-    ("empty.jsonl", "", "empty.jsonl: holds no rows"),
-    ("false.parquet", "PAR1", "false.parquet: unreadable Parquet file"),
-    ("other.jsonl", '{"question": "1+1?"}\n', "other.jsonl: not teacher data in a form known here"),
-    (
-        "wrong.jsonl",
-        json.dumps(raw("?", BOTH[:1])),
-        "wrong.jsonl: no row gives a positive (1 labels",
-    ),
-    ("table.csv", "problem\n1+1?\n", "table.csv: expected a .parquet, .jsonl or .json"),
-    ("gone.jsonl", None, "gone.jsonl: no such file or folder"),
-    ("org/set", None, "org/set: no such local path, and downloading this dataset"),
-]
+BAD_INPUTS = {
+    "broken.jsonl": (f"{GOOD}\n{GOOD[:50]}\n{GOOD}\n", "broken.jsonl:2: not valid JSON"),
+    "latin.jsonl": (f'{GOOD}\n{{"x": "é"}}\n', "latin.jsonl:2: not valid JSON in UTF-8"),
+    "list.jsonl": (f"{GOOD}\n[]\n", "list.jsonl:2: expected a JSON object"),
+    "empty.jsonl": ("", "empty.jsonl: holds no rows"),
+    "false.parquet": ("PAR1", "false.parquet: unreadable Parquet file"),
+    "other.jsonl": ('{"question": "1+1?"}', "other.jsonl: not teacher data in a form known here"),
+    "parts/b.jsonl": ('{"question": "1+1?"}', "parts/b.jsonl: not teacher data in a form known"),
+    "wrong.jsonl": (json.dumps(raw("?", BOTH[:1])), "wrong.jsonl: no row gives a positive (1 lab"),
+    "table.csv": ("problem\n1+1?\n", "table.csv: expected a .parquet, .jsonl or .json"),
+    "gone.jsonl": (None, "gone.jsonl: no such file or folder"),
+    "org/set": (None, "org/set: no such local path, and downloading this dataset"),
+}
 
 
-@pytest.mark.parametrize(("name", "content", "said"), BAD_INPUTS)
-def test_a_bad_input_is_one_line_that_names_it_and_nothing_is_written(
-    tmp_path, name, content, said
+def failed(capsys, source, out="made"):
+    """The one line on stderr of a run that fails."""
+    assert main_in_this_process(main, source, "--out", out) == 2
+    printed, errors = capsys.readouterr()
+    assert printed == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    return errors.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_a_bad_input_is_one_line_that_names_it_and_an_earlier_runs_files_stay(
+    capsys, monkeypatch, name
 ):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    content, message = BAD_INPUTS[name]
+    prepared(ROWS)
+    before = written()
+    path = Path(name)
     if content is not None:
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    status, out, err = run(name, "--out", "made", cwd=tmp_path)
-    assert (status, out) == (2, "")
-    assert err.startswith(f"error: {said}")
-    assert err.count("\n") == 1
-    assert not list((tmp_path / "made").glob("*"))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content.encode("latin-1"))
+    if name.startswith("parts/"):  # a folder is named by the file in it that is wrong
+        path = write_jsonl(path.with_name("a.jsonl"), ROWS).parent
+    assert failed(capsys, path).startswith(message)
+    assert written() == before
 
 
-def test_a_foreign_file_in_a_folder_is_named(tmp_path):
-    json_lines(tmp_path / "a.jsonl", ROWS)
-    (tmp_path / "b.jsonl").write_text('{"question": "1+1?"}\n')
-    status, _, err = run(tmp_path, "--out", "made", cwd=tmp_path)
-    assert status == 2
-    assert err.startswith(f"error: {tmp_path}/b.jsonl: not teacher data")
-    assert not list((tmp_path / "made").glob("*"))
+def test_an_output_that_is_also_input_is_refused(capsys, folder):
+    write_jsonl(Path("positives.jsonl"), ROWS)
+    message = "positives.jsonl: both raw data and output; choose another --out"
+    assert message in failed(capsys, ".", ".")
+    assert [f.name for f in folder.iterdir()] == ["positives.jsonl"]
 
 
-def test_a_failed_run_leaves_the_files_of_an_earlier_one(tmp_path):
-    prepared(json_lines(tmp_path / "raw.jsonl", ROWS), tmp_path / "made")
-    before = {f.name: f.read_bytes() for f in (tmp_path / "made").iterdir()}
-    (tmp_path / "broken.jsonl").write_text(f"{GOOD}\n{{\n")
-    assert run("broken.jsonl", "--out", "made", cwd=tmp_path)[0] == 2
-    assert {f.name: f.read_bytes() for f in (tmp_path / "made").iterdir()} == before
+@pytest.mark.parametrize("out", ["raw.jsonl", "raw.jsonl/made"])
+def test_an_output_folder_under_a_file_is_one_line(capsys, out):
+    write_jsonl(Path("raw.jsonl"), ROWS)
+    assert failed(capsys, "raw.jsonl", out).startswith(f"{out}: cannot create this folder (")
 
 
-def test_an_output_that_is_also_input_is_refused(tmp_path):
-    json_lines(tmp_path / "positives.jsonl", ROWS)
-    status, _, err = run(".", "--out", ".", cwd=tmp_path)
-    assert status == 2
-    assert "positives.jsonl: both raw data and output; choose another --out" in err
-    assert [f.name for f in tmp_path.iterdir()] == ["positives.jsonl"]
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(capsys):
+    write_jsonl(Path("raw.jsonl"), ROWS * 500)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        errors = failed(capsys, "raw.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert errors.startswith("made/p")
+    assert "cannot be written (File too large)" in errors
+    assert written() == {}
 
 
-def test_an_output_folder_under_a_file_is_one_line(tmp_path):
-    json_lines(tmp_path / "raw.jsonl", ROWS)
-    for out in ("raw.jsonl", "raw.jsonl/made"):
-        status, _, err = run("raw.jsonl", "--out", out, cwd=tmp_path)
-        assert status == 2
-        assert err.startswith(f"error: {out}: cannot create this folder (")
-        assert err.count("\n") == 1
-
-
-def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path):
-    json_lines(tmp_path / "raw.jsonl", ROWS * 500)
-
-    def limit_file_size():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    status, _, err = run("raw.jsonl", "--out", "made", cwd=tmp_path, preexec_fn=limit_file_size)
-    assert status == 2
-    assert err.startswith("error: made/p")
-    assert "cannot be written (File too large)" in err
-    assert err.count("\n") == 1
-    assert list((tmp_path / "made").iterdir()) == []
-
-
-def test_ctrl_c_halfway_is_one_line_and_leaves_nothing(tmp_path):
+def test_ctrl_c_halfway_is_one_line_and_leaves_nothing():
     line = json.dumps(raw("x" * 20_000)) + "\n"
-    (tmp_path / "raw.jsonl").write_text(line * 6000)  # 120 MB: a second's work at least
-    process = command("raw.jsonl", "--out", "made", cwd=tmp_path)
-    deadline = time.monotonic() + 30
-    while not any(f.stat().st_size for f in (tmp_path / "made").glob("*.part")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.001)
+    Path("raw.jsonl").write_text(line * 6000)  # 120 MB: a second's work at least
+    process = command("-m", "redi.prepare", "raw.jsonl", "--out", "made")
+    wait_until(lambda: any(f.stat().st_size for f in Path("made").glob("*.part")), process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.strip() == "stopped: nothing was written to made"
-    assert list((tmp_path / "made").iterdir()) == []
+    assert errors.strip() == "stopped: nothing was written to made"
+    assert written() == {}

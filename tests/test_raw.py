@@ -1,11 +1,14 @@
 """redi/prepare/raw.py: four forms of teacher data, and the same rows from each."""
 
+import copy
 import json
 import random
 
 import pytest
+from small_run import write_jsonl
 
 from redi.config import UserError
+from redi.prepare.__main__ import PrepareConfig, no_counts
 from redi.prepare.raw import HEAD, RawRow, read, recognize
 from redi.prepare.traces import Rules, choose
 
@@ -13,29 +16,18 @@ PROBLEM, WRONG, RIGHT = "1+1?", "It is 3.", "It is 2."
 
 # The same problem with a wrong and a right trace, as each form has it: name, rows of the file.
 RAW = {
-    "problem": PROBLEM,
-    "problem_is_valid": "Yes",
-    "source": "amc",
-    "answer": "2",
+    "problem": PROBLEM, "problem_is_valid": "Yes", "source": "amc", "answer": "2",
     "generations": [WRONG, RIGHT],
     "correctness": {
-        "llama_verification": [True, True],
-        "math_verify_reparsed_answer": [False, True],
+        "llama_verification": [True, True], "math_verify_reparsed_answer": [False, True],
     },
-}
+}  # fmt: skip
 FLAT = {
-    "problem": PROBLEM,
-    "source": "amc",
-    "answer": "2",
-    "uuid": "u-1",
-    "is_reasoning_complete": [True, True],
-    "generations": [WRONG, RIGHT],
-    "correctness_math_verify": [False, True],
-    "correctness_llama": None,
-    "finish_reasons": None,
-    "correctness_count": 1,
-    "messages": [{"role": "user", "content": PROBLEM}],
-}
+    "problem": PROBLEM, "source": "amc", "answer": "2", "uuid": "u-1",
+    "is_reasoning_complete": [True, True], "generations": [WRONG, RIGHT],
+    "correctness_math_verify": [False, True], "correctness_llama": None, "finish_reasons": None,
+    "correctness_count": 1, "messages": [{"role": "user", "content": PROBLEM}],
+}  # fmt: skip
 LISTED = {
     "problem": PROBLEM,
     "answer": 2,
@@ -55,31 +47,25 @@ FORMS = [
 ]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def rows_of(tmp_path, rows):
     """(name of the form, the problems) of a file of `rows`."""
-    files = [write(tmp_path / "raw.jsonl", rows)]
+    files = [write_jsonl(tmp_path / "raw.jsonl", rows)]
     form = recognize(files)
     return form.name, list(read(files, form, tmp_path))
 
 
-def only(tmp_path, row, first):
-    """The RawRow of `row` in a file that begins with `first`."""
-    return rows_of(tmp_path, [first, row])[1][1]
+def only(tmp_path, form, **changes):
+    """The RawRow of a changed row, in a file that begins with an unchanged one."""
+    return rows_of(tmp_path, [form, {**form, **changes}])[1][1]
 
 
 @pytest.mark.parametrize(("name", "rows"), FORMS)
 def test_each_form_is_named_and_gives_the_same_training_rows(tmp_path, name, rows):
-    seen, (row,) = rows_of(tmp_path, rows)
-    assert seen == name
+    found, (row,) = rows_of(tmp_path, rows)
+    assert found == name
     assert row.answer == "2"
     choice = choose(row, Rules())
-    expected = choose(rows_of(tmp_path, [RAW])[1][0], Rules())
-    assert choice == expected
+    assert choice == choose(rows_of(tmp_path, [RAW])[1][0], Rules())
     assert choice.positive["completion"][0]["content"] == RIGHT
     assert choice.pairs[0]["rejected"][0]["content"] == WRONG
 
@@ -103,75 +89,86 @@ def test_votes_are_in_the_order_of_the_verifiers(tmp_path):
         (None, None, [(), ()]),
     ],
 )
-def test_a_null_label_is_a_vote_not_given(tmp_path, llama, math_verify, votes):
-    labels = {"correctness_llama": llama, "correctness_math_verify": math_verify}
-    row = only(tmp_path, {**FLAT, **labels}, FLAT)
-    assert row.votes == votes
-    assert row.flaw is None
+def test_a_null_label_is_a_missing_vote(tmp_path, llama, math_verify, votes):
+    row = only(tmp_path, FLAT, correctness_llama=llama, correctness_math_verify=math_verify)
+    assert (row.votes, row.flaw) == (votes, None)
 
 
-def test_a_trace_that_was_cut_off_is_told_by_either_field(tmp_path):
-    changes = {"is_reasoning_complete": [True, False], "finish_reasons": None}
-    assert only(tmp_path, {**FLAT, **changes}, FLAT).complete == [True, False]
-    changes = {"is_reasoning_complete": None, "finish_reasons": ["length", "stop"]}
-    assert only(tmp_path, {**FLAT, **changes}, FLAT).complete == [False, True]
-    changes = {"is_reasoning_complete": None, "finish_reasons": None}
-    assert only(tmp_path, {**FLAT, **changes}, FLAT).complete == [True, True]
+@pytest.mark.parametrize(
+    ("closed", "reasons", "complete"),
+    [
+        ([True, False], None, [True, False]),
+        (None, ["length", "stop"], [False, True]),
+        (None, None, [True, True]),
+    ],
+)
+def test_either_field_says_that_a_trace_was_truncated(tmp_path, closed, reasons, complete):
+    row = only(tmp_path, FLAT, is_reasoning_complete=closed, finish_reasons=reasons)
+    assert row.complete == complete
 
 
 @pytest.mark.parametrize(("valid", "is_valid"), [("Yes", True), ("No", False), (None, False)])
 def test_a_flat_row_is_valid_unless_it_says_otherwise(tmp_path, valid, is_valid):
     assert rows_of(tmp_path, [FLAT])[1][0].valid
-    assert only(tmp_path, {**FLAT, "problem_is_valid": valid}, FLAT).valid == is_valid
+    assert only(tmp_path, FLAT, problem_is_valid=valid).valid == is_valid
 
 
 # ---------------------------------------------------------------- rows that cannot be used
 
-FLAWED = [
-    (RAW, {"correctness": [True]}, "malformed"),
-    (RAW, {"generations": [WRONG, 2]}, "malformed"),
-    (RAW, {"correctness": None}, "labels missing"),
-    (FLAT, {"generations": WRONG}, "malformed"),
-    (FLAT, {"problem": "\ud83d"}, "malformed"),
-    (FLAT, {"correctness_math_verify": [1, 0]}, "malformed"),
-    (FLAT, {"finish_reasons": ["stop"]}, "malformed"),
-    (FLAT, {"correctness_math_verify": [True]}, "labels misaligned"),
-    (FLAT, {"correctness_llama": []}, "labels misaligned"),
-    (LISTED, {"traces": [RIGHT]}, "malformed"),
-    (LISTED, {"traces": [None]}, "malformed"),
-    (LISTED, {"traces": {"text": RIGHT}}, "malformed"),
-    (LISTED, {"traces": [{"text": 2}]}, "malformed"),
-    (LISTED, {"traces": [{"text": RIGHT, "correct": "yes"}]}, "malformed"),
-    (ONE_TRACE[0], {"response": ["a"]}, "malformed"),
-    (ONE_TRACE[0], {"is_correct": 0.5}, "malformed"),
-    (ONE_TRACE[0], {"is_correct": "true"}, "malformed"),
-]
+
+@pytest.mark.parametrize(
+    ("form", "change", "flaw"),
+    [
+        (FLAT, {"generations": WRONG}, "malformed"),
+        (FLAT, {"problem": "\ud83d"}, "malformed"),
+        (FLAT, {"correctness_math_verify": [1, 0]}, "malformed"),
+        (FLAT, {"finish_reasons": ["stop"]}, "malformed"),
+        (FLAT, {"correctness_math_verify": [True]}, "labels misaligned"),
+        (FLAT, {"correctness_llama": []}, "labels misaligned"),
+        (LISTED, {"traces": [RIGHT]}, "malformed"),
+        (LISTED, {"traces": [None]}, "malformed"),
+        (LISTED, {"traces": {"text": RIGHT}}, "malformed"),
+        (LISTED, {"traces": [{"text": 2}]}, "malformed"),
+        (LISTED, {"traces": [{"text": RIGHT, "correct": "yes"}]}, "malformed"),
+        (ONE_TRACE[0], {"response": ["a"]}, "malformed"),
+        (ONE_TRACE[0], {"is_correct": 0.5}, "malformed"),
+        (ONE_TRACE[0], {"is_correct": "true"}, "malformed"),
+    ],
+)  # those of RAW: test_traces.py
+def test_a_row_of_the_right_form_with_a_wrong_field_has_a_flaw(tmp_path, form, change, flaw):
+    row = only(tmp_path, form, **change)
+    assert row.flaw == choose(row, Rules()).no_positive == flaw
 
 
-@pytest.mark.parametrize(("form", "change", "flaw"), FLAWED)
-def test_a_row_of_the_right_form_with_a_wrong_field_is_kept_as_a_flaw(tmp_path, form, change, flaw):
-    row = only(tmp_path, {**form, **change}, form)
-    assert row.flaw == flaw
-    assert choose(row, Rules()).no_positive == flaw
-
-
-def test_whatever_stands_in_the_fields_a_row_is_read(tmp_path):
-    chance = random.Random(0)
-    scraps = [None, "", "x", "\ud800", 0, 1, 0.5, True, [], [None], [True], ["a"], {}, [[]], [{}]]
-    for _, first in FORMS:
-        rows = [first[0]]
-        for _ in range(400):
-            row = dict(first[0])
-            for name in chance.sample(list(row), 2):
-                row[name] = chance.choice(scraps)
-            rows.append(row)
-        _, read_back = rows_of(tmp_path, rows)
-        for row in read_back:
-            assert isinstance(row, RawRow)
-            assert len(row.traces) == len(row.votes) == len(row.complete)
-            choose(row, Rules())
-        assert any(row.flaw for row in read_back)
-        assert not all(row.flaw for row in read_back)
+@pytest.mark.parametrize("form", [rows[0] for _, rows in FORMS], ids=lambda form: len(form))
+def test_any_values_of_the_fields_give_a_row_or_a_counted_drop(tmp_path, form):
+    rng = random.Random(0)
+    values = [None, "", "x", "\ud800", 0, 1, 0.5, True, [], [None], [True], ["a"], {}, [[]], [{}]]
+    rows = [form]
+    for _ in range(800):
+        row = copy.deepcopy(form)
+        for name in rng.sample(list(row), 2):
+            row[name] = rng.choice(values)
+        if form is RAW and row["correctness"] == RAW["correctness"] and rng.random() < 0.5:
+            row["correctness"][rng.choice(list(RAW["correctness"]))] = rng.choice(values)
+        rows.append(row)
+    before = json.dumps(rows)
+    _, read_back = rows_of(tmp_path, rows)
+    counts, reasons = no_counts(PrepareConfig(), recognize([tmp_path / "raw.jsonl"])), set()
+    for row in read_back:
+        assert isinstance(row, RawRow)
+        assert len(row.traces) == len(row.votes) == len(row.complete)
+        choice = choose(row, Rules())
+        json.dumps([choice.positive, choice.pairs], ensure_ascii=False).encode()
+        assert choice.no_positive is None or choice.no_positive in counts.no_positive
+        assert (choice.positive is None) == (choice.no_positive is not None)
+        assert bool(choice.pairs) == (choice.positive is not None and not choice.no_pair)
+        assert set(choice.no_pair) <= set(counts.no_pair)
+        reasons.add(choice.no_positive)
+    assert json.dumps(rows) == before
+    assert "malformed" in reasons
+    assert len(reasons) > 2
+    assert form is not RAW or {None, "labels missing", "labels misaligned"} <= reasons
 
 
 @pytest.mark.parametrize(
@@ -182,24 +179,24 @@ def test_whatever_stands_in_the_fields_a_row_is_read(tmp_path):
     ],
 )
 def test_an_answer_is_text_or_a_number(tmp_path, answer, text):
-    assert only(tmp_path, {**LISTED, "answer": answer}, LISTED).answer == text
+    assert only(tmp_path, LISTED, answer=answer).answer == text
 
 
-# ---------------------------------------------------------------- one trace a row
+# ---------------------------------------------------------------- one trace per row
 
 
-def test_rows_of_a_problem_are_gathered_from_anywhere_in_order_of_first_appearance(tmp_path):
-    order = ["b", "a", "b", "c", "a", "b"]
-    rows = [{"prompt": p, "output": f"{p}{i}", "label": i % 2} for i, p in enumerate(order)]
+def test_rows_of_a_problem_are_joined_from_anywhere_in_order_of_first_appearance(tmp_path):
+    rows = [{"prompt": p, "output": f"{p}{i}", "label": i % 2} for i, p in enumerate("babcab")]
     (tmp_path / "spool").mkdir()
-    files = [write(tmp_path / "1.jsonl", rows[:3]), write(tmp_path / "2.jsonl", rows[3:])]
-    gathered = list(read(files, recognize(files), tmp_path / "spool"))
-    assert [(row.problem, row.traces) for row in gathered] == [
+    halves = {"1.jsonl": rows[:3], "2.jsonl": rows[3:]}
+    files = [write_jsonl(tmp_path / name, half) for name, half in halves.items()]
+    joined = list(read(files, recognize(files), tmp_path / "spool"))
+    assert [(row.problem, row.traces) for row in joined] == [
         ("b", ["b0", "b2", "b5"]),
         ("a", ["a1", "a4"]),
         ("c", ["c3"]),
     ]
-    assert gathered[0].votes == [(False,), (False,), (True,)]
+    assert joined[0].votes == [(False,), (False,), (True,)]
     assert list((tmp_path / "spool").iterdir()) == []
 
 
@@ -215,12 +212,12 @@ def test_labels_of_one_trace_rows_may_be_missing(tmp_path):
     assert row.votes == [()]
 
 
-def test_a_finish_reason_of_length_is_a_trace_cut_off(tmp_path):
+def test_a_finish_reason_of_length_is_a_truncated_trace(tmp_path):
     rows = [{"prompt": PROBLEM, "output": "a", "finish_reason": r} for r in ("stop", "length")]
     assert rows_of(tmp_path, rows)[1][0].complete == [True, False]
 
 
-# ---------------------------------------------------------------- telling the form
+# ---------------------------------------------------------------- recognizing the form
 
 
 @pytest.mark.parametrize(
@@ -235,11 +232,11 @@ def test_a_finish_reason_of_length_is_a_trace_cut_off(tmp_path):
 def test_a_file_of_no_known_form_is_refused_with_its_fields_and_the_forms(tmp_path, row):
     with pytest.raises(UserError) as error:
         rows_of(tmp_path, [row])
-    said = str(error.value)
-    assert said.startswith(f"{tmp_path}/raw.jsonl: not teacher data in a form known here")
-    assert f"its fields are {', '.join(row)};" in said
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/raw.jsonl: not teacher data in a form known here")
+    assert f"its fields are {', '.join(row)};" in message
     for name in ("OpenR1-Math-Raw (", "OpenR1-Math-220k (", "problem, traces (", "one trace a row"):
-        assert name in said
+        assert name in message
 
 
 def test_the_form_is_that_of_the_first_rows_together(tmp_path):
@@ -252,9 +249,9 @@ def test_the_form_is_that_of_the_first_rows_together(tmp_path):
 
 
 def test_files_of_different_forms_are_not_mixed(tmp_path):
-    files = [write(tmp_path / "a.jsonl", [RAW]), write(tmp_path / "b.jsonl", [LISTED])]
+    rows = {"a.jsonl": RAW, "b.jsonl": LISTED}
     with pytest.raises(UserError) as error:
-        recognize(files)
+        recognize([write_jsonl(tmp_path / name, [row]) for name, row in rows.items()])
     assert str(error.value) == (
         f"{tmp_path}/b.jsonl: is in the form problem, traces, and {tmp_path}/a.jsonl in the form "
         "OpenR1-Math-Raw; prepare them apart"
@@ -262,8 +259,8 @@ def test_files_of_different_forms_are_not_mixed(tmp_path):
 
 
 def test_rows_are_streamed(tmp_path):
-    files = [write(tmp_path / "raw.jsonl", [RAW] * (HEAD + 1) + [{"problem": 1}])]
-    with open(files[0], "a") as file:
-        file.write("{broken\n")
-    rows = read(files, recognize(files), tmp_path)
+    file = write_jsonl(tmp_path / "raw.jsonl", [RAW] * (HEAD + 1) + [{"problem": 1}])
+    with open(file, "a") as lines:
+        lines.write("{broken\n")
+    rows = read([file], recognize([file]), tmp_path)
     assert next(rows).problem == PROBLEM

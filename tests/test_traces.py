@@ -1,8 +1,6 @@
 """redi/prepare/traces.py: one hand-made row per rule of the recipe, and an account that adds up."""
 
-import copy
 import hashlib
-import json
 import random
 
 import pytest
@@ -18,35 +16,38 @@ COUNTS = no_counts(PrepareConfig(), RAW)
 NO_POSITIVE, NO_PAIR = list(COUNTS.no_positive), list(COUNTS.no_pair)
 
 
+def labels(llama, math_verify):
+    return {"llama_verification": llama, "math_verify_reparsed_answer": math_verify}
+
+
+WRONG_RIGHT = [False, True, True, False]
+LABELS = labels(WRONG_RIGHT, WRONG_RIGHT)
+
+
 def raw(**changes):
     """A row with a wrong, a right, another right and another wrong trace."""
-    both = [False, True, True, False]
     row = {
         "problem": "1+1?",
         "problem_is_valid": "Yes",
         "source": "olympiads",
         "generations": ["It is 3.", "It is 2.", "So 2.", "So 3."],
-        "correctness": {
-            "llama_verification": list(both),
-            "math_verify_answer": [None] * 4,
-            "math_verify_reparsed_answer": list(both),
-        },
+        "correctness": {**LABELS, "math_verify_answer": [None] * 4},
         **changes,
     }
     return {name: value for name, value in row.items() if value is not DELETE}
 
 
-def labelled(llama, math_verify, **changes):
-    labels = {"llama_verification": llama, "math_verify_reparsed_answer": math_verify}
-    return raw(correctness=labels, **changes)
-
-
-def only(row):
+def only(**changes):
     """(positive, pair, reason) of a row under the paper's rules."""
-    choice = choose(RAW.read(row), Rules())
+    choice = choose(RAW.read(raw(**changes)), Rules())
     (reason,) = choice.no_pair or [choice.no_positive]
     (pair,) = choice.pairs or [None]
     return choice.positive, pair, reason
+
+
+def text(row, side):
+    (message,) = row[side]
+    return message["content"]
 
 
 # ---------------------------------------------------------------- what a row becomes
@@ -54,7 +55,7 @@ def only(row):
 
 def test_the_first_correct_trace_is_chosen_and_the_first_incorrect_one_rejected():
     row_id = hashlib.sha256(b"1+1?\0It is 2.").hexdigest()[:16]
-    positive, pair, reason = only(raw())
+    positive, pair, reason = only()
     assert positive == {
         "prompt": [{"role": "user", "content": "1+1?"}],
         "completion": [{"role": "assistant", "content": "It is 2."}],
@@ -74,156 +75,112 @@ def test_the_first_correct_trace_is_chosen_and_the_first_incorrect_one_rejected(
 
 
 def test_a_trace_is_correct_only_when_both_verifiers_say_so():
-    positive, pair, _ = only(labelled([True, False, True, True], [False, True, True, False]))
-    assert positive["completion"][0]["content"] == "So 2."
-    assert pair["rejected"][0]["content"] == "It is 3."
+    split = labels([True, False, True, True], [False, True, True, False])
+    positive, pair, _ = only(correctness=split)
+    assert text(positive, "completion") == "So 2."
+    assert text(pair, "rejected") == "It is 3."
 
 
 def test_texts_are_taken_as_they_are():
     generations = ["\n wrong ", "<think>\nright\n\n", "", ""]
-    positive, pair, _ = only(raw(problem="  1+1?\u2028\n", generations=generations))
-    assert positive["prompt"][0]["content"] == "  1+1?\u2028\n"
-    assert pair["chosen"][0]["content"] == "<think>\nright\n\n"
-    assert pair["rejected"][0]["content"] == "\n wrong "
+    positive, pair, _ = only(problem="  1+1?\u2028\n", generations=generations)
+    assert text(positive, "prompt") == "  1+1?\u2028\n"
+    assert text(pair, "chosen") == "<think>\nright\n\n"
+    assert text(pair, "rejected") == "\n wrong "
 
 
-def test_the_id_is_that_of_the_content_not_of_the_place():
-    rows = [raw(), raw(problem="2+2?"), raw(generations=["3", "2", "2", "3"])]
-    forward = [positive["id"] for positive, _, _ in map(only, rows)]
-    backward = [positive["id"] for positive, _, _ in map(only, reversed(rows))]
-    assert forward == backward[::-1]
-    assert len(set(forward)) == 3
-
-
-@pytest.mark.parametrize("valid", ["Yes", "yes", " YES\n"])
-def test_a_problem_is_valid_whatever_the_case_and_the_blanks(valid):
-    assert only(raw(problem_is_valid=valid))[2] is None
-
-
-@pytest.mark.parametrize("source", [None, DELETE, "cn_k12_extra"])
-def test_a_row_of_any_other_source_stays(source):
-    assert only(raw(source=source))[2] is None
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"problem_is_valid": valid} for valid in ("Yes", "yes", " YES\n")),
+        *({"source": source} for source in (None, DELETE, "cn_k12_extra")),
+    ],
+)
+def test_a_valid_problem_of_another_source_than_the_excluded_is_kept(changes):
+    assert only(**changes)[2] is None
 
 
 # ---------------------------------------------------------------- one row per reason
 
 ALL, NONE = [True] * 4, [False] * 4
-LABELS = raw()["correctness"]
-DROPPED = [
-    ("malformed", raw(generations="It is 2.")),
-    ("malformed", raw(generations=["It is 2.", 2, "a", "b"])),
-    ("malformed", raw(generations={"0": "It is 2."})),
-    ("malformed", raw(problem=11)),
-    ("malformed", raw(problem_is_valid=True)),
-    ("malformed", raw(source=["olympiads"])),
-    ("malformed", raw(correctness=[True, True])),
-    ("malformed", raw(correctness={**LABELS, "llama_verification": "true"})),
-    ("malformed", raw(correctness={**LABELS, "math_verify_reparsed_answer": [1, 0, 1, 0]})),
-    ("malformed", raw(problem="half of a pair: \ud83d")),
-    ("malformed", raw(generations=["a", "b", "c", "\udc00"])),
-    ("problem not valid", raw(problem_is_valid="No")),
-    ("problem not valid", raw(problem_is_valid="")),
-    ("problem not valid", raw(problem_is_valid=None)),
-    ("problem not valid", raw(problem_is_valid=DELETE)),
-    ("source cn_k12", raw(source="cn_k12")),
-    ("empty problem", raw(problem="")),
-    ("empty problem", raw(problem=" \n")),
-    ("empty problem", raw(problem=None)),
-    ("empty problem", raw(problem=DELETE)),
-    ("no generations", raw(generations=[])),
-    ("no generations", raw(generations=None)),
-    ("no generations", raw(generations=DELETE)),
-    ("labels missing", raw(correctness=None)),
-    ("labels missing", raw(correctness=DELETE)),
-    ("labels missing", raw(correctness={"llama_verification": ALL})),
-    ("labels missing", labelled(None, ALL)),
-    ("labels missing", labelled(ALL, None)),
-    ("labels missing", labelled([True, None, True, True], ALL)),
-    ("labels misaligned", labelled(ALL, [True] * 3)),
-    ("labels misaligned", labelled([True] * 5, ALL)),
-    ("labels misaligned", labelled([], ALL)),
-    ("no correct generation", labelled(NONE, NONE)),
-    ("no correct generation", labelled([True, True, False, False], [False, False, True, True])),
-    ("empty chosen", raw(generations=["It is 3.", "", "So 2.", "So 3."])),
-    ("empty chosen", raw(generations=["It is 3.", " \n", "So 2.", "So 3."])),
-    ("empty chosen", raw(generations=["It is 3.", None, "So 2.", "So 3."])),
-]
-UNPAIRED = [
-    ("no incorrect generation", labelled(ALL, ALL)),
-    ("empty rejected", raw(generations=["", "It is 2.", "So 2.", "So 3."])),
-    ("empty rejected", raw(generations=[None, "It is 2.", "So 2.", "So 3."])),
-    ("chosen equals rejected", raw(generations=["It is 2.", "It is 2.", "So 2.", "So 3."])),
-]
+DROPPED = {
+    "malformed": [
+        *({"generations": g} for g in ("It is 2.", ["It is 2.", 2, "a", "b"], {"0": "It is 2."})),
+        *({"problem": 11}, {"problem_is_valid": True}, {"source": ["olympiads"]}),
+        {"correctness": [True, True]},
+        {"correctness": {**LABELS, "llama_verification": "true"}},
+        {"correctness": {**LABELS, "math_verify_reparsed_answer": [1, 0, 1, 0]}},
+        *({"problem": "half of a pair: \ud83d"}, {"generations": ["a", "b", "c", "\udc00"]}),
+    ],
+    "problem not valid": [{"problem_is_valid": valid} for valid in ("No", "", None, DELETE)],
+    "source cn_k12": [{"source": "cn_k12"}],
+    "empty problem": [{"problem": problem} for problem in ("", " \n", None, DELETE)],
+    "no generations": [{"generations": generations} for generations in ([], None, DELETE)],
+    "labels missing": [
+        {"correctness": given}
+        for given in (
+            *(None, DELETE, {"llama_verification": ALL}, labels(None, ALL), labels(ALL, None)),
+            labels([True, None, True, True], ALL),
+        )
+    ],
+    "labels misaligned": [
+        {"correctness": given}
+        for given in (labels(ALL, [True] * 3), labels([True] * 5, ALL), labels([], ALL))
+    ],
+    "no correct generation": [
+        {"correctness": given}
+        for given in (labels(NONE, NONE), labels(ALL[:2] + NONE[:2], NONE[:2] + ALL[:2]))
+    ],
+    "empty chosen": [
+        {"generations": ["It is 3.", chosen, "So 2.", "So 3."]} for chosen in ("", " \n", None)
+    ],
+}
+UNPAIRED = {
+    "no incorrect generation": [{"correctness": labels(ALL, ALL)}],
+    "empty rejected": [
+        {"generations": [rejected, "It is 2.", "So 2.", "So 3."]} for rejected in ("", None)
+    ],
+    "chosen equals rejected": [{"generations": ["It is 2.", "It is 2.", "So 2.", "So 3."]}],
+}
 
 
-@pytest.mark.parametrize(("reason", "row"), DROPPED)
-def test_a_row_that_breaks_a_rule_gives_nothing_but_its_reason(reason, row):
-    assert only(row) == (None, None, reason)
+def cases(table):
+    return [(reason, changes) for reason, rows in table.items() for changes in rows]
 
 
-@pytest.mark.parametrize(("reason", "row"), UNPAIRED)
-def test_a_row_without_a_usable_wrong_trace_gives_its_positive_alone(reason, row):
-    positive, pair, why = only(row)
-    assert positive["prompt"][0]["content"] == "1+1?"
-    assert pair is None
-    assert why == reason
+@pytest.mark.parametrize(("reason", "changes"), cases(DROPPED))
+def test_a_row_that_breaks_a_rule_gives_nothing_but_its_reason(reason, changes):
+    assert only(**changes) == (None, None, reason)
 
 
-def test_every_reason_has_a_row_above():
-    assert {reason for reason, _ in DROPPED} == set(NO_POSITIVE)
-    assert {reason for reason, _ in UNPAIRED} == set(NO_PAIR)
+@pytest.mark.parametrize(("reason", "changes"), cases(UNPAIRED))
+def test_a_row_without_a_usable_wrong_trace_gives_its_positive_alone(reason, changes):
+    positive, pair, found = only(**changes)
+    assert text(positive, "prompt") == "1+1?"
+    assert (pair, found) == (None, reason)
 
 
-def test_the_rules_are_asked_in_their_order():
-    row = labelled(NONE, NONE, problem_is_valid="No", source="cn_k12", problem="")
-    reasons = [only(row)[2]]
-    for mended in ({"problem_is_valid": "Yes"}, {"source": "math"}, {"problem": "1+1?"}):
-        row = {**row, **mended}
-        reasons.append(only(row)[2])
+def test_the_papers_rules_have_these_reasons_and_each_has_a_row_above():
+    assert NO_POSITIVE == [
+        "malformed", "problem not valid", "source cn_k12", "empty problem", "no generations",
+        "labels missing", "labels misaligned", "no correct generation", "empty chosen",
+    ]  # fmt: skip
+    assert NO_PAIR == ["no incorrect generation", "empty rejected", "chosen equals rejected"]
+    assert (list(DROPPED), list(UNPAIRED)) == (NO_POSITIVE, NO_PAIR)
+
+
+def test_the_rules_are_checked_in_their_order():
+    changes = {
+        "correctness": labels(NONE, NONE), "problem_is_valid": "No", "source": "cn_k12",
+        "problem": "",
+    }  # fmt: skip
+    reasons = [only(**changes)[2]]
+    for name, value in {"problem_is_valid": "Yes", "source": "math", "problem": "1+1?"}.items():
+        changes[name] = value
+        reasons.append(only(**changes)[2])
     assert reasons == [
-        "problem not valid",
-        "source cn_k12",
-        "empty problem",
-        "no correct generation",
-    ]
-
-
-def test_rows_come_out_one_for_one_and_in_order():
-    rows = [raw(problem="a"), raw(source="cn_k12"), labelled(ALL, ALL, problem="b"), raw()]
-    seen = [(p and p["prompt"][0]["content"], q is not None, why) for p, q, why in map(only, rows)]
-    assert seen == [
-        ("a", True, None),
-        (None, False, "source cn_k12"),
-        ("b", False, "no incorrect generation"),
-        ("1+1?", True, None),
-    ]
-
-
-def test_a_row_is_left_unchanged():
-    row = raw()
-    before = copy.deepcopy(row)
-    only(row)
-    assert row == before
-
-
-def test_whatever_stands_in_the_fields_is_a_row_or_a_counted_drop():
-    chance = random.Random(0)
-    scraps = [None, "", "yes", "\ud800", 0, True, [], [None], [True], ["a"], ["a", "a"], {}, [[]]]
-    labels = {"llama_verification": [True, False], "math_verify_reparsed_answer": [True, False]}
-    reasons = set()
-    for _ in range(5000):
-        row = raw(generations=["a", "b"], correctness=dict(labels))
-        for name in chance.sample((*RAW.fields, "source"), chance.choice([0, 1, 2])):
-            row[name] = chance.choice(scraps)
-        if isinstance(row["correctness"], dict) and chance.random() < 0.5:
-            row["correctness"][chance.choice(list(labels))] = chance.choice(scraps)
-        positive, pair, reason = only(row)
-        json.dumps([positive, pair], ensure_ascii=False).encode()
-        assert reason in (None, *NO_POSITIVE, *NO_PAIR)
-        assert (positive is None) == (reason in NO_POSITIVE)
-        assert (pair is None) == (reason is not None)
-        reasons.add(reason)
-    assert {None, "malformed", "labels missing", "labels misaligned"} <= reasons
+        "problem not valid", "source cn_k12", "empty problem", "no correct generation",
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- other rules than the paper's
@@ -231,55 +188,43 @@ def test_whatever_stands_in_the_fields_is_a_row_or_a_counted_drop():
 
 def judged(*traces, **changes):
     """A row of (text, votes) or (text, votes, complete) traces."""
-    whole = [trace[2] if len(trace) == 3 else True for trace in traces]
-    return RawRow(
-        problem="1+1?",
-        traces=[trace[0] for trace in traces],
-        votes=[trace[1] for trace in traces],
-        complete=whole,
-        **changes,
-    )
+    texts, votes, complete = zip(*((*trace, True)[:3] for trace in traces)) if traces else [()] * 3
+    return RawRow(problem="1+1?", traces=texts, votes=votes, complete=complete, **changes)
 
 
 def texts(choice):
-    return [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in choice.pairs]
+    return [(text(pair, "chosen"), text(pair, "rejected")) for pair in choice.pairs]
 
 
 YES, NO, DISPUTED = (True, True), (False, False), (True, False)
+SPLIT = [("maybe", DISPUTED), ("right", YES), ("wrong", NO)]
+CUT = [("cut", NO, False), ("lucky", YES, False), ("right", YES), ("wrong", NO)]
+COMPLETE = {"require_complete": True}
 
 
-def test_the_defaults_are_the_papers_rules():
-    assert NO_POSITIVE == [
-        "malformed", "problem not valid", "source cn_k12", "empty problem", "no generations",
-        "labels missing", "labels misaligned", "no correct generation", "empty chosen",
-    ]  # fmt: skip
-    assert NO_PAIR == ["no incorrect generation", "empty rejected", "chosen equals rejected"]
+@pytest.mark.parametrize(
+    ("rules", "traces", "expected"),
+    [
+        ({}, SPLIT, [("right", "maybe")]),
+        ({"reject_rule": "both"}, SPLIT, [("right", "wrong")]),
+        ({"reject_rule": "both"}, SPLIT[:2], "none that both reject"),
+        ({}, [("a", ()), ("right", YES)], "no incorrect generation"),
+        ({}, [("a", ()), ("wrong", NO)], "no correct generation"),
+        ({}, CUT, [("lucky", "cut")]),
+        (COMPLETE, CUT, [("right", "wrong")]),
+        (COMPLETE, [("cut", NO, False), ("right", YES)], "no complete incorrect one"),
+        (COMPLETE, [("lucky", YES, False), ("wrong", NO)], "no complete correct one"),
+        ({"min_length_ratio": 0.375}, [("12345678", YES), ("123", NO)], [("12345678", "123")]),
+        ({"min_length_ratio": 0.376}, [("12345678", YES), ("123", NO)], "rejected too short"),
+        ({"min_length_ratio": 1.0}, [("1", YES), ("2" * 99, NO)], [("1", "2" * 99)]),
+    ],
+)
+def test_each_rule_decides_which_traces_are_a_pair(rules, traces, expected):
+    choice = choose(judged(*traces), Rules(**rules))
+    assert expected in (texts(choice), choice.no_positive, *choice.no_pair)
 
 
-def test_under_the_reject_rule_both_a_disputed_trace_is_neither():
-    row = judged(("maybe", DISPUTED), ("right", YES), ("wrong", NO))
-    assert texts(choose(row, Rules())) == [("right", "maybe")]
-    assert texts(choose(row, Rules(reject_rule="both"))) == [("right", "wrong")]
-    row = judged(("maybe", DISPUTED), ("right", YES))
-    assert choose(row, Rules(reject_rule="both")).no_pair == ["none that both reject"]
-
-
-def test_a_trace_without_a_vote_is_neither():
-    assert choose(judged(("a", ()), ("right", YES)), Rules()).no_pair == ["no incorrect generation"]
-    assert choose(judged(("a", ()), ("wrong", NO)), Rules()).no_positive == "no correct generation"
-
-
-def test_only_complete_traces_count_when_that_is_required():
-    row = judged(("cut", NO, False), ("lucky", YES, False), ("right", YES), ("wrong", NO))
-    assert texts(choose(row, Rules())) == [("lucky", "cut")]
-    assert texts(choose(row, Rules(require_complete=True))) == [("right", "wrong")]
-    row = judged(("cut", NO, False), ("right", YES))
-    assert choose(row, Rules(require_complete=True)).no_pair == ["no complete incorrect one"]
-    row = judged(("lucky", YES, False), ("wrong", NO))
-    assert choose(row, Rules(require_complete=True)).no_positive == "no complete correct one"
-
-
-def test_the_kth_pair_is_the_kth_correct_and_the_kth_incorrect_trace_and_has_its_own_id():
+def test_the_kth_pair_is_the_kth_correct_and_the_kth_incorrect_trace_and_has_another_id():
     row = judged(("n1", NO), ("y1", YES), ("y2", YES), ("n2", NO), ("n3", NO))
     one, two, many = (choose(row, Rules(pairs_per_problem=n)) for n in (1, 2, 9))
     assert texts(one) == [("y1", "n1")]
@@ -289,7 +234,7 @@ def test_the_kth_pair_is_the_kth_correct_and_the_kth_incorrect_trace_and_has_its
     assert two.pairs[1]["id"] == hashlib.sha256(b"1+1?\0y2\0n2").hexdigest()[:16]
 
 
-def test_every_further_pair_that_cannot_be_is_counted():
+def test_every_further_pair_that_is_impossible_is_counted():
     row = judged(
         *[("y", YES), (" ", YES), ("y", YES), ("y", YES), ("y", YES)],
         *[("n", NO), ("n", NO), ("", NO), ("y", NO), ("n", NO)],
@@ -297,45 +242,40 @@ def test_every_further_pair_that_cannot_be_is_counted():
     choice = choose(row, Rules(pairs_per_problem=9))
     assert texts(choice) == [("y", "n")]
     assert choice.no_pair == [
-        "empty further chosen",
-        "empty rejected",
-        "chosen equals rejected",
-        "same as another pair",
-    ]
+        "empty further chosen", "empty rejected", "chosen equals rejected", "same as another pair",
+    ]  # fmt: skip
 
 
-def test_a_rejected_trace_may_be_so_much_shorter_and_any_length_longer():
-    row = judged(("12345678", YES), ("123", NO))
-    assert texts(choose(row, Rules(min_length_ratio=0.375)))
-    assert choose(row, Rules(min_length_ratio=0.376)).no_pair == ["rejected too short"]
-    assert texts(choose(judged(("1", YES), ("2" * 99, NO)), Rules(min_length_ratio=1.0)))
-
-
-def test_sources_are_taken_or_left_by_name():
-    row = judged(("right", YES), source="amc")
-    assert choose(row, Rules(exclude_sources=["amc", "x"])).no_positive == "source amc"
-    assert choose(row, Rules(sources=["amc"])).positive
-    assert choose(row, Rules(sources=["x"])).no_positive == "source not asked for"
-    assert choose(judged(("right", YES), source="cn_k12"), Rules(exclude_sources=["none"])).positive
+@pytest.mark.parametrize(
+    ("source", "rules", "reason"),
+    [
+        ("amc", {"exclude_sources": ["amc", "x"]}, "source amc"),
+        ("amc", {"sources": ["amc"]}, None),
+        ("amc", {"sources": ["x"]}, "source not asked for"),
+        ("cn_k12", {"exclude_sources": ["none"]}, None),
+    ],
+)
+def test_sources_are_included_or_excluded_by_name(source, rules, reason):
+    assert choose(judged(("right", YES), source=source), Rules(**rules)).no_positive == reason
 
 
 def test_every_reason_under_any_rules_is_one_that_they_list():
-    chance = random.Random(0)
+    rng = random.Random(0)
     met = set()
     for _ in range(5000):
         rules = PrepareConfig(
-            reject_rule=chance.choice(["either", "both"]),
-            require_complete=chance.random() < 0.5,
-            pairs_per_problem=chance.choice([1, 2, 5]),
-            min_length_ratio=chance.choice([0.0, 0.5]),
-            sources=chance.choice([[], ["a"]]),
-            exclude_sources=chance.choice([["cn_k12"], ["b", "a"], ["none"]]),
+            reject_rule=rng.choice(["either", "both"]),
+            require_complete=rng.random() < 0.5,
+            pairs_per_problem=rng.choice([1, 2, 5]),
+            min_length_ratio=rng.choice([0.0, 0.5]),
+            sources=rng.choice([[], ["a"]]),
+            exclude_sources=rng.choice([["cn_k12"], ["b", "a"], ["none"]]),
         )
         traces = [
-            (chance.choice(["", "a", "bb", "cccc"]), chance.choice([YES, NO, DISPUTED, ()]), whole)
-            for whole in chance.choices([True, False], [3, 1], k=chance.randrange(7))
+            (rng.choice(["", "a", "bb", "cccc"]), rng.choice([YES, NO, DISPUTED, ()]), whole)
+            for whole in rng.choices([True, False], [3, 1], k=rng.randrange(7))
         ]
-        choice = choose(judged(*traces, source=chance.choice([None, "a", "none"])), rules)
+        choice = choose(judged(*traces, source=rng.choice([None, "a", "none"])), rules)
         listed = no_counts(rules, RAW)
         if choice.positive is None:
             assert choice.no_positive in listed.no_positive
@@ -345,12 +285,8 @@ def test_every_reason_under_any_rules_is_one_that_they_list():
             assert 1 <= len(choice.pairs) + len(choice.no_pair) <= rules.pairs_per_problem
             assert len({pair["id"] for pair in choice.pairs}) == len(choice.pairs)
         met.update([choice.no_positive, *choice.no_pair])
-    assert met >= {
-        "same as another pair",
-        "rejected too short",
-        "none that both reject",
-        "source a",
-    }
+    rare = {"same as another pair", "rejected too short", "none that both reject", "source a"}
+    assert met >= rare
 
 
 @pytest.mark.parametrize("wrong", [{"pairs_per_problem": 0}, {"min_length_ratio": -0.1}])
