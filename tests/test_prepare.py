@@ -135,17 +135,6 @@ def test_one_row_per_rule_gives_exactly_the_rows_expected_with_every_drop_counte
     assert card["sha256"] == {name: sha256(f"made/{name}") for name in names}
 
 
-def test_a_line_is_the_json_that_the_trainers_read():
-    prepared([raw("1+1?")])
-    row_id = hashlib.sha256("1+1?\0right — ½".encode()).hexdigest()[:16]
-    assert Path("made/pairs.jsonl").read_text(encoding="utf-8") == (
-        '{"prompt": [{"role": "user", "content": "1+1?"}], '
-        '"chosen": [{"role": "assistant", "content": "right — ½"}], '
-        '"rejected": [{"role": "assistant", "content": "wrong\\n"}], '
-        f'"source": "math", "id": "{row_id}"}}\n'
-    )
-
-
 def test_parquet_json_lines_and_a_folder_give_the_same_bytes_and_so_does_a_second_run():
     write_jsonl(Path("raw.jsonl"), ROWS)
     Path("raw.json").write_text(json.dumps(ROWS))
@@ -160,13 +149,6 @@ def test_parquet_json_lines_and_a_folder_give_the_same_bytes_and_so_does_a_secon
         counts, _ = prepared(source)
         results.append((counts, {k: v for k, v in written().items() if k != "card.json"}))
     assert results == [results[0]] * 5
-
-
-def test_half_of_a_surrogate_pair_is_counted_as_malformed():
-    rows = [raw("good"), raw("bad \ud83d"), raw("bad", generations=["\udc00", "right", "x"])]
-    counts, _ = prepared(rows)
-    assert counts.no_positive["malformed"] == 2
-    assert problems() == ["good"]
 
 
 def test_one_trace_rows_are_counted_as_problems(capsys):
@@ -346,10 +328,13 @@ def test_source_filters_are_flags(capsys, flags, kept):
     assert problems() == kept
 
 
-@pytest.mark.parametrize("name", ["workers", "ngram", "pairs_per_problem"])
-def test_settings_that_make_no_sense_name_their_flag(name):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("workers", 0), ("ngram", 0), ("pairs_per_problem", 0), ("min_length_ratio", -0.1)],
+)
+def test_settings_that_make_no_sense_name_their_flag(name, value):
     with pytest.raises(UserError, match="--" + name.replace("_", "-")):
-        PrepareConfig(**{name: 0})
+        PrepareConfig(**{name: value})
 
 
 # ---------------------------------------------------------------- what goes wrong

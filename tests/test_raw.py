@@ -1,6 +1,5 @@
 """redi/prepare/raw.py: four forms of teacher data, and the same rows from each."""
 
-import copy
 import json
 import random
 
@@ -9,7 +8,7 @@ from small_run import write_jsonl
 
 from redi.config import UserError
 from redi.prepare.__main__ import PrepareConfig, no_counts
-from redi.prepare.raw import HEAD, RawRow, read, recognize
+from redi.prepare.raw import HEAD, read, recognize
 from redi.prepare.traces import Rules, choose
 
 PROBLEM, WRONG, RIGHT = "1+1?", "It is 3.", "It is 2."
@@ -142,33 +141,19 @@ def test_a_row_of_the_right_form_with_a_wrong_field_has_a_flaw(tmp_path, form, c
 
 @pytest.mark.parametrize("form", [rows[0] for _, rows in FORMS], ids=lambda form: len(form))
 def test_any_values_of_the_fields_give_a_row_or_a_counted_drop(tmp_path, form):
+    """test_broken_data.py breaks rows of OpenR1-Math-Raw more thoroughly."""
     rng = random.Random(0)
     values = [None, "", "x", "\ud800", 0, 1, 0.5, True, [], [None], [True], ["a"], {}, [[]], [{}]]
-    rows = [form]
-    for _ in range(800):
-        row = copy.deepcopy(form)
-        for name in rng.sample(list(row), 2):
-            row[name] = rng.choice(values)
-        if form is RAW and row["correctness"] == RAW["correctness"] and rng.random() < 0.5:
-            row["correctness"][rng.choice(list(RAW["correctness"]))] = rng.choice(values)
-        rows.append(row)
-    before = json.dumps(rows)
-    _, read_back = rows_of(tmp_path, rows)
-    counts, reasons = no_counts(PrepareConfig(), recognize([tmp_path / "raw.jsonl"])), set()
-    for row in read_back:
-        assert isinstance(row, RawRow)
+    changes = [{name: rng.choice(values) for name in rng.sample(list(form), 2)} for _ in range(800)]
+    _, rows = rows_of(tmp_path, [form, *({**form, **change} for change in changes)])
+    counts = no_counts(PrepareConfig(), recognize([tmp_path / "raw.jsonl"]))
+    for row in rows:
         assert len(row.traces) == len(row.votes) == len(row.complete)
         choice = choose(row, Rules())
         json.dumps([choice.positive, choice.pairs], ensure_ascii=False).encode()
-        assert choice.no_positive is None or choice.no_positive in counts.no_positive
-        assert (choice.positive is None) == (choice.no_positive is not None)
-        assert bool(choice.pairs) == (choice.positive is not None and not choice.no_pair)
-        assert set(choice.no_pair) <= set(counts.no_pair)
-        reasons.add(choice.no_positive)
-    assert json.dumps(rows) == before
-    assert "malformed" in reasons
-    assert len(reasons) > 2
-    assert form is not RAW or {None, "labels missing", "labels misaligned"} <= reasons
+        assert choice.positive or choice.no_positive in counts.no_positive
+        assert not choice.positive or choice.pairs or choice.no_pair[0] in counts.no_pair
+    assert {None, "malformed"} <= {row.flaw for row in rows}
 
 
 @pytest.mark.parametrize(

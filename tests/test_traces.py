@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from redi.config import UserError
 from redi.prepare.__main__ import PrepareConfig, no_counts
 from redi.prepare.raw import FORMS, RawRow
 from redi.prepare.traces import Rules, choose
@@ -287,10 +286,3 @@ def test_every_reason_under_any_rules_is_one_that_they_list():
         met.update([choice.no_positive, *choice.no_pair])
     rare = {"same as another pair", "rejected too short", "none that both reject", "source a"}
     assert met >= rare
-
-
-@pytest.mark.parametrize("wrong", [{"pairs_per_problem": 0}, {"min_length_ratio": -0.1}])
-def test_rules_that_make_no_sense_name_their_flag(wrong):
-    (name,) = wrong
-    with pytest.raises(UserError, match="--" + name.replace("_", "-")):
-        Rules(**wrong)
