@@ -78,15 +78,15 @@ class Choice:
 
 def unusable(row: RawRow, rules: Rules) -> str | None:
     """Why a row can give nothing, whatever its labels are, or None."""
-    checks = {
-        "malformed": row.flaw == "malformed",
-        "problem not valid": not row.valid,
-        f"source {row.source}": row.source in rules.excluded,
-        "source not asked for": rules.sources and row.source not in rules.sources,
-        "empty problem": _is_blank(row.problem),
-        "no generations": not row.traces,
-    }
-    return next((reason for reason, applies in checks.items() if applies), None)
+    checks = (
+        ("malformed", row.flaw == "malformed"),
+        ("problem not valid", not row.valid),
+        (f"source {row.source}", row.source in rules.excluded),
+        ("source not asked for", rules.sources and row.source not in rules.sources),
+        ("empty problem", _is_blank(row.problem)),
+        ("no generations", not row.traces),
+    )
+    return next((reason for reason, applies in checks if applies), None)
 
 
 def choose(row: RawRow, rules: Rules) -> Choice:
