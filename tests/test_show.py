@@ -36,9 +36,8 @@ def pair(problem: str, chosen: str, rejected: str, **fields) -> dict:
 
 
 def positive(problem: str, response: str, **fields) -> dict:
-    return {
-        "prompt": turn("user", problem), "completion": turn("assistant", response), **fields
-    }  # fmt: skip
+    answer = turn("assistant", response)
+    return {"prompt": turn("user", problem), "completion": answer, **fields}
 
 
 PAIRS = [
@@ -56,6 +55,11 @@ HOSTILE = (
 def model(save_tokenizer, tmp_path_factory) -> Path:
     """A folder with nothing but a tokenizer."""
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def chat(model) -> ChatTokenizer:
+    return ChatTokenizer.from_folder(model)
 
 
 @pytest.fixture
@@ -243,8 +247,7 @@ def test_of_several_turns_only_the_answers_are_learned_from(shown):
 @given(
     st.text(max_size=30) | st.lists(st.sampled_from(["🧮", "é", "\ufffd", "a", "的"])).map("".join)
 )
-def test_tokens_give_the_text_again(model, text):
-    chat = ChatTokenizer.from_folder(model)
+def test_tokens_give_the_text_again(chat, text):
     ids = chat.tokenizer.encode(text).ids
     found = list(tokens_of(ids, chat))
     normal = unicodedata.normalize("NFC", text)  # as Qwen2's tokenizer normalizes

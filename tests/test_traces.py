@@ -271,8 +271,8 @@ def test_every_reason_under_any_rules_is_one_that_they_list():
             exclude_sources=rng.choice([["cn_k12"], ["b", "a"], ["none"]]),
         )
         traces = [
-            (rng.choice(["", "a", "bb", "cccc"]), rng.choice([YES, NO, DISPUTED, ()]), whole)
-            for whole in rng.choices([True, False], [3, 1], k=rng.randrange(7))
+            (rng.choice(["", "a", "bb", "cccc"]), rng.choice([YES, NO, DISPUTED, ()]), complete)
+            for complete in rng.choices([True, False], [3, 1], k=rng.randrange(7))
         ]
         choice = choose(judged(*traces, source=rng.choice([None, "a", "none"])), rules)
         listed = no_counts(rules, RAW)

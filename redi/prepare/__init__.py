@@ -2,7 +2,7 @@
 
 raw.py       four forms of teacher data -> a problem with its traces and their votes
 traces.py    a problem with its traces -> a positive and its pairs, or why there is none
-labels.py    votes by our own grader, for traces that have none
+labels.py    votes by our grader, for traces without labels
 overlap.py   problems that occur twice, or in a benchmark
 __main__.py  the program: from file to file, with an account of every row
 """

@@ -14,9 +14,9 @@ prints, for 50 problems of which one has no correct trace and 45 have no incorre
     saved small/positives.jsonl, small/pairs.jsonl, small/card.json
 
 Each total is the one above it minus the rows dropped between them. The defaults are the paper's;
-with them, the paper's own counts are printed below. card.json describes the files beside it: the
+with them, the paper's counts are printed below. card.json describes the files beside it: the
 source, the rules, the counts (zeros included), and the SHA-256 of everything read and written.
-Not in the paper: labels from our own grader (labels.py); dropping repeated problems and problems of
+Not in the paper: labels from our grader (labels.py); dropping repeated problems and problems of
 a benchmark (overlap.py), which contaminated.jsonl lists.
 
 Rows are streamed from file to file. The same rows in the same order give the same bytes, whatever

@@ -1,4 +1,4 @@
-"""Labels for teacher traces by our own grader (redi/eval/grade.py), a batch of rows at a time.
+"""Labels for teacher traces by our grader (redi/eval/grade.py), a batch of rows at a time.
 
     given votes    (True, True)   (False, True)   ()      the verifiers that came with the data
     verdict        correct        incorrect       correct

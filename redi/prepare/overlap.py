@@ -60,16 +60,18 @@ class Seen:
     """The problems seen so far, as hashes: about a hundred bytes per problem."""
 
     def __init__(self) -> None:
-        self._hashes: tuple[set[bytes], set[bytes]] = set(), set()  # of texts, of their tokens
+        self._texts: set[bytes] = set()
+        self._tokens: set[bytes] = set()
 
     def add(self, problem: str) -> str | None:
         """Add `problem`. How it repeats an earlier one, one of REPEATED, or None."""
-        texts, reasons = (problem, " ".join(tokens(problem))), []
-        for text, hashes, reason in zip(texts, self._hashes, REPEATED):
-            digest = hashlib.sha256(text.encode()).digest()[:16]
-            reasons += [reason] if digest in hashes else []
-            hashes.add(digest)
-        return next(iter(reasons), None)
+        versions = (problem, " ".join(tokens(problem)))
+        text, normal = (hashlib.sha256(version.encode()).digest()[:16] for version in versions)
+        exact, normalized = REPEATED
+        reason = exact if text in self._texts else normalized if normal in self._tokens else None
+        self._texts.add(text)
+        self._tokens.add(normal)
+        return reason
 
 
 class Index:
@@ -111,8 +113,8 @@ class Index:
                     found[number] = ("same text", 1.0)
                 else:
                     found.setdefault(number, ("other numbers", 1.0))
-        sorted_by_problem = sorted(found.items())
-        return [Match(*self._names[i], kind, round(s, 3)) for i, (kind, s) in sorted_by_problem]
+        in_order = sorted(found.items())
+        return [Match(*self._names[i], kind, round(share, 3)) for i, (kind, share) in in_order]
 
     def _both_grams(self, found: list[str]) -> tuple[frozenset[str], frozenset[str]]:
         """The n-grams of the words among the tokens, and the same with masked numbers."""

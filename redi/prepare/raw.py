@@ -266,7 +266,7 @@ def _joined_by_problem(rows: Iterable[RawRow], folder: Path) -> Iterator[RawRow]
 
 def _joined(parts: list[RawRow]) -> RawRow:
     """One problem's rows as one. Its other fields are those of the first row that has them, but a
-    trace whose own row has another answer keeps that one."""
+    trace whose row has another answer keeps that one."""
     once = {
         name: next((value for part in parts if (value := getattr(part, name)) is not None), None)
         for name in ("problem", "answer", "source", "id")

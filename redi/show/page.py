@@ -82,15 +82,14 @@ def draw_histograms(lengths: dict[str, np.ndarray], config: TrainConfig) -> byte
     may have no tokens, which a logarithmic axis cannot show."""
     from matplotlib.figure import Figure  # takes a second to import
 
-    lengths = {name: of for name, of in lengths.items() if name in INK}
+    lengths = {part: lengths[part] for part in INK if part in lengths}
     every = np.concatenate(list(lengths.values()))
     bins = np.geomspace(0.9 * every.min(), 1.1 * every.max(), 50)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axis = figure.subplots()
-    for name, of in lengths.items():
-        share = np.full(len(of), 1 / len(of))
-        look = {"histtype": "stepfilled", "fc": (INK[name], 0.25), "ec": INK[name]}
-        axis.hist(of, bins, weights=share, label=name, **look)
+    for part, tokens in lengths.items():
+        look = {"histtype": "stepfilled", "fc": (INK[part], 0.25), "ec": INK[part]}
+        axis.hist(tokens, bins, weights=np.full(len(tokens), 1 / len(tokens)), label=part, **look)
     axis.axvline(config.max_prompt, color="black", lw=0.9, ls=":", label="longest prompt")
     axis.axvline(config.max_response, color="black", lw=0.9, ls="--", label="longest response")
     axis.set(xscale="log", xlabel="tokens", ylabel="share of the rows")
