@@ -19,11 +19,11 @@ from processes import main_in_this_process
 from small_run import write_jsonl
 
 from redi.data.tokenizer import ChatTokenizer
-from redi.packing import ATTENTION, TokenSequence
+from redi.packing import ATTENTION
 from redi.recipe import REDIConfig, SFTConfig
 from redi.show import __main__ as show
 from redi.show.facts import about_training, table_of_lengths
-from redi.show.rows import Stretch, stretches, tokens_of, visible
+from redi.show.rows import tokens_of, visible
 
 
 def turn(role: str, text: str) -> list[dict[str, str]]:
@@ -211,19 +211,6 @@ def test_a_long_response_is_shortened_in_the_middle(shown):
     assert all(len(line) <= 94 for line in learned)
 
 
-def test_a_row_is_cut_where_its_mask_changes():
-    """A prompt of 2 tokens; of the 5 after it, the 2nd and 3rd are another's turn."""
-    learned = np.array([True, False, False, True, True])
-    sequence = TokenSequence(np.arange(10, 17), 2, row=0, sign=1, learned=learned)
-    rows = SimpleNamespace(store=SimpleNamespace(paired=False), sequence=lambda number: sequence)
-    assert stretches(rows, 0) == [
-        Stretch("given", [10, 11], 0),
-        Stretch("response", [12], 2),
-        Stretch("given", [13, 14], 3),
-        Stretch("response", [15, 16], 5),
-    ]
-
-
 def test_of_several_turns_only_the_answers_are_learned_from(shown):
     texts = enumerate("abcd")
     turns = [turn("assistant" if i % 2 else "user", text)[0] for i, text in texts]
@@ -231,9 +218,11 @@ def test_of_several_turns_only_the_answers_are_learned_from(shown):
     report = shown(rows, "--html", "p.html", "--max-response", 4)
     # 4 tokens of the first row are learned from, but the turn between them counts too.
     assert "left out: 1 response over 4 tokens" in " ".join(report.split())
-    page = Page(Path("p.html").read_text(encoding="utf-8"))
-    captions = [text for text in page.texts if ", not learned from" in text]
+    text = Path("p.html").read_text(encoding="utf-8")
+    captions = [text for text in Page(text).texts if ", not learned from" in text]
     assert len(captions) == 2 + 1  # two prompts, and a turn between answers
+    tokens = positions(opened(text))
+    assert tokens == [*range(len(tokens))]  # each once, in all four stretches
     assert report.splitlines()[-7:-1] == [
         "  + | b«<|im_end|>»",
         "    |",
@@ -281,6 +270,16 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
+def opened(text: str) -> Page:
+    """The row that a page shows when it is opened."""
+    return Page(text[text.index("<details open>") : text.index("</details>") + 10])
+
+
+def positions(row: Page) -> list[int]:
+    found = [re.fullmatch(r"token (\d+), id ([\d ]+)", title) for title in row.titles]
+    return [int(f[1]) + i for f in found for i in range(len(f[2].split()))]
+
+
 def test_hostile_texts_stay_texts(shown):
     row = pair(HOSTILE, f"a{HOSTILE}", f"b{HOSTILE}", source=HOSTILE, **{HOSTILE: HOSTILE})
     report = shown([row] * 2, "--html", "p.html")
@@ -300,13 +299,11 @@ def test_the_page_loads_nothing_and_shows_every_token_with_its_position_and_id(s
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert text.count("src=") == text.count('src="data:image/png;base64,') == page.tags["img"] == 1
     assert "url(http" not in text
-    opened = Page(text[text.index("<details open>") : text.index("</details>") + 10])
-    assert opened.texts[0] == "Row 2, the shortest"
-    captions = [re.fullmatch(r".*, (\d+) tokens", text) for text in opened.texts]
+    row = opened(text)
+    assert row.texts[0] == "Row 2, the shortest"
+    captions = [re.fullmatch(r".*, (\d+) tokens", text) for text in row.texts]
     prompt, chosen, rejected = (int(found[1]) for found in captions if found)
-    found = [re.fullmatch(r"token (\d+), id ([\d ]+)", title) for title in opened.titles]
-    positions = [int(f[1]) + i for f in found for i in range(len(f[2].split()))]
-    assert positions == [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+    assert positions(row) == [*range(prompt + chosen), *range(prompt, prompt + rejected)]
 
 
 def test_a_page_of_long_rows_stays_small_and_is_the_same_each_time(shown):
