@@ -14,7 +14,7 @@ from processes import child, ranks
 from small_run import PAIRS, SFT, as_positive, conversation, run, write_jsonl
 
 from redi.config import Stopped
-from redi.data.tokenizer import chatml
+from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.runlog import RunLog
 from redi.toy import student as toy
 
@@ -85,6 +85,12 @@ def save_tokenizer(tokenizer_json: str) -> Callable:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def make_chat(save_tokenizer: Callable) -> Callable[..., ChatTokenizer]:
+    """make_chat(folder, template, **settings) -> the tokenizer of a folder saved with these."""
+    return lambda *given, **settings: ChatTokenizer.from_folder(save_tokenizer(*given, **settings))
 
 
 # ---------------------------------------------------------------- small runs (small_run.py)

@@ -2,9 +2,11 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -13,6 +15,7 @@ from redi import programs, recipe
 from redi import run as run_module
 from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
+from redi.config import UserError
 from redi.distributed import World
 from redi.objectives import make_objective, sft
 from redi.runlog import read_metrics
@@ -39,6 +42,14 @@ def conversation(number: int) -> dict[str, list]:
         "chosen": trace(right, sure=True),
         "rejected": trace(right + 1, sure=number % 2 == 0),
     }
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def as_positive(row: dict) -> dict:
@@ -175,3 +186,11 @@ def saved(out: str | Path = "run") -> list[int]:
 
 def files_in(folder: str) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def refusal(call: Callable, *arguments: Any, **settings: Any) -> str:
+    """What the UserError says, in one line, with which this call ends."""
+    with pytest.raises(UserError) as refused:
+        call(*arguments, **settings)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)

@@ -1,69 +1,51 @@
 """The token store: tokenized once, started again after a kill, never opened half written.
 
-    python -m pytest tests/test_store.py
-
 The tokenizer is a small one, and a block has only a few rows, so that a store has many blocks.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
+from processes import child, die, wait_until
+from small_run import assistant, refusal, user, write_jsonl
 
-from redi.config import UserError
 from redi.data import store as store_module
 from redi.data.dataset import Limits, describe, select
 from redi.data.formats import Example
 from redi.data.store import TokenStore, hash_files, load_store
 from redi.data.tokenizer import ChatTokenizer, chatml
+from redi.toy.student import train_tokenizer
 
-ROOT = Path(__file__).parent.parent
 GENEROUS = Limits(10**8, 10**8, 10**8)
-
-
-def said(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def row(number: int) -> dict[str, list]:
     text = f"a\n\nb  c {number} 6-1=5\n" * (1 + number * 7 % 13)
     return {
-        "prompt": [said("user", f"Compute {number}")],
-        "chosen": [said("assistant", f"<think>\n{text}</think>\n\\boxed{{{number}}}")],
-        "rejected": [said("assistant", f"\\boxed{{{number + 1}}}")],
+        "prompt": [user(f"Compute {number}")],
+        "chosen": [assistant(f"<think>\n{text}</think>\n\\boxed{{{number}}}")],
+        "rejected": [assistant(f"\\boxed{{{number + 1}}}")],
     }
 
 
 ROWS = [row(number) for number in range(40)]
 EQUAL = {**ROWS[5], "rejected": ROWS[5]["chosen"]}
-TURNS = {
-    "messages": [
-        said("system", "Be brief."),
-        said("user", "1+1?"),
-        said("assistant", "2"),
-        said("user", "And <|im_end|> 2+2?"),
-        said("assistant", "\n4"),
-    ]
-}
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURNS = [SYSTEM, user("1+1?"), assistant("2"), user("And <|im_end|> 2+2?"), assistant("\n4")]
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, save_tokenizer) -> Path:
+def folder(tmp_path, monkeypatch, save_tokenizer) -> Path:
     """A working folder with a tokenizer in student/ and 41 pairs, one of them of equal traces."""
     save_tokenizer(tmp_path / "student")
     write_jsonl(tmp_path / "rows.jsonl", [*ROWS, EQUAL])
@@ -73,9 +55,16 @@ def here(tmp_path, monkeypatch, save_tokenizer) -> Path:
 
 
 def load(
-    name: str = "rows.jsonl", paired: bool = True, folder: str = "student", cache: str = "cache"
+    *names: str, paired: bool = True, student: str = "student", cache: str = "cache"
 ) -> TokenStore:
-    return load_store([Path(name)], ChatTokenizer.from_folder(folder), paired, cache)
+    files = [Path(name) for name in names or ["rows.jsonl"]]
+    return load_store(files, ChatTokenizer.from_folder(student), paired, cache)
+
+
+def load_rows() -> None:
+    """The main of a process that loads the store of rows.jsonl."""
+    store_module.BLOCK_CHARS = 700
+    print(load().tokens.tolist())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -87,29 +76,11 @@ def folders(cache: str = "cache") -> list[str]:
     return sorted(path.name for path in Path(cache).iterdir() if path.suffix != ".lock")
 
 
-def child(script: str) -> subprocess.Popen:
-    """A process that loads the store of rows.jsonl after running `script`."""
-    before = f"""
-import os, signal, sys, time
-from pathlib import Path
-from redi.data import store
-from redi.data.tokenizer import ChatTokenizer
-store.BLOCK_CHARS = 700
-savez, tokenize_rows = store.np.savez, store.tokenize_rows
-{script}
-found = store.load_store([Path("rows.jsonl")], ChatTokenizer.from_folder("student"), True, "cache")
-print(store.hash_files([found.folder / "tokens.bin"]))
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", before], env=environment, **pipes)
-
-
 # ---------------------------------------------------------------- what it holds
 
 
 @pytest.mark.parametrize("block", [1, 700, 1 << 20])
-def test_tokens_are_the_tokenized_rows_for_any_size_of_block(here, monkeypatch, block):
+def test_tokens_are_the_tokenized_rows_for_any_size_of_block(folder, monkeypatch, block):
     monkeypatch.setattr(store_module, "BLOCK_CHARS", block)
     store = load()
     chat = ChatTokenizer.from_folder("student")
@@ -126,14 +97,12 @@ def test_tokens_are_the_tokenized_rows_for_any_size_of_block(here, monkeypatch, 
     assert recorded == hashlib.sha256((store.folder / "tokens.bin").read_bytes()).hexdigest()
 
 
-def test_of_several_turns_only_answers_are_learned(here):
+def test_of_several_turns_only_answers_are_learned_and_counted_as_response(folder):
     single = {"prompt": ROWS[0]["prompt"], "completion": ROWS[0]["chosen"]}
-    write_jsonl(here / "turns.jsonl", [single, TURNS])
-    store = load("turns.jsonl", paired=False)
+    write_jsonl(folder / "turns.jsonl", [single, {"messages": TURNS}])
+    store, chat = load("turns.jsonl", paired=False), ChatTokenizer.from_folder("student")
     dataset = select(store, GENEROUS, "error", "turns.jsonl")
-    chat = ChatTokenizer.from_folder("student")
-    prompt, response = TURNS["messages"][:2], TURNS["messages"][2:]
-    [rendered] = chat.encode_rows([(prompt, response)])
+    [rendered] = chat.encode_rows([(TURNS[:2], TURNS[2:])])
     one, several = dataset.sequence(0), dataset.sequence(1)
     assert one.learned is None
     assert several.tokens.tolist() == rendered.prompt_ids + rendered.response_ids
@@ -142,13 +111,14 @@ def test_of_several_turns_only_answers_are_learned(here):
     assert dataset.response_lengths.tolist() == [one.response_length, several.response_length]
     learned = several.tokens[several.prompt_length :][several.learned]
     assert chat.decode(learned) == "2<|im_end|>\n4<|im_end|>"
-    stored = store.tokens[store.offsets[1] :]
-    assert (stored < 0).sum() == len(rendered.learned) - sum(rendered.learned) > 0
-    assert (store.tokens[: store.offsets[1]] >= 0).all()
+    tokens = np.split(store.tokens, store.offsets[1:-1])
+    not_learned = len(rendered.learned) - sum(rendered.learned)
+    assert [int((part < 0).sum()) for part in tokens] == [0, not_learned]
+    assert not_learned > 0
 
 
-def test_turns_between_answers_are_counted_and_shown_apart(here):
-    write_jsonl(here / "turns.jsonl", [TURNS])
+def test_turns_between_answers_are_counted_and_shown_apart(folder):
+    write_jsonl(folder / "turns.jsonl", [{"messages": TURNS}])
     dataset = select(load("turns.jsonl", paired=False), GENEROUS, "error", "turns.jsonl")
     lines = describe(dataset, ChatTokenizer.from_folder("student")).splitlines()
     totals = {line.split()[0]: int(line.split()[1]) for line in lines[2:5]}
@@ -159,12 +129,12 @@ def test_turns_between_answers_are_counted_and_shown_apart(here):
     assert "And" in lines[-2]
 
 
-def test_a_row_of_ten_megabytes_stands_beside_small_ones(here, monkeypatch):
-    monkeypatch.undo()  # blocks of a megabyte again
-    monkeypatch.chdir(here)
-    long = {**ROWS[1], "chosen": [said("assistant", ("Compute" * 28 + " ") * 51_000)]}
-    write_jsonl(here / "long.jsonl", [ROWS[0], long, ROWS[2]])
-    assert (here / "long.jsonl").stat().st_size > 10e6
+@pytest.mark.slow
+def test_a_row_of_ten_megabytes_does_not_change_the_rows_beside_it(folder, monkeypatch):
+    monkeypatch.setattr(store_module, "BLOCK_CHARS", 1 << 20)
+    long = {**ROWS[1], "chosen": [assistant(("Compute" * 28 + " ") * 51_000)]}
+    write_jsonl(folder / "long.jsonl", [ROWS[0], long, ROWS[2]])
+    assert (folder / "long.jsonl").stat().st_size > 10e6
     store, small = load("long.jsonl"), load()
     assert store.sequence_lengths[2] > 10**6
     for number in (0, 1, 4, 5):
@@ -179,7 +149,7 @@ def test_no_more_than_a_few_blocks_are_read_ahead_of_what_is_written(monkeypatch
     def examples():
         for number in range(1, 501):
             read["rows"] += 1
-            yield number, Example([said("user", "x" * 50)], [[said("assistant", "y" * 50)]])
+            yield number, Example([user("x" * 50)], [[assistant("y" * 50)]])
 
     chat = SimpleNamespace(encode_rows=lambda conversations: conversations)
     written = 0
@@ -190,30 +160,19 @@ def test_no_more_than_a_few_blocks_are_read_ahead_of_what_is_written(monkeypatch
     assert written == 500
 
 
-@pytest.mark.parametrize(
-    ("names", "total"),
-    [
-        (["rows.jsonl"], 41),
-        (["rows.jsonl", "rows.jsonl"], 82),
-        (["rows.json"], None),
-        (["rows.jsonl", "rows.json"], None),
-    ],
-)
-def test_the_progress_bar_has_a_total_where_rows_are_lines(here, monkeypatch, names, total):
+def test_the_progress_bar_has_a_total_where_rows_are_lines(folder):
     shutil.copy("rows.jsonl", "rows.json")
-    totals, tqdm = [], store_module.tqdm
-    monkeypatch.setattr(
-        store_module, "tqdm", lambda *given, **kw: totals.append(given[2]) or tqdm(*given, **kw)
-    )
-    chat = ChatTokenizer.from_folder("student")
-    load_store([Path(name) for name in names], chat, True, "cache")
-    assert totals == [total]
+    lines, other = ["rows.jsonl"], ["rows.json"]
+    with mock.patch.object(store_module, "tqdm", wraps=store_module.tqdm) as bar:
+        for number, names in enumerate([lines, lines * 2, other, lines + other]):
+            load(*names, cache=f"cache-{number}")
+    assert [call.args[2] for call in bar.call_args_list] == [41, 82, None, None]
 
 
 # ---------------------------------------------------------------- tokenized once
 
 
-def test_the_data_is_tokenized_once_and_read_again(here, monkeypatch, capsys):
+def test_the_data_is_tokenized_once_and_read_again(folder, monkeypatch, capsys):
     first = load()
     [line] = capsys.readouterr().out.splitlines()
     assert line == f"{first.folder}: no valid tokens of this data in this format; tokenizing"
@@ -226,90 +185,81 @@ def test_the_data_is_tokenized_once_and_read_again(here, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_store_of_another_format_is_not_read(here, monkeypatch):
-    monkeypatch.setattr(store_module, "FORMAT", "3")
-    old = load()
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    new = load()
-    assert new.folder != old.folder
-    assert contents(new.folder) == contents(old.folder)
+@pytest.mark.parametrize("changed", ["data", "template", "tokenizer", "format"])
+def test_a_change_of_data_template_tokenizer_or_format_makes_another_store(
+    folder, monkeypatch, changed
+):
+    first = load()
+    shutil.copytree("student", "other")
+    write_jsonl(folder / "other.jsonl", [*ROWS[:-1], row(50)])
+    if changed == "template":
+        Path("other/chat_template.jinja").write_text(chatml("Be brief."))
+    elif changed == "tokenizer":
+        train_tokenizer(["other text altogether", chatml()]).save("other/tokenizer.json")
+    elif changed == "format":
+        monkeypatch.setattr(store_module, "FORMAT", "3")
+    second = load("other.jsonl" if changed == "data" else "rows.jsonl", student="other")
+    assert folders() == sorted({first.folder.name, second.folder.name})
+    assert len(folders()) == 2
+    assert np.array_equal(second.tokens, first.tokens) == (changed == "format")
 
 
-def new_data(here: Path) -> dict:
-    write_jsonl(here / "other.jsonl", [*ROWS[:-1], row(50)])
-    return {"name": "other.jsonl"}
-
-
-def new_template(here: Path) -> dict:
-    shutil.copytree(here / "student", here / "other")
-    (here / "other" / "chat_template.jinja").write_text(chatml("Be brief."))
-    return {"folder": "other"}
-
-
-def new_tokenizer(here: Path) -> dict:
-    from redi.toy.student import train_tokenizer
-
-    shutil.copytree(here / "student", here / "other")
-    train_tokenizer(["other text altogether", chatml()]).save("other/tokenizer.json")
-    return {"folder": "other"}
-
-
-@pytest.mark.parametrize("change", [new_data, new_template, new_tokenizer])
-def test_a_change_of_data_tokenizer_or_template_makes_another_store(here, change):
-    first, second = load(), load(**change(here))
-    assert second.folder != first.folder
-    assert not np.array_equal(second.tokens, first.tokens)
-    assert folders() == sorted([first.folder.name, second.folder.name])
-
-
-def test_pairs_and_sft_rows_of_one_file_have_separate_stores(here):
-    write_jsonl(here / "both.jsonl", [{**r, "completion": r["chosen"]} for r in ROWS])
+def test_pairs_and_sft_rows_of_one_file_have_separate_stores(folder):
+    write_jsonl(folder / "both.jsonl", [{**r, "completion": r["chosen"]} for r in ROWS])
     pairs, traces = load("both.jsonl"), load("both.jsonl", paired=False)
     assert pairs.folder != traces.folder
     assert len(pairs.prompt_lengths) == 2 * len(traces.prompt_lengths) == 80
 
 
-def test_a_process_waits_for_the_one_that_tokenizes_and_takes_its_store(here):
-    first = child("""
-def slowly(*given, **arrays):
-    Path("begun").touch()
-    while not Path("proceed").exists():
-        time.sleep(0.01)
-    savez(*given, **arrays)
-store.np.savez = slowly
-""")
-    while not Path("begun").exists():
-        assert first.poll() is None, first.stderr.read()
-        time.sleep(0.01)
-    second = child("store._write_store = None  # it would tokenize too")
-    assert "another process is tokenizing; waiting" in second.stderr.readline()
+def write_slowly() -> None:
+    savez = np.savez
+
+    def slowly(*given, **arrays) -> None:
+        Path("begun").touch()
+        wait_until(Path("proceed").exists)
+        savez(*given, **arrays)
+
+    np.savez = slowly
+
+
+def never_write() -> None:
+    store_module._write_store = None
+
+
+def test_a_process_waits_for_the_one_that_tokenizes_and_takes_its_store(folder):
+    first = child(folder, [], write_slowly, main=load_rows)
+    wait_until(Path("begun").exists)
+    second = child(folder, [], never_write, main=load_rows)
+    wait_until(lambda: "another process is tokenizing; waiting" in second.errors)
     Path("proceed").touch()
-    outputs = [process.communicate(timeout=60) for process in (first, second)]
-    assert [process.returncode for process in (first, second)] == [0, 0], outputs
-    hashes = [output.splitlines()[-1] for output, _ in outputs]
-    assert hashes[0] == hashes[1]
+    first.ends(0)
+    second.ends(0)
+    assert first.shown.splitlines()[-1] == second.shown.splitlines()[-1]
     assert folders() == [load().folder.name]
 
 
-# ---------------------------------------------------------------- killed and started again
+# ---------------------------------------------------------------- killed, failed, damaged
 
 
-@pytest.mark.parametrize(
-    "killed",
-    [
-        "store.tokenize_rows = lambda *a: (r for r in tokenize_rows(*a) if r[0] < 20 or die())",
-        "store.np.savez = die",
-        "store.json.dump = die",
-        "Path.rename = die",
-    ],
-    ids=["rows", "index", "store.json", "rename"],
-)
-def test_a_kill_leaves_no_half_store_and_the_next_process_starts_again(here, killed):
+def dies_in(name: str) -> None:
+    mock.patch(name, side_effect=lambda *_, **__: die()).start()
+
+
+def dies_at_row_20() -> None:
+    rows = store_module.tokenize_rows
+    store_module.tokenize_rows = lambda *given: (r for r in rows(*given) if r[0] < 20 or die())
+
+
+KILLS = {
+    "rows": dies_at_row_20, "index": partial(dies_in, "numpy.savez"),
+    "store.json": partial(dies_in, "json.dump"), "rename": partial(dies_in, "pathlib.Path.rename"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("killed", KILLS)
+def test_a_kill_leaves_no_half_store_and_the_next_process_starts_again(folder, killed):
     whole = load(cache="undisturbed").folder
-    process = child(f"die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n{killed}")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, errors
+    child(folder, [], KILLS[killed], main=load_rows).ends(-signal.SIGKILL)
     assert folders() == [f"{whole.name}.part"]
     assert TokenStore.open(Path("cache") / whole.name) is None
     assert contents(load().folder) == contents(whole)
@@ -317,16 +267,9 @@ def test_a_kill_leaves_no_half_store_and_the_next_process_starts_again(here, kil
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, MemoryError])
-def test_whatever_ends_the_writing_nothing_is_left(here, monkeypatch, raised):
-    def interrupted(*given):
-        for number, sequences in tokenize_rows(*given):
-            if number == 20:
-                raise raised
-            yield number, sequences
-
-    tokenize_rows = store_module.tokenize_rows
+def test_whatever_ends_the_writing_nothing_is_left(folder, monkeypatch, raised):
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "tokenize_rows", interrupted)
+        patch.setattr(np, "savez", mock.Mock(side_effect=raised))
         with pytest.raises(raised) as error:
             load()
     if raised is KeyboardInterrupt:
@@ -335,83 +278,60 @@ def test_whatever_ends_the_writing_nothing_is_left(here, monkeypatch, raised):
     assert load().row_numbers.tolist() == list(range(1, 41))
 
 
-def test_a_full_disk_is_an_error_of_one_line(here, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+def test_a_cache_that_cannot_be_written_is_one_line(folder, monkeypatch):
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(np, "savez", full)
+    said = refusal(load)
+    assert said.startswith("--cache cache: cannot write there (")
+    assert "No space left" in said
+    assert folders() == []
+    assert refusal(load, cache="rows.jsonl").startswith("--cache rows.jsonl: cannot write there")
 
-    monkeypatch.setattr(store_module.np, "savez", full)
-    with pytest.raises(UserError, match=r"^--cache cache: cannot write there \(.*No space left"):
-        load()
+
+@pytest.mark.parametrize("number", [1, 21])
+def test_a_row_that_cannot_be_trained_on_is_named_and_nothing_is_left(folder, number):
+    rows = list(ROWS)
+    rows[number - 1] = {**rows[0], "chosen": [assistant(" \n")]}
+    write_jsonl(folder / "broken.jsonl", rows)
+    assert refusal(load, "broken.jsonl").startswith(f"broken.jsonl:{number}: 'chosen'")
     assert folders() == []
 
 
-# ---------------------------------------------------------------- damage and errors
+def edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], int]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-def cut(path: Path, count: int) -> None:
-    path.write_bytes(path.read_bytes()[:-count])
+def flip(data: bytes) -> bytes:
+    third = len(data) // 3
+    return data[:third] + bytes([data[third] ^ 4]) + data[third + 1 :]
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 4
-    path.write_bytes(data)
+DAMAGES = {
+    "no tokens": edit("tokens.bin", lambda data: b""),
+    "tokens cut": edit("tokens.bin", lambda data: data[:-4]),
+    "a bit": edit("tokens.bin", flip),
+    "index cut": edit("index.npz", lambda data: data[:-30]),
+    "empty index": edit("index.npz", lambda data: b""),
+    "no index": lambda folder: (folder / "index.npz").unlink(),
+    "other json": edit("store.json", lambda data: b"{}"),
+    "no json": lambda folder: (folder / "store.json").unlink(),
+}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: (folder / "tokens.bin").write_bytes(b""),
-        lambda folder: cut(folder / "tokens.bin", 4),
-        lambda folder: flip(folder / "tokens.bin"),
-        lambda folder: cut(folder / "index.npz", 30),
-        lambda folder: (folder / "index.npz").write_bytes(b""),
-        lambda folder: (folder / "index.npz").unlink(),
-        lambda folder: (folder / "store.json").write_text("{}"),
-        lambda folder: (folder / "store.json").unlink(),
-    ],
-    ids=["empty", "cut", "a bit", "index cut", "empty index", "no index", "other json", "no json"],
-)
-def test_a_damaged_store_is_noticed_and_tokenized_again(damage, here):
-    folder = load().folder
-    before = contents(folder)
-    damage(folder)
-    assert TokenStore.open(folder) is None
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_is_noticed_and_tokenized_again(damage, folder):
+    store = load().folder
+    before = contents(store)
+    DAMAGES[damage](store)
+    assert TokenStore.open(store) is None
+    # Without `verify`, the tokens are counted but not read.
+    assert (TokenStore.open(store, verify=False) is not None) == (damage == "a bit")
     assert contents(load().folder) == before
 
 
-def test_unverified_a_store_is_opened_without_reading_its_tokens(here, monkeypatch):
-    folder = load().folder
-    monkeypatch.setattr(store_module, "hash_files", lambda files: pytest.fail("tokens were read"))
-    assert TokenStore.open(folder, verify=False) is not None
-    cut(folder / "tokens.bin", 4)
-    assert TokenStore.open(folder, verify=False) is None
-
-
-@pytest.mark.parametrize("place", [0, 20])
-def test_a_row_that_cannot_be_trained_on_is_named_and_nothing_is_left(here, place):
-    broken = {**ROWS[place], "chosen": [said("assistant", " \n")]}
-    write_jsonl(here / "broken.jsonl", [*ROWS[:place], broken, *ROWS[place + 1 :]])
-    with pytest.raises(UserError, match=rf"^broken.jsonl:{place + 1}: .*chosen"):
-        load("broken.jsonl")
-    assert folders() == []
-
-
-def test_no_row_to_train_on_is_an_error_that_counts_the_reasons(here):
-    write_jsonl(here / "equal.jsonl", [EQUAL])
-    with pytest.raises(UserError, match=r"equal.jsonl: no row to train on.*equals rejected': 1"):
-        load("equal.jsonl")
-    assert folders() == []
-
-
-def test_a_cache_that_cannot_be_written_is_an_error(here):
-    Path("cache").write_text("a file")
-    with pytest.raises(UserError, match=r"^--cache cache: cannot write there"):
-        load()
-
-
-def test_hash_files_is_of_all_bytes_in_order(here):
-    data = Path("rows.jsonl").read_bytes()
-    Path("a").write_bytes(data[:100])
-    Path("b").write_bytes(data[100:])
-    assert hash_files([Path("a"), Path("b")]) == hashlib.sha256(data).hexdigest()
+def test_the_hash_of_files_is_that_of_all_bytes_in_order(tmp_path):
+    write_jsonl(tmp_path / "a", ROWS)
+    write_jsonl(tmp_path / "b", [EQUAL])
+    data = (tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes()
+    expected = hashlib.sha256(data).hexdigest()
+    assert hash_files([tmp_path / "a", tmp_path / "b"]) == expected
