@@ -1,17 +1,15 @@
-"""Whatever stands in a data file ends in a counted drop or in one line; never in a traceback.
+"""Broken rows end in a counted drop or in one line; never in a traceback.
 
-    python -m pytest tests/test_broken_data.py        2,000 mutated files, half of them for prepare
-
-A file of sound rows gets one that is not: a value of another type anywhere in it, a field less, a
-lone surrogate, control characters, a control token inside a trace, or bytes changed after it was
-written. Kept and dropped rows must add up to what was read, and the sound rows must come out as
-the same bytes as without the mutation. Files of other kinds of breakage are in test_files.py.
+2,000 mutated files, half of them for prepare: sound rows, and between them one that is not. It has
+a value of another type anywhere in it, a field less, a lone surrogate, control characters, a
+control token inside a trace, or bytes that were changed after it was written. Kept and dropped rows
+must add up to what was read, and the sound rows must come out as the same bytes as without it.
+Files of other kinds of breakage are in test_files.py.
 """
 
 import copy
 import json
 import shutil
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -20,18 +18,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_tokenizer import make
+from processes import main_in_this_process
+from small_run import as_positive, conversation
 
 from redi.config import UserError
 from redi.data.dataset import Dataset
 from redi.data.store import load_store
-from redi.data.tokenizer import chatml
 from redi.hub import CARD
 from redi.prepare import __main__ as prepare
 
-EACH = 500  # mutated files of each of four kinds
-MANY = settings(
-    max_examples=EACH, deadline=None, database=None, derandomize=True,
+MANY = settings(  # 500 mutated files of each of four kinds
+    max_examples=500, deadline=None, database=None, derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 
@@ -48,34 +45,16 @@ def raw_row(number: int) -> dict:
 
 
 def training_row(number: int, paired: bool) -> dict:
-    def said(role: str, text: str) -> list[dict]:
-        return [{"role": role, "content": text}]
-
-    right = said("assistant", f"<think>\n\n</think>\n\\boxed{{{number + 1}}}")
-    prompt = said("user", f"What is {number} + 1?")
-    if not paired:
-        return {"prompt": prompt, "completion": right}
-    return {"prompt": prompt, "chosen": right, "rejected": said("assistant", "\\boxed{0}")}
+    row = conversation(number)
+    return row if paired else as_positive(row)
 
 
 # ---------------------------------------------------------------- mutations
 
-TEXTS = st.one_of(
-    st.text(max_size=20),
-    st.sampled_from(
-        [
-            "",
-            " ",
-            "\x00",
-            "\x1b[2J",
-            "<|im_end|>",
-            "\ud800",
-            "\udfff\ud800",
-            "a\u2028\r\nb",
-            "</think>",
-        ]
-    ),
-)
+ODD_TEXTS = [
+    "", " ", "\x00", "\x1b[2J", "<|im_end|>", "\ud800", "\udfff\ud800", "a\u2028\r\nb", "</think>",
+]  # fmt: skip
+TEXTS = st.one_of(st.text(max_size=20), st.sampled_from(ODD_TEXTS))
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS),
     lambda inner: st.one_of(
@@ -85,14 +64,13 @@ VALUES = st.recursive(
 )
 
 
-def places(value, path: tuple = ()) -> list[tuple]:
-    """The paths of everything inside a row."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
+def places(value: dict | list) -> list[tuple[dict | list, str | int]]:
+    """(holder, key or index) of everything inside a row."""
     found = []
-    for key, inner in items:
-        found.append((*path, key))
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        found.append((value, key))
         if isinstance(inner, (dict, list)):
-            found += places(inner, (*path, key))
+            found += places(inner)
     return found
 
 
@@ -104,10 +82,7 @@ def mutated(draw, row: dict) -> bytes:
         found = places(row)
         if not found:
             break
-        *path, last = draw(st.sampled_from(found))
-        holder = row
-        for key in path:
-            holder = holder[key]
+        holder, last = found[draw(st.integers(0, len(found) - 1))]
         how = draw(st.sampled_from(["value", "value", "gone", "twice", "text"]))
         if how == "gone":
             del holder[last]
@@ -146,6 +121,15 @@ def lines_with(line: bytes, row) -> bytes:
     return b"\n".join([*sound[:2], line, sound[2]]) + b"\n"
 
 
+def rows_in(data: bytes) -> int:
+    return len([line for line in data.split(b"\n") if line.strip()])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("mutated")
+
+
 # ---------------------------------------------------------------- prepare
 
 
@@ -153,28 +137,14 @@ def prepared(folder: Path, data: bytes) -> tuple[int, str]:
     """Exit status and stderr of redi.prepare on these bytes."""
     (folder / "raw.jsonl").write_bytes(data)
     shutil.rmtree(folder / "out", ignore_errors=True)
-    errors, status = StringIO(), 0
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(StringIO()),
-        redirect_stderr(errors),
-    ):
-        arguments = ["prepare", str(folder / "raw.jsonl"), "--out", str(folder / "out")]
-        patch.setattr(sys, "argv", arguments)
-        try:
-            prepare.main()
-        except SystemExit as ended:
-            status = ended.code
+    errors, arguments = StringIO(), (folder / "raw.jsonl", "--out", folder / "out")
+    with redirect_stdout(StringIO()), redirect_stderr(errors):
+        status = main_in_this_process(prepare.main, *arguments)
     return status, errors.getvalue()
 
 
 def kept_lines(folder: Path, name: str) -> list[bytes]:
     return (folder / "out" / name).read_bytes().splitlines(keepends=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("raw")
 
 
 @pytest.fixture(scope="module")
@@ -186,33 +156,29 @@ def sound(folder) -> dict[str, list[bytes]]:
 
 
 def check_prepared(folder: Path, sound: dict[str, list[bytes]], line: bytes) -> None:
-    status, errors = prepared(folder, lines_with(line, raw_row))
+    data = lines_with(line, raw_row)
+    status, errors = prepared(folder, data)
     if status:
         assert status == 2
-        [said] = errors.splitlines()
-        assert said.startswith("error: ")
+        [error] = errors.splitlines()
+        assert error.startswith("error: ")
         assert not list((folder / "out").glob("*"))
         return
     counts = json.loads((folder / "out" / CARD).read_text())
     assert counts["positives"] + sum(counts["no_positive"].values()) == counts["rows"]
     assert counts["pairs"] + sum(counts["no_pair"].values()) == counts["positives"]
-    assert counts["rows"] == rows_in(lines_with(line, raw_row))
-    for name, count in (("positives.jsonl", "positives"), ("pairs.jsonl", "pairs")):
+    assert counts["rows"] == rows_in(data)
+    for name, sound_lines in sound.items():
         kept = kept_lines(folder, name)
-        assert len(kept) == counts[count]
-        assert [one for one in kept if one in sound[name]] == sound[name]
+        assert len(kept) == counts[name.removesuffix(".jsonl")]
+        assert [line for line in kept if line in sound_lines] == sound_lines
 
 
+@pytest.mark.parametrize("change", [mutated, garbled])
 @MANY
-@given(line=mutated(raw_row(2)))
-def test_a_mutated_row_for_prepare(folder, sound, line):
-    check_prepared(folder, sound, line)
-
-
-@MANY
-@given(line=garbled(raw_row(2)))
-def test_a_garbled_row_for_prepare(folder, sound, line):
-    check_prepared(folder, sound, line)
+@given(data=st.data())
+def test_prepare_counts_or_refuses_a_broken_row(folder, sound, change, data):
+    check_prepared(folder, sound, data.draw(change(raw_row(2))))
 
 
 @pytest.mark.parametrize(
@@ -229,17 +195,12 @@ def test_a_row_of_megabytes_is_a_row(folder, sound, text):
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory, save_tokenizer):
-    return make(save_tokenizer, tmp_path_factory.mktemp("tokenizer"), chatml())
-
-
-def tokens_of(dataset: Dataset, row: int) -> list[list[int]]:
-    sides = 2 if dataset.store.paired else 1
-    return [dataset.sequence(sides * row + side).tokens.tolist() for side in range(sides)]
+def chat(tmp_path_factory, make_chat):
+    return make_chat(tmp_path_factory.mktemp("tokenizer"))
 
 
 def loaded(folder: Path, data: bytes, chat, paired: bool) -> dict[int, list[list[int]]] | None:
-    """Row number -> its tokens; None if the file was refused, in one line."""
+    """Row number -> the tokens of its sides; None if the file was refused, in one line."""
     path, cache = folder / "rows.jsonl", folder / "tokens"
     path.write_bytes(data)
     shutil.rmtree(cache, ignore_errors=True)
@@ -249,41 +210,28 @@ def loaded(folder: Path, data: bytes, chat, paired: bool) -> dict[int, list[list
     except UserError as error:
         said = str(error)
     else:
-        dataset = Dataset(store, np.arange(len(store.row_numbers)), {})
+        dataset, sides = Dataset(store, np.arange(len(store.row_numbers)), {}), 1 + paired
         assert len(dataset) + sum(store.skipped.values()) == rows_in(data)
-        return {int(store.row_numbers[i]): tokens_of(dataset, i) for i in range(len(dataset))}
+        return {
+            number: [dataset.sequence(sides * row + side).tokens.tolist() for side in range(sides)]
+            for row, number in enumerate(store.row_numbers.tolist())
+        }
     assert "\n" not in said
     assert not [made for made in cache.glob("*") if made.name.isalnum()]  # no store
     return None
 
 
-def rows_in(data: bytes) -> int:
-    return len([line for line in data.split(b"\n") if line.strip()])
-
-
-def check_loaded(folder: Path, chat, line: bytes, paired: bool) -> None:
-    data = lines_with(line, lambda number: training_row(number, paired))
-    found = loaded(folder, data, chat, paired)
+@pytest.mark.parametrize("change", [mutated, garbled])
+@MANY
+@given(data=st.data(), paired=st.booleans())
+def test_training_counts_or_refuses_a_broken_row(folder, chat, change, data, paired):
+    line = data.draw(change(training_row(2, paired)))
+    assume(b"\n" not in line)
+    content = lines_with(line, lambda number: training_row(number, paired))
+    found = loaded(folder, content, chat, paired)
     if found is None:
         return
-    expected = [
-        [r.prompt_ids + r.response_ids for r in chat.encode_rows(sides)]
-        for row in (training_row(number, paired) for number in (0, 1, 3))
-        for sides in [[(row["prompt"], row[f]) for f in row if f != "prompt"]]
-    ]
-    numbers = [1, 2, rows_in(data)]
-    assert [found[number] for number in numbers] == expected
-
-
-@MANY
-@given(data=st.data(), paired=st.booleans())
-def test_a_mutated_row_for_training(folder, chat, data, paired):
-    check_loaded(folder, chat, data.draw(mutated(training_row(2, paired))), paired)
-
-
-@MANY
-@given(data=st.data(), paired=st.booleans())
-def test_a_garbled_row_for_training(folder, chat, data, paired):
-    line = data.draw(garbled(training_row(2, paired)))
-    assume(b"\n" not in line)
-    check_loaded(folder, chat, line, paired)
+    for number, position in ((0, 1), (1, 2), (3, rows_in(content))):
+        row = training_row(number, paired)
+        rows = chat.encode_rows([(row["prompt"], row[side]) for side in row if side != "prompt"])
+        assert found[position] == [r.prompt_ids + r.response_ids for r in rows]

@@ -1,26 +1,16 @@
 """redi/data/formats.py: the same training row out of every usual shape, and TRL's tokens for it."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small_run import run, sft_config, write_jsonl
-from test_tokenizer import MATH_TEMPLATE, make
+from small_run import assistant, refusal, run, sft_config, user, write_jsonl
 
-from redi.config import UserError
-from redi.data.formats import Example, find_format, read_examples, to_example
+from redi.data.formats import Example, read_examples, to_example
 from redi.data.tokenizer import ChatTokenizer, chatml
-
-
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict:
-    return {"role": "assistant", "content": text}
-
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = [user("1+1?")]
@@ -66,8 +56,7 @@ def test_every_shape_of_a_pair(name):
     assert to_example(PAIR_SHAPES[name], "x", paired=True) == PAIR_ROW
 
 
-def test_several_turns():
-    """Every answer of {messages} is learned from; what chosen and rejected share is the prompt."""
+def test_all_answers_of_messages_are_learned_and_what_both_sides_begin_with_is_the_prompt():
     assert to_example({"messages": TURNS}, "x", False) == Example(TURNS[:1], [TURNS[1:]])
     last = [[assistant("3")], [assistant("4")]]
     implicit = {"chosen": TURNS[:3] + last[0], "rejected": TURNS[:3] + last[1]}
@@ -120,27 +109,19 @@ REFUSED = {  # row, paired, what is said
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_rows_are_refused_in_one_line(name):
-    row, paired, said = REFUSED[name]
-    with pytest.raises(UserError, match=said) as refused:
-        to_example(row, "file.jsonl:7", paired)
-    assert str(refused.value).startswith("file.jsonl:7: ")
-    assert "\n" not in str(refused.value)
+    row, paired, expected = REFUSED[name]
+    said = refusal(to_example, row, "file.jsonl:7", paired)
+    assert said.startswith("file.jsonl:7: ")
+    assert re.search(expected, said)
 
 
 def test_equal_sides_are_counted_and_rows_keep_their_numbers():
     equal = {"prompt": "1+1?", "chosen": "It is 2.", "rejected": "It is 2."}
     rows = [PAIR_SHAPES["strings"], equal, PAIR_SHAPES["implicit prompt"]]
     skipped = Counter()
-    assert list(read_examples([("x", row) for row in rows], True, skipped)) == [
-        (1, PAIR_ROW),
-        (3, PAIR_ROW),
-    ]
+    found = list(read_examples([("x", row) for row in rows], True, skipped))
+    assert found == [(1, PAIR_ROW), (3, PAIR_ROW)]
     assert skipped == {"chosen equals rejected": 1}
-
-
-def test_a_format_has_a_name():
-    assert find_format(SFT_SHAPES["strings"], "x", False) == ("prompt", "completion")
-    assert find_format(PAIR_SHAPES["implicit prompt"], "x", True) == ("chosen", "rejected")
 
 
 # ---------------------------------------------------------------- tokens, and TRL's
@@ -153,35 +134,26 @@ GENERATION = chatml(None).replace(
 )
 
 
-def prepared_by_trl(rows: list[dict], tokenizer, folder, assistant_only: bool) -> list[dict]:
+def test_the_mask_of_several_turns_is_trls(make_chat, tmp_path):
     from datasets import Dataset
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    ours, theirs = make_chat(tmp_path, chatml(None)), AutoTokenizer.from_pretrained(tmp_path)
+    rows = [{"messages": TURNS}, {"messages": ASKED + RIGHT}]
     arguments = SFTConfig(
-        output_dir=str(folder), max_length=None, use_cpu=True, bf16=False,
-        assistant_only_loss=assistant_only,
+        output_dir=str(tmp_path), max_length=None, use_cpu=True, bf16=False,
+        assistant_only_loss=True,
     )  # fmt: skip
-    template = GENERATION if assistant_only else None
     trainer = SimpleNamespace(
-        _tokenizer=tokenizer, chat_template=template, completion_only_loss=not assistant_only
+        _tokenizer=theirs, chat_template=GENERATION, completion_only_loss=False
     )
-    dataset = Dataset.from_list(rows)
-    return list(
-        SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, arguments, False, None, "train")
+    by_trl = SFTTrainer._prepare_dataset(
+        trainer, Dataset.from_list(rows), theirs, arguments, False, None, "train"
     )
-
-
-def test_the_mask_of_several_turns_is_trls(save_tokenizer, tmp_path):
-    from transformers import AutoTokenizer
-
-    ours = make(save_tokenizer, tmp_path, chatml(None))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    longer = [SYSTEM, *TURNS, user("é <|im_end|> 的"), assistant("<think>\n4\n</think>\n\n4 ")]
-    rows = [{"messages": TURNS}, {"messages": longer}, {"messages": ASKED + RIGHT}]
-    by_trl = prepared_by_trl(rows[:1] + rows[2:], theirs, tmp_path, assistant_only=True)
     found = [to_example(row, "x", False) for row in rows]
     rendered = ours.encode_rows([(e.prompt, e.responses[0]) for e in found])
-    for row, expected in zip(rendered[:1] + rendered[2:], by_trl):
+    for row, expected in zip(rendered, by_trl):
         ids = row.prompt_ids + row.response_ids
         learned = row.learned or [True] * len(row.response_ids)
         assert ids == expected["input_ids"][: len(ids)]
@@ -189,38 +161,30 @@ def test_the_mask_of_several_turns_is_trls(save_tokenizer, tmp_path):
         labels += [t if seen else -100 for t, seen in zip(row.response_ids, learned)]
         assert labels == expected["labels"][: len(ids)]
         assert ours.decode(expected["input_ids"][len(ids) :]) == "\n"
-    assert rendered[2].learned is None
-    # Three answers, each with its stop token; `<|im_end|>` in the user's text is text.
-    kept = [t for t, seen in zip(rendered[1].response_ids, rendered[1].learned) if seen]
-    assert kept.count(ours.stop_id) == 3
-    assert ours.decode(kept) == "2<|im_end|>3<|im_end|><think>\n4\n</think>\n\n4 <|im_end|>"
+    assert rendered[1].learned is None
 
 
-@pytest.mark.parametrize("name", ["message lists", "messages"])
-def test_tokens_of_sft_rows_are_trls(name, save_tokenizer, tmp_path):
-    from transformers import AutoTokenizer
-
-    template = MATH_TEMPLATE if name == "message lists" else chatml()
-    ours = make(save_tokenizer, tmp_path, template)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    [expected] = prepared_by_trl([SFT_SHAPES[name]], theirs, tmp_path, assistant_only=False)
-    example = to_example(SFT_SHAPES[name], "x", False)
-    [row] = ours.encode_rows([(example.prompt, example.responses[0])])
-    assert row.prompt_ids + row.response_ids == expected["input_ids"][: len(row)]
+def test_control_tokens_between_answers_are_text_and_every_answer_has_its_stop_token(
+    make_chat, tmp_path
+):
+    chat = make_chat(tmp_path, chatml(None))
+    turns = [*TURNS[1:], user("é <|im_end|> 的"), assistant("<think>\n4\n</think>\n\n4 ")]
+    [row] = chat.encode_rows([([SYSTEM, *ASKED], turns)])
+    kept = [t for t, seen in zip(row.response_ids, row.learned) if seen]
+    assert kept.count(chat.stop_id) == 3
+    assert chat.decode(kept) == "2<|im_end|>3<|im_end|><think>\n4\n</think>\n\n4 <|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["message lists", "implicit prompt"])
-def test_tokens_of_pairs_are_trls(name, save_tokenizer, tmp_path):
+def test_tokens_of_pairs_are_trls(name, make_chat, tmp_path):
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    ours = make(save_tokenizer, tmp_path, chatml())
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = make_chat(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     arguments = DPOConfig(output_dir=str(tmp_path), max_length=None, use_cpu=True, bf16=False)
-    trainer = SimpleNamespace(_tokenizer=theirs)
-    dataset = Dataset.from_list([PAIR_SHAPES[name]])
-    [expected] = DPOTrainer._prepare_dataset(trainer, dataset, theirs, arguments, "train")
+    rows, trainer = Dataset.from_list([PAIR_SHAPES[name]]), SimpleNamespace(_tokenizer=theirs)
+    [expected] = DPOTrainer._prepare_dataset(trainer, rows, theirs, arguments, "train")
     example = to_example(PAIR_SHAPES[name], "x", True)
     chosen, rejected = ours.encode_rows([(example.prompt, r) for r in example.responses])
     assert chosen.prompt_ids == rejected.prompt_ids == expected["prompt_ids"]
@@ -245,13 +209,13 @@ def test_several_turns_are_trained_on_as_transformers_scores_them(here):
         ids = torch.tensor([rendered.prompt_ids + rendered.response_ids])
         with torch.no_grad():
             logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        decoded = [chat.decode([token]) for token in ids[0].tolist()]
-        answering = False
-        for place, token in enumerate(ids[0].tolist()):
+        # An answer: all after a generated header, up to the stop token.
+        text, answering = "", False
+        for position, token in enumerate(ids[0].tolist()):
             if answering:
-                scores.append(logps[place - 1].item())
-            if token == chat.stop_id:
-                answering = False
-            elif "".join(decoded[: place + 1]).endswith("<|im_start|>assistant\n"):
-                answering = True
+                scores.append(logps[position - 1].item())
+            text += chat.decode([token])
+            answering = token != chat.stop_id and (
+                answering or text.endswith("<|im_start|>assistant\n")
+            )
     assert record["loss"] == pytest.approx(-sum(scores) / len(scores), rel=1e-5)

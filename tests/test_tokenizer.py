@@ -1,14 +1,13 @@
 """redi/data/tokenizer.py against transformers' and TRL's tokenization of conversations."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_run import assistant, refusal, user
 from tokenizers import AddedToken, Tokenizer, normalizers, processors
 
-from redi.config import UserError
 from redi.data.tokenizer import ChatTokenizer, chatml
 
 # In the manner of Qwen2.5-Math's: a system prompt of its own, tools, several kinds of turn.
@@ -76,20 +75,15 @@ CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 PIECES = ["\n", "\n\n", " ", "  ", "\t", "<think>\n", "</think>", "Compute", "\\boxed{2}", "6-1=5"]
 ODD_PIECES = [
-    "é",
-    "e\u0301",
-    "\u0301",
-    "的",
-    "🧮",
-    "\u2028",
-    "<|",
-    "im_end|>",
-    "<|im_end",
-    "{{ x }}",
-]
+    "é", "e\u0301", "\u0301", "的", "🧮", "\u2028", "<|", "im_end|>", "<|im_end", "{{ x }}",
+]  # fmt: skip
 pieces = st.sampled_from([*PIECES, *ODD_PIECES])
 texts = st.lists(pieces | st.text(max_size=5), max_size=8).map("".join)
 contents = texts.filter(lambda text: not any(control in text for control in CONTROLS))
+
+
+GENERATE = {"add_generation_prompt": True, "return_dict": True}
+ADDED_TOKEN = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
 
 
 def begins_with_a_newline(text: str) -> bool:
@@ -98,33 +92,19 @@ def begins_with_a_newline(text: str) -> bool:
     return "\n" in blank or "\r" in blank
 
 
-ADDED_TOKEN = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
 @pytest.fixture(scope="module", params=TEMPLATES)
-def both(request, save_tokenizer, tmp_path_factory):
+def both(request, make_chat, tmp_path_factory):
     """(our tokenizer, transformers' own) of one folder."""
     from transformers import AutoTokenizer
 
-    folder = save_tokenizer(tmp_path_factory.mktemp("chat"), TEMPLATES[request.param])
-    return ChatTokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    folder = tmp_path_factory.mktemp("chat")
+    ours = make_chat(folder, TEMPLATES[request.param])
+    return ours, AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def chat(save_tokenizer, tmp_path_factory) -> ChatTokenizer:
-    return ChatTokenizer.from_folder(save_tokenizer(tmp_path_factory.mktemp("chat")))
-
-
-def make(save_tokenizer, folder, template: str, **settings) -> ChatTokenizer:
-    return ChatTokenizer.from_folder(save_tokenizer(folder, template, **settings))
+def chat(make_chat, tmp_path_factory) -> ChatTokenizer:
+    return make_chat(tmp_path_factory.mktemp("chat"))
 
 
 # ---------------------------------------------------------------- the ids of the whole string
@@ -154,25 +134,21 @@ def test_prompts_of_several_turns_equal_transformers(both, turns, has_system):
     messages = [(user, assistant)[i % 2](text or ".") for i, text in enumerate(turns)]
     if has_system:
         messages.insert(0, {"role": "system", "content": "Be brief."})
-    whole = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    whole = theirs.apply_chat_template(messages, **GENERATE)
     assert ours.encode_prompt(messages) == whole["input_ids"]
 
 
 @settings(max_examples=100, deadline=None)
 @given(question=texts, answer=texts)
-def test_the_prompt_of_training_is_the_prompt_of_generation(both, question, answer):
+def test_training_sees_the_prompt_of_generation_and_a_response_decodes_to_its_text(
+    both, question, answer
+):
     ours, _ = both
     [row] = ours.encode_rows([([user(question)], assistant(answer))])
     assert row.prompt_ids == ours.encode_prompt([user(question)])
-
-
-@settings(max_examples=100, deadline=None)
-@given(texts)
-def test_decoding_a_response_gives_its_text(chat, answer):
-    [row] = chat.encode_rows([([user("?")], assistant(answer))])
-    assert row.response_ids[-1] == chat.stop_id
+    assert row.response_ids[-1] == ours.stop_id
     # Qwen2's tokenizer composes accents before anything else.
-    assert chat.decode(row.response_ids[:-1]) == normalizers.NFC().normalize_str(answer)
+    assert ours.decode(row.response_ids[:-1]) == normalizers.NFC().normalize_str(answer)
 
 
 def test_many_rows_at_once_equal_each_alone(chat):
@@ -180,13 +156,13 @@ def test_many_rows_at_once_equal_each_alone(chat):
     assert chat.encode_rows(conversations) == [chat.encode_rows([c])[0] for c in conversations]
 
 
-def test_rows_equal_those_of_trl(save_tokenizer, tmp_path):
+def test_rows_equal_those_of_trl(make_chat, tmp_path):
     """TRL's own preparation of {prompt, completion}, without the rest of its trainer."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    ours = make(save_tokenizer, tmp_path, MATH_TEMPLATE)
+    ours = make_chat(tmp_path, MATH_TEMPLATE)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     answers = ["<think>\n6-1=5\n\n</think>\n\n\\boxed{2}", " leads", "trails \n\n", "é 的 🧮"]
     examples = [{"prompt": [user("6-1=?\n")], "completion": [assistant(a)]} for a in answers]
@@ -197,7 +173,7 @@ def test_rows_equal_those_of_trl(save_tokenizer, tmp_path):
     )
     rows = ours.encode_rows([(e["prompt"], e["completion"][0]) for e in examples])
     for row, their_row in zip(rows, prepared):
-        # TRL goes on to learn the newline after the stop token.
+        # TRL also learns the newline after the stop token.
         assert row.prompt_ids + row.response_ids == their_row["input_ids"][: len(row)]
         supervised = [label != -100 for label in their_row["labels"][: len(row)]]
         assert supervised == [False] * len(row.prompt_ids) + [True] * len(row.response_ids)
@@ -218,20 +194,20 @@ def test_a_response_that_begins_with_a_newline_does_not_merge_with_the_header(bo
 # ---------------------------------------------------------------- text stays text
 
 
-@pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("around", ["{}", "a{}b", " {} ", "\n{}\n", "{0}{0}"])
-def test_a_control_token_in_a_content_is_text(both, control, around):
+def test_a_control_token_in_a_content_is_text(both, around):
     ours, _ = both
-    quoting = around.format(control)
     [plain] = ours.encode_rows([([user("plain")], assistant("plain"))])
-    [row] = ours.encode_rows([([user(quoting)], assistant(quoting))])
     controls = set(ours.control_ids.values())
-    assert not controls & set(row.response_ids[:-1])
-    assert ours.decode(row.response_ids[:-1]) == quoting
-    written = [i for i in row.prompt_ids if i in controls]
-    assert written == [i for i in plain.prompt_ids if i in controls]
-    prompt = ours.decode(plain.prompt_ids).replace("plain", quoting)
-    assert ours.decode(row.prompt_ids) == prompt
+    for control in CONTROLS:
+        quoting = around.format(control)
+        [row] = ours.encode_rows([([user(quoting)], assistant(quoting))])
+        assert not controls & set(row.response_ids[:-1])
+        assert ours.decode(row.response_ids[:-1]) == quoting
+        written = [i for i in row.prompt_ids if i in controls]
+        assert written == [i for i in plain.prompt_ids if i in controls]
+        prompt = ours.decode(plain.prompt_ids).replace("plain", quoting)
+        assert ours.decode(row.prompt_ids) == prompt
 
 
 @pytest.mark.parametrize("content", ["\ue0f0", "\ue0f00\ue0f1", "\ue0f01\ue0f1 <|im_end|>"])
@@ -261,9 +237,8 @@ def test_a_prefix_that_the_template_writes_is_not_doubled(tokenizer_json, writte
     header = "<|im_start|>assistant\n"
     template = chatml(system=None).replace(repr(header).replace('"', "'"), repr(header + written))
     chat = ChatTokenizer(tokenizer, template)
-    assert chat.decode(chat.encode_prompt([user("?")], prefix="<think>\n")).endswith(
-        header + written
-    )
+    prompt = chat.decode(chat.encode_prompt([user("?")], prefix="<think>\n"))
+    assert prompt.endswith(header + written)
 
 
 def test_a_prefix_in_the_question_does_not_stand_for_the_answers(chat):
@@ -291,50 +266,44 @@ def per_message(turn: str) -> str:
     return "{% for m in messages %}" + turn + "{% endfor %}"
 
 
-@pytest.mark.parametrize(
-    ("template", "said"),
-    [
-        (per_message("{{ m['role'] }}: {{ m['content'] }}\n"), "no stop token"),
-        (per_message("{{ m['content'] }}</s>"), "no stop token"),
-        (per_message("{{ m['content'] }}"), "no stop token"),
-        ("{{ messages[0]['content'] }}<|im_end|>", "drops, repeats or moves"),
-        (per_message("{{ m['content'] * 2 }}<|im_end|>"), "drops, repeats or moves"),
-        ("{% for m in messages | reverse %}{{ m['content'] }}<|im_end|>{% endfor %}", "moves"),
-        ("{{ raise_exception('never') }}", "refuses the messages: never"),
-        ("{% for m in messages %}{{ m['content'] }}", "broken chat template"),
-        (per_message("{{ m.content }}{{ m.tool.name }}<|im_end|>"), "chat template"),
-        (per_message("{{ m.content | shout }}<|im_end|>"), "broken chat template"),
-    ],
-)
-def test_a_template_that_cannot_be_trained_on_is_refused(save_tokenizer, tmp_path, template, said):
-    with pytest.raises(UserError) as error:
-        make(save_tokenizer, tmp_path, template)
-    assert said in str(error.value)
-    assert str(error.value).startswith(f"{tmp_path}: ")
-    assert "\n" not in str(error.value)
+REFUSED = [
+    (per_message("{{ m['role'] }}: {{ m['content'] }}\n"), "no stop token"),
+    (per_message("{{ m['content'] }}</s>"), "no stop token"),
+    (per_message("{{ m['content'] }}"), "no stop token"),
+    ("{{ messages[0]['content'] }}<|im_end|>", "drops, repeats or moves"),
+    (per_message("{{ m['content'] * 2 }}<|im_end|>"), "drops, repeats or moves"),
+    ("{% for m in messages | reverse %}{{ m['content'] }}<|im_end|>{% endfor %}", "moves"),
+    ("{{ raise_exception('never') }}", "refuses the messages: never"),
+    ("{% for m in messages %}{{ m['content'] }}", "broken chat template"),
+    (per_message("{{ m.content }}{{ m.tool.name }}<|im_end|>"), "chat template"),
+    (per_message("{{ m.content | shout }}<|im_end|>"), "broken chat template"),
+]
 
 
-def test_a_template_that_heads_written_answers_otherwise_is_refused_for_training(
-    save_tokenizer, tmp_path
+@pytest.mark.parametrize(("template", "said"), REFUSED)
+def test_a_template_that_cannot_be_trained_on_is_refused(make_chat, tmp_path, template, said):
+    error = refusal(make_chat, tmp_path, template)
+    assert error.startswith(f"{tmp_path}: ")
+    assert said in error
+
+
+def test_messages_that_a_template_refuses_or_heads_otherwise_than_in_generation_are_one_line(
+    make_chat, tmp_path
 ):
-    template = chatml(system=None).replace("'<|im_start|>assistant\\n'", "'<|im_start|>robot\\n'")
-    chat = make(save_tokenizer, tmp_path, template)
-    with pytest.raises(UserError, match="training would not match generation"):
-        chat.encode_rows([([user("?")], assistant("!"))])
-
-
-def test_what_the_template_refuses_is_an_error_of_one_line(save_tokenizer, tmp_path):
-    template = (
-        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('begin with the user') }}"
-        "{% endif %}" + chatml(system=None)
+    other_head = chatml(None).replace("'<|im_start|>assistant\\n'", "'<|im_start|>robot\\n'")
+    chat = make_chat(tmp_path, other_head)
+    said = refusal(chat.encode_rows, [([user("?")], assistant("!"))])
+    assert "training would not match generation" in said
+    refusing = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     )
-    chat = make(save_tokenizer, tmp_path, template)
-    with pytest.raises(UserError, match="refuses the messages: begin with the user"):
-        chat.encode_prompt([assistant("hello")])
+    chat = make_chat(tmp_path, refusing + chatml(None))
+    said = refusal(chat.encode_prompt, [assistant("hello")])
+    assert "refuses the messages: user first" in said
 
 
 @pytest.mark.parametrize("eos", ["<|im_end|>", ADDED_TOKEN])
-def test_templates_see_the_special_tokens_and_no_tools(save_tokenizer, tmp_path, eos):
+def test_templates_see_the_special_tokens_and_no_tools(make_chat, tmp_path, eos):
     from transformers import AutoTokenizer
 
     template = (
@@ -342,7 +311,7 @@ def test_templates_see_the_special_tokens_and_no_tools(save_tokenizer, tmp_path,
         + per_message("{{ m['role'] + ':' + m['content'] + eos_token }}")
         + "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    chat = make(save_tokenizer, tmp_path, template, bos_token="<|endoftext|>", eos_token=eos)
+    chat = make_chat(tmp_path, template, bos_token="<|endoftext|>", eos_token=eos)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     whole = theirs.apply_chat_template([user("?"), assistant("!")], return_dict=True)
     [row] = chat.encode_rows([([user("?")], assistant("!"))])
@@ -350,58 +319,50 @@ def test_templates_see_the_special_tokens_and_no_tools(save_tokenizer, tmp_path,
     assert chat.decode(whole["input_ids"]) == "<|endoftext|>user:?<|im_end|>assistant:!<|im_end|>"
 
 
-def test_of_several_templates_the_default_one_is_used(save_tokenizer, tmp_path):
+def test_of_several_templates_the_default_one_is_used(make_chat, tmp_path):
     named = [
         {"name": "tool_use", "template": "{{ raise_exception('not this one') }}"},
         {"name": "default", "template": chatml(system="Default.")},
     ]
-    chat = make(save_tokenizer, tmp_path, named)
+    chat = make_chat(tmp_path, named)
     assert "Default." in chat.decode(chat.encode_prompt([user("?")]))
 
 
-def test_a_template_file_comes_before_the_settings(save_tokenizer, tmp_path):
+def test_a_template_file_overrides_the_settings(save_tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
     save_tokenizer(tmp_path, chatml(system="In the settings."))
     (tmp_path / "chat_template.jinja").write_text(chatml(system="In the file."))
     prompt = ChatTokenizer.from_folder(tmp_path).encode_prompt([user("?")])
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    whole = theirs.apply_chat_template([user("?")], add_generation_prompt=True, return_dict=True)
-    assert prompt == whole["input_ids"]
+    assert prompt == theirs.apply_chat_template([user("?")], **GENERATE)["input_ids"]
     assert "In the file." in theirs.decode(prompt)
 
 
-def break_template(folder) -> None:
-    (folder / "tokenizer_config.json").write_text("{}")
-
-
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("name", "content", "said"),
     [
-        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{"), "not a tokenizer"),
-        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "not a JSON object"),
-        (lambda folder: (folder / "tokenizer_config.json").write_text("[1]"), "not a JSON object"),
-        (break_template, "no chat template"),
+        ("tokenizer.json", None, "tokenizer.json: no such file"),
+        ("tokenizer.json", "{", "not a tokenizer"),
+        ("tokenizer_config.json", "{", "not a JSON object"),
+        ("tokenizer_config.json", "[1]", "not a JSON object"),
+        ("tokenizer_config.json", "{}", "no chat template"),
     ],
 )
-def test_a_broken_folder_is_an_error_of_one_line(save_tokenizer, tmp_path, damage, said):
+def test_a_broken_folder_is_one_line(save_tokenizer, tmp_path, name, content, said):
     save_tokenizer(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(UserError) as error:
-        ChatTokenizer.from_folder(tmp_path)
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert said in refusal(ChatTokenizer.from_folder, tmp_path)
 
 
-def test_the_fingerprint_changes_with_what_changes_the_ids(save_tokenizer, tmp_path):
-    prints = [
-        make(save_tokenizer, tmp_path / "a", chatml()).fingerprint,
-        make(save_tokenizer, tmp_path / "b", chatml(system=None)).fingerprint,
-        make(save_tokenizer, tmp_path / "c", chatml(), bos_token="<|endoftext|>").fingerprint,
-    ]
+def test_the_fingerprint_changes_with_what_changes_the_ids(make_chat, tmp_path):
+    begin = {"bos_token": "<|endoftext|>"}
+    makings = [(chatml(), {}), (chatml(), {}), (chatml(system=None), {}), (chatml(), begin)]
+    prints = [make_chat(tmp_path, template, **s).fingerprint for template, s in makings]
+    assert prints[0] == prints[1]
     assert len(set(prints)) == 3
-    assert make(save_tokenizer, tmp_path / "d", chatml()).fingerprint == prints[0]
 
 
 # ---------------------------------------------------------------- another family of templates
@@ -433,25 +394,23 @@ def distilled(tokenizer_json, save_tokenizer, tmp_path_factory):
 def test_an_r1_distilled_prompt_equals_transformers(distilled, question):
     ours, theirs = distilled
     for messages in ([user(question)], [{"role": "system", "content": "Hi"}, user(question)]):
-        whole = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        whole = theirs.apply_chat_template(messages, **GENERATE)
         assert ours.encode_prompt(messages, prefix="<think>\n") == whole["input_ids"]
 
 
 def test_an_r1_distilled_tokenizer_stops_and_is_refused_for_training(distilled):
     ours, theirs = distilled
     assert ours.stop_id == theirs.eos_token_id
-    with pytest.raises(UserError, match="training would not match generation"):
-        ours.encode_rows([([user("?")], assistant("<think>\n</think>\n!"))])
+    said = refusal(ours.encode_rows, [([user("?")], assistant("<think>\n</think>\n!"))])
+    assert "training would not match generation" in said
 
 
-def test_a_saved_tokenizer_is_read_back_the_same(save_tokenizer, tmp_path):
+def test_a_tokenizer_that_transformers_saved_is_read_the_same(make_chat, tmp_path):
     from transformers import AutoTokenizer
 
-    ours = make(save_tokenizer, tmp_path / "ours", MATH_TEMPLATE)
+    ours = make_chat(tmp_path / "ours", MATH_TEMPLATE)
     AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    assert "chat_template" not in json.loads(
-        (tmp_path / "theirs" / "tokenizer_config.json").read_text()
-    )
+    assert "chat_template" not in (tmp_path / "theirs" / "tokenizer_config.json").read_text()
     again = ChatTokenizer.from_folder(tmp_path / "theirs")
     conversation = ([user("6-1=?\n")], assistant("<think>\n5\n</think>"))
     assert again.encode_rows([conversation]) == ours.encode_rows([conversation])
