@@ -4,15 +4,16 @@ import errno
 import gzip
 import json
 import os
-import re
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_run import refusal
 
-from redi.config import UserError
 from redi.data.files import PARQUET_BATCH_ROWS, read_rows, write_aside
 
 ROWS = [{"n": 1, "text": "a\u2028b\r c"}, {"n": 2, "text": "é\n"}, {"n": 3, "text": ""}]
@@ -27,24 +28,24 @@ def write(path, content):
     return path
 
 
+def read_all(source) -> list:
+    return list(read_rows(source))
+
+
 # ---------------------------------------------------------------- forms
 
 
 def test_jsonl_rows_carry_their_line_and_blank_lines_are_no_rows(tmp_path):
     first, second, third = json_lines(ROWS).split("\n")[:3]
     path = write(tmp_path / "raw.jsonl", f"{first}\n\n{second}\n   \n{third}")
-    assert list(read_rows(path)) == [
-        (f"{path}:1", ROWS[0]),
-        (f"{path}:3", ROWS[1]),
-        (f"{path}:5", ROWS[2]),
-    ]
+    assert read_all(path) == [(f"{path}:{line}", row) for line, row in zip((1, 3, 5), ROWS)]
 
 
 @pytest.mark.parametrize("lead", ["", "\ufeff", "\n \t", "\ufeff\n" + " \n" * 5000])
 def test_a_json_file_is_an_array_or_lines(tmp_path, lead):
     array = write(tmp_path / "array.json", lead + json.dumps(ROWS, indent=2))
     lines = write(tmp_path / "lines.json", lead + json_lines(ROWS))
-    assert list(read_rows(array)) == [(f"{array}: row {i}", r) for i, r in enumerate(ROWS, 1)]
+    assert read_all(array) == [(f"{array}: row {i}", r) for i, r in enumerate(ROWS, 1)]
     assert [row for _, row in read_rows(lines)] == ROWS
 
 
@@ -52,19 +53,18 @@ def test_parquet_gives_the_rows_of_all_batches_and_row_groups(tmp_path):
     rows = [{"n": i, "lists": {"x": [True, None]}} for i in range(3 * PARQUET_BATCH_ROWS + 1)]
     path = tmp_path / "raw.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=PARQUET_BATCH_ROWS + 7)
-    assert list(read_rows(path)) == [(f"{path}: row {i}", r) for i, r in enumerate(rows, 1)]
+    assert read_all(path) == [(f"{path}: row {i}", r) for i, r in enumerate(rows, 1)]
 
 
-def test_a_parquet_column_that_nobody_asks_for_is_named_and_not_read(tmp_path):
+def test_a_parquet_column_that_no_program_reads_is_named_and_not_read(tmp_path):
     path = tmp_path / "raw.parquet"
     columns = {"n": [1, 2], "year 275760": pa.array([10**8, None], pa.date32())}
     pq.write_table(pa.table(columns), path)
-    assert [row for _, row in read_rows(path, ["n"])] == [
-        {"n": n, "year 275760": ...} for n in (1, 2)
-    ]
+    rows = [row for _, row in read_rows(path, ["n"])]
+    assert rows == [{"n": n, "year 275760": ...} for n in (1, 2)]
     assert [list(row) for _, row in read_rows(path, ["m"])] == [list(columns)] * 2
-    with pytest.raises(UserError, match=r"raw\.parquet: unreadable .* \(date value out of range\)"):
-        list(read_rows(path))
+    said = refusal(read_all, path)
+    assert said.startswith(f"{path}: unreadable Parquet file after row 0 (date value out of range")
 
 
 def test_a_folder_gives_its_files_in_name_order_and_a_list_in_its_own(tmp_path):
@@ -78,75 +78,74 @@ def test_a_folder_gives_its_files_in_name_order_and_a_list_in_its_own(tmp_path):
 # ---------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("cut.jsonl", '{"n": 1}\n{"n": ', "cut.jsonl:2: not valid JSON (Expecting value"),
-        ("latin.jsonl", b'{"n": 1}\n\n{"t": "\xe9"}\n', "latin.jsonl:3: not valid JSON in UTF-8"),
-        ("list.jsonl", '{"n": 1}\n[1, 2]\n', "list.jsonl:2: expected a JSON object, got [1, 2]"),
-        ("long.jsonl", "9" * 5000 + "\n", "long.jsonl:1: not valid JSON in UTF-8"),
-        ("deep.jsonl", "[" * 200_000 + "\n", "deep.jsonl:1: not valid JSON in UTF-8"),
-        (
-            "cut.json",
-            '[\n{"n": 1},\n{"n"',
-            "cut.json: not valid JSON (Expecting ':' delimiter at l",
-        ),
-        ("mixed.json", '[{"n": 1}, "x"]', 'mixed.json: row 2: expected a JSON object, got "x"'),
-        ("empty.jsonl", "", "empty.jsonl: holds no rows"),
-        ("blank.jsonl", "\n\n", "blank.jsonl: holds no rows"),
-        ("none.json", "[]", "none.json: holds no rows"),
-        ("false.parquet", "PAR1 it says", "false.parquet: unreadable Parquet file after row 0"),
-        ("table.csv", "n\n1\n", "table.csv: expected a .parquet, .jsonl or .json file"),
-        ("gone.jsonl", None, "gone.jsonl: no such file or folder"),
-    ],
-)
+def parquet(values: list, **layout) -> bytes:
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.table({"n": values}), file, **layout)
+    return file.getvalue().to_pybytes()
+
+
+def damage_the_middle(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + b"\xff" * 64 + data[middle + 64 :]
+
+
+PAGES = {"compression": "gzip", "use_dictionary": False, "row_group_size": 500}
+LONG = parquet([f"{i:0100}" for i in range(1000)], **PAGES)
+BROKEN = [  # file, content, what the error begins with
+    ("cut.jsonl", '{"n": 1}\n{"n": ', ":2: not valid JSON (Expecting value"),
+    ("latin.jsonl", b'{"n": 1}\n\n{"t": "\xe9"}\n', ":3: not valid JSON in UTF-8"),
+    ("list.jsonl", '{"n": 1}\n[1, 2]\n', ":2: expected a JSON object, got [1, 2]"),
+    ("long.jsonl", "9" * 5000 + "\n", ":1: not valid JSON in UTF-8"),
+    ("deep.jsonl", "[" * 200_000 + "\n", ":1: not valid JSON in UTF-8"),
+    ("cut.json", '[\n{"n": 1},\n{"n"', ": not valid JSON (Expecting ':' delimiter at l"),
+    ("mixed.json", '[{"n": 1}, "x"]', ': row 2: expected a JSON object, got "x"'),
+    ("empty.jsonl", "", ": holds no rows"),
+    ("blank.jsonl", "\n\n", ": holds no rows"),
+    ("none.json", "[]", ": holds no rows"),
+    ("none.parquet", parquet([]), ": holds no rows"),
+    ("false.parquet", "PAR1 it says", ": unreadable Parquet file after row 0"),
+    ("damaged.parquet", damage_the_middle(LONG), ": cannot be read (GZipCodec failed"),
+    ("table.csv", "n\n1\n", ": expected a .parquet, .jsonl or .json file"),
+    ("gone.jsonl", None, ": no such file or folder"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), BROKEN, ids=[name for name, *_ in BROKEN])
 def test_an_error_names_the_file_and_the_line(tmp_path, name, content, said):
     path = tmp_path / name
     if content is not None:
         write(path, content)
-    with pytest.raises(UserError) as error:
-        list(read_rows(path))
-    assert str(error.value).startswith(f"{tmp_path}/{said}")
-
-
-def test_a_parquet_file_damaged_in_its_middle_is_an_error(tmp_path):
-    path = tmp_path / "raw.parquet"
-    table = pa.Table.from_pylist([{"text": f"{i:0100}"} for i in range(1000)])
-    pq.write_table(table, path, compression="gzip", use_dictionary=False, row_group_size=500)
-    sound = path.read_bytes()
-    middle = len(sound) // 2
-    write(path, sound[:middle] + b"\xff" * 64 + sound[middle + 64 :])
-    with pytest.raises(UserError, match=r"raw\.parquet: "):
-        list(read_rows(path))
-
-
-def test_a_parquet_file_without_rows_is_an_error(tmp_path):
-    path = tmp_path / "raw.parquet"
-    pq.write_table(pa.table({"n": pa.array([], pa.int64())}), path)
-    with pytest.raises(UserError, match="holds no rows"):
-        list(read_rows(path))
+    assert refusal(read_all, path).startswith(f"{path}{said}")
 
 
 def test_a_missing_file_of_a_list_is_found_before_the_first_row(tmp_path):
     there = write(tmp_path / "a.jsonl", '{"n": 1}\n')
-    with pytest.raises(UserError, match=r"b\.jsonl: no such file"):
-        next(read_rows([there, tmp_path / "b.jsonl"]))
+    said = refusal(next, read_rows([there, tmp_path / "b.jsonl"]))
+    assert said.startswith(f"{tmp_path}/b.jsonl: no such file")
 
 
 # ---------------------------------------------------------------- memory
+
+
+@contextmanager
+def traced() -> Iterator[list[int]]:
+    """A list that gets the peak of Python's memory in the block."""
+    peak: list[int] = []
+    tracemalloc.start()
+    try:
+        yield peak
+        peak.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
 
 
 def test_reading_60_mb_of_json_lines_holds_a_few_lines(tmp_path):
     path = tmp_path / "raw.jsonl"
     line = json.dumps({"text": "x" * 20_000}) + "\n"
     path.write_text(line * 3000)
-    tracemalloc.start()
-    try:
+    with traced() as peak:
         assert sum(len(row["text"]) for _, row in read_rows(path)) == 60_000_000
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 1_000_000
+    assert peak[0] < 1_000_000
 
 
 def test_reading_60_mb_of_parquet_holds_a_few_batches(tmp_path):
@@ -158,16 +157,12 @@ def test_reading_60_mb_of_parquet_holds_a_few_batches(tmp_path):
     assert pq.ParquetFile(path).num_row_groups == 1
     del texts
     before, arrow_peak, characters = pa.total_allocated_bytes(), 0, 0
-    tracemalloc.start()
-    try:
+    with traced() as peak:
         for _, row in read_rows(path):
             characters += len(row["text"])
             arrow_peak = max(arrow_peak, pa.total_allocated_bytes() - before)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
     assert characters == 60_000_000
-    assert peak < 8_000_000
+    assert peak[0] < 8_000_000
     assert arrow_peak < 16_000_000
 
 
@@ -177,7 +172,8 @@ def test_reading_60_mb_of_parquet_holds_a_few_batches(tmp_path):
 def write_half(path, error):
     with write_aside(path) as file:
         file.write("half")
-        raise error
+        if error:
+            raise error
 
 
 def test_a_file_appears_whole_and_only_when_the_block_ends(tmp_path):
@@ -199,20 +195,16 @@ def test_an_exception_leaves_what_was_there_and_nothing_else(tmp_path, raised):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_that_cannot_be_written_is_the_users_error(tmp_path):
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     write(tmp_path / "file", "")
     (tmp_path / "taken").mkdir()
     for path in (tmp_path / "file" / "x", tmp_path / "gone" / "x", tmp_path / "taken"):
-        with pytest.raises(UserError, match=r": cannot be written \("), write_aside(path) as file:
-            file.write("x")
+        said = refusal(write_half, path, None)
+        assert said.startswith(f"{path}: cannot be written (")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    said = refusal(write_half, tmp_path / "out.jsonl", full)
+    assert said == f"{tmp_path}/out.jsonl: cannot be written (No space left on device)"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "taken"]
-
-
-def test_a_full_disk_is_the_users_error(tmp_path):
-    path = tmp_path / "out.jsonl"
-    with pytest.raises(UserError, match=r"out\.jsonl: cannot be written \(No space left"):
-        write_half(path, OSError(errno.ENOSPC, "No space left on device"))
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("raised", [FileNotFoundError(2, "gone", "other"), BrokenPipeError()])
@@ -241,11 +233,11 @@ def test_compressed_rows_are_those_of_the_plain_file(suffix, tmp_path):
     plain.write_bytes(lines)
     packed = compressed(tmp_path / f"packed.jsonl.{suffix}", lines)
     expected = [(place.replace(str(plain), str(packed)), row) for place, row in read_rows(plain)]
-    assert list(read_rows(packed)) == expected
+    assert read_all(packed) == expected
     array = compressed(tmp_path / f"array.json.{suffix}", b' [{"a": 1}, {"a": 2}]')
     assert [row for _, row in read_rows(array)] == [{"a": 1}, {"a": 2}]
-    with pytest.raises(UserError, match="holds no rows"):
-        list(read_rows(compressed(tmp_path / f"empty.jsonl.{suffix}", b"")))
+    empty = compressed(tmp_path / f"empty.jsonl.{suffix}", b"")
+    assert "holds no rows" in refusal(read_all, empty)
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
@@ -253,6 +245,4 @@ def test_compressed_rows_are_those_of_the_plain_file(suffix, tmp_path):
 def test_a_broken_compressed_file_is_one_line(suffix, broken, tmp_path):
     packed = compressed(tmp_path / f"x.jsonl.{suffix}", b'{"a": 1}\n' * 10_000)
     packed.write_bytes(broken(packed.read_bytes()))
-    with pytest.raises(UserError, match=f"^{re.escape(str(packed))}: cannot be read") as refused:
-        list(read_rows(packed))
-    assert "\n" not in str(refused.value)
+    assert refusal(read_all, packed).startswith(f"{packed}: cannot be read")

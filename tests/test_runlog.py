@@ -1,21 +1,20 @@
-"""What a run writes beside its model: which run a folder holds, its records, its curves.
-
-python -m pytest tests/test_runlog.py
-"""
+"""What a run writes beside its model: which run a folder holds, its records, its curves."""
 
 import json
-import os
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated
+from unittest import mock
 
 import pytest
+from processes import main_in_this_process
+from small_run import refusal
 
 from redi import curves, runlog
-from redi.config import UserError, may_change, to_toml
+from redi.config import may_change, to_toml
 from redi.runlog import Progress, RunLog, is_finished, read_facts, read_metrics
 
 
@@ -28,174 +27,162 @@ class Settings:
     dry_run: Annotated[bool, "not compared", may_change] = False
 
 
-def started(folder: Path, settings: Settings | None = None, **facts: str) -> RunLog:
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """The folder of a run, not yet there."""
+    return tmp_path / "run"
+
+
+def start(folder: Path, settings: Settings | None = None, **facts: str) -> RunLog:
     log = RunLog(str(folder), settings or Settings())
     log.start(facts)
     return log
 
 
-def finished(folder: Path, settings: Settings | None = None) -> None:
-    log = started(folder, settings)
+def start_and_end(folder: Path) -> None:
+    start(folder)  # its lock ends with it
+
+
+def finish(folder: Path, settings: Settings | None = None) -> None:
+    log = start(folder, settings)
     log.record("train", 1, loss=1.0)
     log.finish()
+
+
+def lose_metrics(folder: Path) -> None:
+    start(folder)
+    (folder / "metrics.jsonl").unlink()
+
+
+def config_of(content: bytes) -> Callable[[Path], None]:
+    """A finished run whose config.toml is this."""
+
+    def make(folder: Path) -> None:
+        finish(folder)
+        (folder / "config.toml").write_bytes(content)
+
+    return make
+
+
+def foreign(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "thesis.tex").touch()
 
 
 # ---------------------------------------------------------------- which run a folder holds
 
 
-def test_a_missing_or_empty_folder_is_free(tmp_path):
-    assert not is_finished(str(tmp_path / "new"), Settings())
-    assert not is_finished(str(tmp_path), Settings())
-    assert list(tmp_path.iterdir()) == []  # the check writes nothing
-
-
-def test_the_same_run_finished_is_finished(tmp_path):
-    finished(tmp_path / "run")
-    assert is_finished(str(tmp_path / "run"), Settings())
-
-
-def test_the_same_run_unfinished_may_be_started_again(tmp_path):
-    log = started(tmp_path / "run")
-    log.record("train", 1, loss=1.0)
-    assert not is_finished(str(tmp_path / "run"), Settings())
-    del log  # as if its process had ended
-    started(tmp_path / "run")
-    assert list(read_metrics(tmp_path / "run")) == []
-
-
-def test_only_one_process_at_a_time_writes_to_a_folder(tmp_path):
-    log = started(tmp_path / "run")
-    log.record("train", 1, loss=1.0)
-    with pytest.raises(UserError, match="another process is running there"):
-        started(tmp_path / "run")
-    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1]
-
-
-def test_a_run_without_any_record_is_unfinished(tmp_path):
-    started(tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    assert not is_finished(str(tmp_path / "run"), Settings())
+@pytest.mark.parametrize(
+    ("make", "now", "complete"),
+    [
+        (lambda folder: None, Settings(), False),
+        (Path.mkdir, Settings(), False),
+        (start_and_end, Settings(), False),
+        (lose_metrics, Settings(), False),
+        (finish, Settings(), True),
+        (finish, Settings(tracker="wandb", dry_run=True), True),  # they do not change the result
+    ],
+)
+def test_a_run_is_finished_or_may_be_started(run, make, now, complete):
+    make(run)
+    before = sorted(run.glob("*"))
+    assert is_finished(str(run), now) == complete
+    assert sorted(run.glob("*")) == before  # the check writes nothing
+    assert len(list(read_metrics(run))) == 2 * complete
 
 
 @pytest.mark.parametrize(
-    ("now", "said"),
+    ("make", "now", "said"),
     [
-        (Settings(lr=0.25), "lr was 0.5, now 0.25"),
-        (Settings(name="b"), "name was 'a', now 'b'"),
-        (Settings(limit=3), "limit was None, now 3"),
+        (foreign, Settings(), "holds files but no run"),
+        (Path.touch, Settings(), "is a file"),
+        (config_of(b'title = "else"\n'), Settings(), "title was 'else', now None"),
+        (config_of(b"lr = \xff"), Settings(), "run/config.toml: not a readable TOML file"),
+        (start_and_end, Settings(lr=0.25), "(lr was 0.5, now 0.25); choose another folder"),
+        (finish, Settings(lr=0.25), "(lr was 0.5, now 0.25); choose another folder"),
+        (finish, Settings(name="b"), "(name was 'a', now 'b'); choose another folder"),
+        (finish, Settings(limit=3), "(limit was None, now 3); choose another folder"),
     ],
 )
-@pytest.mark.parametrize("complete", [True, False])
-def test_another_run_is_refused_naming_what_differs(tmp_path, now, said, complete):
-    finished(tmp_path / "run") if complete else started(tmp_path / "run")
-    with pytest.raises(UserError, match="choose another folder") as raised:
-        is_finished(str(tmp_path / "run"), now)
-    assert said in str(raised.value)
-    assert str(raised.value).count(" was ") == 1
+def test_anything_else_is_refused_and_names_what_differs(run, make, now, said):
+    make(run)
+    assert said in refusal(is_finished, str(run), now)
 
 
-def test_a_run_that_another_program_made_is_refused(tmp_path):
-    (tmp_path / "config.toml").write_text('title = "somebody else\'s"\n')
-    with pytest.raises(UserError, match="title was"):
-        is_finished(str(tmp_path), Settings())
+def test_a_folder_that_cannot_be_made_is_refused(run):
+    run.touch()
+    assert str(run) in refusal(start, run)
 
 
-def test_what_does_not_change_the_result_is_not_compared(tmp_path):
-    finished(tmp_path / "run")
-    assert is_finished(str(tmp_path / "run"), Settings(tracker="wandb", dry_run=True))
+def test_an_unfinished_run_is_started_again_from_its_first_step(run):
+    log = start(run)
+    log.record("train", 1, loss=1.0)
+    del log  # as if its process had ended
+    start(run)
+    assert list(read_metrics(run)) == []
 
 
-def test_foreign_files_are_refused_and_left(tmp_path):
-    (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="holds files but no run"):
-        is_finished(str(tmp_path), Settings())
-    assert (tmp_path / "thesis.tex").read_text() == "precious"
+def test_only_one_process_at_a_time_writes_to_a_folder(run):
+    log = start(run)
+    log.record("train", 1, loss=1.0)
+    assert "another process is running there" in refusal(start, run)
+    assert [record["step"] for record in read_metrics(run)] == [1]
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        is_finished(str(tmp_path / "run"), Settings())
-    with pytest.raises(UserError, match="run"):
-        started(tmp_path / "run")
-
-
-def test_text_with_quotes_and_newlines_is_the_same_run(tmp_path):
+def test_text_with_quotes_and_newlines_is_the_same_run(run):
     settings = Settings(name='a "quoted"\r\n\\ \x7f name')
-    finished(tmp_path / "run", settings)
-    assert is_finished(str(tmp_path / "run"), settings)
+    finish(run, settings)
+    assert is_finished(str(run), settings)
 
 
 # ---------------------------------------------------------------- records
 
 
-def test_config_toml_holds_facts_as_comments_above_the_settings(tmp_path):
-    started(tmp_path / "run", redi="0.1", rows="12")
-    text = (tmp_path / "run" / "config.toml").read_text()
-    assert text == "# redi: 0.1\n# rows: 12\n" + to_toml(Settings())
-
-
-def test_facts_are_read_back(tmp_path):
+def test_config_toml_holds_facts_as_comments_above_the_settings(run):
     facts = {"redi": "0.1", "parent": "C: # a\n path", "parent's weights": "af01"}
-    started(tmp_path / "run", Settings(name="# no: fact"), **facts)
-    assert read_facts(tmp_path / "run") == facts | {"parent": "C: # a path"}  # on one line
+    settings = Settings(name="# no: fact")
+    start(run, settings, **facts)
+    comments = "# redi: 0.1\n# parent: C: # a path\n# parent's weights: af01\n"
+    assert (run / "config.toml").read_text() == comments + to_toml(settings)
+    assert read_facts(run) == facts | {"parent": "C: # a path"}  # on one line
 
 
-def test_a_damaged_config_toml_is_an_error_that_names_it(tmp_path):
-    finished(tmp_path / "run")
-    (tmp_path / "run" / "config.toml").write_bytes(b"lr = \xff")
-    with pytest.raises(UserError, match=r"run/config\.toml: not a readable TOML file"):
-        is_finished(str(tmp_path / "run"), Settings())
-
-
-def test_a_damaged_line_of_metrics_is_an_error_that_names_it(tmp_path):
-    finished(tmp_path / "run")
-    path = tmp_path / "run" / "metrics.jsonl"
-    for damaged in ("{" + path.read_text(), "[" * 200_000 + "\n"):
-        path.write_text(damaged)
-        with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a record of a run"):
-            list(read_metrics(tmp_path / "run"))
-
-
-def test_records_are_on_disk_as_soon_as_they_are_written(tmp_path):
-    log = started(tmp_path / "run")
+def test_records_are_on_disk_as_soon_as_they_are_written(run):
+    log = start(run)
     log.record("train", 1, loss=0.5, lr=1e-3)
-    log.record("eval", 1, loss=0.25)
-    assert list(read_metrics(tmp_path / "run")) == [
+    log.record("eval", 1, loss=float("nan"))
+    written = [
         {"kind": "train", "step": 1, "loss": 0.5, "lr": 1e-3},
-        {"kind": "eval", "step": 1, "loss": 0.25},
+        {"kind": "eval", "step": 1, "loss": float("nan")},
     ]
+    assert repr(list(read_metrics(run))) == repr(written)  # NaN differs from itself
     log.finish()
-    assert list(read_metrics(tmp_path / "run"))[-1] == {"kind": "finished"}
+    assert repr(list(read_metrics(run))) == repr([*written, {"kind": "finished"}])
 
 
-def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
-    log = started(tmp_path / "run")
-    with open("/dev/full", "w") as full:
-        os.dup2(full.fileno(), log._metrics.fileno())
-    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(No space left"):
-        log.record("train", 1, loss=0.5)
+def test_a_full_disk_is_one_line_that_names_the_file(run):
+    run.mkdir()
+    (run / "metrics.jsonl").symlink_to("/dev/full")
+    said = refusal(RunLog(str(run), Settings()).record, "train", 1, loss=0.5)
+    assert said.startswith(f"{run}/metrics.jsonl: cannot be written (No space left")
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
-def test_a_last_line_cut_short_is_left_out(tmp_path, cut):
-    finished(tmp_path / "run")
-    path = tmp_path / "run" / "metrics.jsonl"
-    whole = path.read_text()
-    path.write_text(whole[:-cut])
-    assert list(read_metrics(tmp_path / "run")) == [{"kind": "train", "step": 1, "loss": 1.0}]
-    assert not is_finished(str(tmp_path / "run"), Settings())
+def test_a_last_line_cut_short_is_left_out(run, cut):
+    finish(run)
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text()[:-cut])
+    assert list(read_metrics(run)) == [{"kind": "train", "step": 1, "loss": 1.0}]
+    assert not is_finished(str(run), Settings())
 
 
-def test_a_run_without_metrics_has_no_records(tmp_path):
-    assert list(read_metrics(tmp_path)) == []
-
-
-def test_a_loss_that_is_not_finite_is_recorded(tmp_path):
-    log = started(tmp_path / "run")
-    log.record("train", 1, loss=float("nan"))
-    [record] = read_metrics(tmp_path / "run")
-    assert record["loss"] != record["loss"]
+def test_any_other_damaged_line_is_an_error_that_names_it(run):
+    finish(run)
+    path = run / "metrics.jsonl"
+    for damaged in ("{" + path.read_text(), "[" * 200_000 + "\n"):
+        path.write_text(damaged)
+        said = refusal(lambda: list(read_metrics(run)))
+        assert said == f"{path}:1: not a record of a run"
 
 
 def test_progress_without_a_terminal_is_a_line_every_few_seconds(capsys, monkeypatch):
@@ -207,15 +194,9 @@ def test_progress_without_a_terminal_is_a_line_every_few_seconds(capsys, monkeyp
             progress.update({"loss": "0.5"})
     lines = capsys.readouterr().out.splitlines()
     # A line is due after more than 10 s: at 11, 22, ... 99, and at the last.
-    assert [line.split()[1] for line in lines] == [
-        *(f"{k}/100" for k in range(11, 100, 11)), "100/100",
-    ]  # fmt: skip
+    assert [line.split()[1] for line in lines] == [f"{k}/100" for k in (*range(11, 100, 11), 100)]
     assert lines[0] == "out/run 11/100 [89 s left] loss 0.5"  # 89 steps of a second
-
-
-def test_progress_counts_from_where_a_run_resumes_and_is_silent_if_not_shown(capsys, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
+    # A resumed run: 89 steps were done before.
     for shown in (True, False):
         with Progress(100, "out/run", unit="step", shown=shown, done=89) as progress:
             now[0] += 20.0
@@ -226,71 +207,35 @@ def test_progress_counts_from_where_a_run_resumes_and_is_silent_if_not_shown(cap
 # ---------------------------------------------------------------- trackers
 
 
-def without(monkeypatch, name: str) -> None:
-    monkeypatch.setitem(sys.modules, name, None)  # import raises ImportError
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
-@pytest.mark.parametrize(
-    ("tracker", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
-)
-def test_a_tracker_that_is_not_installed_is_one_line_and_leaves_no_run(
-    tmp_path, monkeypatch, tracker, module
-):
-    without(monkeypatch, module)
-    with pytest.raises(UserError, match=f"--tracker {tracker}: pip install {tracker}") as raised:
-        RunLog(str(tmp_path / "run"), Settings(), tracker)
-    assert "\n" not in str(raised.value)
-    assert not list((tmp_path / "run").glob("*"))
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_that_is_not_installed_is_one_line_and_leaves_no_run(run, monkeypatch, tracker):
+    monkeypatch.setitem(sys.modules, TRACKERS[tracker], None)  # import raises ImportError
+    said = refusal(RunLog, str(run), Settings(), tracker)
+    assert said == f"--tracker {tracker}: pip install {tracker} first"
+    assert not list(run.glob("*"))
 
 
-class Writer:
-    """A SummaryWriter that keeps what it is given."""
-
-    made: list["Writer"]
-
-    def __init__(self, folder: str):
-        self.folder, self.scalars, self.texts = folder, [], []
-        Path(folder).mkdir(parents=True)
-        Writer.made.append(self)
-
-    def add_text(self, name: str, text: str) -> None:
-        self.texts.append((name, text))
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.scalars.append((name, value, step))
-
-    def flush(self) -> None:
-        pass
-
-
-def test_tensorboard_gets_the_records(tmp_path, monkeypatch):
-    module, Writer.made = ModuleType("torch.utils.tensorboard"), []
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    log = RunLog(str(tmp_path / "run"), Settings(), "tensorboard")
-    assert not is_finished(str(tmp_path / "run"), Settings())  # only held, it is free to start
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_gets_settings_and_records(run, monkeypatch, tracker):
+    module = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, TRACKERS[tracker], module)
+    (run / "tensorboard").mkdir(parents=True)  # as its writer does
+    log = RunLog(str(run), Settings(), tracker)
+    assert not is_finished(str(run), Settings())  # only held, it is free to start
     log.record("train", 3, loss=0.5)
-    [writer] = Writer.made
-    assert writer.folder == str(tmp_path / "run" / "tensorboard")
-    assert writer.scalars == [("train/loss", 0.5, 3)]
-    assert "lr = 0.5" in writer.texts[0][1]
-    assert [record["loss"] for record in read_metrics(tmp_path / "run")] == [0.5]
-
-
-def test_wandb_gets_the_records(tmp_path, monkeypatch):
-    module, calls = ModuleType("wandb"), []
-
-    class Run:
-        def log(self, values, step):
-            calls.append((values, step))
-
-    module.init = lambda **settings: calls.append(settings) or Run()
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    log = RunLog(str(tmp_path / "run"), Settings(), "wandb")
-    log.record("eval", 3, loss=0.5)
-    assert calls[0]["name"] == "run"
-    assert calls[0]["config"]["lr"] == 0.5
-    assert calls[1] == ({"eval/loss": 0.5}, 3)
+    assert [record["loss"] for record in read_metrics(run)] == [0.5]
+    if tracker == "wandb":
+        [created] = module.init.call_args_list
+        assert (created.kwargs["name"], created.kwargs["config"]["lr"]) == ("run", 0.5)
+        assert module.init().log.call_args_list == [mock.call({"train/loss": 0.5}, step=3)]
+    else:
+        module.SummaryWriter.assert_called_once_with(str(run / "tensorboard"))
+        writer = module.SummaryWriter()
+        assert writer.add_scalar.call_args_list == [mock.call("train/loss", 0.5, 3)]
+        assert "lr = 0.5" in writer.add_text.call_args.args[1]
 
 
 # ---------------------------------------------------------------- curves
@@ -312,51 +257,24 @@ def size_of_png(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", content[16:24])
 
 
-def draw(runs: list[Path], path: Path) -> None:
-    curves.draw({run.name: list(read_metrics(run)) for run in runs}, path)
-
-
-def test_curves_of_several_runs_are_one_picture(tmp_path):
-    first = write_run(tmp_path / "one", chosen_logp=-0.5, rejected_logp=-0.7, margin=0.2)
-    second = write_run(tmp_path / "two", steps=3, lr=1e-3)
-    draw([first, second], first / "curves.png")
-    width, height = size_of_png(first / "curves.png")
-    assert width > 500
-    assert height > 300
-    assert not (second / "curves.png").exists()
-    assert {path.name for path in first.iterdir()} == {"metrics.jsonl", "curves.png"}
-
-
-def test_the_picture_grows_with_what_there_is_to_show(tmp_path):
+def test_the_curves_of_all_runs_are_drawn_into_the_first_with_a_panel_per_metric(tmp_path, capsys):
+    first = write_run(tmp_path / "one")
+    second = write_run(tmp_path / "two", steps=3, **dict.fromkeys(curves.PANELS, 0.1))
     sizes = []
-    for name, values in (("few", {}), ("many", dict.fromkeys(curves.PANELS, 0.1))):
-        folder = write_run(tmp_path / name, **values)
-        draw([folder], folder / "curves.png")
-        sizes.append(size_of_png(folder / "curves.png"))
-    assert sizes[1][0] > sizes[0][0]  # one panel; then three columns
-    assert sizes[1][1] > sizes[0][1]
-
-
-def call(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["runlog", *arguments])
-    try:
-        runlog.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def test_the_command_draws_into_the_first_run(tmp_path, monkeypatch, capsys):
-    first, second = write_run(tmp_path / "one"), write_run(tmp_path / "two")
-    assert call(monkeypatch, str(first), str(second)) == 0
-    size_of_png(first / "curves.png")
-    assert capsys.readouterr().out.strip().endswith("curves.png")
+    for runs in ([first], [first, second]):
+        assert main_in_this_process(runlog.main, *runs) == 0
+        sizes.append(size_of_png(first / "curves.png"))
+    assert capsys.readouterr().out.splitlines() == [str(first / "curves.png")] * 2
+    assert 500 < sizes[0][0] < sizes[1][0]  # one panel, then three columns
+    assert 300 < sizes[0][1] < sizes[1][1]
+    assert {path.name for path in first.iterdir()} == {"metrics.jsonl", "curves.png"}
+    assert not (second / "curves.png").exists()
 
 
 @pytest.mark.parametrize("missing", ["nowhere", "empty"])
-def test_a_run_without_records_is_an_error_that_names_it(tmp_path, monkeypatch, capsys, missing):
+def test_a_run_without_records_is_an_error_that_names_it(tmp_path, capsys, missing):
     (tmp_path / "empty").mkdir()
     first = write_run(tmp_path / "one")
-    assert call(monkeypatch, str(first), str(tmp_path / missing)) == 2
+    assert main_in_this_process(runlog.main, first, tmp_path / missing) == 2
     assert missing in capsys.readouterr().err
     assert not (first / "curves.png").exists()
