@@ -164,17 +164,6 @@ def test_the_mask_of_several_turns_is_trls(make_chat, tmp_path):
     assert rendered[1].learned is None
 
 
-def test_control_tokens_between_answers_are_text_and_every_answer_has_its_stop_token(
-    make_chat, tmp_path
-):
-    chat = make_chat(tmp_path, chatml(None))
-    turns = [*TURNS[1:], user("é <|im_end|> 的"), assistant("<think>\n4\n</think>\n\n4 ")]
-    [row] = chat.encode_rows([([SYSTEM, *ASKED], turns)])
-    kept = [t for t, seen in zip(row.response_ids, row.learned) if seen]
-    assert kept.count(chat.stop_id) == 3
-    assert chat.decode(kept) == "2<|im_end|>3<|im_end|><think>\n4\n</think>\n\n4 <|im_end|>"
-
-
 @pytest.mark.parametrize("name", ["message lists", "implicit prompt"])
 def test_tokens_of_pairs_are_trls(name, make_chat, tmp_path):
     from datasets import Dataset

@@ -99,26 +99,29 @@ def test_tokens_are_the_tokenized_rows_for_any_size_of_block(folder, monkeypatch
 
 def test_of_several_turns_only_answers_are_learned_and_those_between_are_shown_apart(folder):
     single = {"prompt": ROWS[0]["prompt"], "completion": ROWS[0]["chosen"]}
-    write_jsonl(folder / "turns.jsonl", [single, {"messages": TURNS}])
+    write_jsonl(folder / "turns.jsonl", [{"messages": TURNS}, single])
     store, chat = load("turns.jsonl", paired=False), ChatTokenizer.from_folder("student")
     dataset = select(store, GENEROUS, "error", "turns.jsonl")
     [rendered] = chat.encode_rows([(TURNS[:2], TURNS[2:])])
-    one, several = dataset.sequence(0), dataset.sequence(1)
+    several, one = dataset.sequence(0), dataset.sequence(1)
     assert one.learned is None
     assert several.tokens.tolist() == rendered.prompt_ids + rendered.response_ids
     assert several.learned.tolist() == rendered.learned
-    assert several.response_length == store.response_lengths[1] == sum(rendered.learned)
-    assert dataset.response_lengths.tolist() == [one.response_length, several.response_length]
+    assert several.response_length == store.response_lengths[0] == sum(rendered.learned)
+    assert dataset.response_lengths.tolist() == [several.response_length, one.response_length]
     learned = several.tokens[several.prompt_length :][several.learned]
     assert chat.decode(learned) == "2<|im_end|>\n4<|im_end|>"
     tokens = np.split(store.tokens, store.offsets[1:-1])
     not_learned = len(rendered.learned) - sum(rendered.learned)
-    assert [int((part < 0).sum()) for part in tokens] == [0, not_learned]
+    assert [int((part < 0).sum()) for part in tokens] == [not_learned, 0]
     lines = describe(dataset, chat).splitlines()
     totals = {line.split()[0]: int(line.split()[1]) for line in lines[2:5]}
     assert list(totals) == ["prompt", "response", "between"]
     assert totals["between"] == not_learned > 0
     assert sum(totals.values()) == dataset.lengths.sum()
+    names = [line.split("|")[0].strip() for line in lines[-4:]]
+    assert names == ["prompt", "response", "between", "response"]
+    assert "And" in lines[-2]
 
 
 def test_no_more_than_a_few_blocks_are_read_ahead_of_what_is_written(monkeypatch):
