@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from processes import command, main_in_this_process
 from small_run import refusal
 
-from redi.config import UserError, parse, positional, program, require, to_toml
+from redi.config import UserError, parse, positional, program, to_toml
 
 
 @dataclass(kw_only=True)
@@ -169,12 +169,6 @@ def test_fields_without_a_default_or_marked_so_are_positional():
     assert "SOURCE" in refusal(read, config=Placed)
     assert "--target" in refusal(read, "in", "--target", "there", config=Placed)
     assert "third" in refusal(read, "in", "there", "third", config=Placed)
-
-
-def test_require_names_the_flag():
-    require(True, "rows_per_step", 0, "at least 1")
-    said = refusal(require, False, "rows_per_step", 0, "at least 1")
-    assert said == "--rows-per-step: expected at least 1; got 0"
 
 
 # ---------------------------------------------------------------- back to TOML

@@ -109,11 +109,6 @@ def test_anything_else_is_refused_and_names_what_differs(run, make, now, said):
     assert said in refusal(is_finished, str(run), now)
 
 
-def test_a_folder_that_cannot_be_made_is_refused(run):
-    run.touch()
-    assert str(run) in refusal(start, run)
-
-
 def test_an_unfinished_run_is_started_again_from_its_first_step(run):
     log = start(run)
     log.record("train", 1, loss=1.0)
@@ -127,12 +122,6 @@ def test_only_one_process_at_a_time_writes_to_a_folder(run):
     log.record("train", 1, loss=1.0)
     assert "another process is running there" in refusal(start, run)
     assert [record["step"] for record in read_metrics(run)] == [1]
-
-
-def test_text_with_quotes_and_newlines_is_the_same_run(run):
-    settings = Settings(name='a "quoted"\r\n\\ \x7f name')
-    finish(run, settings)
-    assert is_finished(str(run), settings)
 
 
 # ---------------------------------------------------------------- records
@@ -259,7 +248,7 @@ def size_of_png(path: Path) -> tuple[int, int]:
 
 def test_the_curves_of_all_runs_are_drawn_into_the_first_with_a_panel_per_metric(tmp_path, capsys):
     first = write_run(tmp_path / "one")
-    second = write_run(tmp_path / "two", steps=3, **dict.fromkeys(curves.PANELS, 0.1))
+    second = write_run(tmp_path / "two", steps=3, **dict.fromkeys(list(curves.PANELS)[:4], 0.1))
     sizes = []
     for runs in ([first], [first, second]):
         assert main_in_this_process(runlog.main, *runs) == 0

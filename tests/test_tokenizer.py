@@ -151,11 +151,6 @@ def test_training_sees_the_prompt_of_generation_and_a_response_decodes_to_its_te
     assert ours.decode(row.response_ids[:-1]) == normalizers.NFC().normalize_str(answer)
 
 
-def test_many_rows_at_once_equal_each_alone(chat):
-    conversations = [([user("x" * i)], assistant("y\n" * (9 - i))) for i in range(10)]
-    assert chat.encode_rows(conversations) == [chat.encode_rows([c])[0] for c in conversations]
-
-
 def test_rows_equal_those_of_trl(make_chat, tmp_path):
     """TRL's own preparation of {prompt, completion}, without the rest of its trainer."""
     from datasets import Dataset
@@ -249,12 +244,6 @@ def test_a_prefix_in_the_question_does_not_stand_for_the_answers(chat):
 # ---------------------------------------------------------------- templates
 
 
-def test_the_stop_token_is_what_ends_an_answer(both):
-    ours, theirs = both
-    assert ours.stop_id == theirs.convert_tokens_to_ids("<|im_end|>")
-    assert ours.token(ours.stop_id) == "<|im_end|>"
-
-
 def test_a_control_token_may_begin_like_another(tokenizer_json):
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.add_special_tokens(["<|im_end|><|im_end|>"])
@@ -285,21 +274,6 @@ def test_a_template_that_cannot_be_trained_on_is_refused(make_chat, tmp_path, te
     error = refusal(make_chat, tmp_path, template)
     assert error.startswith(f"{tmp_path}: ")
     assert said in error
-
-
-def test_messages_that_a_template_refuses_or_heads_otherwise_than_in_generation_are_one_line(
-    make_chat, tmp_path
-):
-    other_head = chatml(None).replace("'<|im_start|>assistant\\n'", "'<|im_start|>robot\\n'")
-    chat = make_chat(tmp_path, other_head)
-    said = refusal(chat.encode_rows, [([user("?")], assistant("!"))])
-    assert "training would not match generation" in said
-    refusing = (
-        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
-    )
-    chat = make_chat(tmp_path, refusing + chatml(None))
-    said = refusal(chat.encode_prompt, [assistant("hello")])
-    assert "refuses the messages: user first" in said
 
 
 @pytest.mark.parametrize("eos", ["<|im_end|>", ADDED_TOKEN])
