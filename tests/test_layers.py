@@ -5,11 +5,10 @@ python -m pytest tests/test_layers.py -s      prints the line counts
 
 import ast
 import graphlib
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from processes import ROOT, finished
+from small_run import SFT
+
 METHOD = (
     "losses", "objectives", "logprobs", "kernels", "model", "attention", "packing", "batches",
     "train",
@@ -47,18 +46,13 @@ def test_the_core_reaches_no_tool_and_has_no_circle_of_imports():
 
 
 def test_training_without_a_benchmark_loads_no_tool(here):
-    flags = (
-        "--model student --data positives.jsonl --rope-theta keep --max-position-embeddings keep "
-        "--max-prompt 100 --max-response 100 --max-length 200 --rows-per-step 10 --epochs 1"
-    )
     code = (
-        f"import sys; sys.argv = ['train_sft.py', *{flags.split()}]; sys.path[0] = {str(ROOT)!r}\n"
-        "from redi.programs import train_sft; train_sft()\n"
+        "import sys; from redi.programs import train_sft; train_sft()\n"
         "print(*(name for name in sys.modules if name.startswith('redi.')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = done.stdout.splitlines()[-1].split()
+    status, out, errors = finished("-c", code, *SFT)
+    assert status == 0, errors
+    loaded = out.splitlines()[-1].split()
     assert "redi.train" in loaded
     assert [name for name in loaded if not is_core(name)] == ["redi.programs"]
 
