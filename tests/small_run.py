@@ -189,7 +189,7 @@ def files_in(folder: str) -> dict[Path, bytes]:
 
 
 def refusal(call: Callable, *arguments: Any, **settings: Any) -> str:
-    """What the UserError says, in one line, with which this call ends."""
+    """The message, of one line, of the UserError that this call raises."""
     with pytest.raises(UserError) as refused:
         call(*arguments, **settings)
     assert "\n" not in str(refused.value)

@@ -208,7 +208,7 @@ def loaded(folder: Path, data: bytes, chat, paired: bool) -> dict[int, list[list
         with redirect_stderr(StringIO()):
             store = load_store([path], chat, paired, cache)
     except UserError as error:
-        said = str(error)
+        message = str(error)
     else:
         dataset, sides = Dataset(store, np.arange(len(store.row_numbers)), {}), 1 + paired
         assert len(dataset) + sum(store.skipped.values()) == rows_in(data)
@@ -216,7 +216,7 @@ def loaded(folder: Path, data: bytes, chat, paired: bool) -> dict[int, list[list
             number: [dataset.sequence(sides * row + side).tokens.tolist() for side in range(sides)]
             for row, number in enumerate(store.row_numbers.tolist())
         }
-    assert "\n" not in said
+    assert "\n" not in message
     assert not [made for made in cache.glob("*") if made.name.isalnum()]  # no store
     return None
 

@@ -306,10 +306,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_model_whole(folder, mon
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        said = refusal(save_model, model, folder, source, card="x" * 60_000)
+        message = refusal(save_model, model, folder, source, card="x" * 60_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert said.startswith(f"{folder}: the model could not be saved")
+    assert message.startswith(f"{folder}: the model could not be saved")
     assert contents(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -404,8 +404,8 @@ BROKEN = [  # what is done to a folder; what the error says
 @pytest.mark.parametrize(("damage", "parts"), BROKEN, ids=[parts[0] for _, parts in BROKEN])
 def test_a_broken_folder_is_one_line_that_names_it(folder, damage, parts):
     damage(folder)
-    said = refusal(load_model, folder)
-    assert [part for part in [*parts, str(folder)] if part not in said] == []
+    message = refusal(load_model, folder)
+    assert [part for part in [*parts, str(folder)] if part not in message] == []
 
 
 def test_a_tied_head_that_is_stored_and_equal_is_accepted_and_saved_once(folder, tmp_path):

@@ -67,8 +67,8 @@ def test_a_flag_overrides_a_recipe_and_a_recipe_a_default(recipe):
 def test_a_subclass_restates_a_default_and_keeps_the_type(recipe):
     assert read(config=Restated).count == 7
     assert read("--count", "8", config=Restated).count == 8
-    said = refusal(read, "--count", "many", config=Restated)
-    assert "--count: expected a whole number" in said
+    message = refusal(read, "--count", "many", config=Restated)
+    assert "--count: expected a whole number" in message
     assert "'count'" in refusal(read, "--config", recipe("count = 1.5\n"), config=Restated)
 
 
@@ -104,7 +104,7 @@ def test_a_recipe_value_becomes_the_fields_type(recipe, text, settings):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--count 1.5", "--count: expected a whole number; got '1.5'"),
         ("--count ", "--count"),
@@ -127,12 +127,12 @@ def test_a_recipe_value_becomes_the_fields_type(recipe, text, settings):
         ("--config .", "--config .: not a readable TOML file"),
     ],
 )
-def test_a_wrong_flag_is_one_line_naming_it(flags, said):
-    assert said in refusal(read, *flags.split(" "))
+def test_a_wrong_flag_is_one_line_naming_it(flags, message):
+    assert message in refusal(read, *flags.split(" "))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("cuont = 1", "unknown key 'cuont'"),
         ("[count]\nvalue = 1", "'count'"),
@@ -154,10 +154,10 @@ def test_a_wrong_flag_is_one_line_naming_it(flags, said):
         ('name = "\udcff"', "not a readable TOML file"),  # not UTF-8
     ],
 )
-def test_a_wrong_recipe_is_one_line_naming_file_and_key(recipe, text, said):
+def test_a_wrong_recipe_is_one_line_naming_file_and_key(recipe, text, message):
     path = recipe(text)
     error = refusal(read, "--config", path)
-    assert said in error
+    assert message in error
     assert path in error
 
 

@@ -63,8 +63,10 @@ def test_a_parquet_column_that_no_program_reads_is_named_and_not_read(tmp_path):
     rows = [row for _, row in read_rows(path, ["n"])]
     assert rows == [{"n": n, "year 275760": ...} for n in (1, 2)]
     assert [list(row) for _, row in read_rows(path, ["m"])] == [list(columns)] * 2
-    said = refusal(read_all, path)
-    assert said.startswith(f"{path}: unreadable Parquet file after row 0 (date value out of range")
+    message = refusal(read_all, path)
+    assert message.startswith(
+        f"{path}: unreadable Parquet file after row 0 (date value out of range"
+    )
 
 
 def test_a_folder_gives_its_files_in_name_order_and_a_list_in_its_own(tmp_path):
@@ -110,18 +112,18 @@ BROKEN = [  # file, content, what the error begins with
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "said"), BROKEN, ids=[name for name, *_ in BROKEN])
-def test_an_error_names_the_file_and_the_line(tmp_path, name, content, said):
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN, ids=[name for name, *_ in BROKEN])
+def test_an_error_names_the_file_and_the_line(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         write(path, content)
-    assert refusal(read_all, path).startswith(f"{path}{said}")
+    assert refusal(read_all, path).startswith(f"{path}{message}")
 
 
 def test_a_missing_file_of_a_list_is_found_before_the_first_row(tmp_path):
     there = write(tmp_path / "a.jsonl", '{"n": 1}\n')
-    said = refusal(next, read_rows([there, tmp_path / "b.jsonl"]))
-    assert said.startswith(f"{tmp_path}/b.jsonl: no such file")
+    message = refusal(next, read_rows([there, tmp_path / "b.jsonl"]))
+    assert message.startswith(f"{tmp_path}/b.jsonl: no such file")
 
 
 # ---------------------------------------------------------------- memory
@@ -199,11 +201,11 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     write(tmp_path / "file", "")
     (tmp_path / "taken").mkdir()
     for path in (tmp_path / "file" / "x", tmp_path / "gone" / "x", tmp_path / "taken"):
-        said = refusal(write_half, path, None)
-        assert said.startswith(f"{path}: cannot be written (")
+        message = refusal(write_half, path, None)
+        assert message.startswith(f"{path}: cannot be written (")
     full = OSError(errno.ENOSPC, "No space left on device")
-    said = refusal(write_half, tmp_path / "out.jsonl", full)
-    assert said == f"{tmp_path}/out.jsonl: cannot be written (No space left on device)"
+    message = refusal(write_half, tmp_path / "out.jsonl", full)
+    assert message == f"{tmp_path}/out.jsonl: cannot be written (No space left on device)"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "taken"]
 
 

@@ -67,7 +67,7 @@ def test_all_answers_of_messages_are_learned_and_what_both_sides_begin_with_is_t
     assert to_example(history, "x", False) == Example(TURNS[:3], [last[0]])
 
 
-REFUSED = {  # row, paired, what is said
+REFUSED = {  # row, paired, what the error says
     "unknown": ({"a": 1, "b": 2}, False, "fields seen: a, b; expected .*completion.* or"),
     "none": ({}, True, "fields seen: none; expected {prompt, chosen, rejected} or {chosen"),
     "pairs for SFT": ({"chosen": "a", "rejected": "b"}, False, "train_redi.py trains on such rows"),
@@ -110,9 +110,9 @@ REFUSED = {  # row, paired, what is said
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_rows_are_refused_in_one_line(name):
     row, paired, expected = REFUSED[name]
-    said = refusal(to_example, row, "file.jsonl:7", paired)
-    assert said.startswith("file.jsonl:7: ")
-    assert re.search(expected, said)
+    message = refusal(to_example, row, "file.jsonl:7", paired)
+    assert message.startswith("file.jsonl:7: ")
+    assert re.search(expected, message)
 
 
 def test_equal_sides_are_counted_and_rows_keep_their_numbers():

@@ -80,8 +80,8 @@ def test_a_file_that_would_be_missed_in_a_folder_is_refused_by_name(tmp_path):
     ],
 )
 def test_a_missing_default_names_the_command_that_makes_it(hub, find, path, command):
-    said = refusal(find, path, made_by=command)
-    assert said == f"{path}: no such file or folder; `{command}` makes it"
+    message = refusal(find, path, made_by=command)
+    assert message == f"{path}: no such file or folder; `{command}` makes it"
     assert hub.downloads == []
 
 
@@ -91,8 +91,8 @@ def test_a_missing_default_names_the_command_that_makes_it(hub, find, path, comm
 )
 def test_a_path_without_the_form_of_a_hub_id_is_a_missing_file(hub, tmp_path, path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    said = refusal(dataset_files, path)
-    assert "no such file or folder" in said or "no .parquet" in said
+    message = refusal(dataset_files, path)
+    assert "no such file or folder" in message or "no .parquet" in message
     assert hub.downloads == []
 
 
@@ -136,16 +136,16 @@ def test_a_dataset_id_gives_the_files_of_one_split(hub, split, stored, expected)
 
 def test_a_dataset_without_the_split_is_an_error(hub):
     hub.repositories["org/set"] = ["data/test-00000-of-00001.parquet", "train.csv"]
-    said = refusal(dataset_files, "org/set")
-    assert "org/set: no .parquet" in said
-    assert "named after the split 'train'" in said
+    message = refusal(dataset_files, "org/set")
+    assert "org/set: no .parquet" in message
+    assert "named after the split 'train'" in message
 
 
 @pytest.mark.parametrize("find", [model_folder, dataset_files])
 def test_a_failed_download_is_one_line(hub, find):
-    said = refusal(find, "org/gone")
-    assert said.startswith("org/gone: no such local path, and downloading this ")
-    assert "(OSError: 404 Client Error)" in said
+    message = refusal(find, "org/gone")
+    assert message.startswith("org/gone: no such local path, and downloading this ")
+    assert "(OSError: 404 Client Error)" in message
 
 
 def test_the_real_client_without_a_network_is_one_line(tmp_path):

@@ -92,7 +92,7 @@ def test_a_run_is_finished_or_may_be_started(run, make, now, complete):
 
 
 @pytest.mark.parametrize(
-    ("make", "now", "said"),
+    ("make", "now", "message"),
     [
         (foreign, Settings(), "holds files but no run"),
         (Path.touch, Settings(), "is a file"),
@@ -104,9 +104,9 @@ def test_a_run_is_finished_or_may_be_started(run, make, now, complete):
         (finish, Settings(limit=3), "(limit was None, now 3); choose another folder"),
     ],
 )
-def test_anything_else_is_refused_and_names_what_differs(run, make, now, said):
+def test_anything_else_is_refused_and_names_what_differs(run, make, now, message):
     make(run)
-    assert said in refusal(is_finished, str(run), now)
+    assert message in refusal(is_finished, str(run), now)
 
 
 def test_an_unfinished_run_is_started_again_from_its_first_step(run):
@@ -152,8 +152,8 @@ def test_records_are_on_disk_as_soon_as_they_are_written(run):
 def test_a_full_disk_is_one_line_that_names_the_file(run):
     run.mkdir()
     (run / "metrics.jsonl").symlink_to("/dev/full")
-    said = refusal(RunLog(str(run), Settings()).record, "train", 1, loss=0.5)
-    assert said.startswith(f"{run}/metrics.jsonl: cannot be written (No space left")
+    message = refusal(RunLog(str(run), Settings()).record, "train", 1, loss=0.5)
+    assert message.startswith(f"{run}/metrics.jsonl: cannot be written (No space left")
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
@@ -170,8 +170,8 @@ def test_any_other_damaged_line_is_an_error_that_names_it(run):
     path = run / "metrics.jsonl"
     for damaged in ("{" + path.read_text(), "[" * 200_000 + "\n"):
         path.write_text(damaged)
-        said = refusal(lambda: list(read_metrics(run)))
-        assert said == f"{path}:1: not a record of a run"
+        message = refusal(lambda: list(read_metrics(run)))
+        assert message == f"{path}:1: not a record of a run"
 
 
 def test_progress_without_a_terminal_is_a_line_every_few_seconds(capsys, monkeypatch):
@@ -202,8 +202,8 @@ TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_a_tracker_that_is_not_installed_is_one_line_and_leaves_no_run(run, monkeypatch, tracker):
     monkeypatch.setitem(sys.modules, TRACKERS[tracker], None)  # import raises ImportError
-    said = refusal(RunLog, str(run), Settings(), tracker)
-    assert said == f"--tracker {tracker}: pip install {tracker} first"
+    message = refusal(RunLog, str(run), Settings(), tracker)
+    assert message == f"--tracker {tracker}: pip install {tracker} first"
     assert not list(run.glob("*"))
 
 

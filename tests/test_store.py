@@ -266,9 +266,9 @@ def test_whatever_ends_the_writing_nothing_is_left(folder, monkeypatch, raised):
 def test_a_cache_that_cannot_be_written_is_one_line(folder, monkeypatch):
     full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(np, "savez", full)
-    said = refusal(load)
-    assert said.startswith("--cache cache: cannot write there (")
-    assert "No space left" in said
+    message = refusal(load)
+    assert message.startswith("--cache cache: cannot write there (")
+    assert "No space left" in message
     assert folders() == []
     assert refusal(load, cache="rows.jsonl").startswith("--cache rows.jsonl: cannot write there")
 

@@ -269,11 +269,11 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("template", "said"), REFUSED)
-def test_a_template_that_cannot_be_trained_on_is_refused(make_chat, tmp_path, template, said):
+@pytest.mark.parametrize(("template", "message"), REFUSED)
+def test_a_template_that_cannot_be_trained_on_is_refused(make_chat, tmp_path, template, message):
     error = refusal(make_chat, tmp_path, template)
     assert error.startswith(f"{tmp_path}: ")
-    assert said in error
+    assert message in error
 
 
 @pytest.mark.parametrize("eos", ["<|im_end|>", ADDED_TOKEN])
@@ -314,7 +314,7 @@ def test_a_template_file_overrides_the_settings(save_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("tokenizer.json", None, "tokenizer.json: no such file"),
         ("tokenizer.json", "{", "not a tokenizer"),
@@ -323,18 +323,18 @@ def test_a_template_file_overrides_the_settings(save_tokenizer, tmp_path):
         ("tokenizer_config.json", "{}", "no chat template"),
     ],
 )
-def test_a_broken_folder_is_one_line(save_tokenizer, tmp_path, name, content, said):
+def test_a_broken_folder_is_one_line(save_tokenizer, tmp_path, name, content, message):
     save_tokenizer(tmp_path)
     (tmp_path / name).unlink()
     if content is not None:
         (tmp_path / name).write_text(content)
-    assert said in refusal(ChatTokenizer.from_folder, tmp_path)
+    assert message in refusal(ChatTokenizer.from_folder, tmp_path)
 
 
 def test_the_fingerprint_changes_with_what_changes_the_ids(make_chat, tmp_path):
     begin = {"bos_token": "<|endoftext|>"}
-    makings = [(chatml(), {}), (chatml(), {}), (chatml(system=None), {}), (chatml(), begin)]
-    prints = [make_chat(tmp_path, template, **s).fingerprint for template, s in makings]
+    cases = [(chatml(), {}), (chatml(), {}), (chatml(system=None), {}), (chatml(), begin)]
+    prints = [make_chat(tmp_path, template, **s).fingerprint for template, s in cases]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
 
@@ -375,8 +375,8 @@ def test_an_r1_distilled_prompt_equals_transformers(distilled, question):
 def test_an_r1_distilled_tokenizer_stops_and_is_refused_for_training(distilled):
     ours, theirs = distilled
     assert ours.stop_id == theirs.eos_token_id
-    said = refusal(ours.encode_rows, [([user("?")], assistant("<think>\n</think>\n!"))])
-    assert "training would not match generation" in said
+    message = refusal(ours.encode_rows, [([user("?")], assistant("<think>\n</think>\n!"))])
+    assert "training would not match generation" in message
 
 
 def test_a_tokenizer_that_transformers_saved_is_read_the_same(make_chat, tmp_path):
