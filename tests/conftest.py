@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+# Without a GPU, Triton runs kernels in its interpreter. It reads this when it is imported, as
+# processes.py does through torch._dynamo.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from processes import child, ranks
 from small_run import PAIRS, SFT, as_positive, conversation, run, write_jsonl
 
@@ -17,10 +22,6 @@ from redi.config import Stopped
 from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.runlog import RunLog
 from redi.toy import student as toy
-
-# Without a GPU, Triton runs kernels in its interpreter. It reads this when it is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples at every run: a suite that fails by chance tells nobody which change broke it.
 settings.register_profile("redi", derandomize=True)
