@@ -4,7 +4,7 @@ Letters as in losses.py: S and M are the sum and the mean of a response's token 
 chosen and l the rejected trace, _ref the model that stage 2 starts from. alpha weighs a term, beta
 scales the argument of a sigmoid, gamma is an exponent; where a source uses another letter, the
 docstring names it. For the worked pair of losses.py (S_w -0.6, M_w -0.2, S_l -4, M_l -2) with
-S_w_ref -0.9 and S_l_ref -3.5, so M_w_ref -0.3 and M_l_ref -1.75 (tests/test_related_losses.py):
+S_w_ref -0.9 and S_l_ref -3.5, so M_w_ref -0.3 and M_l_ref -1.75 (tests/test_losses.py):
 
     positives      -M_w                                                                  0.2
     dpo_norm       -log sigmoid(beta [(M_w - M_w_ref) - (M_l - M_l_ref)])   beta 5       0.160224

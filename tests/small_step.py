@@ -1,5 +1,6 @@
 """A step of a tiny model over random rows, and what the papers say its loss is."""
 
+import inspect
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from redi.batches import TrainData
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
-from redi.objectives import make_objective, sft
+from redi.objectives import loss_function, make_objective, sft
 from redi.packing import PackedBatch, TokenSequence
 
+TO_ORACLE = {torch.float64: 1e-12, torch.float32: 5e-6}  # tolerances, of the norm
+BETWEEN_CUTS = {torch.float64: 1e-12, torch.float32: 1e-6}
+ROWS, VOCABULARY = 7, 48
+
 ALPHA, BETA, GAMMA = 0.8, 0.7, 0.3
-
-
 PARAMETERS = {
     "redi": {"alpha": ALPHA},
     "symmetric": {},
@@ -35,8 +38,7 @@ PARAMETERS = {
     "redi_weighted": {"alpha": ALPHA, "gamma": GAMMA},
 }
 
-
-ROWS, VOCABULARY = 7, 48
+# ---------------------------------------------------------------- a model and its rows
 
 
 def tiny(tied: bool, dtype: torch.dtype, seed: int = 0) -> Transformer:
@@ -106,7 +108,7 @@ def row_logps(model: Transformer, sequence: TokenSequence) -> torch.Tensor:
         positions=torch.arange(length),
         cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
         lengths=[length],
-        rows=torch.arange(length),  # every row: the cut is made here, below
+        rows=torch.arange(length),  # every position; the response is cut out below
         targets=tokens,
         token_weights=torch.zeros(length),
         row_ids=[0],
@@ -115,8 +117,10 @@ def row_logps(model: Transformer, sequence: TokenSequence) -> torch.Tensor:
     )
     logits = model(alone, lambda hidden, weight: hidden @ weight.T)  # (L, V)
     logps = F.log_softmax(logits, dim=-1)
-    places = range(sequence.prompt_length, length)
-    return torch.stack([logps[at - 1, tokens[at]] for at in places])
+    return torch.stack([logps[i - 1, tokens[i]] for i in range(sequence.prompt_length, length)])
+
+
+# ---------------------------------------------------------------- the papers' formulas
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
@@ -172,6 +176,26 @@ FORMULAS = {
 }
 
 
+def our_losses(
+    name: str, chosen: list[torch.Tensor], rejected: list[torch.Tensor],
+    references: torch.Tensor, **parameters: float,
+) -> torch.Tensor:  # fmt: skip
+    """NAME_loss of P pairs (P,), from their token log-probs and the reference's sums (P, 2)."""
+    values = {}
+    for side, traces, sums in zip(("chosen", "rejected"), (chosen, rejected), references.T):
+        lengths = torch.tensor([len(trace) for trace in traces])
+        values |= {
+            f"{side}_logps": traces,
+            f"{side}_sum": torch.stack([trace.sum() for trace in traces]),
+            f"{side}_mean": torch.stack([trace.mean() for trace in traces]),
+            f"ref_{side}_sum": sums,
+            f"ref_{side}_mean": sums / lengths,
+        }
+    loss = loss_function(name)
+    arguments = {a: values[a] for a in inspect.signature(loss).parameters if a in values}
+    return loss(**arguments, **(parameters or PARAMETERS[name]))
+
+
 def paper_loss(name: str, model: Transformer, reference: Transformer) -> torch.Tensor:
     """The loss of a step over all rows, as its paper states it."""
     rows = Rows.draw(paired=name != "sft").sequences
@@ -183,6 +207,9 @@ def paper_loss(name: str, model: Transformer, reference: Transformer) -> torch.T
     pairs = zip(logps[0::2], logps[1::2], sums[0::2], sums[1::2])
     losses = [FORMULAS[name](*pair) for pair in pairs]
     return sum(losses) / len(losses)
+
+
+# ---------------------------------------------------------------- comparisons
 
 
 def gradients(model: Transformer) -> dict[str, torch.Tensor]:
@@ -199,9 +226,3 @@ def assert_close(grads: dict[str, torch.Tensor], loss: float, wanted, tolerance:
         # A key bias moves all scores of a query alike: its gradient is zero but for rounding.
         size = largest if name.endswith("k_proj.bias") else size
         assert (grad.double() - wanted_grads[name].double()).norm().item() <= tolerance * size, name
-
-
-TO_ORACLE = {torch.float64: 1e-12, torch.float32: 5e-6}
-
-
-BETWEEN_CUTS = {torch.float64: 1e-12, torch.float32: 1e-6}

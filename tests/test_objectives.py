@@ -1,4 +1,4 @@
-"""From a loss function to what trains: token weights, references and flags follow from it.
+"""From a loss function to what trains: token weights, references, flags and whole runs.
 
     python -m pytest tests/test_objectives.py
 
@@ -7,14 +7,16 @@ a changed loss changes training. test_invariance.py compares whole models with t
 """
 
 import inspect
+import math
 from functools import wraps
 
 import pytest
 import torch
-from small_run import redi_config, run, steps
-from small_step import PARAMETERS
+from small_run import HERE, loaded, redi_config, run, steps, weights
+from small_step import PARAMETERS, objective_of
 
-from redi import losses, objectives, recipe, related_losses
+from redi import losses, objectives, programs, recipe, related_losses
+from redi.batches import TrainData
 from redi.config import UserError
 from redi.objectives import (
     LINEAR,
@@ -26,11 +28,7 @@ from redi.objectives import (
     make_objective,
     sft,
 )
-
-
-def objective_named(name: str) -> objectives.Objective:
-    return make_objective(name, **PARAMETERS[name])
-
+from redi.runlog import read_metrics
 
 # ---------------------------------------------------------------- a changed loss changes training
 
@@ -59,60 +57,45 @@ def test_doubling_sft_loss_doubles_the_weight_of_every_token(monkeypatch):
     assert weights.tolist() == [-2 / 64]
 
 
-def squared_margin(chosen_mean, rejected_mean, alpha):
-    return (chosen_mean - alpha * rejected_mean) ** 2
+NOT_LINEAR = {  # of M_w, M_l and alpha
+    "square": lambda w, r, alpha: (w - alpha * r) ** 2,
+    "product": lambda w, r, alpha: -w + alpha * w * r,
+    "constant": lambda w, r, alpha: -w + alpha * r + 5.0,
+    "hinge": lambda w, r, alpha: torch.relu(20.0 - w + alpha * r),
+    "bend where log-probs are": lambda w, r, alpha: -w + alpha * r.clamp(max=-1.0),
+}
 
 
-def product(chosen_mean, rejected_mean, alpha):
-    return -chosen_mean + alpha * chosen_mean * rejected_mean
+@pytest.mark.parametrize("shape", NOT_LINEAR)
+def test_a_loss_declared_linear_that_is_not_stops_the_run_by_name(shape, here, monkeypatch):
+    def redi_loss(chosen_mean, rejected_mean, alpha):
+        return NOT_LINEAR[shape](chosen_mean, rejected_mean, alpha)
 
-
-def with_a_constant(chosen_mean, rejected_mean, alpha):
-    return -chosen_mean + alpha * rejected_mean + 5.0
-
-
-def hinge(chosen_mean, rejected_mean, alpha):
-    return torch.relu(20.0 - chosen_mean + alpha * rejected_mean)
-
-
-def bent_where_log_probs_are(chosen_mean, rejected_mean, alpha):
-    return -chosen_mean + alpha * rejected_mean.clamp(max=-1.0)
-
-
-@pytest.mark.parametrize(
-    "loss", [squared_margin, product, with_a_constant, hinge, bent_where_log_probs_are]
-)
-def test_a_loss_declared_linear_that_is_not_stops_the_run_by_name(loss, here, monkeypatch):
-    monkeypatch.setattr(losses, "redi_loss", loss)
+    monkeypatch.setattr(losses, "redi_loss", redi_loss)
     with pytest.raises(UserError, match=r"^redi: is declared linear .* redi_loss is not "):
         run(redi_config())
     assert not (here / "run").exists()
 
 
-def test_a_pairwise_loss_that_averages_over_the_pack_is_refused(here, monkeypatch):
+def test_losses_that_cannot_be_trained_as_declared_are_refused_by_name(here, monkeypatch):
+    monkeypatch.setattr(losses, "redi_loss", lambda chosen_sum, rejected_sum, alpha: -chosen_sum)
+    with pytest.raises(UserError, match=r"^redi: a linear loss takes .*, not .*'chosen_sum'"):
+        make_objective("redi", alpha=0.8)
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "LINEAR", (*LINEAR, "simpo"))
+        with pytest.raises(UserError, match=r"^simpo: is declared linear"):
+            objective_of("simpo")
     monkeypatch.setattr(losses, "simpo_loss", lambda chosen_mean, beta, gamma: -chosen_mean.mean())
     with pytest.raises(UserError, match="must return one loss per pair"):
         run(redi_config(objective="simpo", beta=2.0, gamma=1.0))
 
 
 def test_a_linear_loss_gets_its_means_by_name(monkeypatch):
-    signs, lengths = torch.tensor([1, -1]), torch.tensor([4, 2])
     monkeypatch.setattr(losses, "redi_loss", lambda rejected_mean, chosen_mean, alpha: (
         -chosen_mean + alpha * rejected_mean))  # fmt: skip
+    signs, lengths = torch.tensor([1, -1]), torch.tensor([4, 2])
     weights = make_objective("redi", alpha=0.8).token_weights(signs, lengths, Totals(1, 6))
     assert weights.tolist() == [-0.25, 0.4]
-
-
-def test_a_linear_loss_of_sums_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(losses, "redi_loss", lambda chosen_sum, rejected_sum, alpha: -chosen_sum)
-    with pytest.raises(UserError, match=r"^redi: a linear loss takes .*, not .*'chosen_sum'"):
-        make_objective("redi", alpha=0.8)
-
-
-def test_simpo_declared_linear_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(objectives, "LINEAR", (*LINEAR, "simpo"))
-    with pytest.raises(UserError, match=r"^simpo: is declared linear"):
-        objective_named("simpo")
 
 
 # ---------------------------------------------------------------- token weights, worked by hand
@@ -127,20 +110,15 @@ def test_weights_are_those_of_the_whole_step_not_of_the_sequences_at_hand():
     assert sft().token_weights(signs[:1], lengths[:1], totals).tolist() == [-1 / 64]
 
 
+ALPHAS = [("redi", {"alpha": alpha}, alpha) for alpha in (0.0, 0.2, 0.5, 0.8, 1.0)]
+
+
 @pytest.mark.parametrize(
-    ("name", "on_chosen", "on_rejected"), [("symmetric", -1 / 6, 1 / 4), ("positives", -1 / 6, 0.0)]
+    ("name", "parameters", "alpha"), [*ALPHAS, ("symmetric", {}, 1.0), ("positives", {}, 0.0)]
 )
-def test_weights_of_a_step_of_two_pairs(name, on_chosen, on_rejected):
-    # |y_w| 3 and |y_l| 2: -1 / (2 * 3) and slope / (2 * 2), slope 1 for symmetric, 0 for positives.
-    signs, lengths = torch.tensor([1, -1]), torch.tensor([3, 2])
-    weights = make_objective(name).token_weights(signs, lengths, Totals(2, 11))
-    assert weights.tolist() == [on_chosen, on_rejected]
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.8, 1.0])
-def test_redi_weights_are_exactly_minus_1_and_alpha_over_pairs_and_length(alpha):
+def test_weights_are_exactly_minus_1_and_alpha_over_pairs_and_length(name, parameters, alpha):
     signs, lengths = torch.tensor([1, -1] * 50), torch.arange(1, 101)
-    weights = make_objective("redi", alpha=alpha).token_weights(signs, lengths, Totals(7, 5050))
+    weights = make_objective(name, **parameters).token_weights(signs, lengths, Totals(7, 5050))
     for weight, sign, length in zip(weights.tolist(), signs.tolist(), lengths.tolist()):
         assert weight == (-1.0 if sign > 0 else alpha) / (7 * length)
 
@@ -154,59 +132,10 @@ def test_sft_weights_are_exactly_minus_1_over_the_steps_tokens(num_tokens):
 
 @pytest.mark.parametrize("name", ["sft", *OBJECTIVES])
 def test_token_weights_are_double_and_empty_for_no_sequences(name):
-    objective = sft() if name == "sft" else objective_named(name)
     none = torch.zeros(0, dtype=torch.int64)
-    weights = objective.token_weights(none, none, Totals(5, 5))
+    weights = objective_of(name).token_weights(none, none, Totals(5, 5))
     assert weights.dtype == torch.float64
     assert weights.shape == (0,)
-
-
-# ---------------------------------------------------------------- losses = token weights
-
-
-def ragged_pairs(seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Seven pairs of log-probs, each with its own lengths from 1 to 9."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 10, (7, 2), generator=generator).tolist()
-    draw = [[-torch.rand(n, generator=generator).double() * 5 for n in both] for both in lengths]
-    return [w.requires_grad_() for w, _ in draw], [r.requires_grad_() for _, r in draw]
-
-
-def means(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([part.mean() for part in parts])
-
-
-def assert_weighted_sum_is(loss: torch.Tensor, objective, signs: list[int], parts) -> None:
-    """sum_t weight_t logp_t has the value and the gradients of `loss`."""
-    lengths = torch.tensor([len(part) for part in parts])
-    weights = objective.token_weights(torch.tensor(signs), lengths, Totals(7, int(lengths.sum())))
-    weighted = sum(weight * part.sum() for weight, part in zip(weights, parts))
-    torch.testing.assert_close(weighted, loss, rtol=1e-12, atol=1e-12)
-    expected = torch.autograd.grad(loss, parts, allow_unused=True, materialize_grads=True)
-    for a, b in zip(torch.autograd.grad(weighted, parts), expected):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.8, 1.0])
-def test_redi_as_token_weights_is_redi(alpha):
-    chosen, rejected = ragged_pairs()
-    loss = losses.redi_loss(means(chosen), means(rejected), alpha).mean()
-    objective = make_objective("redi", alpha=alpha)
-    assert_weighted_sum_is(loss, objective, [1] * 7 + [-1] * 7, [*chosen, *rejected])
-
-
-@pytest.mark.parametrize("name", ["symmetric", "positives"])
-def test_symmetric_and_positives_as_token_weights_are_their_losses(name):
-    chosen, rejected = ragged_pairs(1)
-    loss = loss_function(name)(means(chosen), means(rejected)).mean()
-    objective = make_objective(name)
-    assert_weighted_sum_is(loss, objective, [1] * 7 + [-1] * 7, [*chosen, *rejected])
-
-
-def test_sft_as_token_weights_is_sft():
-    traces, _ = ragged_pairs(2)
-    loss = losses.sft_loss(torch.cat(traces).sum(), sum(map(len, traces)))
-    assert_weighted_sum_is(loss, sft(), [1] * 7, traces)
 
 
 # ---------------------------------------------------------------- what argument names say
@@ -221,27 +150,19 @@ def test_every_objective_is_a_loss_and_every_loss_of_pairs_an_objective():
     }
     assert set(OBJECTIVES) == defined - {"sft"}
     assert set(LINEAR) <= set(OBJECTIVES)
+    needy = [name for name in OBJECTIVES if objective_of(name).needs_reference]
+    assert needy == ["dpo", "dpo_norm", "irpo", "dpop", "ipo", "apo_zero", "npo", "topr"]
+    assert not sft().needs_reference
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_flags_of_an_objective_are_the_other_arguments_of_its_loss(name):
+def test_an_argument_of_a_loss_is_of_the_pair_of_the_reference_or_a_flag(name):
     arguments = list(inspect.signature(loss_function(name)).parameters)
     assert loss_parameters(name) == [a for a in arguments if a not in PAIR_ARGUMENTS]
     assert set(loss_parameters(name)) == set(PARAMETERS[name]) <= set(recipe.PARAMETERS)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_reference_is_needed_by_those_whose_loss_has_a_ref_argument(name):
-    arguments = inspect.signature(loss_function(name)).parameters
-    expected = any(argument.startswith("ref_") for argument in arguments)
-    assert objective_named(name).needs_reference == expected
-    assert objective_named(name).keep_pairs == (name not in LINEAR)
-
-
-def test_of_the_papers_objectives_dpo_alone_needs_a_reference():
-    names = ("redi", "symmetric", "dpo", "simpo")
-    assert [name for name in names if objective_named(name).needs_reference] == ["dpo"]
-    assert not sft().needs_reference
+    of_reference = [a for a in arguments if a.startswith("ref_")]
+    assert objective_of(name).needs_reference == bool(of_reference)
+    assert objective_of(name).keep_pairs == (name not in LINEAR)
 
 
 def test_a_new_argument_of_a_loss_is_a_reference_or_a_flag_at_once(monkeypatch):
@@ -253,3 +174,100 @@ def test_a_new_argument_of_a_loss_is_a_reference_or_a_flag_at_once(monkeypatch):
     assert make_objective("dft", gamma=0.5).needs_reference
     with pytest.raises(UserError, match="--gamma is missing: dft needs it"):
         redi_config(objective="dft")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_without_its_own_parameters_is_refused_and_so_is_anothers(name):
+    takes = loss_parameters(name)
+    for missing in () if name == "redi" else takes:  # redi's alpha has a default
+        given = {key: 0.5 for key in takes if key != missing}
+        with pytest.raises(UserError, match=f"--{missing} is missing: {name} needs it"):
+            redi_config(objective=name, **given)
+    for foreign in {"alpha", "beta", "gamma"} - set(takes):
+        with pytest.raises(UserError, match=f"--{foreign}: expected none with {name}; got 0.5"):
+            redi_config(objective=name, **dict.fromkeys(takes, 0.5), **{foreign: 0.5})
+
+
+def test_a_source_is_quoted_where_it_settled_on_a_value():
+    with pytest.raises(UserError, match=r"needs it \(its own paper's is 5\)$"):
+        redi_config(objective="dpo_norm")
+    with pytest.raises(UserError, match=r"ipo needs it$"):
+        redi_config(objective="ipo")
+    for name, values in recipe.SOURCES.items():
+        assert set(values) == set(loss_parameters(name))
+
+
+def test_alpha_is_a_share_in_redi_and_a_weight_elsewhere():
+    assert redi_config(objective="dpop", beta=0.3, alpha=50.0).alpha == 50.0
+    with pytest.raises(UserError, match=r"--alpha: expected within \[0, 1\]; got 1.5"):
+        redi_config(objective="redi_weighted", alpha=1.5, gamma=1.0)
+    with pytest.raises(UserError, match="--alpha: expected at least 0; got -1"):
+        redi_config(objective="orpo", alpha=-1.0)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_by_its_flags(name, here, monkeypatch, capsys):
+    settings = {
+        "model": "student", "data": "pairs.jsonl", "out": "run", "lr": 1e-3, "rows-per-step": 5,
+        "max-prompt": 100, "max-response": 100, "max-length": 200, "pack-tokens": 150,
+        "objective": name, **PARAMETERS[name],
+    }  # fmt: skip
+    flags = [f"--{flag}={value}" for flag, value in settings.items()]
+    monkeypatch.setattr("sys.argv", ["train_redi.py", *flags])
+    programs.train_redi()
+    *found, last = read_metrics(here / "run")
+    assert last["kind"] == "finished"
+    assert [record["kind"] for record in found] == ["train", "train"]
+    assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in found)
+    before = weights("student")
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in weights("run").items())
+
+
+# This student's log-probs are below -1 / 0.3 nats per token, where a gamma of 0.3 pulls rejected
+# traces up.
+WIDENS = {
+    name: PARAMETERS[name]
+    for name in ("dpo_norm", "irpo", "dpop", "ipo", "apo_zero", "orpo", "npo", "topr")
+}
+WIDENS["redi_weighted"] = {"alpha": 0.8, "gamma": 0.05}
+
+
+@pytest.mark.parametrize("name", WIDENS)
+def test_what_learns_from_both_traces_widens_the_margin(name, here):
+    config = redi_config(objective=name, rows_per_step=10, epochs=8, **WIDENS[name])
+    records = steps(run(config))
+    assert records[-1]["margin"] > records[0]["margin"] + 0.05
+
+
+def test_the_gradient_of_simpo_turns_to_that_of_symmetric_as_beta_falls(here):
+    """Appendix B, on the toy's rows and student, whose weights are doubled so that pairs differ."""
+    model, data = loaded(redi_config())
+    model = model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+
+    def gradient(objective) -> torch.Tensor:
+        whole = TrainData(data.dataset, objective, HERE, pack_tokens=10_000)
+        step = whole.all_rows()
+        totals = whole.totals(step)
+        model.zero_grad()
+        for batch in whole.batches(step, totals):
+            whole.loss(model, batch, totals).loss.backward()
+        return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
+
+    symmetric = gradient(make_objective("symmetric"))
+    cosines = [
+        torch.cosine_similarity(
+            gradient(make_objective("simpo", beta=beta, gamma=1.0)), symmetric, dim=0
+        ).item()
+        for beta in (2.0, 1.0, 1e-1, 1e-2, 1e-3)
+    ]
+    assert cosines[0] < 0.99  # the paper's beta is another direction
+    assert cosines == sorted(cosines)
+    assert cosines[-1] >= 0.999
+    # The angle falls in proportion to beta: 1 - cosine a hundredfold for a tenth.
+    assert (1 - cosines[3]) / (1 - cosines[2]) == pytest.approx(0.01, rel=0.3)
