@@ -87,7 +87,7 @@ MUTANTS = (
         "redi/logprobs.py",
         "scale = -weights[:, None] / total",
         "scale = -1.0 / total",
-        ("tests/test_logprobs.py::test_weights_of_either_sign_and_zero",),
+        ("tests/test_logprobs.py::test_value_and_gradients_equal_float64_autograd_for_any_chunks",),
     ),
     Mutant(
         "the gradient of the output weight is that of the last chunk alone",
@@ -96,7 +96,7 @@ MUTANTS = (
         "torch.mm(chunk.T, part, out=d_weight, **head.into_wide)",
         (
             "tests/test_logprobs.py"
-            "::test_value_and_gradients_equal_float64_autograd_for_every_cut_into_chunks",
+            "::test_value_and_gradients_equal_float64_autograd_for_any_chunks",
         ),
     ),
     Mutant(
@@ -104,21 +104,21 @@ MUTANTS = (
         "redi/logprobs.py",
         "return torch.promote_types(hidden.dtype, torch.float32)",
         "return hidden.dtype",
-        ("tests/test_logprobs.py::test_bf16_log_probs_are_fp32_and_no_worse_than_the_plain_ones",),
+        ("tests/test_logprobs.py::test_bf16_log_probs_are_fp32_and_log_probs_and_gradients_beat_the_plain_ones",),
     ),
     Mutant(
         "the upstream gradient of the one-pass kernel is ignored",
         "redi/logprobs.py",
         "torch.mul(grad, grad_loss, out=",
         "torch.mul(grad, torch.ones_like(grad_loss), out=",
-        ("tests/test_logprobs.py::test_gradcheck_of_weighted_logp_sum",),
+        ("tests/test_logprobs.py::test_gradcheck",),
     ),
     Mutant(
         "the Triton kernel keeps a running sum unscaled when the maximum moves",
         "redi/kernels.py",
         "sums = sums * tl.exp(maxima - shift) + tl.exp(z - shift)",
         "sums = sums + tl.exp(z - shift)",
-        ("tests/test_kernels.py::test_target_logps_equals_its_twin_and_leaves_the_logits",),
+        ("tests/test_kernels.py::test_both_kernels_equal_the_formulas_in_float64",),
     ),
     Mutant(
         "the Triton kernel counts the target's exponential twice",

@@ -12,31 +12,20 @@ import pytest
 import torch
 
 from redi import logprobs
-from redi.logprobs import (
-    reference_token_logps,
-    token_logps_and_entropies,
-    weighted_logp_sum,
-)
+from redi.logprobs import reference_token_logps, token_logps_and_entropies, weighted_logp_sum
 
 kernels = pytest.importorskip("redi.kernels", reason="triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(1, 1), (1, 2), (3, 1000), (7, 4096), (2, 4097), (5, 10007)]
-shapes = pytest.mark.parametrize(("rows", "vocabulary"), SHAPES)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-scales = pytest.mark.parametrize("scale", [1.0, 20.0, 1e4])
+SHAPES = [(0, 10), (1, 1), (1, 2), (3, 1000), (7, 4096), (2, 4097), (5, 10007)]
 
 
-def target_logps_in_torch(logits, targets):
-    return logits.log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
-
-
-def softmax_gradient_in_torch(logits, targets, weights, dtype):
-    gradient = -logits.softmax(dim=1)
-    entropies = torch.special.entr(-gradient).sum(dim=1)
-    gradient[torch.arange(len(logits)), targets] += 1.0
-    gradient = (weights[:, None] * gradient).to(dtype)
-    return gradient, target_logps_in_torch(logits, targets), entropies
+def in_torch(logits, targets, weights):
+    """float64: gradient of sum weights * log-prob by the logits, log-probs, entropies."""
+    logps = logits.double().log_softmax(dim=1)
+    onehot = torch.zeros_like(logps).scatter_(1, targets[:, None], 1.0)
+    gradient = weights.double()[:, None] * (onehot - logps.exp())
+    return gradient, (logps * onehot).sum(dim=1), -(logps.exp() * logps).sum(dim=1)
 
 
 def problem(rows: int, vocabulary: int, scale: float = 1.0):
@@ -44,43 +33,32 @@ def problem(rows: int, vocabulary: int, scale: float = 1.0):
     draw = torch.Generator().manual_seed(rows * vocabulary)
     logits = scale * torch.randn(rows, vocabulary, generator=draw)
     targets = torch.randint(vocabulary, (rows,), generator=draw)
-    targets[0], targets[-1] = 0, vocabulary - 1
+    targets[:1], targets[-1:] = 0, vocabulary - 1
     weights = torch.randn(rows, generator=draw)
     weights[1:2] = 0.0
     return logits.to(DEVICE), targets.to(DEVICE), weights.to(DEVICE)
 
 
-@shapes
-@dtypes
-@scales
-def test_softmax_gradient_equals_its_twin_in_float64(rows, vocabulary, dtype, scale):
+@pytest.mark.parametrize(("rows", "vocabulary"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 20.0, 1e4])
+def test_both_kernels_equal_the_formulas_in_float64(rows, vocabulary, dtype, scale):
     logits, targets, weights = problem(rows, vocabulary, scale)
-    right, right_logps, right_entropies = softmax_gradient_in_torch(
-        logits.double(), targets, weights.double(), torch.float64
-    )
+    right, right_logps, right_entropies = in_torch(logits, targets, weights)
+    before = logits.clone()
+    logps_alone = kernels.target_logps(logits, targets)
+    assert torch.equal(logits, before)
     gradient, logps, entropies = kernels.softmax_gradient_(logits, targets, weights, dtype)
     assert gradient.dtype == dtype
     assert gradient.data_ptr() == logits.data_ptr()
     # weight * share, each share rounded to 2^-11 at 16 bits, and 6e-8 is fp16's smallest number
-    within = (
-        {"rtol": 2e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-3, "atol": 1e-6}
-    )
-    torch.testing.assert_close(gradient.double(), right, **within)
-    torch.testing.assert_close(logps.double(), right_logps, rtol=1e-6, atol=1e-6)
-    assert (logps <= 0).all()
+    rtol = 2e-6 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(gradient.double(), right, rtol=rtol, atol=1e-6)
+    for found in (logps_alone, logps):
+        torch.testing.assert_close(found.double(), right_logps, rtol=1e-6, atol=1e-6)
+        assert (found <= 0).all()
     torch.testing.assert_close(entropies.double(), right_entropies, rtol=1e-5, atol=1e-6)
     assert (entropies >= 0).all()
-
-
-@shapes
-@scales
-def test_target_logps_equals_its_twin_and_leaves_the_logits(rows, vocabulary, scale):
-    logits, targets, _ = problem(rows, vocabulary, scale)
-    before = logits.clone()
-    logps = kernels.target_logps(logits, targets)
-    right = target_logps_in_torch(logits.double(), targets)
-    torch.testing.assert_close(logps.double(), right, rtol=1e-6, atol=1e-6)
-    assert torch.equal(logits, before)
 
 
 def test_the_worked_example_of_the_module():
@@ -99,43 +77,29 @@ def test_a_sure_token_keeps_its_log_prob_and_gradient():
     logits = torch.full((1, 1000), -20.0, device=DEVICE)
     logits[0, 5] = 0.0
     targets, weights = torch.tensor([5], device=DEVICE), torch.ones(1, device=DEVICE)
-    right, right_logps, right_entropies = softmax_gradient_in_torch(
-        logits.double(), targets, weights.double(), torch.float64
-    )
-    gradient, logps, entropies = kernels.softmax_gradient_(logits, targets, weights, torch.float32)
-    torch.testing.assert_close(gradient.double(), right, rtol=1e-5, atol=0)
-    torch.testing.assert_close(logps.double(), right_logps, rtol=1e-5, atol=0)
-    torch.testing.assert_close(entropies.double(), right_entropies, rtol=1e-5, atol=0)
+    expected = in_torch(logits, targets, weights)
+    found = kernels.softmax_gradient_(logits, targets, weights, torch.float32)
+    for ours, right in zip(found, expected):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=0)
 
 
-def test_no_rows_launch_nothing():
-    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    logits = torch.zeros(0, 10, device=DEVICE)
-    weights = torch.zeros(0, device=DEVICE)
-    gradient, logps, entropies = kernels.softmax_gradient_(logits, none, weights, torch.float32)
-    assert gradient.shape == (0, 10)
-    assert logps.shape == entropies.shape == (0,)
-
-
-def test_columns_in_one_piece_are_refused():
+def test_logits_without_contiguous_rows_are_refused():
     logits, targets, weights = problem(3, 50)
     columns = logits.T.contiguous().T
-    for run in (
-        lambda: kernels.target_logps(columns, targets),
-        lambda: kernels.softmax_gradient_(columns, targets, weights, torch.float32),
-    ):
-        with pytest.raises(ValueError, match="contiguous rows"):
-            run()
+    with pytest.raises(ValueError, match="contiguous rows"):
+        kernels.target_logps(columns, targets)
+    with pytest.raises(ValueError, match="contiguous rows"):
+        kernels.softmax_gradient_(columns, targets, weights, torch.float32)
 
 
-@dtypes
-def test_rows_further_apart_than_the_vocabulary_keep_what_is_between(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_memory_between_rows_is_left_alone(dtype):
     logits, targets, weights = problem(3, 50)
     wide = torch.full((3, 64), 7.0, device=DEVICE)
     wide[:, :50] = logits
-    right, *_ = softmax_gradient_in_torch(logits, targets, weights, dtype)
+    right, *_ = in_torch(logits, targets, weights)
     gradient, *_ = kernels.softmax_gradient_(wide[:, :50], targets, weights, dtype)
-    torch.testing.assert_close(gradient, right, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), right, rtol=1e-3, atol=1e-6)
     assert (wide[:, 50:] == 7.0).all()
 
 
@@ -161,12 +125,14 @@ def test_logprobs_is_as_right_with_the_kernels_as_with_torch(rows, monkeypatch):
     upstream = torch.randn(rows, generator=draw).to(DEVICE)
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     expected = torch.autograd.grad(reference_token_logps(*wide, targets) @ upstream.double(), wide)
+    entropies = torch.special.entr((wide[0] @ wide[1].T).softmax(1)).sum(1).detach()
     one_pass = weighted_logp_sum(hidden, weight, targets, upstream)
     logps, two_pass_entropies = token_logps_and_entropies(hidden, weight, targets)
-    for total in (one_pass.loss, logps @ upstream):
+    for total, ours in (
+        (one_pass.loss, one_pass.entropies),
+        (logps @ upstream, two_pass_entropies),
+    ):
         for actual, right in zip(torch.autograd.grad(total, (hidden, weight)), expected):
             torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=1e-6)
-    entropies = torch.special.entr((wide[0] @ wide[1].T).softmax(1)).sum(1).detach()
-    for ours in (one_pass.entropies, two_pass_entropies):
         torch.testing.assert_close(ours.double(), entropies, rtol=1e-5, atol=1e-6)
     assert used == {"softmax_gradient_", "target_logps"}
