@@ -94,17 +94,16 @@ MUTANTS = (
         "redi/logprobs.py",
         "torch.addmm(d_weight, chunk.T, part, out=d_weight, **head.into_wide)",
         "torch.mm(chunk.T, part, out=d_weight, **head.into_wide)",
-        (
-            "tests/test_logprobs.py"
-            "::test_value_and_gradients_equal_float64_autograd_for_any_chunks",
-        ),
+        ("tests/test_logprobs.py::test_value_and_gradients_equal_float64_autograd_for_any_chunks",),
     ),
     Mutant(
         "logits of bf16 hidden states are accumulated in bf16",
         "redi/logprobs.py",
         "return torch.promote_types(hidden.dtype, torch.float32)",
         "return hidden.dtype",
-        ("tests/test_logprobs.py::test_bf16_log_probs_are_fp32_and_log_probs_and_gradients_beat_the_plain_ones",),
+        (
+            "tests/test_logprobs.py::test_bf16_log_probs_are_fp32_and_log_probs_and_gradients_beat_the_plain_ones",
+        ),
     ),
     Mutant(
         "the upstream gradient of the one-pass kernel is ignored",
@@ -154,7 +153,7 @@ MUTANTS = (
         "redi/model.py",
         "return self.model.embed_tokens.weight if self.config.tied",
         "return self.model.embed_tokens.weight.detach() if self.config.tied",
-        ("tests/test_model.py::test_gradients_equal_transformers",),
+        ("tests/test_model.py::test_parameters_have_transformers_names_and_gradients",),
     ),
     Mutant(
         "tokens see the tokens after them",
@@ -176,31 +175,34 @@ MUTANTS = (
         "redi/packing.py",
         "rows = [start + positions - 1 for",
         "rows = [start + positions for",
-        (
-            "tests/test_packing.py"
-            "::test_a_response_is_predicted_one_token_earlier_in_its_own_document",
-        ),
+        ("tests/test_packing.py::test_rows_and_targets_are_those_of_each_document_alone",),
     ),
     Mutant(
         "the rows of an epoch's last, smaller step are lost",
         "redi/packing.py",
         "starts = range(0, len(order), rows_per_step)",
         "starts = range(0, len(order) - rows_per_step + 1, rows_per_step)",
-        ("tests/test_packing.py::test_every_sequence_is_used_once_an_epoch",),
+        (
+            "tests/test_packing.py"
+            "::test_every_sequence_is_used_once_and_every_step_but_the_last_has_all_its_rows",
+        ),
     ),
     Mutant(
         "best fit puts a sequence where it is one token too long",
         "redi/packing.py",
         "bisect.bisect_left(free, (length,))",
         "bisect.bisect_left(free, (length - 1,))",
-        ("tests/test_packing.py::test_a_pack_is_within_the_budget_unless_it_is_one_piece",),
+        ("tests/test_packing.py::test_packs_are_within_the_budget_and_as_many_on_every_rank",),
     ),
     Mutant(
         "positions count on over the documents of a pack",
         "redi/packing.py",
         "np.concatenate([np.arange(length) for length in lengths])",
         "np.arange(sum(lengths))",
-        ("tests/test_packing.py::test_documents_of_5_3_and_7_tokens_begin_at_0_5_8_15",),
+        (
+            "tests/test_packing.py"
+            "::test_documents_of_5_3_and_7_tokens_begin_at_0_5_8_15_and_predict_their_own_responses",
+        ),
     ),
     Mutant(
         "every epoch has the order of the first one",

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from small_step import data_of, gradients, tiny
 
 from redi import memory
 from redi.config import UserError
@@ -13,15 +14,9 @@ from redi.logprobs import CHUNK_BYTES
 from redi.memory import blocks_to_checkpoint, check_blocks, saved_bytes_per_token, step_memory
 from redi.model import ModelConfig, Transformer
 from redi.monitor import peak_flops, training_flops
-from redi.objectives import Totals, sft
-from redi.packing import TokenSequence, pack
 
 CPU = torch.device("cpu")
 WORLD = World(0, 1, CPU)
-TINY = ModelConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2,
-    head_dim=8, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=64,
-)  # fmt: skip
 QWEN = ModelConfig(
     vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
     num_kv_heads=2, head_dim=128, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=32_768,
@@ -29,37 +24,30 @@ QWEN = ModelConfig(
 
 
 def loss_and_gradients(
-    checkpointed: int, compiled: bool = False, packs: tuple[list[int], ...] = ([20],)
+    how: Parallelism, pack_tokens: int = 40
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)
-    model = Transformer(TINY)
-    how = Parallelism(checkpointed=checkpointed, compiled=compiled)
+    model, data, loss = tiny(True, torch.float32), data_of("redi", pack_tokens=pack_tokens), 0.0
     parallelize(model, WORLD, how)
-    totals, sum_of_losses = Totals(num_rows=1, num_tokens=15), 0.0
-    for lengths in packs:
-        tokens = [torch.arange(length).numpy() for length in lengths]
-        sequences = [
-            TokenSequence(t, prompt_length=5, row=row, sign=1) for row, t in enumerate(tokens)
-        ]
-        responses = torch.tensor([s.response_length for s in sequences])
-        weights = sft().token_weights(torch.ones_like(responses), responses, totals)
-        loss = sft().loss(model, pack(sequences, weights), totals).loss
-        loss.backward()
-        sum_of_losses += loss.item()
-    return sum_of_losses, {name: p.grad for name, p in model.named_parameters()}
+    step = data.all_rows()
+    totals = data.totals(step)
+    for batch in data.batches(step, totals):
+        part = data.loss(model, batch, totals).loss
+        part.backward()
+        loss += part.item()
+    return loss, gradients(model)
 
 
-@pytest.mark.parametrize("checkpointed", [1, 3, 4])
+@pytest.mark.parametrize("checkpointed", [1, 2])  # of 2 blocks
 def test_checkpointed_blocks_give_the_same_bits(checkpointed):
-    loss, gradients = loss_and_gradients(0)
-    other_loss, other_gradients = loss_and_gradients(checkpointed)
+    loss, expected = loss_and_gradients(Parallelism())
+    other_loss, found = loss_and_gradients(Parallelism(checkpointed=checkpointed))
     assert other_loss == loss
-    assert other_gradients.keys() == gradients.keys()  # names are the checkpoint's still
-    for name, gradient in gradients.items():
-        assert torch.equal(other_gradients[name], gradient), name
+    assert found.keys() == expected.keys()  # the names in a checkpoint are unchanged
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
 
 
-@pytest.mark.parametrize("checkpointed", [0, 2])
+@pytest.mark.parametrize("checkpointed", [0, 1])
 def test_compiled_blocks_compute_the_same_without_a_new_graph_for_every_pack(
     checkpointed, monkeypatch
 ):
@@ -71,25 +59,23 @@ def test_compiled_blocks_compute_the_same_without_a_new_graph_for_every_pack(
 
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    packs = [20], [10, 12, 8], [30, 31], [6]
-    loss, gradients = loss_and_gradients(checkpointed, packs=packs)
+    loss, expected = loss_and_gradients(Parallelism(checkpointed=checkpointed))
     assert not graphs
-    loss_and_gradients(checkpointed, compiled=True, packs=packs[:1])
+    compiled = Parallelism(checkpointed=checkpointed, compiled=True)
+    loss_and_gradients(compiled, pack_tokens=1000)
     assert len(graphs) == 2  # before and after attention; all blocks share them
-    other_loss, other_gradients = loss_and_gradients(checkpointed, compiled=True, packs=packs)
+    other_loss, found = loss_and_gradients(compiled)
     assert len(graphs) == 2
     assert other_loss == pytest.approx(loss, rel=1e-6)
-    assert other_gradients.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-5, atol=1e-6)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_a_checkpointed_block_saves_only_what_goes_in():
-    torch.manual_seed(0)
-    model = Transformer(TINY)
+    model, saved = tiny(True, torch.float32), []
     parallelize(model, WORLD, Parallelism(checkpointed=1))
-    saved = []
-    x, cos = torch.ones(6, 32, requires_grad=True), torch.ones(6, 8)
+    x, cos = torch.ones(6, 16, requires_grad=True), torch.ones(6, 4)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model.model.layers[0](x, cos, cos, lambda q, k, v: q)
     assert sum(t.numel() for t in saved) <= x.numel() + 2 * cos.numel()
@@ -97,10 +83,12 @@ def test_a_checkpointed_block_saves_only_what_goes_in():
 
 def test_what_a_block_saves_grows_with_its_width_and_dtype():
     # At least its input, the two normed inputs, q, the attention's output and gate, up, silu and
-    # their product: 5 D + 4 I numbers a token, 4 bytes each; at most twice as much.
-    least = (5 * 32 + 4 * 48) * 4
-    assert least <= saved_bytes_per_token(TINY, torch.float32) <= 2 * least
-    assert saved_bytes_per_token(TINY, torch.bfloat16) < saved_bytes_per_token(TINY, torch.float32)
+    # their product: 5 D + 4 I numbers per token, 4 bytes each; at most twice as much.
+    config = tiny(True, torch.float32).config
+    least = (5 * 16 + 4 * 24) * 4
+    assert least <= saved_bytes_per_token(config, torch.float32) <= 2 * least
+    low = saved_bytes_per_token(config, torch.bfloat16)
+    assert low < saved_bytes_per_token(config, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +128,10 @@ def test_bytes_of_a_step_of_the_published_model_by_hand(qwen):
 
 
 def test_one_process_in_fp32_has_no_second_copy_of_the_weights():
-    model = Transformer(TINY)
+    model = tiny(True, torch.float32)
     n = sum(p.numel() for p in model.parameters())
     fixed = step_memory(model, 100, WORLD, torch.float32).fixed
-    assert [*fixed.values()][:3] == [12 * n, 4 * n, 4 * 100 * 32 * 4]
+    assert [*fixed.values()][:3] == [12 * n, 4 * n, 2 * 100 * 16 * 4]
     copy = "whole weights in the compute dtype"
     assert step_memory(model, 100, WORLD, torch.bfloat16).fixed[copy] == 2 * n
     assert step_memory(model, 100, World(0, 2, CPU, 2), torch.float32).fixed[copy] == 4 * n
@@ -161,19 +149,17 @@ def test_the_table_adds_up_and_says_whether_it_fits(qwen, monkeypatch):
         assert fits in lines[-1]
 
 
-@pytest.mark.parametrize(("setting", "count"), [("all", 28), ("none", 0), ("7", 7), ("28", 28)])
-def test_a_given_number_is_taken(qwen, setting, count):
-    check_blocks(setting, 28)
-    assert blocks_to_checkpoint(setting, step_memory(qwen, 100, WORLD, torch.bfloat16)) == count
-
-
-@pytest.mark.parametrize("setting", ["29", "-1", "most", "1.5", ""])
-def test_another_setting_is_refused(setting):
-    with pytest.raises(UserError, match="--checkpoint-blocks"):
+def test_a_setting_is_all_none_or_a_number_of_blocks(qwen):
+    needs = step_memory(qwen, 100, WORLD, torch.bfloat16)
+    for setting, count in (("all", 28), ("none", 0), ("7", 7), ("28", 28)):
         check_blocks(setting, 28)
+        assert blocks_to_checkpoint(setting, needs) == count
+    for setting in ("29", "-1", "most", "1.5", ""):
+        with pytest.raises(UserError, match=f"--checkpoint-blocks {setting}: expected"):
+            check_blocks(setting, 28)
 
 
-def test_flops_of_the_published_model_by_hand():
+def test_flops_of_the_published_model_by_hand_with_attention_by_document():
     # Weights of a block: q and o 1536^2 each, k and v 1536 * 256 each, MLP 3 * 1536 * 8960.
     block = 2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960
     head = 151_936 * 1536
@@ -182,12 +168,9 @@ def test_flops_of_the_published_model_by_hand():
     expected = 6 * (28 * block + head) * 8192 + attention
     assert training_flops(QWEN, [8192], 8192) == pytest.approx(expected)
     assert expected / 8192 == pytest.approx(11.4e9, rel=0.01)
-
-
-def test_flops_count_attention_by_document():
     whole = training_flops(QWEN, [4096], 4096)
     cut = training_flops(QWEN, [1024] * 4, 4096)
-    # Four quarters do a quarter of the attention: 6 * 28 * 1536 * (4096^2 - 4 * 1024^2) less.
+    # Four quarters do a quarter of the attention.
     assert whole - cut == pytest.approx(6 * 28 * 1536 * (4096**2 - 4 * 1024**2))
 
 
@@ -202,7 +185,7 @@ def test_flops_count_attention_by_document():
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
-def test_the_peak_is_that_of_the_variant_and_a_cpu_has_none(monkeypatch, name, peak):
+def test_the_peak_is_that_of_the_variant_and_unknown_for_a_cpu(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0)) == peak
     assert peak_flops(CPU) is None

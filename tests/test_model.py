@@ -21,17 +21,14 @@ from redi.packing import PackedBatch, TokenSequence, pack
 LENGTHS = [7, 1, 12, 3]
 
 
-def sequence(tokens: np.ndarray, prompt_length: int = 1) -> TokenSequence:
-    return TokenSequence(tokens, prompt_length, row=0, sign=1)
-
-
-def documents(seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
+def documents() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
     return [rng.integers(0, 320, length) for length in LENGTHS]
 
 
 def packed(parts: list[np.ndarray]) -> PackedBatch:
-    return pack([sequence(part) for part in parts], torch.zeros(len(parts)))
+    sequences = [TokenSequence(part, prompt_length=1, row=0, sign=1) for part in parts]
+    return pack(sequences, torch.zeros(len(parts)))
 
 
 @torch.no_grad()
@@ -47,16 +44,6 @@ def their_logits(model, parts: list[np.ndarray]) -> Tensor:  # (T, V)
     positions = torch.from_numpy(np.concatenate([np.arange(len(part)) for part in parts]))[None]
     # With a cache, transformers ignores the positions, and documents attend to each other.
     return model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0]
-
-
-@pytest.fixture(scope="module")
-def folder(save_qwen2, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_qwen2(folder)
-    return folder
-
-
-# ---------------------------------------------------------------- the network
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 300_000.0])
@@ -79,8 +66,9 @@ def test_logits_equal_transformers(save_qwen2, tmp_path, tied, heads, head_dim, 
         torch.testing.assert_close(ours, their_logits(theirs, [part]), atol=1e-5, rtol=0)
 
 
-def test_gradients_equal_transformers(save_qwen2, tmp_path):
-    theirs = save_qwen2(tmp_path)
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_have_transformers_names_and_gradients(save_qwen2, tmp_path, tied):
+    theirs = save_qwen2(tmp_path, tie_word_embeddings=tied)
     model, _ = load_model(tmp_path)
     tokens = documents()[2]
     logits = theirs(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0]
@@ -94,46 +82,10 @@ def test_gradients_equal_transformers(save_qwen2, tmp_path):
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
-def test_hidden_states_of_the_layers_equal_transformers(save_qwen2, tmp_path):
-    theirs = save_qwen2(tmp_path)
-    model, _ = load_model(tmp_path)
-    tokens = torch.from_numpy(documents()[2])
-
-    def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return dense_attention(query, key, value, [len(query)])
-
-    with torch.no_grad():
-        ours = model.model(tokens, torch.arange(len(tokens)), [causal, causal])
-        hidden = theirs.model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
-    torch.testing.assert_close(ours, hidden, atol=1e-5, rtol=0)
-
-
-def test_parameter_names_are_transformers_own(save_qwen2, tmp_path):
-    theirs = save_qwen2(tmp_path, tie_word_embeddings=False)
-    model, _ = load_model(tmp_path)
-    assert model.state_dict().keys() == theirs.state_dict().keys()
-
-
-# ---------------------------------------------------------------- packing (invariant 2)
-
-
-def test_a_packed_sequence_gives_the_log_probs_it_gives_alone(folder):
-    model, _ = load_model(folder)
-    model.double()
-    parts = [part for part in documents() if len(part) > 1]
-
-    def logps(parts):
-        batch = packed(parts)
-        return model(batch, lambda h, w: reference_token_logps(h, w, batch.targets)).detach()
-
-    together, alone = logps(parts), torch.cat([logps([part]) for part in parts])
-    # Not to the last bit: matrix products of other sizes add in another order, and angles are fp32.
-    torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))
-def test_changing_one_document_changes_nothing_in_another(folder, changed):
-    model, _ = load_model(folder)
+def test_changing_one_document_changes_nothing_in_another(save_qwen2, tmp_path, changed):
+    save_qwen2(tmp_path)
+    model, _ = load_model(tmp_path)
     before, after = documents(), documents()
     after[changed] = (after[changed] + 1) % 320
     pairs = zip(our_logits(model, before).split(LENGTHS), our_logits(model, after).split(LENGTHS))
@@ -141,67 +93,47 @@ def test_changing_one_document_changes_nothing_in_another(folder, changed):
         assert torch.equal(old, new) == (index != changed)
 
 
-def test_the_last_token_of_a_document_never_predicts_the_next():
-    batch = packed(documents())
-    last = (batch.cu_seqlens[1:] - 1).tolist()
-    assert not set(last) & set(batch.rows.tolist())
-    assert torch.equal(batch.tokens[batch.rows + 1], batch.targets)
-
-
 # ---------------------------------------------------------------- configurations
+
+THETA = {"rope_theta": 10_000.0}
+REFUSED = [  # the field that the message names, and changes of config.json; ... removes a field
+    ("model_type", {"model_type": "llama"}),
+    ("model_type", {"model_type": ...}),
+    ("rope_type", {"rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0}}),
+    ("rope_type", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("rope_type", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    ("rope_theta", {"rope_scaling": {"rope_theta": 1e6, "rope_type": "default"}}),
+    ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+    ("partial_rotary_factor", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}),
+    ("use_sliding_window", {"use_sliding_window": True, "sliding_window": 64}),
+    ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("hidden_act", {"hidden_act": "gelu"}),
+    ("attention_dropout", {"attention_dropout": 0.1}),
+    ("quantization_config", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+    ("rope_theta", {"rope_theta": 1e6, "rope_parameters": {**THETA, "rope_type": "default"}}),
+    ("rope_theta", {"rope_parameters": {"rope_type": "default"}}),
+    ("rope_theta", {"rope_parameters": ...}),
+    ("hidden_size", {"hidden_size": "large"}),
+    ("key/value heads", {"num_attention_heads": 4, "num_key_value_heads": 3}),
+]
+REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 def changed_config(folder, **changes) -> dict:
-    """The folder's config.json with `changes`; a value of ... removes the field."""
     config = {**json.loads((folder / "config.json").read_text()), **changes}
     return {key: value for key, value in config.items() if value is not ...}
 
 
-THETA = {"rope_theta": 10_000.0}
-
-
 @pytest.mark.parametrize(
-    ("field", "changes"),
-    [
-        ("model_type", {"model_type": "llama"}),
-        ("model_type", {"model_type": ...}),
-        ("rope_type", {"rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0}}),
-        ("rope_type", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-        ("rope_type", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
-        ("rope_theta", {"rope_scaling": {"rope_theta": 1e6, "rope_type": "default"}}),
-        ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
-        ("partial_rotary_factor", {"rope_parameters": {**THETA, "partial_rotary_factor": 0.5}}),
-        ("use_sliding_window", {"use_sliding_window": True, "sliding_window": 64}),
-        ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
-        ("hidden_act", {"hidden_act": "gelu"}),
-        ("attention_dropout", {"attention_dropout": 0.1}),
-        ("quantization_config", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
-        ("rope_theta", {"rope_theta": 1e6, "rope_parameters": {**THETA, "rope_type": "default"}}),
-        *[
-            (field, {field: ...})
-            for field in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "max_position_embeddings",
-            )
-        ],
-        ("rope_theta", {"rope_parameters": {"rope_type": "default"}}),
-        ("rope_theta", {"rope_parameters": ...}),
-        ("hidden_size", {"hidden_size": "large"}),
-        ("key/value heads", {"num_attention_heads": 4, "num_key_value_heads": 3}),
-    ],
+    ("field", "changes"), [*REFUSED, *((field, {field: ...}) for field in REQUIRED)]
 )
-def test_a_configuration_that_is_not_built_is_refused_by_name(folder, field, changes):
-    config = changed_config(folder, **changes)
-    with pytest.raises(UserError) as error:
-        read_config(config, "here/config.json")
-    message = str(error.value)
-    assert field in message
-    assert message.startswith("here/config.json: ")
-    assert "\n" not in message
+def test_a_configuration_that_is_not_built_is_refused_by_name(save_qwen2, tmp_path, field, changes):
+    save_qwen2(tmp_path)
+    with pytest.raises(UserError, match=rf"\Ahere/config.json: .*{field}.*\Z"):
+        read_config(changed_config(tmp_path, **changes), "here/config.json")
 
 
 def test_an_older_configuration_is_read_as_transformers_reads_it(save_qwen2, tmp_path):
@@ -220,9 +152,8 @@ def test_an_older_configuration_is_read_as_transformers_reads_it(save_qwen2, tmp
     (tmp_path / "config.json").write_text(json.dumps(config))
     theirs, (model, _) = Qwen2ForCausalLM.from_pretrained(tmp_path), load_model(tmp_path)
     parts = documents()
-    torch.testing.assert_close(
-        our_logits(model, parts), their_logits(theirs, parts), atol=1e-5, rtol=0
-    )
+    expected = their_logits(theirs, parts)
+    torch.testing.assert_close(our_logits(model, parts), expected, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- attention
@@ -267,7 +198,10 @@ class OnCuda(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+grouped = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+
+
+@grouped
 def test_fp32_on_a_gpu_takes_a_kernel_whose_memory_is_linear(monkeypatch, heads, kv_heads):
     """Torch's fused kernels for fp32 need as many key heads as query heads, and no enable_gqa."""
     fused = F.scaled_dot_product_attention
@@ -288,18 +222,8 @@ def newer_varlen_attn(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
 ):
     """As in torch 2.12: it groups the query heads itself, if enable_gqa is set."""
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    return checked_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size)
-
-
-def older_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
-    """As in torch 2.11: as many key heads as query heads."""
-    assert query.shape == key.shape == value.shape
-    return checked_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size)
-
-
-def checked_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size):
     lengths = cu_seq_q.diff().tolist()
+    assert enable_gqa == (query.shape[1] != key.shape[1])
     assert cu_seq_q.dtype == torch.int32
     assert torch.equal(cu_seq_q, cu_seq_k)
     assert max_q == max_k == max(lengths)
@@ -307,8 +231,14 @@ def checked_attention(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, windo
     return dense_attention(query, key, value, lengths)
 
 
+def older_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+    """As in torch 2.11: as many key heads as query heads."""
+    lengths = cu_seq_q, cu_seq_k, max_q, max_k
+    return newer_varlen_attn(query, key, value, *lengths, window_size=window_size)
+
+
+@grouped
 @pytest.mark.parametrize("varlen_attn", [newer_varlen_attn, older_varlen_attn])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
 def test_the_fast_path_calls_either_form_of_varlen_attn(monkeypatch, varlen_attn, heads, kv_heads):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(redi.attention, "_takes_gqa", redi.attention._takes_gqa.__wrapped__)
@@ -327,7 +257,7 @@ def test_the_installed_varlen_attn_takes_the_arguments_given_to_it():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+@grouped
 def test_the_two_paths_agree_on_a_gpu(heads, kv_heads):
     lengths = [257, 1, 64, 130]
     tensors, cu_seqlens = random_heads(heads, kv_heads, lengths, torch.float32)

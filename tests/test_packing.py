@@ -23,41 +23,29 @@ def as_lists(steps) -> list:
     return [[[ids.tolist() for ids in packs] for packs in step] for step in steps]
 
 
-def test_worked_example_of_the_module():
+PAIRS = np.array([[5, 4], [3, 2]])  # row 0: ids 0 and 1; row 1: ids 2 and 3
+WORKED = {
     # 7, then 5 does not fit beside it (12 > 10), then 3 does (10).
-    assert as_lists(plan(np.array([7, 5, 3]), 3, 10)) == [[[[0, 2], [1]]]]
-
-
-def test_longest_first_to_the_rank_with_least_work():
+    "the module's example": ((np.array([7, 5, 3]), 3, 10), [[[0, 2], [1]]]),
     # 9 -> rank 0; 8 -> rank 1; 3 -> rank 1 (8 < 9); 2 -> rank 0 (9 < 11).
-    [[first, second]] = plan(np.array([9, 3, 8, 2]), 4, 100, world_size=2)
-    assert [ids.tolist() for ids in first] == [[0, 3]]
-    assert [ids.tolist() for ids in second] == [[2, 1]]
-
-
-def test_best_fit_takes_the_fullest_pack_that_has_room():
+    "longest first, to the rank with least work": (
+        (np.array([9, 3, 8, 2]), 4, 100, 2), [[[0, 3]], [[2, 1]]],
+    ),
     # 15 -> A (5 left); 10 -> B (10 left); 8 -> B (2 left); 2 -> B, though A was there first.
-    [[packs]] = plan(np.array([15, 10, 8, 2]), 4, 20)
-    assert [ids.tolist() for ids in packs] == [[0], [1, 2, 3]]
+    "the fullest pack that has room": ((np.array([15, 10, 8, 2]), 4, 20), [[[0], [1, 2, 3]]]),
+    # 5 -> rank 0, 4 -> rank 1, 3 -> rank 1 (4 < 5), 2 -> rank 0 (5 < 7).
+    "pairs apart": ((PAIRS, 2, 100, 2), [[[0, 3]], [[1, 2]]]),
+    # 9 tokens -> rank 0, 5 tokens -> rank 1.
+    "pairs together": ((PAIRS, 2, 100, 2, 42, 0, True), [[[0, 1]], [[2, 3]]]),
+    "ranks without work": ((np.array([4]), 1, 10, 3), [[[0]], [[]], [[]]]),
+    "a sequence over the budget is alone": ((np.array([25, 1, 10]), 3, 10), [[[0], [2], [1]]]),
+}  # fmt: skip
 
 
-def test_a_pair_is_two_sequences_dealt_apart_or_one_piece():
-    lengths = np.array([[5, 4], [3, 2]])  # row 0: ids 0 and 1; row 1: ids 2 and 3
-    # Apart, two ranks: 5 -> rank 0, 4 -> rank 1, 3 -> rank 1 (4 < 5), 2 -> rank 0 (5 < 7).
-    assert as_lists(plan(lengths, 2, 100, world_size=2)) == [[[[0, 3]], [[1, 2]]]]
-    # Together: 9 tokens -> rank 0, 5 tokens -> rank 1.
-    together = plan(lengths, 2, 100, world_size=2, keep_pairs=True)
-    assert as_lists(together) == [[[[0, 1]], [[2, 3]]]]
-
-
-def test_a_rank_without_work_gets_empty_packs():
-    # One row, three ranks: the pack of the busy one, and an empty array on each of the others.
-    assert as_lists(plan(np.array([4]), 1, 10, world_size=3)) == [[[[0]], [[]], [[]]]]
-
-
-def test_a_sequence_over_the_budget_is_alone_in_its_pack():
-    [[packs]] = plan(np.array([25, 1, 10]), 3, 10)
-    assert [ids.tolist() for ids in packs] == [[0], [2], [1]]
+@pytest.mark.parametrize("case", WORKED)
+def test_a_step_worked_by_hand(case):
+    arguments, step = WORKED[case]
+    assert as_lists(plan(*arguments)) == [step]
 
 
 def test_no_rows_make_no_steps():
@@ -72,7 +60,7 @@ def test_settings_that_are_not_positive_are_refused(setting, value):
         plan(np.array([3]), **{"rows_per_step": 1, "pack_tokens": 1, setting: value})
 
 
-# ---------------------------------------------------------------- the plan, whatever the lengths
+# ---------------------------------------------------------------- the plan for any lengths
 
 
 @st.composite
@@ -102,84 +90,46 @@ def rows_of(step, lengths: np.ndarray) -> list[int]:
 
 
 @given(arguments())
-def test_every_sequence_is_used_once_an_epoch(given_arguments):
-    used = Counter(i for step in plan(**given_arguments) for i in ids_of(step))
-    assert used == Counter(range(given_arguments["lengths"].size))
-
-
-@given(arguments())
-def test_every_step_has_its_rows_and_the_last_one_the_rest(given_arguments):
-    lengths, per_step = given_arguments["lengths"], given_arguments["rows_per_step"]
-    steps = plan(**given_arguments)
+def test_every_sequence_is_used_once_and_every_step_but_the_last_has_all_its_rows(drawn):
+    lengths, per_step = drawn["lengths"], drawn["rows_per_step"]
+    steps = plan(**drawn)
+    assert Counter(i for step in steps for i in ids_of(step)) == Counter(range(lengths.size))
     counts = [len(rows_of(step, lengths)) for step in steps]
     assert len(steps) == math.ceil(len(lengths) / per_step)
     assert counts[:-1] == [per_step] * (len(steps) - 1)
-    assert counts[-1] == len(lengths) - per_step * (len(steps) - 1)
-    if lengths.ndim == 2:  # both sequences of a row in one step
-        for step in steps:
-            assert Counter(i // 2 for i in ids_of(step)) == dict.fromkeys(rows_of(step, lengths), 2)
+    # Both sequences of a row are in one step.
+    assert [len(ids_of(step)) for step in steps] == [n * lengths.ndim for n in counts]
 
 
 @given(arguments())
-def test_a_pack_is_within_the_budget_unless_it_is_one_piece(given_arguments):
-    flat = given_arguments["lengths"].reshape(-1)
-    largest_piece = 2 if given_arguments["keep_pairs"] else 1
-    for step in plan(**given_arguments):
-        for packs in step:
-            for ids in packs:
-                within = flat[ids].sum() <= given_arguments["pack_tokens"]
-                assert within or len(ids) == largest_piece
-
-
-@given(arguments())
-def test_all_ranks_run_the_same_number_of_packs(given_arguments):
-    for step in plan(**given_arguments):
-        assert len(step) == given_arguments["world_size"]
+def test_packs_are_within_the_budget_and_as_many_on_every_rank(drawn):
+    flat, kept = drawn["lengths"].reshape(-1), drawn["keep_pairs"]
+    for step in plan(**drawn):
+        assert len(step) == drawn["world_size"]
         assert len({len(packs) for packs in step}) == 1
-        # and none of them is empty everywhere
-        for place in zip(*step):
-            assert sum(map(len, place)) > 0
-
-
-@given(arguments())
-def test_packs_are_arrays_of_integers_the_empty_ones_too(given_arguments):
-    for step in plan(**given_arguments):
-        for packs in step:
-            assert all(isinstance(ids, np.ndarray) and ids.dtype == np.int64 for ids in packs)
-
-
-@given(arguments())
-def test_kept_pairs_are_in_one_pack_chosen_then_rejected(given_arguments):
-    lengths = (
-        given_arguments["lengths"].reshape(-1, 2)
-        if (given_arguments["lengths"].size % 2 == 0)
-        else np.ones((3, 2), dtype=np.int64)
-    )
-    for step in plan(**{**given_arguments, "lengths": lengths, "keep_pairs": True}):
-        for packs in step:
-            for ids in packs:
+        assert all(sum(map(len, same_place)) > 0 for same_place in zip(*step))  # one has work
+        for ids in (ids for packs in step for ids in packs):
+            assert isinstance(ids, np.ndarray)
+            assert ids.dtype == np.int64
+            one_piece = len(ids) == (2 if kept else 1)
+            assert flat[ids].sum() <= drawn["pack_tokens"] or one_piece
+            if kept:  # chosen, then rejected
                 assert (ids[0::2] % 2 == 0).all()
                 assert (ids[1::2] == ids[0::2] + 1).all()
 
 
-@given(arguments())
-def test_the_same_arguments_give_the_same_plan(given_arguments):
-    before = given_arguments["lengths"].copy()
-    state = np.random.get_state()[1].copy()
-    assert as_lists(plan(**given_arguments)) == as_lists(plan(**given_arguments))
-    assert np.array_equal(given_arguments["lengths"], before)
-    assert np.array_equal(np.random.get_state()[1], state)
-
-
 @given(arguments(), st.integers(1, 8), st.integers(1, 200))
-def test_which_rows_share_a_step_depends_on_neither_ranks_nor_packs(
-    given_arguments, world_size, pack_tokens
+def test_a_plan_depends_on_its_arguments_and_a_steps_rows_on_neither_ranks_nor_packs(
+    drawn, world_size, pack_tokens
 ):
-    lengths = given_arguments["lengths"]
-    changed = {**given_arguments, "world_size": world_size, "pack_tokens": pack_tokens}
-    assert [rows_of(s, lengths) for s in plan(**given_arguments)] == [
-        rows_of(s, lengths) for s in plan(**changed)
-    ]
+    lengths, before = drawn["lengths"], drawn["lengths"].copy()
+    state = np.random.get_state()[1].copy()
+    first = plan(**drawn)
+    assert as_lists(first) == as_lists(plan(**drawn))
+    assert np.array_equal(lengths, before)
+    assert np.array_equal(np.random.get_state()[1], state)
+    changed = plan(**{**drawn, "world_size": world_size, "pack_tokens": pack_tokens})
+    assert [rows_of(step, lengths) for step in first] == [rows_of(s, lengths) for s in changed]
 
 
 def test_epochs_and_seeds_shuffle_differently():
@@ -219,25 +169,21 @@ def balance(steps, lengths: np.ndarray) -> float:
     return float(np.mean(ratios))
 
 
-def test_8_ranks_share_128_traces_evenly():
-    lengths = traces(128 * 100, 5704, 32_768, seed=0)
+@pytest.mark.parametrize("seed", [0, 3])
+def test_8_ranks_share_128_traces_evenly_in_at_most_one_pack_more_than_tokens_need(seed):
+    lengths = traces(128 * 100, 5704, 32_768, seed)
     steps = plan(lengths, 128, 32_768, world_size=8)
     assert balance(steps, lengths) >= 0.99
+    for step in steps:
+        needed = math.ceil(lengths[ids_of(step)].sum() / 8 / 32_768)
+        assert len(step[0]) <= needed + 1
 
 
 def test_8_ranks_share_32_pairs_evenly():
     lengths = np.stack([traces(32 * 200, mean, 19_100, seed=1) for mean in (4981, 6137)], axis=1)
-    rng = np.random.default_rng(2)
-    lengths[:, 1] = rng.permutation(lengths[:, 1])
+    lengths[:, 1] = np.random.default_rng(2).permutation(lengths[:, 1])
     steps = plan(lengths, 32, 32_768, world_size=8)
     assert balance(steps, lengths) >= 0.98
-
-
-def test_ranks_run_at_most_one_pack_more_than_the_tokens_need():
-    lengths = traces(128 * 100, 5704, 32_768, seed=3)
-    for step in plan(lengths, 128, 32_768, world_size=8):
-        needed = math.ceil(lengths[ids_of(step)].sum() / 8 / 32_768)
-        assert len(step[0]) <= needed + 1
 
 
 # ---------------------------------------------------------------- a pack as tensors
@@ -256,41 +202,27 @@ THREE = [
 WEIGHTS = torch.tensor([-0.1, 0.2, -0.3], dtype=torch.float64)
 
 
-def test_documents_of_5_3_and_7_tokens_begin_at_0_5_8_15():
+def test_documents_of_5_3_and_7_tokens_begin_at_0_5_8_15_and_predict_their_own_responses():
     batch = pack(THREE, WEIGHTS)
     assert batch.cu_seqlens.tolist() == [0, 5, 8, 15]
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.lengths == [5, 3, 7]
     assert batch.tokens.tolist() == [10, 11, 12, 13, 14, 20, 21, 22, *range(30, 37)]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
-
-
-def test_a_response_is_predicted_one_token_earlier_in_its_own_document():
-    batch = pack(THREE, WEIGHTS)
     # Document 0 at 0..4, response 12 13 14 at 2 3 4, predicted at 1 2 3.
     # Document 1 at 5..7, response 21 22 at 6 7, predicted at 5 6.
     # Document 2 at 8..14, response 34 35 36 at 12 13 14, predicted at 11 12 13.
+    # The last tokens of the documents, at 4, 7 and 14, predict nothing.
     assert batch.rows.tolist() == [1, 2, 3, 5, 6, 11, 12, 13]
     assert batch.targets.tolist() == [12, 13, 14, 21, 22, 34, 35, 36]
     assert batch.response_lengths == [3, 2, 3]
-    # The last tokens of the documents, at 4, 7 and 14, predict nothing.
-    assert not {4, 7, 14} & set(batch.rows.tolist())
-
-
-def test_every_token_of_a_sequence_has_its_weight():
-    batch = pack(THREE, WEIGHTS)
     assert batch.token_weights.tolist() == [-0.1] * 3 + [0.2] * 2 + [-0.3] * 3
     assert batch.token_weights.dtype == torch.float64
     assert (batch.row_ids, batch.signs) == ([8, 3, 5], [1, -1, 1])
-
-
-def test_the_modules_example_of_a_pack():
-    # a0 .. a6 and c0 c1 c2; a's response a4 a5 a6 is predicted at rows 3, 4, 5.
-    batch = pack([sequence(list(range(7)), 4), sequence([50, 51, 52], 2)], WEIGHTS[:2])
-    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
-    assert batch.cu_seqlens.tolist() == [0, 7, 10]
-    assert batch.rows.tolist() == [3, 4, 5, 8]
-    assert batch.targets.tolist() == [4, 5, 6, 52]
+    moved = batch.to(torch.device("cpu"))
+    for name, value in vars(batch).items():
+        same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+        assert same(getattr(moved, name), value)
 
 
 def test_masks_are_by_position_though_all_tokens_are_equal():
@@ -300,40 +232,33 @@ def test_masks_are_by_position_though_all_tokens_are_equal():
     assert batch.targets.tolist() == [7, 7, 7, 7]
 
 
-documents = st.lists(
-    st.integers(1, 12).flatmap(lambda p: st.tuples(st.just(p), st.integers(1, 12))),
-    min_size=1,
-    max_size=8,
-)
+document = st.tuples(st.integers(1, 12), st.integers(1, 12))  # lengths of prompt and response
 
 
 @settings(max_examples=60)
-@given(documents)
+@given(st.lists(document, min_size=1, max_size=8))
 def test_rows_and_targets_are_those_of_each_document_alone(shapes):
     sequences = [
         sequence(list(range(100 * i, 100 * i + p + r)), p, row=i) for i, (p, r) in enumerate(shapes)
     ]
     batch = pack(sequences, torch.arange(len(shapes), dtype=torch.float64))
-    # Token ids name document and place, so the next token of a row is one more.
+    # Token ids name document and position, so the next token of a row is one more.
     predicted_from = batch.tokens[batch.rows]
     assert torch.equal(predicted_from + 1, batch.targets)
     assert torch.equal(batch.targets // 100, predicted_from // 100)
     ends = [sum(p + r for p, r in shapes[: i + 1]) for i in range(len(shapes))]
     assert batch.cu_seqlens.tolist() == [0, *ends]
     assert len(batch.tokens) == ends[-1]
-    for (begin, end), (p, _), weight in zip(
-        pairwise(batch.cu_seqlens.tolist()), shapes, range(len(shapes))
-    ):
-        mine = (batch.rows >= begin) & (batch.rows < end)
-        assert batch.rows[mine].tolist() == list(range(begin + p - 1, end - 1))
-        assert set(batch.token_weights[mine].tolist()) == {float(weight)}
+    for weight, ((begin, end), (p, _)) in enumerate(zip(pairwise([0, *ends]), shapes)):
+        inside = (batch.rows >= begin) & (batch.rows < end)
+        assert batch.rows[inside].tolist() == list(range(begin + p - 1, end - 1))
+        assert set(batch.token_weights[inside].tolist()) == {float(weight)}
 
 
 def test_a_sequence_without_a_prompt_is_refused():
     """Its first token would be predicted by the last one of the document before it."""
-    headless = TokenSequence(tokens=np.arange(3), prompt_length=0, row=0, sign=1)
     with pytest.raises(ValueError, match="prompt"):
-        pack([headless], torch.ones(1))
+        pack([sequence([0, 1, 2], prompt_length=0)], torch.ones(1))
 
 
 def test_a_pack_of_nothing_is_one_token_that_teaches_nothing():
@@ -344,27 +269,15 @@ def test_a_pack_of_nothing_is_one_token_that_teaches_nothing():
     for tensor in (batch.rows, batch.targets, batch.token_weights):
         assert tensor.shape == (0,)
     assert batch.row_ids == batch.signs == batch.response_lengths == []
-    full = pack(THREE, WEIGHTS)
-    for name, value in vars(full).items():
+    for name, value in vars(pack(THREE, WEIGHTS)).items():
         if isinstance(value, torch.Tensor):
             assert getattr(batch, name).dtype == value.dtype
 
 
-def test_to_a_device_keeps_everything():
-    batch = pack(THREE, WEIGHTS)
-    moved = batch.to(torch.device("cpu"))
-    for name, value in vars(batch).items():
-        same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
-        assert same(getattr(moved, name), value)
-
-
 def test_a_pack_of_pairs_has_the_sums_and_means_of_the_reference():
-    lengths = [[2, 4], [5, 8]]  # |y| of the chosen and the rejected trace of rows 2 and 0
-    pairs = [
-        TokenSequence(np.zeros(n + 1, dtype=np.int32), 1, row, sign)
-        for row, both in zip([2, 0], lengths)
-        for n, sign in zip(both, [1, -1])
-    ]
+    # |y| 2 and 4 in row 2, 5 and 8 in row 0
+    shapes = [(2, 2, 1), (4, 2, -1), (5, 0, 1), (8, 0, -1)]
+    pairs = [sequence([0] * (n + 1), 1, row, sign) for n, row, sign in shapes]
     reference = torch.tensor([[-10.0, -20.0], [7.0, 7.0], [-1.0, -3.0]], dtype=torch.float64)
     batch = pack(pairs, torch.zeros(4), reference)
     assert batch.reference.tolist() == [[-1.0, -3.0, -10.0, -20.0], [-0.5, -0.75, -2.0, -2.5]]
@@ -375,7 +288,7 @@ def test_of_several_turns_only_the_answers_are_predicted():
     """Prompt 10 11, answer 12 13, a question 14 15, answer 16 17; after a document of 3 tokens."""
     learned = np.array([True, True, False, False, True, True])
     turns = TokenSequence(np.arange(10, 18), prompt_length=2, row=1, sign=1, learned=learned)
-    first = TokenSequence(np.array([1, 2, 3]), prompt_length=1, row=0, sign=1)
+    first = sequence([1, 2, 3], prompt_length=1)
     batch = pack([first, turns], torch.tensor([1.0, 0.5]))
     assert batch.targets.tolist() == [2, 3, 12, 13, 16, 17]
     assert batch.rows.tolist() == [0, 1, 3 + 1, 3 + 2, 3 + 5, 3 + 6]
