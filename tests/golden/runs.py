@@ -1,30 +1,35 @@
 """The runs behind the golden files. When code moves, this is the only file to update.
 
-    train_steps(objective, ranks)   20 optimizer steps through train_sft.py or train_redi.py
-    completions()                   greedy and sampled completions of a small model
-    prepared()                      the output of python -m redi.prepare on a small raw file
+    steps         20 optimizer steps of train_sft.py or train_redi.py, per objective and ranks
+    completions   greedy and sampled completions of a small model, per way of sampling
+    prepared      the output of python -m redi.prepare on a small raw file, per set of rules
 
-All arithmetic is in float64, so the recorded numbers depend on neither the number of threads nor
-the CPU. redi computes in float32 on a CPU; `use_float64` patches that. The patch affects the whole
-process, so `record` starts this file as a separate program, and every rank is a fork of it.
+Training and sampling are in float64, so the recorded numbers depend on neither the number of
+threads nor the CPU. redi computes in float32 on a CPU; `use_float64` patches that for a whole
+process, so these runs are child processes (see processes.py).
 
 Data, tokenizer and weights are written here, without redi. Random numbers come from
 random.Random(seed).random(), which Python guarantees never to change.
 """
 
 import json
-import multiprocessing
-import os
 import random
-import runpy
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+import torch
+from processes import child, finished, ranks
+from safetensors.torch import save_file
+from small_run import read_jsonl, steps
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from redi import distributed, programs
+from redi.checkpoint import load_model
+from redi.eval.engine.generate import Request, generate
+from redi.eval.engine.sampling import Sampling
+from redi.runlog import read_metrics
+
 STAGE_2 = {
     "redi": ["--alpha", "0.8"],
     "dpo": ["--beta", "0.1"],
@@ -32,136 +37,101 @@ STAGE_2 = {
     "dft": [],
     "topr": [],
 }
-OBJECTIVES = ("sft", *STAGE_2)
-RANKS = (1, 2)
+CASES = {f"{name} on {ranks}": (name, ranks) for name in ("sft", *STAGE_2) for ranks in (1, 2)}
 STEPS = 20
-# 22 rows in steps of 4: the last step of an epoch has 2. PACK_TOKENS cuts a step into 2 or 3 packs
-# of several sequences, or of several pairs.
-PACK_TOKENS = {1: "160", 2: "280"}  # by stage
 TRAINING = [
     "--model", "student", "--lr", "3e-3", "--rows-per-step", "4", "--epochs", "4",
     "--max-steps", str(STEPS), "--max-prompt", "120", "--max-response", "120",
     "--max-length", "240", "--rope-theta", "keep", "--max-position-embeddings", "keep",
     "--dtype", "float32",
 ]  # fmt: skip
-# Keys and values of 5 pages of 32 tokens: 2 layers, 2 heads of 8 numbers, 8 bytes each.
-CACHE_BYTES = 5 * 32 * 2 * 2 * 2 * 8 * 8
 SAMPLINGS = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 0.6, "top_p": 0.95, "seed": 42},
     "sampled from a small nucleus": {"temperature": 1.0, "top_p": 0.4, "seed": 7},
 }
+# Keys and values of 5 pages of 32 tokens: 2 layers, 2 heads of 8 numbers, 8 bytes each.
+CACHE_BYTES = 5 * 32 * 2 * 2 * 2 * 8 * 8
+PREPARATIONS = {
+    "the paper's rules": [],
+    "graded again": [
+        "--relabel", "--workers", "1", "--require-complete", "--reject-rule", "both",
+        "--exclude-sources", "none",
+    ],
+    "several pairs": [
+        "--pairs-per-problem", "3", "--min-length-ratio", "0.3", "--dedup", "--decontaminate",
+    ],
+}  # fmt: skip
+COUNTS = (
+    "rows", "traces", "no_positive", "positives", "further", "no_pair", "pairs", "sources",
+    "labels",
+)  # fmt: skip
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """Run everything in a separate process, in the empty `folder`. Keys: steps, completions,
-    prepared; each is the content of the golden file of that name."""
-    environment = {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).resolve()), str(folder)]
-    ended = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=600
-    )
-    if ended.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stdout}\n{ended.stderr}")
-    return json.loads((folder / "recorded.json").read_text(encoding="utf-8"))
-
-
-def main() -> None:
-    os.chdir(sys.argv[1])
-    use_float64()
-    write_inputs()
-    steps = {f"{name} on {n}": train_steps(name, n) for name in OBJECTIVES for n in RANKS}
-    recorded = {"steps": steps, "completions": completions(), "prepared": prepared()}
-    Path("recorded.json").write_text(json.dumps(recorded), encoding="utf-8")
+    """Run everything in the empty `folder`. Keys: steps, completions, prepared; each is the content
+    of the golden file of that name."""
+    write_inputs(folder)
+    for objective, number in CASES.values():
+        train(folder, objective, number)
+    child(folder, [], use_float64, measure, CUDA_VISIBLE_DEVICES="").ends(0, seconds=300)
+    measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    return {**measured, "prepared": prepared(folder)}
 
 
 def use_float64() -> None:
-    """Make weights, arithmetic and rotary tables float64 in this process and its forks."""
-    import torch
-
-    # Import once here what every fork would otherwise import again.
-    import torch._dynamo
-    import torch.distributed.fsdp
-
-    runpy.run_path(str(ROOT / "train_redi.py"), run_name="imported")
-    from redi import distributed
-
-    torch.set_num_threads(1)  # forking a process with threads is not safe
+    """Make weights, arithmetic and rotary tables float64 in this process."""
     torch.set_default_dtype(torch.float64)  # new parameters
     torch.Tensor.float = torch.Tensor.double  # the rotary tables use .float()
     distributed.DTYPES["float32"] = torch.float64  # --dtype float32
 
 
+def train(folder: Path, objective: str, number: int) -> None:
+    """Train the student on this many ranks. 22 rows in steps of 4: the last step of an epoch has 2.
+    A pack's budget cuts a step into 2 or 3 packs of several sequences, or of several pairs."""
+    out = f"{objective}-{number}"
+    flags = ["--data", "positives.jsonl", "--pack-tokens", "160"]
+    if objective != "sft":
+        flags = ["--data", "pairs.jsonl", "--pack-tokens", "280", "--objective", objective]
+        flags += STAGE_2[objective]
+    # One cache per run, so that every run computes its own reference log-probs.
+    flags += [*TRAINING, "--out", out, "--cache", f"{out}-cache"]
+    main = programs.train_sft if objective == "sft" else programs.train_redi
+    for rank in ranks(folder, flags, *[use_float64] * number, main=main):
+        rank.ends(0, seconds=300)
+
+
 # ---------------------------------------------------------------- the three records
 
 
-def train_steps(objective: str, ranks: int) -> dict[str, list]:
-    """Train the student. Returns loss and grad_norm, one number per step, and final_logps: the
-    summed log-prob in nats of every training response under the trained model. It has one number
-    per positive, or [chosen, rejected] per pair."""
-    out = f"{objective}-{ranks}"
-    if objective == "sft":
-        command = ["train_sft.py", "--data", "positives.jsonl", "--pack-tokens", PACK_TOKENS[1]]
-    else:
-        command = ["train_redi.py", "--data", "pairs.jsonl", "--pack-tokens", PACK_TOKENS[2]]
-        command += ["--objective", objective, *STAGE_2[objective]]
-    # One cache per run, so that every run computes its own reference log-probs.
-    run_on_ranks(ranks, [*command, *TRAINING, "--out", out, "--cache", f"{out}-cache"])
-    records = read_rows(Path(out) / "metrics.jsonl")
-    steps = [record for record in records if record["kind"] == "train"]
-    assert len(steps) == STEPS
+def measure() -> None:
+    """In the working folder, write measured.json: the records of steps and completions."""
+    recorded = {
+        "steps": {case: train_steps(*settings) for case, settings in CASES.items()},
+        "completions": completions(),
+    }
+    Path("measured.json").write_text(json.dumps(recorded), encoding="utf-8")
+
+
+def train_steps(objective: str, number: int) -> dict[str, list]:
+    """Loss and grad_norm, one number per step, and final_logps: the summed log-prob in nats of
+    every training response under the trained model, one number per positive, or [chosen, rejected]
+    per pair."""
+    out = f"{objective}-{number}"
+    trained = steps(read_metrics(Path(out)))
+    assert len(trained) == STEPS
     return {
-        "loss": [step["loss"] for step in steps],
-        "grad_norm": [step["grad_norm"] for step in steps],
+        "loss": [step["loss"] for step in trained],
+        "grad_norm": [step["grad_norm"] for step in trained],
         "final_logps": final_logps(out, paired=objective != "sft"),
     }
 
 
-def run_on_ranks(ranks: int, command: list[str]) -> None:
-    """Run one of the programs on this many ranks, with the environment that torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    forks = []
-    for rank in range(ranks):
-        environment = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
-        settings = {name: str(value) for name, value in environment.items()}
-        fork = multiprocessing.get_context("fork").Process(
-            target=run_program, args=(command, settings), daemon=True
-        )
-        fork.start()
-        forks.append(fork)
-    for fork in forks:
-        fork.join()
-    if any(fork.exitcode for fork in forks):
-        raise RuntimeError(f"{' '.join(command)}: exit {[fork.exitcode for fork in forks]}")
-
-
-def run_program(command: list[str], environment: dict[str, str]) -> None:
-    import torch
-
-    # A fork replaces torch's thread pool when it is first asked for; two threads must not race.
-    torch.set_num_threads(1)
-    os.environ.update(environment)
-    sys.argv = command
-    runpy.run_path(str(ROOT / command[0]), run_name="__main__")
-
-
+@torch.no_grad()
 def final_logps(folder: str, paired: bool) -> list:
     """Run each row alone through the model in `folder`, with torch's own log_softmax."""
-    import torch
-
-    from redi.checkpoint import load_model
-
     model, source = load_model(folder)
 
-    @torch.no_grad()
     def summed(prompt: list[dict], answer: dict) -> float:
         [row] = source.chat.encode_rows([(prompt, answer)])
         tokens = torch.tensor([*row.prompt_ids, *row.response_ids])
@@ -177,10 +147,9 @@ def final_logps(folder: str, paired: bool) -> list:
         return logits.log_softmax(dim=1).gather(1, tokens[start:, None]).sum().item()
 
     if paired:
-        sides = ("chosen", "rejected")
-        rows = read_rows(Path("pairs.jsonl"))
+        sides, rows = ("chosen", "rejected"), read_jsonl("pairs.jsonl")
         return [[summed(row["prompt"], row[side][0]) for side in sides] for row in rows]
-    rows = read_rows(Path("positives.jsonl"))
+    rows = read_jsonl("positives.jsonl")
     return [summed(row["prompt"], row["completion"][0]) for row in rows]
 
 
@@ -190,10 +159,6 @@ def completions() -> dict[str, list[dict[str, Any]]]:
     Ten requests share four rows and five cache pages: rows are refilled, the two samples of a
     problem share its prefill, and about four requests per setting are evicted and resumed.
     """
-    from redi.checkpoint import load_model
-    from redi.eval.engine.generate import Request, generate
-    from redi.eval.engine.sampling import Sampling
-
     model, source = load_model("student")
     chat = source.chat
     prompts = [chat.encode_prompt(row["prompt"]) for row in conversations()[:5]]
@@ -212,30 +177,16 @@ def completions() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-PREPARATIONS = {
-    "the paper's rules": [],
-    "graded again": [
-        "--relabel", "--workers", "1", "--require-complete", "--reject-rule", "both",
-        "--exclude-sources", "none",
-    ],
-    "several pairs": [
-        "--pairs-per-problem", "3", "--min-length-ratio", "0.3", "--dedup",
-        "--decontaminate", "benchmark.jsonl",
-    ],
-}  # fmt: skip
-COUNTS = (
-    "rows", "traces", "no_positive", "positives", "further", "no_pair", "pairs", "sources",
-    "labels",
-)  # fmt: skip
-
-
-def prepared() -> dict[str, dict[str, Any]]:
+def prepared(folder: Path) -> dict[str, dict[str, Any]]:
     """The lines of every file written, and the counts of card.json, per set of rules."""
     found = {}
-    for number, (name, flags) in enumerate(PREPARATIONS.items()):
-        out = Path(f"prepared-{number}")
-        command = [sys.executable, "-m", "redi.prepare", "raw.jsonl", "--out", str(out), *flags]
-        subprocess.run(command, check=True)
+    for name, flags in PREPARATIONS.items():
+        out = folder / name
+        if flags and flags[-1] == "--decontaminate":
+            flags = [*flags, folder / "benchmark.jsonl"]
+        program = ("-m", "redi.prepare", folder / "raw.jsonl", "--out", out)
+        status, _, errors = finished(*program, *flags, seconds=300)
+        assert status == 0, errors
         # Not splitlines, which also splits at \u2028.
         lines = {
             path.name: path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -249,24 +200,19 @@ def prepared() -> dict[str, dict[str, Any]]:
 # ---------------------------------------------------------------- inputs, made without redi
 
 
-def write_inputs() -> None:
+def write_inputs(folder: Path) -> None:
     rows = conversations()
-    write_rows("pairs.jsonl", rows)
-    write_rows(
-        "positives.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows]
-    )
-    write_rows("raw.jsonl", raw_rows())
-    write_rows("benchmark.jsonl", [{"id": 1, "problem": KNOWN_PROBLEM, "answer": "42"}])
-    write_student(Path("student"))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def write_rows(name: str, rows: list[dict[str, Any]]) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(name).write_text(lines, encoding="utf-8")
+    positives = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    files = {
+        "pairs.jsonl": rows,
+        "positives.jsonl": positives,
+        "raw.jsonl": raw_rows(),
+        "benchmark.jsonl": [{"id": 1, "problem": KNOWN_PROBLEM, "answer": "42"}],
+    }
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / name).write_text(lines, encoding="utf-8")
+    write_student(folder / "student")
 
 
 def trace(number: int, answer: int, thinks: bool = True) -> str:
@@ -369,10 +315,6 @@ SIZES = {
 
 def write_student(folder: Path) -> None:
     """A random Qwen2 in float64 with a byte-level tokenizer: a Hugging Face folder."""
-    import torch
-    from safetensors.torch import save_file
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     folder.mkdir()
     pieces = [*CONTROLS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, MERGES)]
     tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, MERGES))
@@ -412,7 +354,3 @@ def write_student(folder: Path) -> None:
             weights[f"{layer}.mlp.{projection}_proj.weight"] = draw(*shape)
         weights[f"{layer}.mlp.down_proj.weight"] = draw(size, wide)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-if __name__ == "__main__":
-    main()
