@@ -57,7 +57,7 @@ MUTANTS = (
         "return slopes[(signs < 0).long()] / lengths",
         (
             "tests/test_objectives.py"
-            "::test_weights_are_those_of_the_whole_step_not_of_the_sequences_at_hand",
+            "::test_weights_are_exactly_minus_1_and_alpha_over_pairs_and_length",
         ),
     ),
     Mutant(

@@ -12,31 +12,16 @@ import torch.nn.functional as F
 from redi.batches import TrainData
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
-from redi.objectives import loss_function, make_objective, sft
-from redi.packing import PackedBatch, TokenSequence
+from redi.objectives import OBJECTIVES, loss_function, loss_parameters, make_objective, sft
+from redi.packing import TokenSequence
 
 TO_ORACLE = {torch.float64: 1e-12, torch.float32: 5e-6}  # tolerances, of the norm
 BETWEEN_CUTS = {torch.float64: 1e-12, torch.float32: 1e-6}
 ROWS, VOCABULARY = 7, 48
 
 ALPHA, BETA, GAMMA = 0.8, 0.7, 0.3
-PARAMETERS = {
-    "redi": {"alpha": ALPHA},
-    "symmetric": {},
-    "dpo": {"beta": BETA},
-    "simpo": {"beta": BETA, "gamma": GAMMA},
-    "positives": {},
-    "dpo_norm": {"beta": BETA},
-    "irpo": {"beta": BETA, "alpha": ALPHA},
-    "dpop": {"beta": BETA, "alpha": ALPHA},
-    "ipo": {"beta": BETA},
-    "apo_zero": {"beta": BETA},
-    "orpo": {"alpha": ALPHA},
-    "npo": {"beta": BETA, "alpha": ALPHA},
-    "topr": {},
-    "dft": {},
-    "redi_weighted": {"alpha": ALPHA, "gamma": GAMMA},
-}
+VALUES = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA}
+PARAMETERS = {name: {p: VALUES[p] for p in loss_parameters(name)} for name in OBJECTIVES}
 
 # ---------------------------------------------------------------- a model and its rows
 
@@ -103,17 +88,12 @@ def row_logps(model: Transformer, sequence: TokenSequence) -> torch.Tensor:
     """Log-probs (|y|,) of a response, the sequence alone, from its whole logits."""
     tokens = torch.from_numpy(sequence.tokens)
     length = len(tokens)
-    alone = PackedBatch(
+    alone = SimpleNamespace(
         tokens=tokens,
         positions=torch.arange(length),
         cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
         lengths=[length],
         rows=torch.arange(length),  # every position; the response is cut out below
-        targets=tokens,
-        token_weights=torch.zeros(length),
-        row_ids=[0],
-        signs=[1],
-        response_lengths=[length],
     )
     logits = model(alone, lambda hidden, weight: hidden @ weight.T)  # (L, V)
     logps = F.log_softmax(logits, dim=-1)

@@ -29,7 +29,8 @@ def now(tmp_path_factory) -> dict[str, Any]:
     if os.environ.get("RECORD_GOLDEN"):
         for name, value in recorded.items():
             text = json.dumps(value, indent=1)  # floats keep all their digits
-            text = re.sub(r"\n(   +| +(?=[]}]))", " ", text)  # one line per entry of a case
+            text = re.sub(r"(?<=[\[{])\n   +|\n +(?=[]}])", "", text)
+            text = re.sub(r"\n   +", " ", text)  # one line per entry of a case
             (GOLDEN / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     return recorded
 

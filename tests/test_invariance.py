@@ -8,10 +8,9 @@ paper's formulas written out. Tolerance, relative to the norm of each tensor: 1e
 float32, 1e-6 between two cuts, and 5e-6 to the oracle, because float32 rounds.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ from redi.batches import TrainData
 from redi.checkpoint.reference import _score as reference_logp_sums
 from redi.model import Transformer
 from redi.objectives import OBJECTIVES, Totals
-from redi.packing import PackedBatch, pack
+from redi.packing import StepPlan
 from redi.train import held_out
 
 # Every code path of objectives.py. The other objectives share these paths, and are cut one way.
@@ -55,13 +54,13 @@ def oracle(name: str, tied: bool) -> tuple[float, dict[str, torch.Tensor]]:
 
 @cache
 def in_one_pack(name: str, tied: bool, dtype: torch.dtype) -> tuple[float, dict]:
-    model, data = tiny(tied, dtype), with_reference(data_of(name), tied, dtype)
-    return summed(model, data, planned(data)), gradients(model)
+    model = tiny(tied, dtype)
+    return on_ranks(name, model, 1, 1000), gradients(model)
 
 
-def assert_invariant(name: str, model: Transformer, loss: float, tied: bool = True) -> None:
+def assert_invariant(name: str, model: Transformer, loss: float) -> None:
     """The model's gradients and this loss are those of the oracle, and of a single pack."""
-    dtype = next(model.parameters()).dtype
+    tied, dtype = model.config.tied, model.output_weight.dtype
     assert_close(gradients(model), loss, oracle(name, tied), TO_ORACLE[dtype])
     assert_close(gradients(model), loss, in_one_pack(name, tied, dtype), BETWEEN_CUTS[dtype])
 
@@ -74,51 +73,26 @@ def reference_sums(tied: bool, dtype: torch.dtype) -> torch.Tensor:
     return reference_logp_sums(tiny(tied, dtype, seed=9), data_of("dpo"))
 
 
-def with_reference(data: TrainData, tied: bool, dtype: torch.dtype) -> TrainData:
-    needed = data.objective.needs_reference
-    return replace(data, reference=reference_sums(tied, dtype)) if needed else data
+def on_ranks(name: str, model: Transformer, world_size: int, pack_tokens: int) -> float:
+    """Loss of the step as it is planned: every rank's share, one after another."""
+    ranks = [data_of(name, rank, world_size, pack_tokens) for rank in range(world_size)]
+    return sum(summed(model, data, data.all_rows()) for data in ranks)
 
 
-def planned(data: TrainData) -> Iterable[PackedBatch]:
-    """This rank's packs."""
-    return data.batches(data.all_rows(), totals_of(data))
-
-
-def by_hand(data: TrainData, packs: list[list[int]]) -> Iterable[PackedBatch]:
-    """Packs of given sequence ids."""
-    for ids in packs:
-        sequences = [data.dataset.sequence(i) for i in ids]
-        signs = torch.tensor([s.sign for s in sequences])
-        lengths = torch.tensor([s.response_length for s in sequences])
-        weights = data.objective.token_weights(signs, lengths, totals_of(data))
-        yield pack(sequences, weights, data.reference)
-
-
-def totals_of(data: TrainData) -> Totals:
-    totals = data.totals(data.all_rows())
+def summed(model: Transformer, data: TrainData, step: StepPlan) -> float:
+    """Loss of one rank's packs of a step. Gradients are left in the model."""
+    if data.objective.needs_reference:
+        reference = reference_sums(model.config.tied, model.output_weight.dtype)
+        data = replace(data, reference=reference)
+    totals, loss = data.totals(step), 0.0
     assert totals == Totals(ROWS, int(data.dataset.response_lengths.sum()))
-    return totals
-
-
-def summed(model: Transformer, data: TrainData, batches: Iterable[PackedBatch]) -> float:
-    """Loss over packs. Gradients are left in the model."""
-    total = 0.0
-    for batch in batches:
-        result = data.loss(model, batch, totals_of(data))
+    for batch in data.batches(step, totals):
+        result = data.loss(model, batch, totals)
         result.loss.backward()
-        total += result.loss.item()
+        loss += result.loss.item()
         assert not result.token_logps.requires_grad
         assert result.token_logps.shape == batch.targets.shape
         assert (result.token_logps < 0).all()
-    return total
-
-
-def on_ranks(name: str, model: Transformer, tied: bool, world_size: int, pack_tokens: int) -> float:
-    """Loss of the step: every rank's share, one after another."""
-    dtype, loss = next(model.parameters()).dtype, 0.0
-    for rank in range(world_size):
-        data = with_reference(data_of(name, rank, world_size, pack_tokens), tied, dtype)
-        loss += summed(model, data, planned(data))
     return loss
 
 
@@ -145,15 +119,14 @@ every_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied
 )
 def test_any_plan_gives_the_papers_loss_and_gradients(name, tied, dtype, world_size, pack_tokens):
     model = tiny(tied, dtype)
-    loss = on_ranks(name, model, tied, world_size, pack_tokens)
-    assert_invariant(name, model, loss, tied)
+    assert_invariant(name, model, on_ranks(name, model, world_size, pack_tokens))
 
 
 @every_precision
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_objectives_cut_into_packs_on_two_ranks(name, dtype):
     model = tiny(True, dtype)
-    assert_invariant(name, model, on_ranks(name, model, True, 2, 30))
+    assert_invariant(name, model, on_ranks(name, model, 2, 30))
 
 
 def test_the_plans_above_have_split_pairs_ragged_packs_and_ranks_without_work():
@@ -178,9 +151,9 @@ def test_any_order_and_any_grouping_equals_the_paper(name, seed, dtype):
         pieces = [[2 * row, 2 * row + 1] for row in range(ROWS)]
     pieces = [pieces[i] for i in rng.permutation(len(pieces))]
     cuts = np.sort(rng.integers(0, len(pieces) + 1, 3))  # may give empty packs
-    packs = [list(chain(*pieces[a:b])) for a, b in zip([0, *cuts], [*cuts, len(pieces)])]
-    model, data = tiny(True, dtype), with_reference(data_of(name), True, dtype)
-    assert_invariant(name, model, summed(model, data, by_hand(data, packs)))
+    packs = [np.array([*chain(*pieces[a:b])], int) for a, b in pairwise([0, *cuts, len(pieces)])]
+    model = tiny(True, dtype)
+    assert_invariant(name, model, summed(model, data_of(name), [packs]))
 
 
 @pytest.mark.parametrize("name", ["redi", "symmetric"])
@@ -194,22 +167,23 @@ def test_any_order_and_any_grouping_equals_the_paper(name, seed, dtype):
     ids=["pairs together", "chosen in one, rejected in another", "all apart, backwards"],
 )
 def test_a_pair_may_be_split_when_the_objective_is_linear(name, packs):
-    model, data = tiny(True, torch.float64), data_of(name)
-    assert_invariant(name, model, summed(model, data, by_hand(data, packs)))
+    model, step = tiny(True, torch.float64), [[np.array(ids) for ids in packs]]
+    assert_invariant(name, model, summed(model, data_of(name), step))
 
 
 @every_objective
 def test_chunks_of_the_head_change_nothing(name, monkeypatch):
     monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", 3 * VOCABULARY * 8)  # 3 rows
     model = tiny(True, torch.float64)
-    loss = on_ranks(name, model, True, 1, 40)
+    loss = on_ranks(name, model, 1, 40)
     assert_close(gradients(model), loss, oracle(name, True), 1e-12)
 
 
 @every_objective
 def test_held_out_loss_is_the_papers_loss_over_all_rows(name):
-    model = tiny(True, torch.float64)
-    data = with_reference(data_of(name, pack_tokens=30), True, torch.float64)
+    model, data = tiny(True, torch.float64), data_of(name, pack_tokens=30)
+    if data.objective.needs_reference:
+        data = replace(data, reference=reference_sums(True, torch.float64))
     assert held_out(model, data)["loss"] == pytest.approx(oracle(name, True)[0], rel=1e-12)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -224,9 +198,10 @@ def test_reference_log_probs_are_those_of_each_row_alone_whatever_the_packs():
 
 def test_a_packed_sequence_has_the_log_probs_it_has_alone():
     model, data = tiny(True, torch.float64), data_of("redi")
-    [batch] = planned(data)
-    logps = data.loss(model, batch, totals_of(data)).token_logps
-    [ids] = data.all_rows()[0]
-    for part, i in zip(logps.split(batch.response_lengths), ids, strict=True):
+    step = data.all_rows()
+    totals = data.totals(step)
+    [batch] = data.batches(step, totals)
+    logps = data.loss(model, batch, totals).token_logps
+    for part, i in zip(logps.split(batch.response_lengths), step[0][0], strict=True):
         alone = row_logps(model, data.dataset.sequence(int(i))).detach()
         torch.testing.assert_close(part, alone, rtol=1e-12, atol=1e-12)

@@ -15,19 +15,21 @@ random.Random(seed).random(), which Python guarantees never to change.
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from processes import child, finished, ranks
 from safetensors.torch import save_file
 from small_run import read_jsonl, steps
+from small_step import row_logps
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from redi import distributed, programs
 from redi.checkpoint import load_model
 from redi.eval.engine.generate import Request, generate
 from redi.eval.engine.sampling import Sampling
+from redi.packing import TokenSequence
 from redi.runlog import read_metrics
 
 STAGE_2 = {
@@ -134,17 +136,8 @@ def final_logps(folder: str, paired: bool) -> list:
 
     def summed(prompt: list[dict], answer: dict) -> float:
         [row] = source.chat.encode_rows([(prompt, answer)])
-        tokens = torch.tensor([*row.prompt_ids, *row.response_ids])
-        length, start = len(tokens), len(row.prompt_ids)
-        batch = SimpleNamespace(
-            tokens=tokens,
-            positions=torch.arange(length),
-            cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
-            lengths=[length],
-            rows=torch.arange(start - 1, length - 1),
-        )
-        logits = model(batch, lambda hidden, weight: hidden @ weight.T)  # (R, V)
-        return logits.log_softmax(dim=1).gather(1, tokens[start:, None]).sum().item()
+        tokens = np.array([*row.prompt_ids, *row.response_ids])
+        return row_logps(model, TokenSequence(tokens, len(row.prompt_ids), 0, 1)).sum().item()
 
     if paired:
         sides, rows = ("chosen", "rejected"), read_jsonl("pairs.jsonl")
