@@ -98,16 +98,30 @@ def qwen() -> Transformer:
 
 
 @pytest.mark.parametrize(
-    ("gib", "least", "most"), [(36, 28, 28), (40, 27, 27), (80, 10, 26), (140, 1, 9), (400, 0, 0)]
+    ("gib", "least", "most", "fits"),
+    [
+        (36, 28, 28, "more than 85% of the memory, 30.600"),
+        (40, 27, 27, "within 85% of the memory, 34.000"),
+        (80, 10, 26, "within 85% of the memory, 68.000"),
+        (140, 1, 9, "within 85% of the memory, 119.000"),
+        (400, 0, 0, "within 85% of the memory, 340.000"),
+    ],
 )
-def test_auto_checkpoints_as_few_blocks_as_memory_allows(qwen, monkeypatch, gib, least, most):
+def test_auto_checkpoints_as_few_blocks_as_memory_allows_and_its_table_adds_up(
+    qwen, monkeypatch, gib, least, most, fits
+):
     monkeypatch.setattr(memory, "total_memory", lambda world: gib << 30)
     needs = step_memory(qwen, 32_768, WORLD, torch.bfloat16)
     count = blocks_to_checkpoint("auto", needs)
     assert least <= count <= most
     assert count == 28 or needs.total(count) <= needs.planned
-    assert count == 0 or needs.total(count - 1) > needs.planned or count == 28
-    assert f"{count} of 28 blocks" in needs.describe(count)
+    assert count in (0, 28) or needs.total(count - 1) > needs.planned
+    title, _, *lines = needs.describe(count).splitlines()
+    assert f"{count} of 28 blocks" in title
+    *parts, total = [float(line.split()[0]) for line in lines]
+    assert total == pytest.approx(sum(parts), abs=0.01)
+    assert total == pytest.approx(needs.total(count) / 2**30, abs=0.001)
+    assert fits in lines[-1]
 
 
 def test_bytes_of_a_step_of_the_published_model_by_hand(qwen):
@@ -137,18 +151,6 @@ def test_one_process_in_fp32_has_no_second_copy_of_the_weights():
     assert step_memory(model, 100, World(0, 2, CPU, 2), torch.float32).fixed[copy] == 4 * n
 
 
-def test_the_table_adds_up_and_says_whether_it_fits(qwen, monkeypatch):
-    for gib, fits in ((80, "within 85% of the memory, 68.000"), (30, "more than 85%")):
-        monkeypatch.setattr(memory, "total_memory", lambda world, gib=gib: gib << 30)
-        needs = step_memory(qwen, 32_768, WORLD, torch.bfloat16)
-        count = blocks_to_checkpoint("auto", needs)
-        lines = needs.describe(count).splitlines()
-        *parts, total = [float(line.split()[0]) for line in lines[2:]]
-        assert total == pytest.approx(sum(parts), abs=0.01)
-        assert total == pytest.approx(needs.total(count) / 2**30, abs=0.001)
-        assert fits in lines[-1]
-
-
 def test_a_setting_is_all_none_or_a_number_of_blocks(qwen):
     needs = step_memory(qwen, 100, WORLD, torch.bfloat16)
     for setting, count in (("all", 28), ("none", 0), ("7", 7), ("28", 28)):
@@ -174,18 +176,14 @@ def test_flops_of_the_published_model_by_hand_with_attention_by_document():
     assert whole - cut == pytest.approx(6 * 28 * 1536 * (4096**2 - 4 * 1024**2))
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA GeForce RTX 4090", None),
-    ],
-)
-def test_the_peak_is_that_of_the_variant_and_unknown_for_a_cpu(monkeypatch, name, peak):
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_the_peak_is_that_of_the_variant_and_unknown_for_a_cpu(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(torch.device("cuda", 0)) == PEAKS[name]
     assert peak_flops(CPU) is None
