@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from redi.batches import TrainData
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
-from redi.objectives import OBJECTIVES, loss_function, loss_parameters, make_objective, sft
+from redi.objectives import (
+    OBJECTIVES,
+    loss_function,
+    loss_parameters,
+    make_objective,
+    pair_arguments,
+    sft,
+)
 from redi.packing import TokenSequence
 
 TO_ORACLE = {torch.float64: 1e-12, torch.float32: 5e-6}  # tolerances, of the norm
@@ -157,21 +164,16 @@ FORMULAS = {
 
 
 def our_losses(
-    name: str, chosen: list[torch.Tensor], rejected: list[torch.Tensor],
-    references: torch.Tensor, **parameters: float,
-) -> torch.Tensor:  # fmt: skip
-    """NAME_loss of P pairs (P,), from their token log-probs and the reference's sums (P, 2)."""
-    values = {}
-    for side, traces, sums in zip(("chosen", "rejected"), (chosen, rejected), references.T):
-        lengths = torch.tensor([len(trace) for trace in traces])
-        values |= {
-            f"{side}_logps": traces,
-            f"{side}_sum": torch.stack([trace.sum() for trace in traces]),
-            f"{side}_mean": torch.stack([trace.mean() for trace in traces]),
-            f"ref_{side}_sum": sums,
-            f"ref_{side}_mean": sums / lengths,
-        }
-    loss = loss_function(name)
+    name: str, traces: list[torch.Tensor], reference: torch.Tensor, **parameters: float
+) -> torch.Tensor:
+    """NAME_loss of P pairs (P,): the log-probs of chosen, rejected, chosen, ..., and the
+    reference's sums (P, 2)."""
+    lengths = torch.tensor([len(trace) for trace in traces])
+    sums = reference.reshape(-1)
+    pairs = SimpleNamespace(
+        response_lengths=lengths.tolist(), reference=torch.stack([sums, sums / lengths])
+    )
+    values, loss = pair_arguments(torch.cat(traces), pairs), loss_function(name)
     arguments = {a: values[a] for a in inspect.signature(loss).parameters if a in values}
     return loss(**arguments, **(parameters or PARAMETERS[name]))
 

@@ -1,7 +1,5 @@
 """Invariant 1: loss and gradients depend only on the rows of a step, not on how it is cut up.
 
-    python -m pytest tests/test_invariance.py
-
 Every cut of a step (packs, order, ranks run one after another and summed, pairs split or together,
 a rank without work) is compared with an oracle: each row alone, all its logits in float64, the
 paper's formulas written out. Tolerance, relative to the norm of each tensor: 1e-12 in float64. In

@@ -1,7 +1,5 @@
 """The Triton kernels compared with the same formulas in torch, in float64.
 
-    python -m pytest tests/test_kernels.py
-
 On a machine without CUDA they run under Triton's interpreter (see conftest.py), in fp32 and fp16:
 it has no bf16 arithmetic. Letters: C rows of a chunk, V vocabulary, D hidden, R rows.
 """

@@ -1,7 +1,5 @@
 """The two kernels compared with float64 autograd: values, gradients, precision and memory.
 
-    python -m pytest tests/test_logprobs.py
-
 Oracle everywhere: log_softmax over the whole logits in float64, by torch's own autograd.
 Letters: R rows, D hidden, V vocabulary, C rows of a chunk.
 """

@@ -1,7 +1,5 @@
 """The objectives as pure functions: worked numbers, the papers' formulas, other people's code.
 
-    python -m pytest tests/test_losses.py
-
 One pair with log-probs [-.1, -.2, -.3] (chosen) and [-1, -3] (rejected) runs through the file:
 
     S_w = -.1 - .2 - .3 = -0.6    M_w = -0.6 / 3 = -0.2    S_w_ref -0.9    M_w_ref -0.3
@@ -34,8 +32,7 @@ class Worked:
     loss: float
     on_chosen: float | Sequence[float]  # d loss / d log-prob, of each token or of all
     on_rejected: float | Sequence[float]
-    ref_chosen_sum: float = -0.9
-    ref_rejected_sum: float = -3.5
+    reference: tuple[float, float] = (-0.9, -3.5)
 
 
 def sigmoid(x: float) -> float:
@@ -71,7 +68,7 @@ WORKED = [
     # Reference -.5 instead: fallen by .1, 50 * .1 = 5; margin (-.6 + .5) - (-.5) = .4;
     # .3 * (.4 - 5) = -1.38; log(1 + e^1.38) = log 4.974902 = 1.604406
     Worked("dpop", {"beta": 0.3, "alpha": 50.0}, 1.604406,
-           -0.3 * sigmoid(1.38) * 51, 0.3 * sigmoid(1.38), ref_chosen_sum=-0.5),
+           -0.3 * sigmoid(1.38) * 51, 0.3 * sigmoid(1.38), reference=(-0.5, -3.5)),
     # 1 / (2 * .1) = 5; (.35 - 5)^2 = 4.65^2
     Worked("ipo", {"beta": 0.1}, 21.6225, 2 * (0.35 - 5) / 3, -2 * (0.35 - 5) / 2),
     # log-ratios .3 and -.5: 1 - sigmoid(.03) + sigmoid(-.05) = 1 - 0.507499 + 0.487503
@@ -87,7 +84,7 @@ WORKED = [
     # ratio e^-.5 = 0.606531; .6 - 4 * 0.606531
     Worked("topr", {}, -1.826123, -1.0, math.exp(-0.5)),
     # More likely than its reference: the ratio stays 1; .6 - 4
-    Worked("topr", {}, -3.4, -1.0, 1.0, ref_rejected_sum=-4.5),
+    Worked("topr", {}, -3.4, -1.0, 1.0, reference=(-0.9, -4.5)),
     # (.1 e^-.1 + .2 e^-.2 + .3 e^-.3) / 3 = (0.0904837 + 0.1637462 + 0.2222455) / 3
     Worked("dft", {}, 0.158825, [-math.exp(x) / 3 for x in (-0.1, -0.2, -0.3)], 0.0),
     # .2 + .8 * e^-2 * -2 = .2 - 1.6 * 0.135335; alpha e^-2 (1 - 2) / 2: it pulls up below M_l = -1
@@ -101,16 +98,14 @@ WORKED = [
 def test_loss_and_gradient_of_the_worked_pair(worked):
     chosen = torch.tensor([-0.1, -0.2, -0.3], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([-1.0, -3.0], dtype=torch.float64, requires_grad=True)
-    reference = torch.tensor(
-        [[worked.ref_chosen_sum, worked.ref_rejected_sum]], dtype=torch.float64
-    )
-    loss = our_losses(worked.name, [chosen], [rejected], reference, **worked.parameters)
+    traces, reference = [chosen, rejected], torch.tensor(worked.reference, dtype=torch.float64)
+    loss = our_losses(worked.name, traces, reference, **worked.parameters)
     assert loss.item() == pytest.approx(worked.loss, abs=6e-7)
     stated = [
         torch.tensor(on, dtype=torch.float64).expand_as(trace)
-        for on, trace in ((worked.on_chosen, chosen), (worked.on_rejected, rejected))
+        for on, trace in zip((worked.on_chosen, worked.on_rejected), traces)
     ]
-    torch.testing.assert_close(slopes(loss, [chosen, rejected]), torch.cat(stated))
+    torch.testing.assert_close(slopes(loss, traces), torch.cat(stated))
 
 
 def test_sft_is_the_mean_negative_log_prob_per_token():
@@ -128,10 +123,6 @@ def test_every_objective_is_worked_and_the_modules_tables_have_these_numbers():
     assert len(table) >= 16  # SFT's too
     for number in table:
         assert number in [pytest.approx(worked.loss, abs=6e-7) for worked in WORKED], number
-
-
-def test_redi_has_the_papers_alpha_by_default():
-    assert inspect.signature(losses.redi_loss).parameters["alpha"].default == 0.8
 
 
 @pytest.mark.parametrize("module", [losses, train])
@@ -167,10 +158,9 @@ def slopes(loss: torch.Tensor, traces: list[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_value_and_gradient_of_each_pair_equal_float64_autograd_of_the_formula(name, seed):
     traces, reference = drawn(seed=seed)
-    chosen, rejected = traces[0::2], traces[1::2]
-    ours = our_losses(name, chosen, rejected, reference)
-    for loss, w, r, refs in zip(ours, chosen, rejected, reference, strict=True):
-        expected = FORMULAS[name](w, r, *refs)
+    ours = our_losses(name, traces, reference)
+    for loss, w, r, sums in zip(ours, traces[0::2], traces[1::2], reference, strict=True):
+        expected = FORMULAS[name](w, r, *sums)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
         gradient = slopes(expected, traces)  # 0 on the other pairs
         assert gradient.abs().max() > 0
@@ -184,10 +174,10 @@ def test_losses_and_gradients_stay_finite_for_traces_of_thousands_of_tokens(name
         logps = torch.full((12_000,), -1e-4)
         logps[6000:] = -20.0
         for order in (1, -1):  # either trace may be the likely one
-            w, r = (trace.requires_grad_() for trace in logps.split(lengths)[::order])
-            loss = our_losses(name, [w], [r], reference)
+            pair = [trace.requires_grad_() for trace in logps.split(lengths)[::order]]
+            loss = our_losses(name, pair, reference)
             assert loss.isfinite().all()
-            assert slopes(loss, [w, r]).isfinite().all()
+            assert slopes(loss, pair).isfinite().all()
 
 
 @pytest.mark.parametrize("margin", [-1e4, 0.0, 1e4])
@@ -303,8 +293,8 @@ TRL = {
 def test_value_and_gradient_equal_trls(name, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     traces, reference = drawn(seed=4)
-    for w, r, refs in zip(traces[0::2], traces[1::2], reference):
-        ours = our_losses(name, [w], [r], refs[None])
-        theirs = TRL[name]([w, r], refs, **PARAMETERS[name])
+    for *pair, sums in zip(traces[0::2], traces[1::2], reference):
+        ours = our_losses(name, pair, sums)
+        theirs = TRL[name](pair, sums, **PARAMETERS[name])
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-7, abs=1e-7)
-        torch.testing.assert_close(slopes(ours, [w, r]), slopes(theirs, [w, r]))
+        torch.testing.assert_close(slopes(ours, pair), slopes(theirs, pair))

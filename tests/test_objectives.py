@@ -1,7 +1,5 @@
 """From a loss function to what trains: token weights, references, flags and whole runs.
 
-    python -m pytest tests/test_objectives.py
-
 The equation is in one place: token weights are not written down but derived from the loss, so
 a changed loss changes training. test_invariance.py compares whole models with the formulas.
 """
@@ -115,7 +113,7 @@ def test_weights_are_exactly_minus_1_and_alpha_over_pairs_and_length(name, param
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 64, 1_000_003])
 def test_sft_weights_are_exactly_minus_1_over_the_steps_tokens(num_tokens):
-    signs = lengths = torch.ones(5, dtype=torch.int64)
+    signs, lengths = torch.ones(5, dtype=torch.int64), torch.arange(1, 6)
     weights = sft().token_weights(signs, lengths, Totals(5, num_tokens))
     assert weights.tolist() == [-1 / num_tokens] * 5
 

@@ -1,7 +1,4 @@
-"""The step plan uses every row once and balances the ranks; a pack shifts and masks by position.
-
-python -m pytest tests/test_packing.py
-"""
+"""The step plan uses every row once and balances the ranks; a pack shifts and masks by position."""
 
 import math
 import operator

@@ -324,26 +324,23 @@ def write_student(folder: Path) -> None:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
 
-    generator = random.Random(5)
-
-    def draw(*shape: int, around: float = 0.0, within: float = 0.3) -> torch.Tensor:
-        count = torch.Size(shape).numel()
-        drawn = [around + within * (2 * generator.random() - 1) for _ in range(count)]
-        return torch.tensor(drawn, dtype=torch.float64).reshape(shape)
-
     size, wide = SIZES["hidden_size"], SIZES["intermediate_size"]
     keys = size * SIZES["num_key_value_heads"] // SIZES["num_attention_heads"]
-    weights = {"model.embed_tokens.weight": draw(SIZES["vocab_size"], size)}
-    weights["model.norm.weight"] = draw(size, around=1.0)
+    layer = {
+        "input_layernorm.weight": (size,), "post_attention_layernorm.weight": (size,),
+        "self_attn.q_proj.weight": (size, size), "self_attn.q_proj.bias": (size,),
+        "self_attn.k_proj.weight": (keys, size), "self_attn.k_proj.bias": (keys,),
+        "self_attn.v_proj.weight": (keys, size), "self_attn.v_proj.bias": (keys,),
+        "self_attn.o_proj.weight": (size, size), "mlp.gate_proj.weight": (wide, size),
+        "mlp.up_proj.weight": (wide, size), "mlp.down_proj.weight": (size, wide),
+    }  # fmt: skip
+    shapes = {"embed_tokens.weight": (SIZES["vocab_size"], size), "norm.weight": (size,)}
     for number in range(SIZES["num_hidden_layers"]):
-        layer = f"model.layers.{number}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"{layer}.{norm}.weight"] = draw(size, around=1.0)
-        for projection, rows in (("q", size), ("k", keys), ("v", keys)):
-            weights[f"{layer}.self_attn.{projection}_proj.weight"] = draw(rows, size)
-            weights[f"{layer}.self_attn.{projection}_proj.bias"] = draw(rows)
-        weights[f"{layer}.self_attn.o_proj.weight"] = draw(size, size)
-        for projection, shape in (("gate", (wide, size)), ("up", (wide, size))):
-            weights[f"{layer}.mlp.{projection}_proj.weight"] = draw(*shape)
-        weights[f"{layer}.mlp.down_proj.weight"] = draw(size, wide)
+        shapes |= {f"layers.{number}.{name}": shape for name, shape in layer.items()}
+    generator, weights = random.Random(5), {}
+    for name, shape in shapes.items():
+        around = 1.0 if "norm" in name else 0.0
+        count = torch.Size(shape).numel()
+        drawn = [around + 0.3 * (2 * generator.random() - 1) for _ in range(count)]
+        weights[f"model.{name}"] = torch.tensor(drawn, dtype=torch.float64).reshape(shape)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
