@@ -83,6 +83,9 @@ plain = without_entropies(low_precision_logps)
 reference = without_entropies(reference_token_logps)
 
 
+LOGPS, D_HIDDEN, D_WEIGHT = 1, 2, 3  # in what `oracle` and `results` return
+
+
 def results(kernel, hidden, weight, targets, upstream, learned=("hidden", "weight")):
     """As `oracle`, and entropies, which are valid after backward."""
     hidden = hidden.detach().requires_grad_("hidden" in learned)
@@ -169,15 +172,6 @@ def test_gradcheck(function):
     assert torch.autograd.gradcheck(lambda h, w: function(h, w, targets), leaves)
 
 
-@kernels
-@pytest.mark.parametrize(("learned", "place"), [("hidden", 2), ("weight", 3)])
-def test_a_frozen_input_gets_no_gradient_and_the_other_a_right_one(kernel, learned, place):
-    inputs = problem(6)
-    found = results(kernel, *inputs, learned=[learned])
-    torch.testing.assert_close(found[place], oracle(*inputs)[place], rtol=1e-10, atol=1e-10)
-    assert found[5 - place] is None
-
-
 def test_backward_may_run_again_and_gives_the_same():
     hidden, weight, targets, upstream = problem(3)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
@@ -217,9 +211,9 @@ def test_gradients_survive_an_offset_common_to_all_logits(kernel, offset):
     hidden[:, 0], weight[:, 0] = 1.0, weight[:, 0] + offset
     inputs = hidden, weight, targets, upstream
     expected, ours, theirs = oracle(*inputs), results(kernel, *inputs), results(plain, *inputs)
-    for place in (2, 3):
-        plain_error = relative_error(theirs[place], expected[place])
-        assert relative_error(ours[place], expected[place]) < 2.0 * plain_error + 1e-6
+    for i in (D_HIDDEN, D_WEIGHT):
+        plain_error = relative_error(theirs[i], expected[i])
+        assert relative_error(ours[i], expected[i]) < 2.0 * plain_error + 1e-6
 
 
 def sure_tokens(rows: int = 64, vocabulary: int = 128):
@@ -241,10 +235,10 @@ def test_gradient_of_nearly_sure_tokens_keeps_its_digits_where_the_plain_one_los
     # 1 - p < 1e-8 is under fp32's resolution at 1 (6e-8): p - 1 formed from p is lost.
     inputs = sure_tokens()
     expected, ours, theirs = oracle(*inputs), results(kernel, *inputs), results(plain, *inputs)
-    for place in (1, 2, 3):  # log p itself too, though p rounds to 1
-        assert relative_error(ours[place], expected[place]) < 0.01
-    for place in (2, 3):
-        assert relative_error(theirs[place], expected[place]) > 0.1
+    for i in (LOGPS, D_HIDDEN, D_WEIGHT):  # log p itself too, though p rounds to 1
+        assert relative_error(ours[i], expected[i]) < 0.01
+    for i in (D_HIDDEN, D_WEIGHT):
+        assert relative_error(theirs[i], expected[i]) > 0.1
     assert ours[1].max() <= 0
 
 
@@ -401,23 +395,33 @@ def test_nothing_the_size_of_a_chunk_is_alive_between_forward_and_backward(dtype
 
 
 @kernels
-def test_matrix_products_per_chunk(kernel):
-    # Forward 1, d hidden 1, d weight 1; the two-pass kernel computes the logits again in backward.
-    again = kernel is two_passes
+@pytest.mark.parametrize(
+    ("learned", "forward_and_gradients"),
+    [(["hidden", "weight"], 3), (["hidden"], 2), (["weight"], 2)],
+)
+def test_a_frozen_input_costs_no_matrix_product_and_gets_no_gradient(
+    kernel, learned, forward_and_gradients
+):
+    inputs = problem(8)
+    with Recorder() as recorder:
+        _, _, *gradients, _ = results(kernel, *inputs, learned=learned)
+    # The two-pass kernel computes the logits again in backward.
+    assert recorder.products == forward_and_gradients + (kernel is two_passes)
+    for name, ours, right in zip(("hidden", "weight"), gradients, oracle(*inputs)[2:]):
+        if name in learned:
+            torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)
+        else:
+            assert ours is None
 
-    def products(*learned: str) -> int:
-        with Recorder() as recorder:
-            results(kernel, *problem(8), learned=learned)
-        return recorder.products
 
-    assert products("hidden", "weight") == 3 + again
-    assert products("hidden") == products("weight") == 2 + again
+@kernels
+def test_without_gradients_only_the_logits_are_computed(kernel):
     hidden, *rest = problem(8)
     with Recorder() as recorder:
         kernel(hidden, *rest)
         with torch.no_grad():
             kernel(hidden.requires_grad_(), *rest)
-    assert recorder.products == 2  # the logits of both calls
+    assert recorder.products == 2  # one per call
 
 
 @pytest.mark.cuda
@@ -435,5 +439,5 @@ def test_cuda_equals_float64_of_the_same_inputs(kernel, dtype, monkeypatch):
     actual = results(kernel, *(t.cuda() for t in inputs))
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     assert (actual[1].cpu().double() - expected[1]).abs().max() < 1e-4
-    for place in (2, 3):
-        assert relative_error(actual[place].cpu(), expected[place]) < tolerance
+    for i in (D_HIDDEN, D_WEIGHT):
+        assert relative_error(actual[i].cpu(), expected[i]) < tolerance
