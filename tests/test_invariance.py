@@ -97,25 +97,19 @@ every_objective = pytest.mark.parametrize("name", NAMES)
 every_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
+PLANS = {  # ranks, pack_tokens
+    "one pack": (1, 1000), "packs": (1, 40), "a pack per piece": (1, 1), "2 ranks": (2, 1000),
+    "2 ranks packs": (2, 30), "3 ranks": (3, 25), "20 ranks": (20, 1000),
+}  # fmt: skip
+
+
 @every_precision
 @every_head
 @every_objective
-@pytest.mark.parametrize(
-    ("world_size", "pack_tokens"),
-    [(1, 1000), (1, 40), (1, 1), (2, 1000), (2, 30), (3, 25), (20, 1000)],
-    ids=[
-        "one pack",
-        "packs",
-        "a pack per piece",
-        "2 ranks",
-        "2 ranks packs",
-        "3 ranks",
-        "20 ranks",
-    ],
-)
-def test_any_plan_gives_the_papers_loss_and_gradients(name, tied, dtype, world_size, pack_tokens):
+@pytest.mark.parametrize("ranks_and_tokens", PLANS)
+def test_any_plan_gives_the_papers_loss_and_gradients(name, tied, dtype, ranks_and_tokens):
     model = tiny(tied, dtype)
-    assert_invariant(name, model, on_ranks(name, model, world_size, pack_tokens))
+    assert_invariant(name, model, on_ranks(name, model, *PLANS[ranks_and_tokens]))
 
 
 @every_precision
@@ -126,15 +120,14 @@ def test_other_objectives_cut_into_packs_on_two_ranks(name, dtype):
 
 
 def test_the_plans_above_have_split_pairs_ragged_packs_and_ranks_without_work():
-    def cut(world_size: int, pack_tokens: int):
-        return data_of("redi", 0, world_size, pack_tokens).all_rows()
-
-    assert [len(cut(1, tokens)[0]) for tokens in (1000, 1)] == [1, 2 * ROWS]
-    assert 1 < len(cut(1, 40)[0]) < 2 * ROWS
-    assert any(len(packs[-1]) == 0 for packs in cut(20, 1000))
-    rank_of = {int(i): rank for rank, packs in enumerate(cut(2, 30)) for ids in packs for i in ids}
+    steps = {name: data_of("redi", 0, *plan).all_rows() for name, plan in PLANS.items()}
+    assert len(steps["one pack"][0]) == 1 < len(steps["packs"][0]) < 2 * ROWS
+    assert len(steps["a pack per piece"][0]) == 2 * ROWS
+    assert any(len(packs[-1]) == 0 for packs in steps["20 ranks"])
+    ranks = enumerate(steps["2 ranks packs"])
+    rank_of = {int(i): rank for rank, packs in ranks for ids in packs for i in ids}
     assert any(rank_of[2 * row] != rank_of[2 * row + 1] for row in range(ROWS))
-    assert len({len(ids) for packs in cut(3, 25) for ids in packs}) > 1
+    assert len({len(ids) for packs in steps["3 ranks"] for ids in packs}) > 1
 
 
 @every_precision

@@ -140,15 +140,12 @@ def test_an_older_configuration_is_read_as_transformers_reads_it(save_qwen2, tmp
     from transformers import Qwen2ForCausalLM
 
     save_qwen2(tmp_path, num_attention_heads=2, num_key_value_heads=1)
-    config = changed_config(
-        tmp_path,
-        rope_theta=300_000.0,
-        rope_scaling=None,
-        torch_dtype="float32",
-        use_sliding_window=False,
-        sliding_window=4096,
-        **dict.fromkeys(("rope_parameters", "dtype", "layer_types", "head_dim"), ...),
-    )
+    newer = dict.fromkeys(("rope_parameters", "dtype", "layer_types", "head_dim"), ...)
+    older = {
+        "rope_theta": 300_000.0, "rope_scaling": None, "torch_dtype": "float32",
+        "use_sliding_window": False, "sliding_window": 4096,
+    }  # fmt: skip
+    config = changed_config(tmp_path, **newer, **older)
     (tmp_path / "config.json").write_text(json.dumps(config))
     theirs, (model, _) = Qwen2ForCausalLM.from_pretrained(tmp_path), load_model(tmp_path)
     parts = documents()
