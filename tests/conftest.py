@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import settings
 # processes.py does through torch._dynamo.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
-from processes import child, ranks
+from processes import child, undisturbed
 from small_run import PAIRS, SFT, as_positive, conversation, run, write_jsonl
 
 from redi.config import Stopped
@@ -115,15 +116,13 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def here(made, tmp_path, monkeypatch) -> Path:
     """A working folder with the student and its data."""
-    for name in ("student", "pairs.jsonl", "positives.jsonl"):
-        (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return with_data(tmp_path, made)
 
 
 @pytest.fixture
 def stop_at(monkeypatch) -> Callable:
-    """stop_at(config, step): run it, and have it stopped by SIGTERM after that step."""
+    """stop_at(config, step): run it until SIGTERM stops it after that step."""
 
     def stop(config, step: int) -> None:
         record = RunLog.record
@@ -143,20 +142,40 @@ def stop_at(monkeypatch) -> Callable:
 
 @pytest.fixture(scope="session")
 def whole(made, tmp_path_factory) -> Path:
-    """A folder with whole/, a run that nothing happened to, and the tokens for others."""
-    folder = tmp_path_factory.mktemp("killed")
-    for name in ("student", "positives.jsonl"):
-        (folder / name).symlink_to(made / name)
+    """A folder with whole/, an undisturbed run, and its cached tokens."""
+    folder = with_data(tmp_path_factory.mktemp("killed"), made)
     child(folder, [*SFT, "--out", "whole"]).ends(0)
     return folder
 
 
 @pytest.fixture(scope="session")
 def on_two_ranks(made, tmp_path_factory) -> Path:
-    """A folder with whole/, a run on two ranks that nothing happened to."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for name in ("student", "positives.jsonl"):
+    """A folder with whole/, an undisturbed run on two ranks, and its cached tokens."""
+    folder = with_data(tmp_path_factory.mktemp("ranks"), made)
+    undisturbed(folder, [*SFT, "--out", "whole"])
+    return folder
+
+
+@pytest.fixture
+def alone(whole, monkeypatch) -> Path:
+    """That folder as the working folder, without run/."""
+    return without_run(whole, monkeypatch)
+
+
+@pytest.fixture
+def together(on_two_ranks, monkeypatch) -> Path:
+    """The same on two ranks."""
+    return without_run(on_two_ranks, monkeypatch)
+
+
+def without_run(folder: Path, monkeypatch) -> Path:
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def with_data(folder: Path, made: Path) -> Path:
+    """Link the student and its data into the folder."""
+    for name in ("student", "pairs.jsonl", "positives.jsonl"):
         (folder / name).symlink_to(made / name)
-    for rank in ranks(folder, [*SFT, "--out", "whole"], None, None):
-        rank.ends(0)
     return folder

@@ -327,7 +327,7 @@ MUTANTS = (
         "redi/checkpoint/resume.py",
         'MOMENTS = ("exp_avg", "exp_avg_sq")',
         'MOMENTS = ("exp_avg",)',
-        ("tests/test_resume.py::test_weights_and_moments_come_back_bit_by_bit",),
+        ("tests/test_resume.py::test_a_stopped_run_resumes_to_the_same_bits[sft]",),
     ),
     Mutant(
         "a damaged checkpoint is resumed from",
@@ -372,7 +372,7 @@ MUTANTS = (
         "redi/data/store.py",
         "response_lengths.append(sum(learned) if learned else len(ids))",
         "response_lengths.append(sum(learned) if learned else len(ids) - 1)",
-        ("tests/test_train.py::test_stored_tokens_are_the_rendered_rows",),
+        ("tests/test_train.py::test_stored_tokens_are_the_rendered_rows_that_are_left",),
     ),
     Mutant(
         "a control token quoted in a trace is a control token",

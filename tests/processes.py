@@ -1,5 +1,6 @@
 """Programs in processes of their own: forked children that can be killed, ranks, real commands."""
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -77,14 +78,18 @@ def free_port() -> int:
 
 
 def wait_until(
-    happened: Callable[[], Any], process: subprocess.Popen | None = None, seconds: float = 60
+    happened: Callable[[], Any],
+    process: subprocess.Popen | None = None,
+    seconds: float = 60,
+    poll: float = 0.02,
 ) -> None:
-    """Wait for a fact. It fails when the process ends first, or when the time is over."""
+    """Wait for a fact, and look every `poll` seconds. It fails when the process ends first, or
+    when the time is over."""
     end = time.monotonic() + seconds
     while not happened():
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
+        time.sleep(poll)
 
 
 def main_in_this_process(main: Callable[[], None], *arguments: object) -> int:
@@ -173,9 +178,13 @@ def in_child(
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # or tqdm's lock is left behind by a kill
     sys.argv = ["program", *arguments]
+    atexit._clear()  # of what the server of the children registered
     if fault:
         fault()
-    main()
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing would skip what the program registered
 
 
 def ranks(
@@ -190,6 +199,22 @@ def ranks(
     for fault, environment in zip(faults, rank_environments(len(faults), local_world_size)):
         as_text = {name: str(value) for name, value in environment.items()}
         started.append(child(folder, arguments, fault, main, **as_text))
+    return started
+
+
+def undisturbed(
+    folder: Path,
+    arguments: list[str],
+    num_ranks: int = 2,
+    main: Callable[[], None] = programs.train_sft,
+    local_world_size: int | None = None,
+) -> list[Child]:
+    """Run a program on so many ranks, and insist that all of them end well."""
+    started = ranks(
+        folder, arguments, *[None] * num_ranks, main=main, local_world_size=local_world_size
+    )
+    for rank in started:
+        rank.ends(0)
     return started
 
 

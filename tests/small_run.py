@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import child, undisturbed
 from safetensors.torch import load_file
 
 from redi import programs, recipe
@@ -20,11 +21,7 @@ from redi.distributed import World
 from redi.objectives import make_objective, sft
 from redi.runlog import read_metrics
 
-ROOT = Path(__file__).parent.parent
-
 PAIRS = 10
-
-
 HERE = World(0, 1, torch.device("cpu"))
 
 
@@ -81,7 +78,7 @@ def redi_config(**changes) -> recipe.REDIConfig:
 
 
 def run(config) -> list[dict]:
-    """Run the program of this configuration; its records."""
+    """Run the program of this configuration in this process. Returns its records."""
     if isinstance(config, recipe.REDIConfig):
         objective, paired, made_by = config.make_objective(), True, "python train_sft.py"
     else:
@@ -121,7 +118,7 @@ class Oracle:
         return logps[torch.arange(len(response)), response]
 
     def all_logps(self, row: dict, field: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of every token at every position of the response (|y|, V), and the response (|y|,)."""
+        """Log-probs of all tokens at all positions of a response (|y|, V), and its ids (|y|,)."""
         user, answer = row["prompt"][0]["content"], row[field][0]["content"]
         prompt = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
         prompt_ids = self.tokenizer.encode(prompt).ids
@@ -143,21 +140,26 @@ def read_jsonl(path: str) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-# ---------------------------------------------------------------- what a run leaves behind
+# ---------------------------------------------------------------- flags of the two programs
 
+LENGTHS = ["--max-prompt", "100", "--max-response", "100", "--max-length", "200"]
 
-TIMING = {"seconds", "memory_gib"}  # of a record: all that a resumed run has otherwise
-
-
-# 10 rows, 4 a step, 2 epochs: 6 steps, of which 3 end an epoch. Saves after 2 and 4.
+# 10 rows, 4 per step, 2 epochs: 6 steps; step 3 ends an epoch. Checkpoints after steps 2 and 4.
 SFT = [
     "--model", "student", "--data", "positives.jsonl", "--out", "run", "--cache", "tokens",
     "--lr", "1e-3", "--epochs", "2", "--rows-per-step", "4", "--save-every", "2", "--keep", "1",
-    "--rope-theta", "keep", "--max-position-embeddings", "keep",
-    "--max-prompt", "100", "--max-response", "100", "--max-length", "200",
+    "--rope-theta", "keep", "--max-position-embeddings", "keep", *LENGTHS,
+]  # fmt: skip
+REDI = [
+    "--model", "student", "--data", "pairs.jsonl", "--out", "run", "--cache", "tokens",
+    "--lr", "1e-3", "--epochs", "2", "--rows-per-step", "4", *LENGTHS,
 ]  # fmt: skip
 
+# ---------------------------------------------------------------- what a run leaves behind
 
+TIMING = {"seconds", "memory_gib"}  # the fields of a record that differ from run to run
+
+RUN_FILES = {"checkpoints", "config.toml", "metrics.jsonl"}
 MODEL_FILES = {
     "README.md", "chat_template.jinja", "config.json", "generation_config.json",
     "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -165,7 +167,7 @@ MODEL_FILES = {
 
 
 def records(out: str | Path = "run") -> list[dict[str, Any]]:
-    """Metrics without the fields that time, and without notes of a stop."""
+    """Metrics without timing fields and without the records of a stop."""
     return [
         {key: value for key, value in record.items() if key not in TIMING}
         for record in read_metrics(Path(out))
@@ -180,7 +182,7 @@ def assert_same_bits(out: str | Path, as_out: str | Path) -> None:
 
 
 def saved(out: str | Path = "run") -> list[int]:
-    """Steps whose checkpoints are there, oldest first."""
+    """The steps that have a checkpoint, oldest first."""
     return sorted(int(p.name.removeprefix("step-")) for p in Path(out).glob("checkpoints/step-*"))
 
 
@@ -194,3 +196,14 @@ def refusal(call: Callable, *arguments: Any, **settings: Any) -> str:
         call(*arguments, **settings)
     assert "\n" not in str(refused.value)
     return str(refused.value)
+
+
+def assert_resumes_to_the_same_bits(folder: Path, num_ranks: int = 1) -> str:
+    """Start the command SFT again: run/ ends with the bits of whole/. Returns what it printed."""
+    if num_ranks == 1:
+        again = child(folder, SFT)
+        again.ends(0)
+    else:
+        again, *_ = undisturbed(folder, SFT, num_ranks)
+    assert_same_bits(folder / "run", folder / "whole")
+    return again.shown

@@ -1,22 +1,21 @@
-"""The collapse guard: when it warns, what it keeps, how it stops.
+"""The collapse guard: when it warns, which checkpoint it keeps, how it stops a run.
 
     python -m pytest tests/test_guard.py
 
 First as a function of chosen log-probs worked out by hand (all exact in binary), then in real runs
-that learn far too fast. py checks that the checkpoint it keeps survives a resume.
+that learn far too fast.
 """
 
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from small_run import assert_same_bits, redi_config, run, saved, steps
+from processes import child
+from small_run import HERE, REDI, assert_same_bits, redi_config, run, saved, steps
 
 from redi import programs
 from redi.checkpoint.resume import Checkpoints
 from redi.config import UserError
-from redi.distributed import World
 from redi.monitor import CollapseGuard, watch
 from redi.runlog import read_metrics
 
@@ -35,11 +34,11 @@ SEQUENCES = {  # threshold 0.5, three steps in a row: log-probs, steps that warn
     "exactly at the threshold": ([-1, -1.5, -1.5, -1.5, -1.5], []),
     "a little beyond it": ([-1, -1.5625, -1.5625, -1.5625], [4]),
     "stayed one step too short": ([-1, -2, -2, -1], []),
-    "begins to count again after a step above": ([-1, -2, -2, -1.5, -2, -2, -2], [7]),
+    "counts from 0 after a step above": ([-1, -2, -2, -1.5, -2, -2, -2], [7]),
     "once, however long it stays": ([-1] + [-2] * 20, [4]),
     "again after it came back": ([-1, -2, -2, -2, -1, -2, -2, -2], [4, 8]),
     "measured from the first record": ([-3, -1, -1, -3.25, -3.25, -3.25], []),
-    "a bad beginning is no fall": ([-9, -9, -9, -9], []),
+    "a bad beginning is not a fall": ([-9, -9, -9, -9], []),
     "rose": ([-3, -2, -1, -0.5], []),
 }
 
@@ -67,9 +66,9 @@ def test_the_warning_says_how_far_it_fell_and_what_helps():
     assert "smaller --lr" in warning
 
 
-# Checkpoints after every step, three in a row to warn: log-probs, then what is pinned after each.
+# Checkpoints after every step, three in a row to warn: log-probs, then the step pinned after each.
 PINS = {
-    "until it is clear": ([-1, -1, -2, -2, -1, -1], [0, 0, 1, 1, 0, 0]),
+    "until it recovers": ([-1, -1, -2, -2, -1, -1], [0, 0, 1, 1, 0, 0]),
     "the second fall's": ([-1, -1, -2, -1, -1, -2, -2, -2], [0, 0, 1, 0, 0, 4, 4, 4]),
     "once it warned, for good": ([-1, -1, -1, -2, -2, -2, -1, -2], [0, 0, 0, 2, 2, 2, 2, 2]),
     "nothing is from before the fall": ([-1, -2, -2, -2], [0, 0, 0, 0]),
@@ -77,9 +76,9 @@ PINS = {
 
 
 @pytest.mark.parametrize("name", PINS)
-def test_what_is_kept_from_before_the_fall(name, tmp_path):
+def test_the_checkpoint_kept_from_before_the_fall(name, tmp_path):
     chosen, pinned = PINS[name]
-    checkpoints = Checkpoints(tmp_path, World(0, 1, torch.device("cpu")), {}, keep=1)
+    checkpoints = Checkpoints(tmp_path, HERE, {}, keep=1)
     guard, seen = CollapseGuard(0.5, 3), []
     for step, logp in enumerate(chosen, start=1):
         watch(guard, step, {"chosen_logp": logp}, checkpoints)
@@ -112,115 +111,104 @@ def collapse_warnings(errors: str) -> list[str]:
     return [line for line in errors.splitlines() if line.startswith("warning: step ")]
 
 
-def warned(out: str = "run") -> int:
-    """The step at which the guard is due to warn, from the run's own records."""
-    chosen = [record["chosen_logp"] for record in steps(list(read_metrics(Path(out))))]
-    low = [chosen[0] - now > 0.5 for now in chosen]
+def chosen_logps(out: str | Path) -> list[float]:
+    return [record["chosen_logp"] for record in steps(list(read_metrics(Path(out))))]
+
+
+def due(out: str | Path = "whole") -> int:
+    """The step at which the guard must warn, from the run's own records."""
+    first, *_ = chosen = chosen_logps(out)
+    low = [first - now > 0.5 for now in chosen]
     return next(end for end in range(3, len(low) + 1) if all(low[end - 3 : end]))
 
 
+@pytest.fixture(scope="module")
+def ignored(made, tmp_path_factory) -> Path:
+    """A folder with whole/, a run that ignored the guard's warning and trained to its end."""
+    folder = tmp_path_factory.mktemp("collapsed")
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
+    whole = child(folder, [*REDI, *flags, "--out", "whole"], main=programs.train_redi)
+    whole.ends(0)
+    [warning] = collapse_warnings(whole.errors)
+    assert warning.startswith(f"warning: step {due(folder / 'whole')}: collapse: ")
+    assert 5 <= due(folder / "whole") <= 8  # there are steps before and after it
+    return folder
+
+
 @pytest.fixture
-def collapsed(here, capsys) -> Path:
-    """whole/, a run that ignored the guard's warning and trained to its end."""
-    run(redi_config(**FAST, out="whole"))
+def collapsed(ignored, monkeypatch) -> None:
+    """That folder as the working folder, without run/."""
+    monkeypatch.chdir(ignored)
+    shutil.rmtree("run", ignore_errors=True)
+
+
+def train_fast(**changes) -> list[dict]:
+    return run(redi_config(**{**FAST, **changes}))
+
+
+def test_with_collapse_stop_the_run_ends_there_and_resumes_only_without_it(collapsed, capsys):
+    kept, step = f"run/checkpoints/step-{saved('whole')[0]:06d}", due()
+    with pytest.raises(UserError, match=f"^--collapse-stop: stopped after step {step} of 12$"):
+        train_fast(collapse_stop=True)
     [warning] = collapse_warnings(capsys.readouterr().err)
-    assert warning.startswith(f"warning: step {warned('whole')}: collapse: ")
-    assert 5 <= warned("whole") <= 9  # there are steps before and after it
-    return here
-
-
-def train(monkeypatch, *flags: str) -> int:
-    """train_redi.py with FAST's settings in this process; its exit status."""
-    settings = {
-        "model": "student", "data": "pairs.jsonl", "out": "run", "cache": "tokens",
-        "rows-per-step": 4, "max-prompt": 100, "max-response": 100, "max-length": 200,
-        **{name.replace("_", "-"): value for name, value in FAST.items()},
-    }  # fmt: skip
-    arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["train_redi.py", *arguments, *flags])
-    try:
-        programs.train_redi()
-    except SystemExit as ended:
-        return ended.code
-    return 0
-
-
-def test_with_collapse_stop_the_program_ends_there_and_resumes_only_without_it(
-    collapsed, capsys, monkeypatch
-):
-    assert train(monkeypatch, "--collapse-stop", "true") == 2
-    step = warned()
-    assert step == warned("whole")
-    warning, stopped = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: step {step}: collapse: ")
-    kept = f"run/checkpoints/step-{saved()[0]:06d}"
     assert warning.endswith(f"; kept from before the fall: {kept}")
-    assert stopped == f"error: --collapse-stop: stopped after step {step} of 12"
     assert list(read_metrics(Path("run")))[-1] == {"kind": "stopped", "step": step}
     assert saved()[-1] == step
 
-    # What starts jobs again must not train on into the collapse.
-    assert train(monkeypatch, "--collapse-stop", "true") == 2
-    [refused] = capsys.readouterr().err.splitlines()
-    assert refused.startswith(f"error: --collapse-stop: step {step}: collapse: ")
-    assert refused.endswith(f"{kept}; without the flag the run resumes")
+    # A scheduler that starts jobs again must not train on into the collapse.
+    with pytest.raises(UserError, match=f"^--collapse-stop: step {step}: collapse: .*{kept}; with"):
+        train_fast(collapse_stop=True)
     assert saved()[-1] == step
 
-    assert train(monkeypatch) == 0
+    train_fast()
     assert collapse_warnings(capsys.readouterr().err) == []
     assert saved() == saved("whole")
     assert_same_bits("run", "whole")
 
 
-def test_stopped_between_fall_and_warning_it_warns_at_the_same_step(collapsed, stop_at, capsys):
-    config = redi_config(**FAST)
-    stop_at(config, warned("whole") - 1)
-    assert collapse_warnings(capsys.readouterr().err) == []
-    run(config)
+@pytest.mark.parametrize("after", [-1, 3])
+def test_stopped_before_or_after_the_warning_a_run_resumes_to_the_same_warning_and_checkpoints(
+    after, collapsed, stop_at, capsys
+):
+    stop_at(redi_config(**FAST), due() + after)
+    train_fast()
     [warning] = collapse_warnings(capsys.readouterr().err)
-    assert warning.startswith(f"warning: step {warned('whole')}: ")
+    assert warning.startswith(f"warning: step {due()}: ")
     assert saved() == saved("whole")
     assert_same_bits("run", "whole")
 
 
 def test_at_the_last_step_there_is_nothing_to_stop(collapsed, capsys):
-    in_a_row = 3 + 12 - warned("whole")
-    records = run(redi_config(**{**FAST, "collapse_steps": in_a_row, "collapse_stop": True}))
+    records = train_fast(collapse_steps=3 + 12 - due(), collapse_stop=True)
     [warning] = collapse_warnings(capsys.readouterr().err)
     assert warning.startswith("warning: step 12: ")
     assert records[-1] == {"kind": "finished"}
 
 
-def is_good(step: int, out: str) -> bool:
-    """Whether the chosen traces of the model after that step had not fallen yet. The next step's
-    record has that model's log-probs."""
-    chosen = [record["chosen_logp"] for record in steps(list(read_metrics(Path(out))))]
-    return chosen[0] - chosen[step] <= 0.5
-
-
 def test_the_checkpoint_kept_is_the_newest_of_a_model_from_before_the_fall(collapsed):
     kept, *newest = saved("whole")
     assert newest == [7, 8, 9, 10, 11]
-    assert is_good(kept, "whole")
-    assert not is_good(kept + 1, "whole")
+    # The record of the next step has the log-probs of a checkpoint's model.
+    first, *after_step = chosen_logps("whole")
+    assert first - after_step[kept - 1] <= 0.5 < first - after_step[kept]
 
 
-def test_it_is_kept_even_if_keep_is_shorter_than_the_count(collapsed, capsys):
-    run(redi_config(**{**FAST, "keep": 2}))
-    assert saved() == [saved("whole")[0], 10, 11]
-    assert f"kept from before the fall: run/checkpoints/step-{saved()[0]:06d}" in (
-        capsys.readouterr().err
-    )
-
-
-def test_if_no_checkpoint_from_before_the_fall_is_left_it_says_so(collapsed, capsys):
-    run(redi_config(**{**FAST, "keep": 1, "save_every": 11}))
-    assert saved() == [11]
-    assert "kept from before the fall: no checkpoint" in capsys.readouterr().err
+@pytest.mark.parametrize("changes", [{"keep": 2}, {"keep": 1, "save_every": 11}])
+def test_it_is_kept_beyond_keep_and_the_warning_says_if_there_is_none(changes, collapsed, capsys):
+    train_fast(**changes)
+    kept = f"run/checkpoints/step-{saved('whole')[0]:06d}"
+    if "save_every" in changes:
+        assert saved() == [11]
+        kept = "no checkpoint"
+    else:
+        assert saved() == [saved("whole")[0], 10, 11]
+    assert f"kept from before the fall: {kept}" in capsys.readouterr().err
 
 
 def test_a_threshold_beyond_the_fall_does_not_warn(collapsed, capsys):
-    run(redi_config(**FAST, collapse_threshold=1000.0, collapse_stop=True))
+    train_fast(collapse_threshold=1000.0, collapse_stop=True)
     assert collapse_warnings(capsys.readouterr().err) == []
     assert saved() == [7, 8, 9, 10, 11]  # nothing kept beyond the newest
     assert_same_bits("run", "whole")

@@ -76,11 +76,9 @@ PLANT: dict[str, Callable[[Path], object]] = {
 
 
 def checkpoint(path: Path) -> None:
-    """Read the file as part of a checkpoint with the right hashes; format 2 had a .metadata."""
-    state = {"format": 2 if path.name == ".metadata" else 3, "facts": {}, "ranks": 1}
-    state["sha256"] = {path.name: hash_files([path])}
+    """Read the file as part of a checkpoint with the right hashes."""
+    state = {"format": 3, "step": 1, "facts": {}, "sha256": {path.name: hash_files([path])}}
     (path.parent / "state.json").write_text(json.dumps(state))
-    (path.parent / "hashes-0.json").write_text(json.dumps(state["sha256"]))
     load_weights(path.parent, load_model("student")[0])
 
 
@@ -121,7 +119,6 @@ READ: dict[str, Callable[[Path], object]] = {
 PLANTED = [
     ("checkpoint", "rank-0.safetensors", "pickle"),
     ("checkpoint", "rank-0.safetensors", "torch.save"),
-    ("checkpoint", ".metadata", "pickle"),
     ("model", "model.safetensors", "pickle"),
     ("model", "model.safetensors", "torch.save"),
     ("model", "pytorch_model.bin", "torch.save"),

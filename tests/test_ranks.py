@@ -2,14 +2,11 @@
 
     python -m pytest tests/test_ranks.py
 
-This file is also the program that the ranks run; `torchrun`'s environment is set by hand. Rows are
-ragged, so ranks have unequal packs. With a single row, or a single pair kept together, all ranks
-but one have no work.
+Rows are ragged, so ranks have unequal packs. With a single row, or a single pair kept together, all
+ranks but one have no work.
 """
 
 import os
-import socket
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -20,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import rank_environments, ranks
 from small_step import BETWEEN_CUTS, Rows, assert_close, objective_of, tiny
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
@@ -40,28 +38,8 @@ CASES = [
 # The other code paths of objectives.py.
 CASES += [("dpo_norm", True, torch.float64, 7), ("dft", True, torch.float64, 1)]
 
-
-def torchrun(program: list[str], ranks: int, local_world_size: int, **environment: str) -> list:
-    """Start a program once per rank, as torchrun does. Returns the processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        settings = {
-            "RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % local_world_size,
-            "LOCAL_WORLD_SIZE": local_world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "OMP_NUM_THREADS": 1, "PYTHONPATH": os.pathsep.join(sys.path),
-            "CUDA_VISIBLE_DEVICES": "",  # a machine may have fewer GPUs than a test has ranks
-            **environment,
-        }  # fmt: skip
-        env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen([sys.executable, *program], env=env, **pipes))
-    return processes
-
-
 CUTS = [(1000, False), (30, False), (30, True)]  # pack_tokens, reshard_after_forward
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------- what a rank does
 
@@ -74,8 +52,9 @@ def one_step(
     world: World,
     pack_tokens: int = 1000,
     reshard: bool = False,
-):
-    """Loss, statistics and whole gradients of a step over all rows, dealt to the ranks."""
+) -> tuple:
+    """Loss, gradient norm, statistics and whole gradients of a step over all rows, dealt to the
+    ranks."""
     model, how = tiny(tied, dtype), Parallelism(dtype, 1, reshard_after_forward=reshard)
     parallelize(model, world, how)
     data = TrainData(Rows.draw(name != "sft", rows), objective_of(name), world, pack_tokens)
@@ -96,14 +75,14 @@ def one_step(
     stats = sums.gather([update])
     grads = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
     logged = stats.logp_summary() | stats.entropy_summary() | {"squared update": stats.scalars[0]}
-    return stats.loss, full_tensor(norm).item(), logged, grads, packs
+    return stats.loss, full_tensor(norm).item(), logged, grads
 
 
-def in_turn(world: World, folder: Path, failing: int | None) -> str:
-    """What a rank does in local_rank_zero_first, in which the rank `failing` raises an error. It
-    takes twice as long as ranks usually wait for each other, unless it fails."""
+def in_turn(world: World, failing: int | None) -> str:
+    """What a rank does in local_rank_zero_first, where the rank `failing` raises an error. Unless
+    it fails, it takes twice as long as ranks usually wait for each other."""
     set_timeout(timedelta(seconds=0.1))
-    written = folder / f"node-{world.rank // world.local_world_size}-failing-{failing}"
+    written = Path(f"node-{world.rank // world.local_world_size}-failing-{failing}")
     with local_rank_zero_first(world):
         if world.rank == failing:
             raise UserError("no such data")
@@ -118,58 +97,54 @@ def in_turn(world: World, folder: Path, failing: int | None) -> str:
 
 
 def timeouts(world: World) -> list[str]:
-    """Of the groups that FSDP exchanges by."""
+    """The timeouts of the process groups that FSDP uses."""
     mesh = distributed._mesh(world)
     groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
     return [str(group._get_backend(world.device).options._timeout) for group in groups]
 
 
-def gather(value: str, world: World) -> list[str]:
-    values = [""] * world.world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def main(out: str, *numbers: str) -> None:
-    """Run the CASES with these numbers, and save what they give. The first rank of the last node
+@program
+def run_cases() -> None:
+    """Save the results of the CASES with the numbers in sys.argv. The first rank of the last node
     fails at the end."""
     world = distributed.start(timeout_minutes=2)
     results = {}
-    for case in (CASES[int(number)] for number in numbers):
+    for case in (CASES[int(number)] for number in sys.argv[1:]):
         for cut in CUTS:
             results[case, cut] = one_step(*case, world, *cut)
-    results["in turn"] = gather(in_turn(world, Path(out).parent, failing=None), world)
+    results["in turn"] = [""] * world.world_size
+    dist.all_gather_object(results["in turn"], in_turn(world, failing=None))
     results["timeouts"] = timeouts(world)
     if world.rank == 0:
-        torch.save(results, out)
+        torch.save(results, "results.pt")
     last_leader = world.world_size - world.local_world_size
     with distributed.report_lost_ranks(world, "two minutes"):
-        in_turn(world, Path(out).parent, last_leader)
+        in_turn(world, last_leader)
 
 
-# ---------------------------------------------------------------- what they must give
+# ---------------------------------------------------------------- what the ranks must return
 
 
-def results_of(request, ranks: int, local_world_size: int, folder: Path) -> dict:
-    """Of the cases that pytest selected for this test's fixture: a single one takes seconds."""
-    out = folder / "results.pt"
+def results_of(request, num_ranks: int, folder: Path) -> dict:
+    """The results on nodes of two ranks, of the cases that pytest selected for this fixture."""
     items = [item for item in request.session.items if request.fixturename in item.fixturenames]
     selected = [item.callspec.params.get("case") for item in items if hasattr(item, "callspec")]
     numbers = [str(number) for number, case in enumerate(CASES) if case in selected]
-    processes = torchrun([__file__, str(out), *numbers], ranks, local_world_size)
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2] * ranks, said
-    return torch.load(out, weights_only=False) | {"said": said}
+    started = ranks(folder, numbers, *[None] * num_ranks, main=run_cases, local_world_size=2)
+    for rank in started:
+        rank.ends(2, seconds=300)
+    errors = [rank.errors for rank in started]
+    return torch.load(folder / "results.pt", weights_only=False) | {"errors": errors}
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(request, tmp_path_factory):
-    return results_of(request, 2, 2, tmp_path_factory.mktemp("ranks"))
+    return results_of(request, 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def on_two_nodes(request, tmp_path_factory):
-    return results_of(request, 4, 2, tmp_path_factory.mktemp("nodes"))
+    return results_of(request, 4, tmp_path_factory.mktemp("nodes"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -187,7 +162,7 @@ def test_two_nodes_of_two_ranks_give_the_loss_and_gradients_of_one_alone(on_two_
 
 
 def assert_as_alone(results: dict, case: tuple) -> None:
-    loss, norm, summary, gradients, _ = one_step(*case, World(0, 1, torch.device("cpu")))
+    loss, norm, summary, gradients = one_step(*case, World(0, 1, CPU))
     within = BETWEEN_CUTS[case[2]]
     for cut in CUTS:
         together = results[case, cut]
@@ -197,14 +172,20 @@ def assert_as_alone(results: dict, case: tuple) -> None:
         assert together[2] == pytest.approx(summary, rel=within, abs=5 * within)
 
 
-@pytest.mark.parametrize("fixture", ["on_two_ranks", "on_two_nodes"])
 def test_the_first_rank_of_each_node_runs_first_and_takes_the_others_down_if_it_fails(
-    request, fixture
+    on_two_ranks, on_two_nodes
 ):
-    results = request.getfixturevalue(fixture)
-    ranks = len(results["said"])
-    assert results["in turn"] == ["wrote", "found"] * (ranks // 2)
-    assert results["said"] == [""] * (ranks - 2) + ["error: no such data\n", ""]
+    for nodes, results in ((1, on_two_ranks), (2, on_two_nodes)):
+        assert results["in turn"] == ["wrote", "found"] * nodes
+        assert results["errors"] == ["", ""] * (nodes - 1) + ["error: no such data\n", ""]
+
+
+def test_groups_of_some_ranks_wait_as_long_as_all_ranks_do(on_two_ranks, on_two_nodes):
+    assert on_two_ranks["timeouts"] == ["0:02:00"]
+    assert on_two_nodes["timeouts"] == ["0:02:00", "0:02:00"]
+
+
+# ---------------------------------------------------------------- what one rank reports
 
 
 def lose_a_rank(*_: object) -> bool:
@@ -215,26 +196,26 @@ def test_the_first_rank_of_a_node_ends_with_its_own_error_before_it_waits_for_ot
     at_exit = []
     monkeypatch.setattr(distributed.atexit, "register", lambda *call: at_exit.append(call))
     monkeypatch.setattr(distributed, "all_ranks_ok", lose_a_rank)
-    world = World(0, 2, torch.device("cpu"), 2)
+    world = World(0, 2, CPU, 2)
     with pytest.raises(UserError, match="no such data"), local_rank_zero_first(world):
         raise UserError("no such data")
     [(fail_other_ranks, *arguments)] = at_exit
-    fail_other_ranks(*arguments)  # the rank that is lost is no error
+    fail_other_ranks(*arguments)  # a rank that is lost is not an error here
 
 
 def test_an_error_that_only_a_later_rank_of_a_node_meets_is_reported_by_that_rank(monkeypatch):
     monkeypatch.setattr(distributed, "all_ranks_ok", lambda *_: True)
-    world = World(1, 2, torch.device("cpu"), 2)
+    world = World(1, 2, CPU, 2)
     with pytest.raises(RankError, match="no such data"), local_rank_zero_first(world):
         raise UserError("no such data")
 
 
 def test_every_rank_names_the_first_value_that_differs(monkeypatch):
-    world, left = World(1, 2, torch.device("cpu")), []
+    world, left = World(1, 2, CPU), []
     values = {"epochs": 1, "lr": 1e-5, "seed": 1}
 
-    def gather_ranks(ranks: list, mine: dict) -> None:
-        ranks[:] = [values, mine]
+    def gather_ranks(ranks: list, own: dict) -> None:
+        ranks[:] = [values, own]
 
     monkeypatch.setattr(distributed.dist, "all_gather_object", gather_ranks)
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: left.append(True))
@@ -256,85 +237,87 @@ def test_a_rank_that_cannot_join_ends_in_one_line(monkeypatch):
         distributed.start(timeout_minutes=1)
 
 
-def test_groups_of_some_ranks_wait_as_long_as_all_ranks_do(on_two_ranks, on_two_nodes):
-    assert on_two_ranks["timeouts"] == ["0:02:00"]
-    assert on_two_nodes["timeouts"] == ["0:02:00", "0:02:00"]
-
-
 PAIR = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
 BUFFER = "[/src/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] "
 ADVICE = ". This is typically caused by a remote worker crashing. Check the logs."
+NCCL = "NCCL error in: NCCLUtils.hpp:268, remote process exited or there was a network error"
 LOST = [
-    (RuntimeError, f"{PAIR}Connection closed by peer [127.0.0.1]:457{ADVICE}"),
-    (RuntimeError, f"{PAIR}Read error [127.0.0.1]:432: Connection reset by peer{ADVICE}"),
-    (RuntimeError, f"{PAIR}Write error [127.0.0.1]:432: Broken pipe{ADVICE}"),
-    (RuntimeError, f"{BUFFER}Timed out waiting 4000ms for recv operation to complete"),
-    (RuntimeError, f"{PAIR}Application timeout caused pair closure"),
-    (
-        dist.DistBackendError,
-        "NCCL error in: NCCLUtils.hpp:268, remote process exited or there was a network error",
-    ),
-    (dist.DistNetworkError, "The client socket has timed out after 60s"),
+    RuntimeError(f"{PAIR}Connection closed by peer [127.0.0.1]:457{ADVICE}"),
+    RuntimeError(f"{PAIR}Read error [127.0.0.1]:432: Connection reset by peer{ADVICE}"),
+    RuntimeError(f"{PAIR}Write error [127.0.0.1]:432: Broken pipe{ADVICE}"),
+    RuntimeError(f"{BUFFER}Timed out waiting 4000ms for recv operation to complete"),
+    RuntimeError(f"{PAIR}Application timeout caused pair closure"),
+    dist.DistBackendError(NCCL),
+    dist.DistNetworkError("The client socket has timed out after 60s"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "text"), LOST)
-def test_an_error_of_the_exchange_between_ranks_becomes_one_line(kind, text):
-    world = World(1, 2, torch.device("cpu"))
-    with pytest.raises(RankError) as raised, distributed.report_lost_ranks(world, "a week"):
-        raise kind(text)
-    why = text.rpartition("] ")[2].removesuffix(ADVICE)
+@pytest.mark.parametrize("error", LOST, ids=str)
+def test_an_error_of_the_exchange_between_ranks_becomes_one_line(error):
+    with pytest.raises(RankError) as raised:
+        raise_inside(error, World(1, 2, CPU))
+    why = str(error).rpartition("] ")[2].removesuffix(ADVICE)
     assert str(raised.value) == (
         "rank 1 lost another process, which ended (see its own message) or did not answer within "
         f"a week: {why}"
     )
-    assert str(raised.value.__cause__) == text
+    assert raised.value.__cause__ is error
 
 
 OTHERS = [
-    (RuntimeError, "ProcessGroupGloo::allreduce: invalid tensor type at index 0"),
-    (RuntimeError, f"[enforce fail at {PAIR[1:-2]}] op.preamble.length <= op.nbytes. 200000 vs 8"),
-    (RuntimeError, "CUDA error: out of memory while gloomy"),
-    (RuntimeError, "Timed out waiting for the tokenizer"),
-    (RuntimeError, "Connection closed by peer while the data set was downloaded"),
-    (dist.DistBackendError, "NCCL error: Duplicate GPU detected : rank 0 and rank 1"),
+    RuntimeError("ProcessGroupGloo::allreduce: invalid tensor type at index 0"),
+    RuntimeError(f"[enforce fail at {PAIR[1:-2]}] op.preamble.length <= op.nbytes. 200000 vs 8"),
+    RuntimeError("CUDA error: out of memory while gloomy"),
+    RuntimeError("Timed out waiting for the tokenizer"),
+    RuntimeError("Connection closed by peer while the data set was downloaded"),
+    dist.DistBackendError("NCCL error: Duplicate GPU detected : rank 0 and rank 1"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "text"), OTHERS)
-def test_any_other_error_passes_through_as_it_is(kind, text):
-    world, error = World(1, 2, torch.device("cpu")), kind(text)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with pytest.raises(RuntimeError) as raised, distributed.report_lost_ranks(world, "a week"):
-        raise error
+@pytest.mark.parametrize("error", OTHERS, ids=str)
+def test_any_other_error_passes_through_as_it_is(error, one_process_group):
+    with pytest.raises(RuntimeError) as raised:
+        raise_inside(error, World(1, 2, CPU))
     assert raised.value is error
-    dist.destroy_process_group()
+
+
+def raise_inside(error: BaseException, world: World) -> None:
+    with distributed.report_lost_ranks(world, "a week"):
+        raise error
+
+
+@pytest.fixture
+def one_process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def test_a_process_alone_has_lost_no_other_and_leaves_the_group_it_created():
-    world, error = World(0, 1, torch.device("cpu")), dist.DistNetworkError("no NCCL here")
-    model = tiny(True, torch.float32)
+    world, error = World(0, 1, CPU), dist.DistNetworkError("no NCCL here")
     created = []
 
-    def train_on_a_gpu() -> None:
-        parallelize(model, world, Parallelism(torch.bfloat16))
+    def train_as_on_a_gpu() -> None:
+        parallelize(tiny(True, torch.float32), world, Parallelism(torch.bfloat16))
         created.append(dist.is_initialized())
         raise error
 
     with pytest.raises(RuntimeError) as raised, distributed.report_lost_ranks(world, "a week"):
-        train_on_a_gpu()
+        train_as_on_a_gpu()
     assert raised.value is error
     assert created == [True]
     assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_rank_that_ends_well_leaves_the_group_and_one_that_breaks_does_not_wait_for_it(stopped):
+def test_a_rank_that_ends_well_leaves_the_group_and_one_that_breaks_does_not_wait_for_it(
+    stopped, one_process_group
+):
     """If it stayed until the end of the process, gloo's threads would sometimes abort it."""
-    world = World(0, 2, torch.device("cpu"))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with pytest.raises(ZeroDivisionError), distributed.report_lost_ranks(world, "a week"):
-        1 / 0  # noqa: B018
+    world = World(0, 2, CPU)
+    with pytest.raises(ZeroDivisionError):
+        raise_inside(ZeroDivisionError(), world)
     assert dist.is_initialized()
     with suppress(Stopped), distributed.report_lost_ranks(world, "a week"):
         if stopped:
@@ -347,7 +330,7 @@ def test_a_rank_that_ends_well_leaves_the_group_and_one_that_breaks_does_not_wai
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """torch says that there are two GPUs, and nothing in the environment is about them."""
+    """torch reports two GPUs, and the environment says nothing about their memory."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
@@ -356,8 +339,7 @@ def two_gpus(monkeypatch):
 
 
 def test_more_processes_than_gpus_are_refused(two_gpus, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    for name, value in ("RANK", 2), ("LOCAL_RANK", 2), ("WORLD_SIZE", 3), ("LOCAL_WORLD_SIZE", 3):
+    for name, value in rank_environments(3)[2].items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=r"3 processes on .*; torch sees 2: .* --nproc_per_node 2$"):
         distributed.start(timeout_minutes=1)
@@ -373,7 +355,3 @@ def test_memory_segments_are_expandable_unless_the_user_says_something_else(
     distributed.start(timeout_minutes=1)
     assert os.environ[name] == "max_split_size_mb:512"
     assert "expandable_segments:True" not in os.environ.values()
-
-
-if __name__ == "__main__":
-    program(lambda: main(*sys.argv[1:]))()
