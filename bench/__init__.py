@@ -11,7 +11,6 @@ import_time.py  seconds to import the trainer beyond torch (C18)
 gpu.py          everything that needs a GPU (G0 to G9), the most valuable facts first
 projection.py   hours of the published run: a projection, not a result
 generate.py     sampling over transformers generate, refilled slots over static batches (C15, C16)
-grader.py       both graders: gold answers, Math-Verify's own examples, hostile answers
 killed_evaluation.py   an evaluation killed ten times: the same report, and how many tokens
 
 Results lie in bench/results/NAME.json: {"machine", "versions", "results": {id: {"median", "min",

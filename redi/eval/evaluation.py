@@ -19,7 +19,7 @@ from redi.eval import benchmarks, external, report
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Completion, Store, keep_problems
 from redi.eval.engine.complete import complete
-from redi.eval.grade import Grader, answer_rule, mark_run, report_unreadable
+from redi.eval.grading.grader import Grader, answer_rule, mark_run, report_unreadable
 from redi.eval.protocol import Asked, EvalConfig, ask, check_limit
 from redi.eval.reporting import tables
 from redi.hub import is_hub_id

@@ -20,7 +20,7 @@ from redi.checkpoint.folder import Source
 from redi.distributed import World, gathered, sum_over_ranks
 from redi.eval.benchmarks import load
 from redi.eval.engine.complete import complete
-from redi.eval.grade import Grader, report_unreadable
+from redi.eval.grading.grader import Grader, report_unreadable
 from redi.eval.protocol import EvalConfig, ask
 from redi.model import Transformer
 from redi.recipe import TrainConfig

@@ -17,7 +17,7 @@ from redi.checkpoint.folder import Source
 from redi.config import UserError, may_change, require
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
 from redi.eval.engine.generate import Request
-from redi.eval.grade import GraderChoice
+from redi.eval.grading.grader import GraderChoice
 
 # The paper's evaluation prompt, put before the problem. The authors' code has the two spaces too.
 PAPER_PROMPT = (

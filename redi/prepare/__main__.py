@@ -39,7 +39,7 @@ import redi
 from redi.config import UserError, parse, positional, program, require
 from redi.data.files import hash_files, make_folder, to_disk, write_aside
 from redi.eval import benchmarks
-from redi.eval.grade import Grader
+from redi.eval.grading.grader import Grader
 from redi.hub import CARD, dataset_files
 from redi.prepare import overlap, raw, traces
 from redi.prepare.labels import NO_ANSWER, Labels

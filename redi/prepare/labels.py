@@ -1,4 +1,4 @@
-"""Labels for teacher traces by our grader (redi/eval/grade.py), a batch of rows at a time.
+"""Labels for teacher traces by our grader (redi/eval/grading/grader.py), a batch of rows at a time.
 
     given votes    (True, True)   (False, True)   ()      the verifiers that came with the data
     verdict        correct        incorrect       correct
@@ -20,7 +20,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import get_args
 
-from redi.eval.grade import Grader, Verdict, extract
+from redi.eval.grading.grader import Grader, Verdict, extract
 from redi.prepare import traces
 from redi.prepare.raw import RawRow
 from redi.prepare.traces import Rules

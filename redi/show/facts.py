@@ -18,7 +18,7 @@ from redi.config import UserError, one_line
 from redi.data.dataset import QUANTILES, Dataset, Limits, select
 from redi.data.files import read_rows
 from redi.data.formats import FIELDS, FORMATS, to_example
-from redi.eval.grade import extract
+from redi.eval.grading.grader import extract
 from redi.packing import ATTENTION, plan
 from redi.recipe import TrainConfig
 from redi.show.rows import COLUMNS, sides, visible

@@ -1,1 +1,9 @@
-"""See the map in redi.eval."""
+"""A response -> a verdict.
+
+grader.py         which answer a response gives, and the verdict on it
+normalize.py      one spelling for answers that only typography tells apart
+equivalence.py    whether two answers are the same mathematics, around Math-Verify
+paper_grader.py   the paper's own rules
+workers.py        processes that compare answers and may be killed
+repetition.py     whether a text ends by repeating itself
+"""

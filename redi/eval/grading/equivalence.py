@@ -11,6 +11,11 @@ labels. Around Math-Verify stand the rules it lacks or gets wrong:
     bases         52_8 is not 52_9
     percent       10% is 0.1 and, as problems often name the unit themselves, 10; 0.5% is not 0.5
 
+Over 14,000 pairs (golds of the five benchmarks against forms that models write and near misses, and
+Math-Verify's own examples), turning one rule off changes at least so many verdicts: brackets 225,
+x = 5 for 5 153, percent 147, any order 76, an interval as an inequality 66, words 64, primes 31,
+derivatives 13, bases 8, capitals 8, small numbers 6. Rules that changed none were removed.
+
 Units are dropped, not compared, as in every published grader: 5 cm and 5 m are the same answer.
 Left out: tolerance for a differently rounded decimal, since the published scores have none.
 Only functions that compare algebra import Math-Verify, and they may hang: `grade` runs them apart.
@@ -72,7 +77,7 @@ def _with_both_signs(parts: list[str]) -> list[str]:
     signed = []
     for part in parts:
         if part.count(r"\pm") == 1:
-            signed += [part.replace(r"\pm", sign).replace("+ -", "-") for sign in "+-"]
+            signed += [part.replace(r"\pm", sign) for sign in "+-"]
         else:
             signed.append(part)
     return signed
@@ -90,9 +95,9 @@ def equivalent(gold: str, answer: str) -> bool:
     gold, answer = _without_group(clean(gold)), _without_group(clean(answer))
     if text_key(gold) == text_key(answer):
         return True
-    if "," in gold and "," not in answer and _THOUSANDS.fullmatch(gold):
+    if "," not in answer and _THOUSANDS.fullmatch(gold):
         gold = gold.replace(",", "")
-    if "," in answer and "," not in gold and _THOUSANDS.fullmatch(answer):
+    if "," not in gold and _THOUSANDS.fullmatch(answer):
         answer = answer.replace(",", "")
     if _DECIMAL_COMMA.fullmatch(f"{gold};{answer}") or _DECIMAL_COMMA.fullmatch(f"{answer};{gold}"):
         return gold.replace(",", ".") == answer.replace(",", ".")
@@ -171,15 +176,9 @@ def _same_value(gold: str, answer: str) -> bool:
         return _same_algebra(rf"\frac{{{percent[1]}}}{{100}}", other)
     gold_based, answer_based = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
     if gold_based and answer_based and gold_based[1].isdigit() and answer_based[1].isdigit():
-        return _in_base(*gold_based.groups()) == _in_base(*answer_based.groups())
+        values = [int(digits[1], int(digits[2])) for digits in (gold_based, answer_based)]
+        return values[0] == values[1]  # a digit that its base lacks has raised ValueError
     return _same_algebra(gold, answer)
-
-
-def _in_base(digits: str, base: str) -> int | tuple[str, str]:
-    try:
-        return int(digits, int(base))
-    except ValueError:  # 9_8 is no number
-        return digits, base
 
 
 def _same_algebra(gold: str, answer: str) -> bool:
@@ -256,7 +255,7 @@ def _never_compile_formulas() -> None:
     importlib.import_module("sympy.utilities.lambdify").compile = refuse
 
 
-_GREEK = "Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|gamma|beta|zeta"
+_GREEK = "Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega"
 _SYMBOL = re.compile(
     r"\\(?:begin|end|mathbb|text)\s*\{[^{}]*\}"  # left alone
     r"|(?P<imaginary>(?<![a-zA-Z])i(?![a-zA-Z_(]))"
@@ -264,14 +263,13 @@ _SYMBOL = re.compile(
     r"\\frac\{d(?:\^\d)?\s*[a-zA-Z\\][^{}]*\}\{d[^{}]+\}"  # a derivative
     rf"|\\(?:{_GREEK})(?![a-zA-Z])"
     r"|[a-zA-Z]'+(?!\()"
-    r"|[A-Z]_(?:\w|\{[^{}]*\})(?!\s*\()"
     r"|[A-Z](?!\s*\()"
     r")|\\[a-zA-Z]+"  # left alone
 )
 
 
 def _distinct_symbols(latex: str) -> str:
-    r"""Rename what Math-Verify confuses: capitals, primes, derivatives, \gamma (a constant), i."""
+    r"""Rename what Math-Verify confuses: capitals, primes, derivatives, i."""
 
     def rename(match: re.Match[str]) -> str:
         if match["imaginary"]:

@@ -5,7 +5,8 @@ r"""One spelling for answers that typography alone tells apart: `\dfrac12`, `\fr
     as_integer("042")               42            None if it is not plainly one
 
 Regular expressions over short texts, and nothing that could hang: the process that samples uses
-them. Left out: everything that needs to know what the text means (`equivalence.py`).
+them. Left out: everything that needs to know what the text means (`equivalence.py`), and spellings
+that change no verdict because Math-Verify reads them as well: \leqslant, \cfrac, a Unicode ×.
 """
 
 import functools
@@ -23,8 +24,7 @@ _CLEANING: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:[,!]|;|:)(?=\s*\d{3})|\{,\}(?=\d{3})|,\\!\s*(?=\d{3})", ""),  # 10,\!080
         (r"\\(?:left|right|[bB]ig{1,2}[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
         (r"\\(?:text|math)(?:rm|bf|it|sf|tt|normal)|\\mbox|\\operatorname", r"\\text"),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\([gl])eq(?:slant)?(?![a-zA-Z])", r"\\\1e"),
+        (r"\\[dt]frac", r"\\frac"),
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
         (r"(?<!\\)\\[$()\[\]!]|\$", ""),
@@ -37,14 +37,12 @@ _CLEANING: list[tuple[re.Pattern[str], str]] = [
         (r"\\(frac|sqrt)\s*(\\[a-zA-Z]+|\w)", r"\\\1{\2}"),  # \frac12, \sqrt2: the first argument
         (r"(\\frac\{[^{}]*\})\s*(\\[a-zA-Z]+|\w)", r"\1{\2}"),  # and the second
         (r"([_^])\s*\{\s*(\w)\s*\}", r"\1\2"),
-        (r"(?:,\s*)+,", ","),
         (r"(?<![\d}])\.(?=\d)", "0."),
     )
 ]
 _SYMBOLS = str.maketrans(
     {
-        "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ",
-        "\u03c0": r"\pi ", "\u00b0": r"^\circ", "\u2264": r"\le ", "\u2265": r"\ge ",
+        "\u2212": "-", "\u2013": "-", "\u00b7": r"\cdot ", "\u00b0": r"^\circ",
         "\u221e": r"\infty ", "\u00b1": r"\pm ",
     }
 )  # fmt: skip

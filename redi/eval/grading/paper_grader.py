@@ -113,38 +113,30 @@ def _flat(latex: str) -> str:
     """An answer as lower-case text without spaces, braces, units and macros."""
     only = _ONLY_TEXT.fullmatch(latex)
     text = only[1] if only else latex
-    text = re.sub(r"\\(?=[%$])|[%$]", "", text).replace("\\%", "")
+    text = re.sub(r"\\(?=[%$])|[%$]", "", text)
     text = re.sub(r" (?:or|and) ", " , ", text)
     for name, power in _AMOUNTS.items():
         text = text.replace(name, power)
     text = re.sub(r"\^ *\\circ", "", _UNIT.sub("", text))
     if text.startswith("{") and text.endswith("}"):
         text = text[1:-1]
-    text = _as_integer(re.sub(r",\\! *", "", text))
+    text = re.sub(r",\\! *", "", text)
     if "\\" in text:
         text = _without_macros(text)
     text = re.sub(r"- *", "-", text)
     text = re.sub(r"([0-9]) +([0-9])", r"\1+\2", text)  # 7 3/4 is a mixed number
     text = re.sub(r"[ {}]", "", text).lower()
-    whole = _THOUSANDS.sub("", text)
-    return _as_integer(whole) if _as_integer(whole) != whole or whole.isdigit() else text
+    number = _whole_number(text)
+    return text if number is None else str(number)
 
 
-def _as_integer(text: str) -> str:
-    """142.0 as 142; what is no whole number as it is."""
-    try:
-        value = float(text)
-        return str(round(value)) if abs(value - round(value)) <= 1e-7 else text
-    except (ValueError, OverflowError):  # no number; infinite or none
-        return text
-
-
-def _is_integer(text: str) -> bool:
+def _whole_number(text: str) -> int | None:
+    """1234 for 1,234.0; None if the text is not a whole number."""
     try:
         value = float(_THOUSANDS.sub("", text))
-        return abs(value - round(value)) <= 1e-7
-    except (ValueError, OverflowError):
-        return False
+        return round(value) if abs(value - round(value)) <= 1e-7 else None
+    except (ValueError, OverflowError):  # not a number; infinite
+        return None
 
 
 def _elements(text: str) -> list[str]:
@@ -160,7 +152,7 @@ def _elements(text: str) -> list[str]:
 def _same_element(gold: str, answer: str) -> bool:
     if _FRACTION.fullmatch(gold) and _FRACTION.fullmatch(answer):
         return gold == answer
-    if _is_integer(gold) != _is_integer(answer):
+    if (_whole_number(gold) is None) != (_whole_number(answer) is None):
         return False
     difference = f"({gold})-({answer})"
     letters = set(filter(str.isalpha, difference.replace("sqrt", "").replace("frac", "")))

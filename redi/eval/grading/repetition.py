@@ -1,4 +1,4 @@
-"""A text that repeats itself at its end: an exact rule, reported and never acted on.
+"""Whether a text ends by repeating itself: an exact rule, reported and never acted on.
 
 A text loops if it ends in copies of one block, at least 4 of them and at least 200 characters:
 
@@ -8,21 +8,21 @@ A text loops if it ends in copies of one block, at least 4 of them and at least 
 Left out: text that varies a little from round to round; no exact rule finds it.
 """
 
-COPIES, CHARACTERS = 4, 200  # the least of both
-PROBE = CHARACTERS // COPIES
+MIN_COPIES, MIN_CHARACTERS = 4, 200
+PROBE = MIN_CHARACTERS // MIN_COPIES
 
 
 def period(text: str) -> int:
-    """The length of the shortest block that the text ends in over and over, 4 times or more and
-    over 200 characters or more; 0 if there is none."""
-    if len(text) < CHARACTERS:
+    """The length of the shortest block that the text ends in copies of, at least 4 of them and at
+    least 200 characters; 0 if there is no such block."""
+    if len(text) < MIN_CHARACTERS:
         return 0
     probe, last = text[-PROBE:], len(text) - PROBE
-    place = last
-    # A block's copy before the last one holds the probe too, so only those places come in question.
-    while (place := text.rfind(probe, 0, place + PROBE - 1)) >= 0:
-        size = last - place
-        end = max(COPIES * size, CHARACTERS)
+    start = last
+    # The last copy but one of a block contains the probe too: only these positions are candidates.
+    while (start := text.rfind(probe, 0, start + PROBE - 1)) >= 0:
+        size = last - start
+        end = max(MIN_COPIES * size, MIN_CHARACTERS)
         if end > len(text):
             break
         if text[-end:-size] == text[len(text) - end + size :]:

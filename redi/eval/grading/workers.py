@@ -1,31 +1,28 @@
 r"""Processes that compare answers, and may be killed while they do.
 
-    with Pool(workers=2, limit_s=10.0) as pool:
-        pool.ask([("math-verify", r"\frac{2}{4}", "0.5")])     (rule, answer, gold, ...) -> reply
+    pool = Pool(processes=2, limit_s=10.0)
+    pool.ask([("math-verify", r"\frac{2}{4}", "0.5")])     (rule, answer, gold, ...) -> reply
 
-Comparing two answers is algebra, which may hang, eat memory or crash. Such a question ends as
-"timeout", and the next one gets a fresh worker. Python code cannot stop a worker inside
-`5^{5^{5^{5^5}}}`, which holds the interpreter's lock; the kernel can, so a worker sets an alarm
-before each question whose default action is its death. If a library turns the alarm off, the parent
-kills the worker a little later. A worker is a new program, since forking a process with threads and
-a CUDA context is not safe. It has its own session, so Ctrl-C reaches only the parent, and it ends
-when the parent closes its input.
+Comparing two answers is algebra, which may hang, eat memory or crash. Nothing in Python can
+interrupt `5^{5^{5^{5^5}}}`, which holds the interpreter's lock, so the parent kills a worker that
+is late, replies "timeout" and starts another worker. A worker is a new program that imports what
+compares answers and nothing else. Forking a process with threads and a CUDA context is not safe,
+and the spawn method of multiprocessing would import the parent's program, and torch with it.
 Left out: Math-Verify's own timeouts, Python signal handlers that cannot interrupt a long power.
 """
 
 import contextlib
 import json
 import logging
+import multiprocessing.connection
 import os
 import resource
-import selectors
 import signal
 import subprocess
 import sys
 import threading
-import time
-from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -38,88 +35,71 @@ Question = tuple[str, ...]  # a rule, an answer and the golds, any of which it m
 RULES = {
     "math-verify": equivalence.equivalent,
     "paper": paper_grader.equal,
-    "readable": lambda gold, _: equivalence.is_readable(gold),  # asked of golds, not of answers
+    "readable": lambda gold, _: equivalence.is_readable(gold),  # a question about golds
 }
 ROOT = str(Path(__file__).resolve().parents[3])  # the folder that holds the package
 MEMORY_LIMIT = 2 << 30  # bytes of address space; a comparison needs some 0.2 GiB
 STARTUP_S = 120.0  # importing sympy takes 0.5 s, a minute on a busy network file system
-GRACE_S = 5.0  # from a worker's own limit to the parent's
+READY = "ready"
 
 
 class Pool:
-    """Workers, started as they are needed. A context manager: leaving it ends them.
+    """Workers, started as they are needed. Threads may share a pool.
 
-    workers: processes at most; limit_s: seconds for one question.
+    processes: workers at most; limit_s: seconds for one question.
     """
 
-    def __init__(self, workers: int, limit_s: float):
-        assert workers >= 1, f"workers={workers}"
+    def __init__(self, processes: int, limit_s: float):
         assert limit_s > 0, f"limit_s={limit_s}"
-        self.workers = workers
         self.limit_s = limit_s
-        self._idle: list[_Worker] = []
-        self._lock = threading.Lock()  # a worker's pipe holds one conversation
+        self._threads = ThreadPoolExecutor(processes)  # each waits for its own worker
+        self._of_thread = threading.local()
+        self._workers: set[_Worker] = set()
 
     def close(self) -> None:
         """End the workers. The pool starts new ones if it is used again."""
-        while self._idle:
-            self._idle.pop().kill()
+        while self._workers:
+            self._workers.pop().kill()
 
     def ask(self, questions: Iterable[Question]) -> dict[Question, Reply]:
-        """A reply to each. Raises UserError if a worker cannot start."""
-        queue, replies = deque(dict.fromkeys(questions)), {}
-        busy: dict[_Worker, Question] = {}
-        with self._lock:
-            try:
-                with selectors.DefaultSelector() as selector:
-                    while queue or busy:
-                        while queue and len(busy) < self.workers:
-                            worker = self._take_worker()
-                            busy[worker] = queue.popleft()
-                            selector.register(worker.replies, selectors.EVENT_READ, worker)
-                            worker.send(busy[worker])
-                        # A late worker is killed; the end of its output is then an event as well.
-                        for key, _ in selector.select(GRACE_S):
-                            worker = key.data
-                            if (reply := worker.receive()) is None:
-                                continue
-                            selector.unregister(worker.replies)
-                            replies[busy.pop(worker)] = reply
-                            if reply == "timeout":
-                                worker.kill()
-                            else:
-                                self._idle.append(worker)
-                        for worker in busy:
-                            worker.end_if_late()
-            finally:
-                for worker in busy:
-                    worker.kill()
-        return replies
+        """A reply to each question. Raises UserError if a worker cannot start."""
+        questions = list(dict.fromkeys(questions))
+        try:
+            return dict(zip(questions, self._threads.map(self._ask, questions)))
+        except BaseException:  # Ctrl-C too: a thread whose worker is killed stops waiting
+            self.close()
+            raise
 
-    def _take_worker(self) -> "_Worker":
-        while self._idle:
-            worker = self._idle.pop()
-            if worker.is_alive():
-                return worker
+    def _ask(self, question: Question) -> Reply:
+        worker: _Worker | None = getattr(self._of_thread, "worker", None)
+        if worker is None or not worker.is_alive():
+            worker = self._of_thread.worker = _Worker(self.limit_s)
+            self._workers.add(worker)
+            worker.wait_until_ready()
+        worker.send(json.dumps(question))
+        reply = worker.receive(self.limit_s)
+        if reply is None:
             worker.kill()
-        return _Worker(self.limit_s)
+            self._workers.discard(worker)
+            return "timeout"
+        assert reply in get_args(Reply), f"a worker replied {reply!r}"
+        return reply
 
 
 class _Worker:
-    """One process that runs `serve`, and its two pipes."""
+    """One process that runs `serve`, and the connection to it."""
 
     def __init__(self, limit_s: float):
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                f"from redi.eval.grading.workers import serve; serve({limit_s})",
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        self._connection, theirs = multiprocessing.connection.Pipe()
+        call = f"serve({theirs.fileno()}, {limit_s})"
+        self.process = subprocess.Popen(
+            # -P: a file in the working folder does not stand in for a module of the same name
+            [sys.executable, "-P", "-c", f"from redi.eval.grading.workers import serve; {call}"],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C reaches only the parent, which kills its workers
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")])),
@@ -127,81 +107,61 @@ class _Worker:
                 "PYTHONHASHSEED": "0",
             },
         )
-        self.replies = self._process.stdout
-        self._ready = False
-        self._limit_s = limit_s
-        self._deadline = time.monotonic() + STARTUP_S + GRACE_S
+        theirs.close()
+
+    def wait_until_ready(self) -> None:
+        message = self.receive(STARTUP_S)
+        if message != READY:
+            self.kill()
+            raise UserError(
+                "grading: the worker that runs Math-Verify did not start "
+                f"({message or 'it died or hung'}); pip install -r requirements.txt"
+            )
 
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        return self.process.poll() is None
 
-    def send(self, question: Question) -> None:
-        if self._ready:
-            self._deadline = time.monotonic() + self._limit_s + GRACE_S
-        with contextlib.suppress(BrokenPipeError):  # it died just now: `receive` says so
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
-            self._process.stdin.flush()
+    def send(self, message: str) -> None:
+        with contextlib.suppress(OSError):  # it died just now, and `receive` will say so
+            self._connection.send_bytes(message.encode())
 
-    def receive(self) -> Reply | None:
-        """Its next reply: a verdict, or None for the greeting after its start. Blocks."""
-        # os.read, since a buffered reader would hide a second line from the selector
-        lines = os.read(self.replies.fileno(), 4096).decode().splitlines()
-        if lines and lines[0] == "ready":
-            self._ready = True
-            self._deadline = time.monotonic() + self._limit_s + GRACE_S
-            lines = lines[1:]
-            if not lines:
-                return None
-        line = lines[0] if lines else ""
-        if not self._ready:
-            raise UserError(
-                f"grading: the worker that runs Math-Verify did not start "
-                f"({line or 'it died'}); pip install -r requirements.txt"
-            )
-        if line == "":
-            return "timeout"  # killed by its alarm, or by what the comparison did to it
-        assert line in get_args(Reply), f"worker said {line!r}"
-        return line
-
-    def end_if_late(self) -> None:
-        if time.monotonic() > self._deadline:
-            self._process.kill()
+    def receive(self, seconds: float) -> str | None:
+        """Its next message; None if it dies, or if there is none for so many seconds."""
+        with contextlib.suppress(EOFError, OSError):
+            if self._connection.poll(seconds):
+                return self._connection.recv_bytes().decode()
+        return None
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        self.process.kill()
+        self.process.wait()
 
 
-# ---------------------------------------------------------------- the worker's side
+# ---------------------------------------------------------------- in the worker
 
 
-def serve(limit_s: float) -> None:
-    """Answer questions from stdin until it closes.
-
-    A question is a JSON line [rule, answer, gold, ...], a reply one of correct, incorrect, timeout;
-    before them comes `ready`, or why not. A question that takes limit_s seconds ends the process.
-    """
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what a library prints is not a reply
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    signal.setitimer(signal.ITIMER_REAL, STARTUP_S)
+def serve(descriptor: int, limit_s: float) -> None:
+    """Answer questions, JSON lists [rule, answer, gold, ...], until the parent closes the
+    connection. The first message to the parent is READY, or why there will be no replies."""
+    connection = multiprocessing.connection.Connection(descriptor)
     logging.disable()  # Math-Verify warns that its timeouts are off
     try:
         equivalence.equivalent("x", "2x")  # imports it all, and builds the parser's tables
-        _limit_memory()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        with contextlib.suppress(ValueError):  # macOS knows no such limit
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, hard))
     except Exception as error:
-        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=replies)
+        connection.send_bytes(f"{type(error).__name__}: {error}".replace("\n", " ").encode())
         return
-    print("ready", file=replies)
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
-        reply = judge(*json.loads(line))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(reply, file=replies)
+    connection.send_bytes(READY.encode())
+    with contextlib.suppress(EOFError):
+        while True:
+            question = json.loads(connection.recv_bytes())
+            # Without a parent that kills it, as its own was killed, the kernel does.
+            signal.setitimer(signal.ITIMER_REAL, limit_s + 1)
+            reply = judge(*question)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send_bytes(reply.encode())
 
 
 def judge(rule: str, answer: str, *golds: str) -> Reply:
@@ -214,10 +174,3 @@ def judge(rule: str, answer: str, *golds: str) -> Reply:
         except Exception:
             continue  # what cannot be read or compared is not this gold
     return "incorrect"
-
-
-def _limit_memory() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
-    with contextlib.suppress(ValueError):  # macOS knows no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

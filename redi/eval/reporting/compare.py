@@ -22,7 +22,7 @@ from redi.config import UserError, parse, program
 from redi.data.files import write_aside
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Mark, by_problem
-from redi.eval.grade import GraderName
+from redi.eval.grading.grader import GraderName
 from redi.eval.report import Report, load, read, run_names
 from redi.eval.reporting import page, paper_results
 from redi.eval.reporting.statistics import bootstrap_p_value, interval, mcnemar

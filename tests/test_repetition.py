@@ -26,7 +26,7 @@ PARAGRAPH = "".join(chr(0x4E00 + i) for i in range(120))  # no character twice
         (("x" * 90 + "y") * 4, 91),  # inner repeats do not hide the block
     ],
 )
-def test_a_loop_is_a_block_that_the_text_ends_in_over_and_over(text, expected):
+def test_a_text_loops_if_it_ends_in_copies_of_a_block(text, expected):
     assert period(text) == expected
 
 

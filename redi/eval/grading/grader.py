@@ -1,0 +1,230 @@
+r"""Responses -> verdicts: correct, incorrect, no_answer, truncated or timeout.
+
+There are two graders, each a set of rules with a name:
+
+    math-verify   the last balanced box; text, then algebra (`equivalence.py`). A response cut off
+                  at the length limit is truncated and not correct.
+    paper         the authors' rules (`paper_grader.py`): the last `\boxed{}`, two normal forms of
+                  text, sympy. How generation ended does not matter, as in their tables.
+
+Where both look for the box (the authors' code has only the first rule):
+
+    after_think   after the first `</think>`; a response without one has no answer
+    whole         for models that do not think: in the whole response. If there is a `</think>`,
+                  after it; a response with a `<think>` that never closes has no answer
+
+Most answers are decided here, as text or as integers; the rest by worker processes, which may be
+killed (`workers.py`). Left out: Math-Verify's own extraction, which merges neighboring boxes.
+"""
+
+import copy
+import itertools
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from redi.config import UserError
+from redi.eval.benchmarks import Benchmark
+from redi.eval.completions import (
+    Completion,
+    Mark,
+    asked,
+    by_problem,
+    completions_file,
+    marks_file,
+    read_lines,
+    write_lines,
+)
+from redi.eval.grading import paper_grader
+from redi.eval.grading.normalize import LONGEST_ANSWER, as_integer, text_key
+from redi.eval.grading.repetition import period
+from redi.eval.grading.workers import Pool, Question
+
+Verdict = Literal["correct", "incorrect", "no_answer", "truncated", "timeout"]
+GraderName = Literal["math-verify", "paper"]
+GraderChoice = Literal["both", "math-verify", "paper"]
+AnswerFrom = Literal["after_think", "whole"]
+
+NAMED_GOLDS = 5  # unreadable golds that a message names
+
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def answer_rule(prefix: str) -> AnswerFrom:
+    """The rule for answers that begin with `prefix`. Without a prefix, a model may never write
+    `</think>`."""
+    return "after_think" if prefix else "whole"
+
+
+def extract(
+    response: str, answer_from: AnswerFrom = "after_think", grader: GraderName = "math-verify"
+) -> str | None:
+    """The answer that a grader reads in a response, or None."""
+    before, closed, after = response.partition("</think>")
+    if not closed and (answer_from == "after_think" or "<think>" in response):
+        return None
+    text = after if closed else before
+    return paper_grader.last_box(text) if grader == "paper" else _last_box(text)
+
+
+def _last_box(text: str) -> str | None:
+    r"""The content of the last balanced, non-empty `\boxed{}` or `\fbox{}`."""
+    # One pass with a stack, since a looping model writes thousands of boxes that never close.
+    best_start, best, opened = -1, None, []
+    for token in _BRACES.finditer(text):
+        if token[0] == "}":
+            start = opened.pop() if opened else None
+            if start is not None and start > best_start:
+                content = text[start : token.start()].strip()
+                if content:
+                    best_start, best = start, content
+        elif token[0] == "{":
+            opened.append(None)
+        elif token[0].endswith("{") and len(token[0]) > 2:
+            opened.append(token.end())
+    return best
+
+
+class Grader:
+    """One of the graders and its worker processes. A context manager: leaving it ends them.
+
+    processes: workers at most; limit_s: seconds for one comparison.
+    """
+
+    def __init__(
+        self,
+        processes: int = 1,
+        limit_s: float = 10.0,
+        name: GraderName = "math-verify",
+        answer_from: AnswerFrom = "after_think",
+    ):
+        self.name, self.answer_from = name, answer_from
+        self.pool = Pool(processes, limit_s)
+
+    def named(self, choice: GraderChoice) -> list["Grader"]:
+        """The grader of that name, or both; they share the workers of this one."""
+        names = get_args(GraderName) if choice == "both" else [choice]
+        graders = []
+        for name in names:
+            graders.append(copy.copy(self))
+            graders[-1].name = name
+        return graders
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def grade(self, response: str, answer: str | list[str], finish_reason: str = "stop") -> Verdict:
+        """The verdict on one response. `answer`: the gold, or several, any of which suffices.
+
+        finish_reason "length" means that generation stopped at its limit of tokens. Raises
+        UserError if the worker cannot start (Math-Verify is not installed).
+        """
+        return self.grade_all([(response, answer, finish_reason)])[0]
+
+    def grade_all(self, items: Iterable[tuple[str, str | list[str], str]]) -> list[Verdict]:
+        """Verdicts on (response, answer, finish_reason) items, in their order.
+
+        An answer that occurs many times, as among the samples of one problem, is judged once.
+        """
+        return self._settle([self._decide(*item)[1] for item in items])
+
+    def marks(self, test: Benchmark, completions: Iterable[Completion]) -> list[Mark]:
+        """A mark for each completion, in their order. No text is kept."""
+        answers = {problem.id: problem.answers for problem in test.problems}
+        marks, decided = [], []
+        for c in completions:
+            if c.id not in answers:
+                raise UserError(f"{test.name}: holds no problem {c.id!r}")
+            extracted, decision = self._decide(c.text, answers[c.id], c.finish_reason)
+            mark = Mark(
+                id=c.id,
+                sample=c.sample,
+                verdict="",  # set below
+                extracted=extracted,
+                num_tokens=c.num_tokens,
+                loops=period(c.text) > 0,
+                answer_from=self.answer_from,
+            )
+            marks.append(mark)
+            decided.append(decision)
+        return [replace(m, verdict=verdict) for m, verdict in zip(marks, self._settle(decided))]
+
+    def unreadable(self, test: Benchmark) -> list[tuple[str, str]]:
+        """(problem's id, gold) of golds that are no mathematics to this grader: only an answer of
+        the same text will be correct. Also shows that workers can start, before hours of sampling.
+        """
+        if self.name == "paper":  # what its rules cannot read, they compare as text
+            self.pool.ask([("paper", "y+x+1", "x+1+y")])
+            return []
+        golds = [(p.id, answer) for p in test.problems for answer in p.answers]
+        replies = self.pool.ask(("readable", "", answer) for _, answer in golds)
+        return [gold for gold in golds if replies["readable", "", gold[1]] != "correct"]
+
+    def _decide(
+        self, response: str, answer: str | list[str], finish_reason: str
+    ) -> tuple[str | None, Verdict | Question]:
+        """The answer given, and the verdict if it needs no algebra, else the question to ask."""
+        golds = [answer] if isinstance(answer, str) else list(answer)
+        if not golds:
+            raise ValueError("a response cannot be graded against an empty list of answers")
+        unfinished = finish_reason == "length"
+        given = extract(response, self.answer_from, self.name)
+        if unfinished and (given is None or self.name != "paper"):
+            return given, "truncated"
+        if given is None:
+            return None, "no_answer"
+        if given in golds:
+            return given, "correct"
+        if len(given) > LONGEST_ANSWER:  # prose, or a loop: reading it takes quadratic time
+            return given, "incorrect"
+        if self.name == "paper":
+            return given, ("paper", given, *golds)
+        return given, _by_text(given, golds) or ("math-verify", given, *golds)
+
+    def _settle(self, decided: list[Verdict | Question]) -> list[Verdict]:
+        replies = self.pool.ask(d for d in decided if isinstance(d, tuple))
+        return [replies[d] if isinstance(d, tuple) else d for d in decided]
+
+
+def _by_text(given: str, golds: list[str]) -> Verdict | None:
+    """The verdict where equal text or two integers decide it."""
+    key = text_key(given)
+    if any(text_key(gold) == key for gold in golds):
+        return "correct"
+    number = as_integer(given)
+    numbers = [as_integer(gold) for gold in golds]
+    if number is not None and None not in numbers:
+        return "correct" if number in numbers else "incorrect"
+    return None
+
+
+def report_unreadable(grader: Grader, tests: list[Benchmark]) -> None:
+    """Print a line for every benchmark with golds that the grader cannot read."""
+    for test in tests:
+        if found := grader.unreadable(test):
+            named = "; ".join(f"{id}: {gold!r:.60}" for id, gold in found[:NAMED_GOLDS])
+            more = f"; and {len(found) - NAMED_GOLDS} more" if len(found) > NAMED_GOLDS else ""
+            print(
+                f"{test.name}: {len(found)} gold answers cannot be read as mathematics, and only "
+                f"the same text will be correct ({named}{more})"
+            )
+
+
+def mark_run(out: Path, graders: list[Grader]) -> None:
+    """Grade every stored completion of an evaluation. Raises UserError if some are missing,
+    before it changes any verdict on disk."""
+    graded: dict[Path, list[Mark]] = {}
+    for test, grader in itertools.product(asked(out), graders):
+        marks = grader.marks(test, read_lines(completions_file(out, test.name), Completion))
+        by_problem(test, marks)  # raises if one is missing
+        graded[marks_file(out, grader.name, test.name)] = marks
+    for path, marks in graded.items():
+        write_lines(path, marks)
