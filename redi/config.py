@@ -188,6 +188,7 @@ def _kind_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+    names |= {dict: "a table"}
     return "a list" if get_origin(kind) is list else names.get(kind, "none")
 
 

@@ -31,7 +31,8 @@ def test_every_recipe_is_accepted():
 
 
 def test_the_grid_of_the_paper_is_that_of_its_appendix_c4():
-    found = [tuple(v.settings.values()) for v in read_study(RECIPES / "study_paper.toml").variants]
+    variants = read_study(RECIPES / "study_paper.toml").variants.values()
+    found = [tuple(settings.values()) for _, settings in variants]
     assert sorted(found) == sorted([
         *(("dpo", 0.1, lr) for lr in (1e-6, 1e-7, 1e-8)),
         *(("dpo", beta, lr) for beta in (0.01, 0.001) for lr in (1e-6, 5e-7, 2e-7, 1e-7)),

@@ -1,43 +1,25 @@
-"""A study: its file, its statistics, its jobs, and one that runs from end to end."""
+"""A study: its file, its jobs, its statistics, its report, and one that runs from end to end."""
 
 import json
 import math
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
+from processes import ROOT, command, finished, wait_until
 
-from redi import programs
-from redi.config import Stopped, UserError
-from redi.prepare import __main__ as prepare
-from redi.runlog import read_metrics
-from redi.study import __main__ as study
-from redi.study import jobs as study_jobs
+from redi.config import Stopped, UserError, to_toml
+from redi.study.__main__ import claim
 from redi.study.commands import Job, jobs
-from redi.study.figures import figures, number
+from redi.study.figures import figures
 from redi.study.jobs import run_jobs
-from redi.study.page import report, table, to_html, to_markdown
-from redi.study.plan import read_study
-from redi.study.results import (
-    STAGE_1,
-    Results,
-    Run,
-    best_of,
-    grid_of,
-    paired_t_test,
-    sem,
-    t_tail,
-)
-from redi.toy import student as toy
+from redi.study.page import to_html, to_markdown
+from redi.study.plan import STAGE_1, as_text, read_study
+from redi.study.results import Results, collect, paired_t_test, sem, t_tail
 
-ROOT = Path(__file__).parent.parent
 STUDY = """
 seeds = [1, 2]
 [toy]
@@ -68,6 +50,7 @@ name = "REDI"
 objective = "redi"
 lr = [1e-4, 1e-3]
 """
+A = "[[setting]]\nname = "
 
 
 @pytest.fixture
@@ -85,94 +68,63 @@ def write_study(tmp_path):
 
 
 def program_of(job: Job) -> str:
-    """redi.toy, or the script that the job's first command runs."""
-    command = job.commands[0]
-    return next((Path(word).name for word in command if word.endswith(".py")), command[2])
+    """The module or script that the job runs."""
+    return next((Path(word).name for word in job.command if word.endswith(".py")), job.command[2])
 
 
 # ---------------------------------------------------------------- the file
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("seeds = [1, 2]", "seeds = [1, ", "not a readable TOML file"),
         ("seeds = [1, 2]", "", "key 'seeds': expected different whole numbers; got []"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "key 'seeds': expected different whole numbers"),
         ("seeds = [1, 2]", "seeds = 1", "key 'seeds': expected a list; got 1"),
-        ("seeds = [1, 2]", "seed = [1]", "unknown key 'seed'; known keys: mislabelled, seeds"),
-        ("[toy]", "[game]", "unknown key 'game'"),
+        ("seeds = [1, 2]", "seed = [1]", "unknown key 'seed'; known keys: evaluation, method"),
         ("[toy]", "mislabelled = [2.0]\n[toy]", "key 'mislabelled': expected different numbers"),
-        ("operations = 2", "operations = 2.5", "[toy]: key 'operations': expected a whole number"),
-        ("impatience = 0.5", "impatience = 5", "[toy]: --impatience: expected within [0, 1]"),
-        ("impatience = 0.5", "seed = 3", "[toy]: key 'seed': the study sets it itself"),
-        ("epochs = 1", "epoch = 1", "[stage1]: unknown key 'epoch'"),
-        ("epochs = 1", "epochs = 0", "[stage1]: --epochs: expected at least 1; got 0"),
+        ("[toy]", "mislabelled = [0.3, 0.30000001]\n[toy]", "'mislabelled': expected different"),
+        (STUDY[: STUDY.index("[stage1]")], "seeds = [1]\nmislabelled = [0.5]\n", "need [toy]"),
+        ("[evaluation]", "[[evaluation]]", "key 'evaluation': expected a table"),
+        ("operations = 2", "operations = 2.5", "toy: --operations: expected a whole number"),
+        ("impatience = 0.5", "seed = 3", "toy: key 'seed': the study sets it itself"),
+        ("epochs = 1", "epoch = 1", "[stage1]: unrecognized arguments: --epoch 1"),
         ("epochs = 1", "data = 'x'", "[stage1]: key 'data': the study sets it itself"),
         ("max_new_tokens = 12", "top_p = 2", "[evaluation]: --top-p: expected within (0, 1]"),
         ('name = "REDI"', "", "[[method]] 1: key 'name': expected a name"),
         ('name = "REDI"', 'name = "..."', "1: key 'name': expected a name with a letter"),
         ('name = "REDI"', 'name = "Stage 1"', "[[method]] 1: key 'name': 'Stage 1' is taken"),
         ("lr = [1e-4, 1e-3]", "lr = []", "'REDI': key 'lr': expected at least one value"),
-        ("[toy]", "mislabelled = [0.3, 0.30000001]\n[toy]", "'mislabelled': expected different"),
-        (
-            "[toy]",
-            "[[setting]]\nname = 'A b'\n[[setting]]\nname = 'a-b'\n[toy]",
-            "[[setting]] 2: key 'name': 'a-b' is taken",
-        ),
-        ("[toy]", "[[setting]]\nname = 'done'\n[toy]", "key 'name': 'done' is taken"),
-        ("[toy]", "setting = []\n[toy]", "'setting': expected at least one [[setting]]"),
-        ("[[method]]", "[method]", "'method': expected tables, [[method]]"),
-        ("lr = [1e-4, 1e-3]", "", "[[method]] 'REDI': key 'lr' is missing"),
-        ("lr = [1e-4, 1e-3]", "lr = [1e-4, 1e-4]", "[[method]]: 'redi-lr-0.0001' is there twice"),
-        ("lr = [1e-4, 1e-3]", "lr = 'fast'", "[[method]] 'REDI': key 'lr': expected a finite"),
+        ("lr = [1e-4, 1e-3]", "", "'REDI': key 'lr': expected at least one value"),
+        ("[toy]", f"{A}'A b'\n{A}'a-b'\n[toy]", "[[setting]]: expected different names"),
+        ("[toy]", f"{A}'logs'\n[toy]", "[[setting]] 1: key 'name': 'logs' is taken"),
+        ("[[method]]", "[method]", "key 'method': expected a list"),
+        ("[[method]]", "[[setting]]", "[[method]]: expected at least one"),
+        ("lr = [1e-4, 1e-3]", "lr = [1e-4, 1e-4]", "[[method]]: 'redi-lr-1e-4' is there twice"),
+        ("lr = [1e-4, 1e-3]", "lr = 1e-4\ndata = ['x/y', 'x-y']", "is there twice"),
         ('"redi"', '"dpo"', "[[method]] 'REDI': --beta is missing: dpo needs it"),
-        ('"redi"', '"best"', "[[method]] 'REDI': key 'objective': expected one of redi"),
-        ("lr = [1e-4, 1e-3]", "lr = 1.0\nalpha = 3.0", "'REDI': --alpha: expected within [0, 1]"),
     ],
 )
-def test_a_mistake_in_the_file_is_one_line_that_names_file_and_key(write_study, old, new, said):
+def test_a_mistake_in_the_file_is_one_line_that_names_file_and_key(write_study, old, new, message):
     path = write_study((old, new))
     with pytest.raises(UserError) as error:
-        read_study(path)
+        jobs(read_study(path))
     assert str(error.value).startswith(f"{path}: ")
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_settings_need_a_toy(write_study):
-    path = write_study(more='[[setting]]\nname = "a"\n')
-    path.write_text(path.read_text().split("[toy]")[0] + path.read_text().split("0.5\n", 1)[1])
-    with pytest.raises(UserError, match=r"\[\[setting\]\] and 'mislabelled' need \[toy\]"):
-        read_study(path)
-
-
-def test_a_path_among_the_settings_of_a_method_stays_within_a_folder_s_name(tmp_path):
-    path = tmp_path / "study.toml"
-    path.write_text(
-        'seeds = [1]\n[[method]]\nname = "a"\nobjective = "dft"\nlr = 1e-4\n'
-        'data = ["../x/pairs.jsonl", "../x-pairs.jsonl"]\n'
-    )
-    made = [job for job in jobs(read_study(path, "o")) if program_of(job) == "train_redi.py"]
-    assert len({job.name for job in made}) == 2
-    assert all(str(Path(job.name).parent) == "o/seed-1" for job in made)
+def test_a_path_among_the_settings_of_a_method_stays_within_a_folder_s_name(write_study):
+    path = write_study(("lr = [1e-4, 1e-3]", 'lr = 1e-4\nprompt = "../x"'))
+    assert list(read_study(path).variants) == ["redi-lr-1e-4-prompt-x"]
 
 
 def test_lists_of_a_method_are_multiplied_and_tables_of_one_name_are_one_method(write_study):
-    more = """
-[[method]]
-name = "DPO"
-objective = "dpo"
-beta = [0.1, 0.5]
-lr = [1e-4, 3e-4]
-[[method]]
-name = "DPO"
-objective = "dpo"
-beta = 1.0
-lr = 1e-4
-"""
-    found = read_study(write_study(more=more)).variants
-    assert [(v.method, v.settings.get("beta"), v.settings["lr"]) for v in found] == [
+    table = '[[method]]\nname = "DPO"\nobjective = "dpo"\n'
+    more = f"{table}beta = [0.1, 0.5]\nlr = [1e-4, 3e-4]\n{table}beta = 1.0\nlr = 1e-4\n"
+    found = read_study(write_study(more=more)).variants.values()
+    assert [(method, flags.get("beta"), flags["lr"]) for method, flags in found] == [
         ("REDI", None, 1e-4), ("REDI", None, 1e-3),
         ("DPO", 0.1, 1e-4), ("DPO", 0.1, 3e-4), ("DPO", 0.5, 1e-4), ("DPO", 0.5, 3e-4),
         ("DPO", 1.0, 1e-4),
@@ -184,34 +136,66 @@ def test_stage_1_is_trained_once_for_all_methods_and_all_shares_of_mislabelled_t
     wanted = jobs(read_study(path, "o"))
     # 2 seeds; 2 shares x 2 learning rates each
     counts = Counter(map(program_of, wanted))
-    assert counts == {"redi.toy": 4, "train_sft.py": 2, "train_redi.py": 8, "evaluate.py": 10}
+    assert counts == {
+        "redi.toy": 4, "redi.prepare": 4, "train_sft.py": 2, "train_redi.py": 8, "evaluate.py": 10,
+    }  # fmt: skip
     by_name = {job.name: job for job in wanted}
-    noisy = by_name["o/seed-2/redi-lr-0.0001-mislabelled-0.25"]
-    assert noisy.needs == ["o/seed-2/sft", "o/seed-2/data-mislabelled-0.25"]
-    command = " ".join(noisy.commands[0])
-    assert "--model o/seed-2/sft --data o/seed-2/data-mislabelled-0.25/pairs.jsonl" in command
-    assert "--seed 2" in command
-    names = [job.name for job in wanted]
-    assert all(names.index(need) < names.index(job.name) for job in wanted for need in job.needs)
+    noisy = by_name["o/seed-2/redi-lr-1e-4-mislabelled-0.25"]
+    data = "o/seed-2/data-mislabelled-0.25"
+    assert [*map(str, noisy.needs)] == ["o/seed-2/sft/config.json", f"{data}/card.json"]
+    assert "--seed 2" in str(noisy)
+    assert f"--model o/seed-2/sft --data {data}/pairs.jsonl" in str(noisy)
+    products = [job.product for job in wanted]
+    assert all(products.index(n) < products.index(job.product) for job in wanted for n in job.needs)
 
 
 def test_on_several_gpus_torchrun_starts_what_trains_and_what_samples(write_study):
     for gpus in (0, 1, 4):
         for job in jobs(read_study(write_study()), gpus):
-            started = "torch.distributed.run" in job.commands[0]
-            assert started == (gpus > 1 and program_of(job) != "redi.toy")
+            started = "torch.distributed.run" in job.command
+            assert started == (gpus > 1 and program_of(job).endswith(".py"))
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "recipes").glob("study_*.toml")), ids=lambda p: p.stem
 )
 def test_the_recipes_can_be_read_and_start_programs_that_are_there(path):
-    commands = [command for job in jobs(read_study(path)) for command in job.commands]
-    programs = {part for command in commands for part in command if part.endswith(".py")}
+    commands = [job.command for job in jobs(read_study(path))]
+    programs = {word for words in commands for word in words if word.endswith(".py")}
     assert {Path(program).resolve().name for program in programs} == {
         "train_sft.py", "train_redi.py", "evaluate.py",
     }  # fmt: skip
     assert all(Path(program).is_file() for program in programs)
+
+
+def test_a_folder_that_holds_another_study_is_refused_in_one_line(write_study, tmp_path):
+    def start(*changes: tuple[str, str]) -> None:
+        study = read_study(write_study(*changes), tmp_path / "out")
+        with claim(study, jobs(study)):
+            for job in jobs(study):  # leave the settings that its program leaves
+                job.product.parent.mkdir(parents=True, exist_ok=True)
+                job.product.touch()
+                if program_of(job).endswith(".py"):
+                    (job.product.parent / "config.toml").write_text(to_toml(job.config))
+
+    start()
+    start(("seeds = [1, 2]", "seeds = [3]"), ("[1e-4, 1e-3]", "[1e-3, 2e-3]"))
+    start(("graders = 1", "graders = 2"))  # does not affect the result
+    for old, new, message in (
+        (
+            "problems = 40",
+            "problems = 50",
+            "seed-1/data: holds another toy (problems was 40, now 50)",
+        ),
+        ("lr = 4e-3", "lr = 5e-3", "seed-1/sft: holds another run (lr was 0.004, now 0.005)"),
+        ("max_response = 40", "max_response = 39", "redi-lr-1e-4: holds another run (max_response"),
+        ('"redi"', '"symmetric"', "objective was 'redi', now 'symmetric'"),
+        ("samples = 2", "samples = 3", "seed-1/sft/eval: holds another run (samples was 2, now 3)"),
+    ):
+        with pytest.raises(UserError, match="out: holds another study: ") as error:
+            start((old, new))
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------- statistics
@@ -232,12 +216,6 @@ def test_p_values_are_those_of_the_printed_table(df, t, p):
     assert t_tail(-t, df) == t_tail(t, df)
 
 
-def test_p_values_with_one_and_two_degrees_of_freedom_have_a_closed_form():
-    for t in (0.0, 0.3, 1.0, 7.0):
-        assert t_tail(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t))  # Cauchy
-        assert t_tail(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t))
-
-
 def test_the_paired_t_test_by_hand():
     # differences 1, 2, 3: mean 2, standard deviation 1, SEM 1 / sqrt(3), t = 2 sqrt(3) with 2
     # degrees of freedom, p = 1 - t / sqrt(2 + t^2) = 1 - 2 sqrt(3) / sqrt(14) = 0.0742
@@ -251,32 +229,74 @@ def test_a_test_that_says_nothing_has_no_p_value():
     assert sem([1.0]) is None
 
 
-def a_run(
-    method: str, seed: int, score: float, setting: str = "", share: float = 0.0, **settings
-) -> Run:
-    scores = {"pass_at_1": score, "pass_at_n": 1.0, "mean_tokens": 10.0}
-    steps = [] if method == STAGE_1 else [(1, score / 2)]
-    fall = [-0.1 - 0.2 * k for k in range(3)]
-    return Run(
-        setting=setting, mislabelled=share, seed=seed, method=method, settings=settings,
-        pass_at_1=score, benchmarks={"benchmark": scores}, on_the_way=steps,
-        curves={"chosen_logp": fall, "rejected_logp": fall, "grad_norm": [1.0] * 3},
-        collapsed_at=None,
-    )  # fmt: skip
+# ---------------------------------------------------------------- results and report
+
+SCORES = {  # setting and model -> pass@1 of seeds 1, 2, 3; all other jobs have failed
+    "a/sft": [0.5, 0.6, 0.7],
+    "a/redi-lr-1e-4": [0.6, 0.8, 1.0],
+    "a/redi-lr-9e-4": [0.9, 0.0, 0.1],
+    "a/dpo-lr-1e-4-beta-0.1": [0.5, 0.7],
+    "a/redi-lr-1e-4-mislabelled-0.5": [0.4, 0.4, 0.4],
+    "b/sft": [0.1, 0.2],
+    "b/redi-lr-1e-4-mislabelled-0.5": [0.2, 0.5],
+}
+METHODS = """
+[[setting]]
+name = "a"
+[[setting]]
+name = "b"
+[[method]]
+name = "DPO"
+objective = "dpo"
+lr = 1e-4
+beta = 0.1
+"""
 
 
-RUNS = [
-    *(a_run(STAGE_1, seed, score) for seed, score in ((1, 0.5), (2, 0.6), (3, 0.7))),
-    *(a_run("REDI", s, x, objective="redi", lr=1e-4) for s, x in ((1, 0.6), (2, 0.8), (3, 1.0))),
-    *(a_run("REDI", s, x, objective="redi", lr=9e-4) for s, x in ((1, 0.9), (2, 0.0), (3, 0.1))),
-    *(a_run("DPO", s, x, objective="dpo", lr=1e-4, beta=0.1) for s, x in ((1, 0.5), (2, 0.7))),
-]
+def write_run(folder: Path, score: float) -> None:
+    """What training and evaluation leave: at step 2 chosen traces become 0.6 nats less likely."""
+    benchmark = {"benchmark": "math", "grader": "paper", "pass_at_1": score, "mean_tokens": 7.0}
+    report = {"mean_pass_at_1": score, "benchmarks": [benchmark | {"pass_at_k": [score, 1.0]}]}
+    (folder / "eval").mkdir(parents=True)
+    (folder / "eval/report.json").write_text(json.dumps(report))
+    records = [
+        {"kind": "train", "step": n, "chosen_logp": -0.1 - 0.6 * (n > 1), "rejected_logp": -0.5}
+        for n in range(1, 31)
+    ]
+    records += [{"kind": "benchmark", "step": n, "pass_at_1": n / 100} for n in (10, 20, 30)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
 
 
-def test_the_table_by_hand():
-    grid = grid_of(RUNS)
-    assert len(grid) == 4
-    stage_1, redi, dpo = best_of(grid)
+@pytest.fixture
+def results(write_study, tmp_path) -> Results:
+    path = write_study(
+        ("seeds = [1, 2]", "seeds = [1, 2, 3]\nmislabelled = [0.0, 0.5]"),
+        ("[1e-4, 1e-3]", "[1e-4, 9e-4]"),
+        more=METHODS,
+    )
+    study, missing = read_study(path, tmp_path / "out"), {}
+    for model in study.models():
+        scores = SCORES.get(f"{model.setting}/{model.folder.name}", [])
+        if model.seed <= len(scores):
+            write_run(model.folder, scores[model.seed - 1])
+        else:
+            missing[str(model.folder / "eval")] = "out of | <luck>"
+    return collect(study, missing)
+
+
+def test_results_are_what_runs_and_evaluations_left_on_disk(results):
+    stage_1, redi = results.runs[:2]
+    assert (stage_1.method, stage_1.collapsed_at) == (STAGE_1, None)
+    assert (redi.grader, redi.pass_at_1, redi.benchmarks) == ("paper", 0.6, {"math": 0.6})
+    assert (redi.pass_at_n, redi.mean_tokens) == (1.0, 7.0)
+    assert redi.on_the_way == [(10, 0.1), (20, 0.2)]  # the last one is the final evaluation's
+    assert redi.curves["chosen_logp"] == [-0.1] + [-0.7] * 29
+    assert redi.collapsed_at == 21  # the 20th step in a row that is 0.5 lower
+
+
+def test_the_table_by_hand(results):
+    assert [row.setting for row in results.table] == ["a", "a", "a", "a", "b", "b"]
+    stage_1, redi, dpo, noisy, _, other = results.table
     assert (stage_1.mean, stage_1.gain, stage_1.p_stage_1) == (pytest.approx(0.6), None, None)
     # REDI's best is lr 1e-4: mean 0.8, gains 0.1, 0.2, 0.3, and p as in the test by hand above
     assert redi.settings["lr"] == 1e-4
@@ -289,238 +309,170 @@ def test_the_table_by_hand():
     # DPO over stage 1: 0, 0.1; mean 0.05, SEM 0.05, t = 1 with 1 degree of freedom: p = 1/2
     assert dpo.p_stage_1 == pytest.approx(0.5)
     assert (dpo.gain, dpo.p_dpo, dpo.seeds) == (pytest.approx(0.05), None, 2)
+    # Settings and shares are compared with their own stage 1 and DPO. Gains 0.1 and 0.3: mean 0.2,
+    # SEM 0.1, t = 2 with 1 degree of freedom.
+    assert (noisy.mislabelled, noisy.p_dpo) == (0.5, None)
+    assert (other.mislabelled, other.p_dpo, other.gain) == (0.5, None, pytest.approx(0.2))
+    assert other.p_stage_1 == pytest.approx(1 - 2 / math.pi * math.atan(2.0))
 
 
-def test_settings_and_shares_are_compared_with_their_own_stage_1_and_dpo():
-    more = [
-        *(a_run(STAGE_1, s, x, "b") for s, x in ((1, 0.1), (2, 0.2))),
-        *(
-            a_run("REDI", s, x, "b", 0.5, objective="redi", lr=1e-4)
-            for s, x in ((1, 0.2), (2, 0.5))
-        ),
-    ]
-    row = best_of(grid_of([*RUNS, *more]))[-1]
-    assert (row.setting, row.mislabelled) == ("b", 0.5)
-    # gains 0.1 and 0.3: mean 0.2, SEM 0.1, t = 2 with 1 degree of freedom
-    assert row.gain == pytest.approx(0.2)
-    assert row.p_stage_1 == pytest.approx(1 - 2 / math.pi * math.atan(2.0))
-    assert row.p_dpo is None
-
-
-def results_of(runs: list[Run], **changes) -> Results:
-    grid = grid_of(runs)
-    values = {
-        "title": "a study", "study": "seeds = [1]",
-        "machine": {"cpu": "a CPU", "cores": 2}, "versions": {"redi": "0"},
-        "job_seconds": 200.0, "samples": 4, "missing": {}, "runs": runs, "grid": grid,
-        "table": best_of(grid),
-    }  # fmt: skip
-    return Results(**{**values, **changes})
-
-
-def test_a_report_shows_what_is_missing_and_every_figure_that_there_is_something_for(tmp_path):
-    noisy = [a_run("REDI", s, 0.4, "", 0.5, objective="redi", lr=1e-4) for s in (1, 2, 3)]
-    results = results_of([*RUNS, *noisy], missing={"out/dpo <3>": "out of | luck"})
+def test_a_report_names_the_grader_and_what_is_missing_and_shows_its_figures(results):
     drawn = figures(results)
-    # neither entropies nor several alphas
-    assert sorted(drawn) == ["accuracy", "labels", "log_probs", "lr", "norms"]
-    blocks = report(results, list(drawn))
-    markdown, page = to_markdown(blocks, "figures"), to_html(blocks, drawn)
-    assert "| out/dpo <3>        | out of \\| luck |" in markdown
-    assert "out/dpo &lt;3&gt;" in page
+    assert list(drawn) == ["accuracy", "log_probs", "settings"]
+    markdown, page = to_markdown(results, list(drawn)), to_html(results, drawn)
+    assert "graded by paper" in markdown
+    assert "graded by paper" in page
+    assert "seed-3/dpo-lr-1e-4-beta-0.1/eval | out of \\| <luck> |" in re.sub(" +", " ", markdown)
+    assert "out of | &lt;luck&gt;" in page
     assert page.count("data:image/png") == len(drawn)
-    cells = "| REDI | lr 1e-4 | 0 | 0.800 ± 0.115 | 1.000 | +0.200 | 0.074 |"
+    cells = "| REDI | lr 1e-4 | a | 0 | 0.800 ± 0.115 | 1.000 | +0.200 | 0.074 | 7.0 | 3 | 3 |"
     assert cells in re.sub(" +", " ", markdown)
-    results.write(tmp_path / "study.json")
-    assert Results.load(tmp_path / "study.json").table == results.table
 
 
-def test_numbers_are_written_as_one_writes_them():
-    values = (1e-4, 5e-7, 2.5e-3, 0.8, 2.0, 1, "redi")
-    assert [number(v) for v in values] == ["1e-4", "5e-7", "2.5e-3", "0.8", "2", "1", "redi"]
-    assert table(results_of(RUNS), grid_of(RUNS)).rows[1][1] == "lr 1e-4"
+def test_settings_are_written_as_people_type_them_and_exactly():
+    values = {1e-4: "1e-4", 5e-7: "5e-7", 2.5e-3: "2.5e-3", 0.8: "0.8", 2.0: "2", 1: "1",
+              1.2345678901e-5: "1.2345678901e-5", "redi": "redi"}  # fmt: skip
+    assert {value: as_text(value) for value in values} == values
 
 
 # ---------------------------------------------------------------- jobs, with programs of a line
 
 
-def shell(tmp_path: Path, name: str, line: str, needs: tuple = ()) -> Job:
-    """A job that notes its name, runs a line of shell, and makes its product."""
-    noted = f"echo {name} >> {tmp_path}/order; {line}"
-    product = tmp_path / "work" / f"{name}.done"
-    commands = [["sh", "-c", noted], ["sh", "-c", f"touch {product}"]]
-    return Job(
-        f"{tmp_path}/work/{name}", commands, [f"{tmp_path}/work/{n}" for n in needs], product
-    )
+@pytest.fixture
+def shell(tmp_path):
+    """shell(name, line, needs): a job that notes its name, runs a line and makes its product."""
+    products = {name: tmp_path / "work" / name / "done" for name in "abcd"}
+
+    def job(name: str, line: str, *needs: str) -> Job:
+        note = f"mkdir -p {products[name].parent}; echo {name} >> {tmp_path}/order"
+        command = ["sh", "-ec", f"{note}; {line}; touch {products[name]}"]
+        return Job(command, [products[need] for need in needs], products[name])
+
+    return job
 
 
 def order(tmp_path: Path) -> list[str]:
-    return (tmp_path / "order").read_text().split()
+    path = tmp_path / "order"
+    return path.read_text().split() if path.exists() else []
 
 
-def test_jobs_wait_for_what_they_need_and_are_not_run_twice(tmp_path):
-    found = [shell(tmp_path, "a", "sleep 0.3"), shell(tmp_path, "b", "true", ("a",)),
-             shell(tmp_path, "c", "true")]  # fmt: skip
-    assert run_jobs(found, tmp_path / "work", 2) == {}
+def test_jobs_wait_for_what_they_need_share_the_cores_and_are_not_run_twice(
+    shell, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    cores = f"echo $OMP_NUM_THREADS > {tmp_path}/cores"
+    found = [shell("a", "sleep 0.3"), shell("b", cores, "a"), shell("c", "true")]
+    assert run_jobs(found, tmp_path / "work", 2) == ({}, [])
     first = order(tmp_path)
-    assert sorted(first[:2]) == ["a", "c"]  # side by side
+    assert sorted(first[:2]) == ["a", "c"]  # at the same time
     assert first[2:] == ["b"]
+    assert (tmp_path / "cores").read_text() == "4\n"
     run_jobs(found, tmp_path / "work", 2)
     assert order(tmp_path) == first
-    # What a product was made with changed: it and what was made of it are made again.
-    run_jobs([shell(tmp_path, "a", "sleep 0"), *found[1:]], tmp_path / "work", 2)
-    assert order(tmp_path) == [*first, "a", "b"]
-    # So is one that somebody removed.
-    (tmp_path / "work" / "c.done").unlink()
-    run_jobs([shell(tmp_path, "a", "sleep 0"), *found[1:]], tmp_path / "work", 2)
-    assert order(tmp_path) == [*first, "a", "b", "c"]
+    found[2].product.unlink()
+    run_jobs(found, tmp_path / "work", 2)
+    assert order(tmp_path) == [*first, "c"]
 
 
-def test_a_failed_job_takes_along_those_that_need_it_and_no_others(tmp_path, capsys):
-    found = [shell(tmp_path, "a", "echo 'error: no luck'; exit 3"),
-             shell(tmp_path, "b", "true", ("a",)), shell(tmp_path, "c", "true", ("b",)),
-             shell(tmp_path, "d", "true")]  # fmt: skip
-    failed = run_jobs(found, tmp_path / "work", 1)
-    assert [Path(name).name for name in failed] == ["a", "b", "c"]
-    assert failed[found[0].name].startswith("error: no luck (all of it: ")
-    assert failed[found[1].name] == f"needs {found[0].name}"
-    assert "error: no luck" in capsys.readouterr().err
+def test_a_failed_job_is_named_with_its_log_and_only_those_that_need_it_are_not_run(
+    shell, tmp_path, capsys
+):
+    found = [shell("a", "echo 'error: no luck'; exit 3"), shell("b", "true", "a"),
+             shell("c", "true", "b"), shell("d", "true")]  # fmt: skip
+    no_product = Job(["true"], [], tmp_path / "work/e/never")  # it ends well
+    failed, not_run = run_jobs([*found, no_product], tmp_path / "work", 1)
+    log = tmp_path / "work/logs/a.log"
+    assert list(failed) == [found[0].name, no_product.name]
+    assert failed[found[0].name] == f"error: no luck (all of it: {log})"
+    assert failed[found[0].name] in capsys.readouterr().err
+    assert not_run == [found[1].name, found[2].name]
     assert order(tmp_path) == ["a", "d"]
-    run_jobs([shell(tmp_path, "a", "true"), *found[1:]], tmp_path / "work", 1)
+    run_jobs([shell("a", "true"), *found[1:]], tmp_path / "work", 1)
     assert order(tmp_path) == ["a", "d", "a", "b", "c"]
 
 
-def test_a_program_that_ends_well_without_its_product_has_failed(tmp_path):
-    job = Job("work/x", [["true"]], [], tmp_path / "never")
-    assert list(run_jobs([job], tmp_path / "work", 1)) == ["work/x"]
-
-
-def test_cores_are_shared_between_the_jobs(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    run_jobs(
-        [shell(tmp_path, "a", f"echo $OMP_NUM_THREADS >> {tmp_path}/order")], tmp_path / "w", 4
-    )
-    assert order(tmp_path) == ["a", "2"]
-
-
-def test_asked_to_stop_it_asks_its_programs_and_goes_on_when_started_again(tmp_path):
-    asked = f"trap 'echo asked >> {tmp_path}/order; exit 75' TERM"
-    stopping = f"{asked}; kill -TERM $PPID; while true; do sleep 0.1; done"
-    line = f"test -e {tmp_path}/again || {{ {stopping}; }}"
-    found = [shell(tmp_path, "a", "true"), shell(tmp_path, "b", line, ("a",))]
-    with pytest.raises(Stopped, match="1 of 2 jobs are done; the same command resumes them"):
+def test_a_study_that_is_stopped_stops_its_programs_and_the_same_command_resumes(shell, tmp_path):
+    note = f"trap 'echo stopped >> {tmp_path}/order; exit 75' TERM"
+    stop = f"{note}; kill -TERM $PPID; while true; do sleep 0.1; done"
+    line = f"test -e {tmp_path}/again || {{ {stop}; }}"
+    found = [shell("a", "true"), shell("b", line, "a")]
+    with pytest.raises(Stopped, match="1 of 2 jobs are done; the same command resumes the others"):
         run_jobs(found, tmp_path / "work", 1)
-    assert order(tmp_path) == ["a", "b", "asked"]
+    assert order(tmp_path) == ["a", "b", "stopped"]
     (tmp_path / "again").touch()
-    assert run_jobs(found, tmp_path / "work", 1) == {}
-    assert order(tmp_path) == ["a", "b", "asked", "b"]
+    assert run_jobs(found, tmp_path / "work", 1) == ({}, [])
+    assert order(tmp_path) == ["a", "b", "stopped", "b"]
 
 
-def test_a_study_that_was_killed_waits_for_the_program_it_left_and_then_goes_on(tmp_path, capsys):
-    found = [shell(tmp_path, "a", "true"), shell(tmp_path, "b", "sleep 1", ("a",))]
-    child = os.fork()  # a process of its own to kill, without importing torch again
+def test_after_a_kill_a_study_waits_for_the_program_that_is_left_and_then_resumes(
+    shell, write_study, tmp_path, capsys
+):
+    study = read_study(write_study(), tmp_path / "work")
+    found = [shell("a", "true"), shell("b", "sleep 1", "a")]
+
+    def start() -> tuple[dict[str, str], list[str]]:
+        with claim(study, found) as held:
+            return run_jobs(found, study.out, 1, held)
+
+    child = os.fork()  # a process that can be killed, without importing torch again
     if child == 0:
-        run_jobs(found, tmp_path / "work", 1)
+        start()
         os._exit(0)
-    until = time.monotonic() + 30
-    while "b" not in ((tmp_path / "order").read_text() if (tmp_path / "order").exists() else ""):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until(lambda: "b" in order(tmp_path))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert run_jobs(found, tmp_path / "work", 1) == {}
-    assert order(tmp_path) == ["a", "b", "b"]  # a was done; b was not yet
-    assert "another study, or a program of one, is running; waiting" in capsys.readouterr().out
+    assert start() == ({}, [])
+    assert order(tmp_path) == ["a", "b"]  # the program that was left has finished b
+    assert "programs of a study are running there; waiting" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- from end to end
 
 
-class InThisProcess:
-    """In place of subprocess: Popen runs a program of redi without importing torch once more."""
+@pytest.mark.slow
+def test_a_small_study_from_end_to_end(write_study, tmp_path):
+    path, out = write_study(("lr = [1e-4, 1e-3]", "lr = 1e-4")), tmp_path / "out"
+    start = ("-m", "redi.study", path, "--out", out, "--workers", 1)
 
-    DEVNULL, STDOUT = subprocess.DEVNULL, subprocess.STDOUT
-    PROGRAMS: ClassVar = {
-        "redi.toy": toy.main, "redi.prepare": prepare.main,
-        "train_sft.py": programs.train_sft, "train_redi.py": programs.train_redi,
-        "evaluate.py": programs.evaluate,
-    }  # fmt: skip
-    ran: ClassVar[list[str]] = []
+    # ---- Ctrl-C, then SIGKILL, then to the end
+    for what, signal_number in (("sft", signal.SIGINT), ("redi-lr-1e-4", signal.SIGKILL)):
+        process = command(*start)
+        wait_until((out / f"seed-1/{what}/metrics.jsonl").exists, process, 120)
+        process.send_signal(signal_number)
+        message = process.communicate(timeout=60)[1]
+        if signal_number == signal.SIGINT:
+            assert process.returncode == 75
+            assert "jobs are done; the same command resumes the others" in message
+    status, shown, errors = finished(*start, seconds=300)
+    assert status == 0, errors
+    assert "REDI" in shown
 
-    def __init__(self, command: list[str], stdout, **_: object):
-        words = [word for word in command[1:] if word != "-m"]
-        name = Path(words[0]).name
-        InThisProcess.ran.append(name)
-        before, sys.argv, sys.stdout = (sys.argv, sys.stdout), words, stdout
-        try:
-            self.PROGRAMS[name]()
-            self.status = 0
-        except SystemExit as end:
-            self.status = end.code
-        finally:
-            sys.argv, sys.stdout = before
-
-    def poll(self) -> int:
-        return self.status
-
-
-InThisProcess.Popen = InThisProcess
-
-
-def run_study(path: Path, out: Path) -> int:
-    before, sys.argv = sys.argv, ["study", str(path), "--out", str(out), "--workers", "1"]
-    try:
-        study.main()
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = before
-    return 0
-
-
-def test_a_miniature_study_from_end_to_end(write_study, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study_jobs, "subprocess", InThisProcess)  # graders have the real one
-    monkeypatch.setattr(study_jobs, "POLL_SECONDS", 0.0)
-    monkeypatch.chdir(ROOT)
-    InThisProcess.ran.clear()
-    path, out = write_study(), tmp_path / "out"
-    assert run_study(path, out) == 0
-    assert "REDI" in capsys.readouterr().out
-    results = Results.load(out / "study.json")
-    assert len(results.runs) == 2 * (1 + 2)
-    assert [row.seeds for row in results.table] == [2, 2]
-    run = results.runs[1]
-    steps = len(run.curves["chosen_logp"])
-    assert [step for step, _ in run.on_the_way] == list(range(1, steps))
-    metrics = list(read_metrics(out / "seed-1/redi-lr-0.0001"))
-    assert steps == sum(record["kind"] == "train" for record in metrics)
-    said = json.loads((out / "seed-1/redi-lr-0.0001/eval/report.json").read_text())
-    assert run.pass_at_1 == said["mean_pass_at_1"]
+    results = json.loads((out / "study.json").read_text())
+    assert len(results["runs"]) == 2 * (1 + 1)
+    assert [row["seeds"] for row in results["table"]] == [2, 2]
+    run = results["runs"][1]
+    steps = len(run["curves"]["chosen_logp"])
+    assert [step for step, _ in run["on_the_way"]] == list(range(1, steps))
+    report = json.loads((out / "seed-1/redi-lr-1e-4/eval/report.json").read_text())
+    assert run["pass_at_1"] == report["mean_pass_at_1"]
     for name in ("report.md", "report.html", "figures/log_probs.png"):
         assert (out / name).stat().st_size > 1000
     assert path.read_text().strip() in (out / "report.md").read_text()
-    benchmarks = {(out / f"seed-{s}/data/benchmark.jsonl").read_bytes() for s in (1, 2)}
-    assert len(benchmarks) == 1
-    pairs = {(out / f"seed-{s}/data/pairs.jsonl").read_bytes() for s in (1, 2)}
-    assert len(pairs) == 2
+    for name, different in (("benchmark.jsonl", 1), ("pairs.jsonl", 2)):
+        files = {(out / f"seed-{seed}/data/{name}").read_bytes() for seed in (1, 2)}
+        assert len(files) == different
 
-    # ---- again: nothing to do; with a learning rate more: only that
-    ran = list(InThisProcess.ran)
-    assert run_study(path, out) == 0
-    assert InThisProcess.ran == ran
-    write_study(("lr = [1e-4, 1e-3]", "lr = [1e-4, 1e-3, 2e-3]"))
-    assert run_study(path, out) == 0
-    added = InThisProcess.ran[len(ran) :]
-    assert added.count("train_redi.py") == 2
-    assert set(added) == {"train_redi.py", "evaluate.py"}
-
-    # ---- a run that fails: the others' results are there, and the report names it
-    write_study(("lr = [1e-4, 1e-3]", "lr = 1e-4\nmax_response = 2"), ('"REDI"', '"none left"'))
-    path.write_text(path.read_text() + STUDY[STUDY.index("[[method]]") :])
-    assert run_study(path, out) == 2
-    assert "jobs failed, the first was" in capsys.readouterr().err
-    assert (
-        "no row is left" in (out / "report.md").read_text()
-        or "rows" in (out / "report.md").read_text().split("## Methods")[0]
+    # ---- one more learning rate, and one more method that fails: nothing else is run again
+    logs = {log: log.stat().st_size for log in (out / "logs").iterdir()}
+    more = STUDY[STUDY.index("[[method]]") :].replace(
+        "lr = [1e-4, 1e-3]", "lr = 1e-4\nmax_response = 2"
     )
-    assert {row.method for row in Results.load(out / "study.json").table} == {STAGE_1, "REDI"}
+    write_study(("lr = [1e-4, 1e-3]", "lr = [1e-4, 2e-3]"))
+    path.write_text(path.read_text() + more.replace("REDI", "none left"))
+    status, _, errors = finished(*start, seconds=300)
+    assert status == 2
+    assert "2 of 20 jobs failed and 2 that need them were not run; the first was" in errors
+    assert logs == {log: log.stat().st_size for log in logs}
+    assert "not run, because it needs a job that failed" in (out / "report.md").read_text()
+    grid = json.loads((out / "study.json").read_text())["grid"]
+    assert [row["settings"].get("lr") for row in grid] == [None, 1e-4, 2e-3]

@@ -14,17 +14,19 @@ with SEM and paired t-tests over seeds, the whole grid, and the figures.
 Left out: choosing a learning rate on other data than it is reported on, as the paper does.
 """
 
+import json
 import os
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import IO, Annotated
 
 import torch
 
 from redi.config import UserError, parse, positional, program, require
-from redi.data.files import make_folder, write_aside
-from redi.study.commands import jobs
-from redi.study.jobs import run_jobs, shown
-from redi.study.page import as_markdown, report, summary, table, to_html, to_markdown
+from redi.data.files import lock, make_folder, write_aside
+from redi.study.commands import Job, jobs, refuse_changes
+from redi.study.jobs import run_jobs
 from redi.study.plan import Study, read_study
 from redi.study.results import Results, collect
 
@@ -43,43 +45,69 @@ class StudyConfig:
 
 @program
 def main() -> None:
+    from redi.study.page import summary, table  # imports Matplotlib, which takes a second
+    from redi.tables import markdown_table
+
     config = parse(StudyConfig, "Compare methods: train, evaluate and report the grid of a study.")
     study, gpus = read_study(config.study, config.out), torch.cuda.device_count()
     wanted = jobs(study, gpus)
     if config.dry_run:
-        for job in wanted:
-            print(*map(shown, job.commands), sep="\n")
+        print(*wanted, sep="\n")
         return
-    places = config.workers or (1 if gpus else len(os.sched_getaffinity(0)))
-    failed = run_jobs(wanted, study.out, places)
-    results = write_reports(study, failed)
-    print(as_markdown(table(results, results.table)))
-    print(f"{summary(results)}\nsaved {study.out}/report.md, report.html, study.json and figures/")
+    with claim(study, wanted) as held:
+        workers = config.workers or (1 if gpus else len(os.sched_getaffinity(0)))
+        failed, not_run = run_jobs(wanted, study.out, workers, held)
+        needed = "not run, because it needs a job that failed"
+        results = collect(study, failed | dict.fromkeys(not_run, needed))
+        write_reports(study, results)
+    print(markdown_table(table(results, results.table)), summary(results), sep="\n")
+    print(f"saved {study.out}/report.md, report.html, study.json and figures/")
     if failed:
         first, why = next(iter(failed.items()))
         raise UserError(
-            f"{len(failed)} of {len(wanted)} jobs failed, the first was {first}: {why}; run the "
-            "same command to try them again"
+            f"{len(failed)} of {len(wanted)} jobs failed and {len(not_run)} that need them were "
+            f"not run; the first was {first}: {why}; run the same command to try them again"
         )
 
 
-def write_reports(study: Study, failed: dict[str, str]) -> Results:
-    """Write study.json, the figures and both reports from the files of the runs."""
-    from redi.study.figures import figures  # matplotlib takes a second to import
+@contextmanager
+def claim(study: Study, wanted: Sequence[Job]) -> Iterator[IO]:
+    """Lock the study's folder: wait for another study there and the programs it started.
 
-    results = collect(study, failed)
-    results.write(study.out / "study.json")
+    Raises UserError if the folder holds another study. Seeds, shares, settings, methods and their
+    values may be added and removed, because the folders of models are named after them.
+    """
+    make_folder(study.out)
+    with open(study.out / "study.lock", "w", encoding="utf-8") as file:
+        if not lock(file):
+            print(f"{study.out}: programs of a study are running there; waiting", flush=True)
+            lock(file, wait=True)
+        try:
+            for job in wanted:
+                refuse_changes(job)
+        except UserError as error:
+            raise UserError(f"{study.out}: holds another study: {error}") from None
+        yield file
+
+
+def write_reports(study: Study, results: Results) -> None:
+    """Write study.json, the figures and both reports from the files of the runs."""
+    from redi.study.figures import figures
+    from redi.study.page import to_html, to_markdown
+
     drawn = figures(results)
     make_folder(study.out / "figures")
     for name, picture in drawn.items():
         with write_aside(study.out / "figures" / f"{name}.png", binary=True) as file:
             file.write(picture)
-    blocks = report(results, list(drawn))
-    with write_aside(study.out / "report.md") as file:
-        file.write(to_markdown(blocks, "figures"))
-    with write_aside(study.out / "report.html") as file:
-        file.write(to_html(blocks, drawn))
-    return results
+    texts = {
+        "study.json": json.dumps(asdict(results)) + "\n",
+        "report.md": to_markdown(results, list(drawn)),
+        "report.html": to_html(results, drawn),
+    }
+    for name, text in texts.items():
+        with write_aside(study.out / name) as file:
+            file.write(text)
 
 
 if __name__ == "__main__":

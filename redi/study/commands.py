@@ -1,94 +1,141 @@
 """A study -> its jobs: the command lines that train and evaluate its models, and their order."""
 
 import os
+import shlex
 import sys
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from redi.study.plan import Model, Study, as_text
+from redi.config import UserError, load_toml, parse, to_toml
+from redi.data.files import make_folder
+from redi.eval.protocol import EvalConfig
+from redi.recipe import REDIConfig, SFTConfig
+from redi.runlog import is_finished
+from redi.study.plan import STAGE_1, Flags, Model, Study, as_text
+from redi.toy.student import ToyConfig
 
 ROOT = Path(__file__).resolve().parents[2]  # where the programs are
+BENCHMARK_SEED = 42  # all seeds have the same benchmark
 
 
 @dataclass(frozen=True)
 class Job:
-    """Commands that run one after another and can run again; they end by writing `product`."""
+    """A program that resumes if it was killed, and that writes `product` last."""
 
-    name: str
-    commands: list[list[str]]
-    needs: list[str]  # names of the jobs that must finish first
+    command: list[str]
+    needs: list[Path]  # products of the jobs that must finish first
     product: Path
+    config: Any = None  # what the program reads from its flags
+
+    @property
+    def name(self) -> str:
+        return str(self.product.parent)
+
+    def __str__(self) -> str:
+        """The command as a user types it."""
+        return shlex.join(["python" if w == sys.executable else w for w in self.command])
 
 
 def jobs(study: Study, gpus: int = 0) -> list[Job]:
-    """All jobs of the study, each after the jobs that it needs."""
-    found: list[Job] = []
+    """All jobs of the study, each after the jobs that it needs. Raises UserError for a flag that
+    its program would refuse: STUDY.toml, then the table, then the flag."""
+    found: dict[Path, Job] = {}
     for model in study.models():
-        if model.variant is None and model.setting.toy is not None:
-            found += [_data(model, share) for share in sorted({0.0, *study.mislabelled})]
-        found += [_training(study, model, gpus), _evaluation(study, model, gpus)]
-    return found
+        toy = _toy(study, model) if model.toy is not None else []
+        for job in (*toy, _training(study, model, gpus), _evaluation(study, model, gpus)):
+            found.setdefault(job.product, job)
+    return list(found.values())
 
 
-def _data(model: Model, share: float) -> Job:
-    folder = _data_folder(model, share)
-    toy = {**model.setting.toy, "seed": model.seed, "mislabelled_rejected": share}
-    commands = [
-        [sys.executable, "-m", "redi.toy", str(folder), *flags(toy)],
-        [sys.executable, "-m", "redi.prepare", str(folder / "raw.parquet"), "--out", str(folder)],
-    ]
-    return Job(str(folder), commands, [], folder / "pairs.jsonl")
-
-
-def _data_folder(model: Model, share: float = 0.0) -> Path:
-    return model.folder.with_name(f"data-mislabelled-{share:g}" if share else "data")
+def _toy(study: Study, model: Model) -> list[Job]:
+    folder, where = _data(model), f"{study.path}: toy {model.setting}".strip()
+    fixed = {"seed": model.seed, "mislabelled_rejected": model.mislabelled}
+    given = {"benchmark_seed": BENCHMARK_SEED, **model.toy}
+    arguments, config = _flags(where, ToyConfig, given, fixed, str(folder))
+    student, raw = folder / "student/config.json", str(folder / "raw.parquet")
+    make = [sys.executable, "-m", "redi.toy", *arguments]
+    prepare = [sys.executable, "-m", "redi.prepare", raw, "--out", str(folder)]
+    return [Job(make, [], student, config), Job(prepare, [student], folder / "card.json")]
 
 
 def _training(study: Study, model: Model, gpus: int) -> Job:
-    data = _data_folder(model, model.mislabelled)
-    if model.variant is None:
-        program, settings, needs = "train_sft.py", study.stage1, []
+    data, stage_1 = _data(model), model.folder.with_name("sft")
+    fixed = {"out": model.folder, "seed": model.seed, "cache": study.out / "tokens"}
+    needs, product = [], model.folder / "config.json"
+    if model.method == STAGE_1:
+        where, given = f"{study.path}: [stage1]", study.stage1
         toy = {"model": data / "student", "data": data / "positives.jsonl"}
+        program, config_class = "train_sft.py", SFTConfig
     else:
-        stage_1 = str(model.folder.with_name("sft"))
-        program, needs = "train_redi.py", [stage_1]
-        settings = study.stage2 | model.variant.settings | {"model": stage_1}
+        where = f"{study.path}: [stage2] and [[method]] {model.method!r}"
+        given = study.stage2 | model.settings
+        fixed["model"], needs = stage_1, [stage_1 / "config.json"]
         toy = {"data": data / "pairs.jsonl"}
-        if "eval_every" in settings:
+        if "eval_every" in given:
             toy["eval_benchmark"] = _benchmark(model)
-    if model.setting.toy is not None:
-        settings, needs = settings | toy, [*needs, str(data)]
-    settings = settings | {"out": model.folder, "seed": model.seed, "cache": study.out / "tokens"}
-    command = _command(program, settings, gpus)
-    return Job(str(model.folder), [command], needs, model.folder / "config.json")
+        program, config_class = "train_redi.py", REDIConfig
+    if model.toy is not None:
+        fixed, needs = fixed | toy, [*needs, data / "card.json"]
+    flags, config = _flags(where, config_class, given, fixed)
+    return Job(_script(program, gpus, flags), needs, product, config)
 
 
 def _evaluation(study: Study, model: Model, gpus: int) -> Job:
-    out = model.folder / "eval"
-    settings = study.evaluation | {"model": model.folder, "out": out}
-    if model.setting.toy is not None:
-        settings["benchmark"] = _benchmark(model)
-    command = _command("evaluate.py", settings, gpus)
-    return Job(str(out), [command], [str(model.folder)], out / "report.json")
+    where, out = f"{study.path}: [evaluation]", model.folder / "eval"
+    fixed = {"model": model.folder, "out": out}
+    if model.toy is not None:
+        fixed["benchmark"] = _benchmark(model)
+    flags, config = _flags(where, EvalConfig, study.evaluation, fixed)
+    needs, product = [model.folder / "config.json"], out / "report.json"
+    return Job(_script("evaluate.py", gpus, flags), needs, product, config)
+
+
+def _data(model: Model) -> Path:
+    share = model.mislabelled
+    return model.folder.with_name(f"data-mislabelled-{share:g}" if share else "data")
 
 
 def _benchmark(model: Model) -> Path:
-    return _data_folder(model) / "benchmark.jsonl"
+    return model.folder.with_name("data") / "benchmark.jsonl"
 
 
-def _command(program: str, settings: dict[str, Any], gpus: int) -> list[str]:
-    """The program on all GPUs; for several, torchrun starts one process per GPU."""
+def _script(name: str, gpus: int, flags: list[str]) -> list[str]:
+    """On several GPUs, torchrun starts one process per GPU."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-    start = [sys.executable, *(torchrun if gpus > 1 else []), os.path.relpath(ROOT / program)]
-    return start + flags(settings)
+    return [sys.executable, *(torchrun if gpus > 1 else []), os.path.relpath(ROOT / name), *flags]
 
 
-def flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as the flags that `redi.config.parse` reads."""
-    found: list[str] = []
-    for key, value in settings.items():
+def _flags(
+    where: str, config_class: type, given: Flags, fixed: dict[str, Any], *first: str
+) -> tuple[list[str], Any]:
+    """(arguments of a program, what it reads from them). first: positional arguments; given: flags
+    from the study's file; fixed: flags that the study sets itself."""
+    if both := given.keys() & fixed.keys():
+        raise UserError(f"{where}: key {min(both)!r}: the study sets it itself")
+    arguments = list(first)
+    for key, value in (given | fixed).items():
         values = value if isinstance(value, list) else [value]
-        if values:
-            found += [f"--{key.replace('_', '-')}", *map(as_text, values)]
-    return found
+        arguments += [f"--{key.replace('_', '-')}", *map(as_text, values)]
+    try:
+        return arguments, parse(config_class, "", arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def refuse_changes(job: Job) -> None:
+    """Raises UserError if the job's folder holds what was made with other settings. For redi.toy,
+    which does not keep its flags, they are kept here, in toy.toml beside the student."""
+    if not isinstance(job.config, ToyConfig):
+        if job.config:
+            is_finished(job.name, job.config)
+        return
+    path = Path(job.config.out, "toy.toml")
+    now = to_toml(replace(job.config, out=""))  # which may be relative
+    if job.product.exists() and path.is_file():
+        old, new = load_toml(path, str(path)), tomllib.loads(now)
+        if changed := [f"{k} was {old.get(k)}, now {v}" for k, v in new.items() if old.get(k) != v]:
+            raise UserError(f"{job.config.out}: holds another toy ({'; '.join(changed)})")
+    make_folder(path.parent)
+    path.write_text(now, encoding="utf-8")

@@ -1,210 +1,103 @@
-"""A study's results as a page: Markdown with pictures beside it, and one HTML file.
+"""A study's report from its results, twice: Markdown with pictures beside it, and one HTML file."""
 
-A page is a list of blocks that both formats have: Heading, Text, Table, Picture, Code. `report`
-lays out any study; docs/make_study.py uses the same blocks with its own prose. Left out: scripts
-and any style beyond a readable width; the HTML loads nothing.
-"""
-
-import base64
 import html
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from redi.eval.reporting import tables
-from redi.study.figures import name_of, number
-from redi.study.plan import STAGE_1
-from redi.study.results import Results, Row
-
-CAPTIONS = {
-    "accuracy": "pass@1 over optimizer steps, from the stage-1 model at 0: each method at its best "
-    "(solid, with one SEM) and at its largest learning rate (dotted). The first and the last point "
-    "are the final evaluation's, those between of the smaller one during training.",
-    "log_probs": "Chosen and rejected log-probs over steps: each method at its best (solid) and at "
-    "its largest learning rate (dotted).",
-    "norms": "Norm of the gradient before clipping and, where logged, of the update. The last step "
-    "of an epoch has the rows that were left: few, and so a large norm.",
-    "entropy": "Entropy of the model's next token, on chosen and on rejected traces.",
-    "lr": "pass@1 against the peak learning rate; dashed, stage 1.",
-    "alpha": "pass@1 against alpha, the weight of the rejected trace: 0 is positives only, 1 the "
-    "symmetric objective; dashed, stage 1.",
-    "labels": "Gain over stage 1 against the share of rejected traces that are right in truth.",
-}
-
-
-@dataclass(frozen=True)
-class Heading:
-    text: str
-    level: int = 2
-
-
-@dataclass(frozen=True)
-class Text:
-    text: str
-
-
-@dataclass(frozen=True)
-class Table:
-    header: list[str]
-    rows: list[list[str]]  # the first column left-aligned, the others right-aligned
-
-
-@dataclass(frozen=True)
-class Picture:
-    name: str  # of a figure
-    caption: str
-
-
-@dataclass(frozen=True)
-class Code:
-    text: str
-
-
-Block = Heading | Text | Table | Picture | Code
-
-
-# ---------------------------------------------------------------- what a report says
-
-
-def report(results: Results, pictures: Sequence[str]) -> list[Block]:
-    """pictures: names of the figures that were drawn."""
-    blocks: list[Block] = [Heading(results.title, 1), Text(summary(results))]
-    if results.missing:
-        rows = [[name, why] for name, why in results.missing.items()]
-        blocks += [Heading("Missing"), Table(["what has no result", "why"], rows)]
-    blocks += [Heading("Methods, each at its best"), table(results, results.table), Text(NOTES)]
-    blocks += [Picture(name, CAPTIONS[name]) for name in pictures]
-    blocks += [Heading("The whole grid"), table(results, results.grid)]
-    return [*blocks, Heading("Settings"), Text(COMMANDS), Code(results.study)]
-
+from redi import pages
+from redi.study.figures import FIGURES
+from redi.study.plan import STAGE_1, as_text
+from redi.study.results import Results, Row, name_of
+from redi.tables import markdown_table
 
 NOTES = (
     "pass@1 is the mean over seeds, with its SEM over seeds. p values are two-sided paired t-tests "
     "over seeds, uncorrected for their number. A method's best learning rate was chosen on these "
     "very numbers. 'collapsed' counts runs in which the collapse guard would have warned."
 )
+SETTINGS = "The study's file. config.toml in the folder of every run has all of its settings."
+MARKDOWN: dict[str, Callable[[Any], str]] = {
+    "h1": "# {}".format, "h2": "## {}".format, "p": str, "pre": "```\n{}\n```".format,
+    "table": markdown_table,
+    "figure": lambda name: f"![{name}](figures/{name}.png)\n\n*{caption(name)}*",
+}  # fmt: skip
 
-COMMANDS = (
-    "The study's file. done/ has the command lines and the seconds of every job it finished, and "
-    "config.toml in the folder of every run all of its settings."
-)
+
+def to_markdown(results: Results, pictures: Sequence[str]) -> str:
+    """pictures: names of the PNGs in figures/."""
+    parts = [MARKDOWN[kind](content) for kind, content in _report(results, pictures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(results: Results, pictures: dict[str, bytes]) -> str:
+    """pictures: name -> PNG."""
+    parts = []
+    for kind, content in _report(results, list(pictures)):
+        if kind == "table":
+            parts.append(pages.table(content))
+        elif kind == "figure":
+            parts.append(pages.figure(content, pictures[content], caption(content)))
+        else:
+            parts.append(f"<{kind}>{html.escape(content)}</{kind}>")
+    return pages.page(results.title, "\n".join(parts))
+
+
+def caption(figure: str) -> str:
+    return " ".join(FIGURES[figure].__doc__.split())
+
+
+def _report(results: Results, pictures: Sequence[str]) -> list[tuple[str, Any]]:
+    """(kind, content) of each part of the page, in order; kinds are those of MARKDOWN."""
+    parts: list[tuple[str, Any]] = [("h1", results.title), ("p", summary(results))]
+    if results.missing:
+        rows = [["what has no result", "why"], *map(list, results.missing.items())]
+        parts += [("h2", "Missing"), ("table", rows)]
+    best = ("table", table(results, results.table))
+    parts += [("h2", "Methods, each at its best"), best, ("p", NOTES)]
+    parts += [("figure", name) for name in pictures]
+    parts += [("h2", "The whole grid"), ("table", table(results, results.grid))]
+    return [*parts, ("h2", "Settings"), ("p", SETTINGS), ("pre", results.study.strip())]
 
 
 def summary(results: Results) -> str:
-    """A paragraph: what was run, where and for how long."""
+    """A paragraph: what was run, who graded it, and where."""
     seeds = ", ".join(map(str, sorted({run.seed for run in results.runs})))
     variants = {(row.method, name_of(row.settings)) for row in results.grid} - {(STAGE_1, "")}
-    seconds = results.job_seconds
-    duration = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
-    machine = [f"{v} cores" if k == "cores" else str(v) for k, v in results.machine.items()]
-    versions = [f"{name} {version}" for name, version in results.versions.items()]
+    methods = {method for method, _ in variants}
+    graders = " and ".join(sorted({run.grader for run in results.runs}))
     return (
-        f"{len(results.runs)} models: {len({method for method, _ in variants})} methods in "
-        f"{len(variants)} variants, seeds {seeds}; {duration} of programs, on "
-        f"{', '.join(machine)} ({', '.join(versions)})."
+        f"{len(results.runs)} models: {len(methods)} methods in {len(variants)} variants, seeds "
+        f"{seeds}; graded by {graders}; {results.made_with}."
     )
 
 
-def table(results: Results, rows: Sequence[Row]) -> Table:
-    """The paper's Table 2; setting and share of mislabelled traces are columns if they vary."""
-    settings = len({row.setting for row in rows}) > 1
-    shares = len({row.mislabelled for row in rows}) > 1
-    dpo = any(row.p_dpo is not None for row in rows)
+def table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
+    """The paper's Table 2 with its header; setting, share of mislabelled traces and p against DPO
+    are columns if they vary."""
     lines = []
     for row in rows:
-        line = [("method", row.method), ("variant", name_of(row.settings))]
-        if settings:
-            line.append(("setting", row.setting))
-        if shares:
-            line.append(("mislabelled", f"{row.mislabelled:g}"))
+        line = {"method": row.method, "variant": name_of(row.settings)}
+        if len({row.setting for row in rows}) > 1:
+            line["setting"] = row.setting
+        if len({row.mislabelled for row in rows}) > 1:
+            line["mislabelled"] = f"{row.mislabelled:g}"
         if len(row.benchmarks) > 1:
-            line += [(name, f"{score:.3f}") for name, score in row.benchmarks.items()]
+            line |= {name: f"{score:.3f}" for name, score in row.benchmarks.items()}
         error = "" if row.sem is None else f" ± {row.sem:.3f}"
-        line.append(("pass@1 ± SEM", f"{row.mean:.3f}{error}"))
-        line.append((f"pass@{results.samples}", f"{row.pass_at_n:.3f}"))
-        line.append(("gain", "" if row.gain is None else signed(row.gain)))
-        line.append(("p, stage 1", p_value(row.p_stage_1)))
-        if dpo:
-            line.append(("p, DPO", p_value(row.p_dpo)))
-        line.append(("tokens", f"{row.mean_tokens:.1f}"))
-        line += [("collapsed", str(row.collapsed)), ("seeds", str(row.seeds))]
+        line["pass@1 ± SEM"] = f"{row.mean:.3f}{error}"
+        line[f"pass@{results.samples}"] = f"{row.pass_at_n:.3f}"
+        # Adding 0.0 turns -0.0 into 0.0.
+        line["gain"] = "" if row.gain is None else f"{round(row.gain, 3) + 0.0:+.3f}"
+        line["p, stage 1"] = p_value(row.p_stage_1)
+        if any(row.p_dpo is not None for row in rows):
+            line["p, DPO"] = p_value(row.p_dpo)
+        line["tokens"] = f"{row.mean_tokens:.1f}"
+        line |= {"collapsed": str(row.collapsed), "seeds": str(row.seeds)}
         lines.append(line)
-    header = [name for name, _ in lines[0]]
-    return Table(header, [[cell for _, cell in line] for line in lines])
-
-
-def signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.3f}"  # no -0.000
+    return [list(lines[0]), *(list(line.values()) for line in lines)]
 
 
 def p_value(p: float | None) -> str:
     if p is None:
         return ""
-    return f"{p:.3f}" if p >= 0.001 else number(float(f"{p:.0e}"))
-
-
-# ---------------------------------------------------------------- Markdown and HTML
-
-
-def to_markdown(blocks: Sequence[Block], pictures: str) -> str:
-    """pictures: the folder of the PNGs, as seen from the page."""
-    return "\n\n".join(_markdown(block, pictures) for block in blocks) + "\n"
-
-
-def _markdown(block: Block, pictures: str) -> str:
-    match block:
-        case Heading(text, level):
-            return f"{'#' * level} {text}"
-        case Text(text):
-            return text
-        case Picture(name, caption):
-            return f"![{name}]({pictures}/{name}.png)\n\n*{caption}*"
-        case Code(text):
-            return f"```\n{text.strip()}\n```"
-        case Table():
-            return as_markdown(block)
-
-
-def as_markdown(block: Table) -> str:
-    rows = [block.header, *block.rows]
-    return tables.table([[cell.replace("\n", " ") for cell in row] for row in rows])
-
-
-STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}"
-    "th,td{border-bottom:1px solid #ddd;padding:.2rem .6rem;text-align:right;white-space:nowrap}"
-    "th:first-child,td:first-child{text-align:left}img{max-width:100%}pre{overflow-x:auto;"
-    "background:#f6f6f6;padding:.7rem;font-size:.85rem}figcaption{color:#555;font-size:.9rem}"
-)
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
-
-def to_html(blocks: Sequence[Block], pictures: dict[str, bytes]) -> str:
-    """One file; pictures: name -> PNG."""
-    title = next((block.text for block in blocks if isinstance(block, Heading)), "study")
-    body = "\n".join(_html(block, pictures) for block in blocks)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n{body}\n"
-        "</body></html>\n"
-    )
-
-
-def _html(block: Block, pictures: dict[str, bytes]) -> str:
-    match block:
-        case Heading(text, level):
-            return f"<h{level}>{html.escape(text)}</h{level}>"
-        case Text(text):
-            return f"<p>{html.escape(text)}</p>"
-        case Picture(name, caption):
-            data = base64.b64encode(pictures[name]).decode()
-            image = f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
-            return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        case Code(text):
-            return f"<pre>{html.escape(text.strip())}</pre>"
-        case Table(header, rows):
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-            lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-            body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-            return f"<table><tr>{head}</tr>\n{body}</table>"
+    return f"{p:.3f}" if p >= 0.001 else as_text(float(f"{p:.0e}"))

@@ -13,16 +13,12 @@ it is reported with, so more variants are a slight advantage. Left out: a correc
 of tests.
 """
 
-import dataclasses
 import json
 import math
 import os
-import platform
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,20 +26,14 @@ from mpmath import betainc
 
 import redi
 from redi.config import UserError
-from redi.data.files import write_aside
 from redi.eval.protocol import EvalConfig
 from redi.monitor import CollapseGuard
 from redi.recipe import REDIConfig
 from redi.runlog import read_metrics
-from redi.study.jobs import seconds_of
-from redi.study.plan import STAGE_1, Model, Study
+from redi.study.plan import STAGE_1, Model, Study, as_text
 
 ROUNDING = 1e-12  # scores that differ at all differ by one completion, about 1e-5
-# Fields of metrics.jsonl; a run may lack some.
-CURVES = (
-    "chosen_logp", "rejected_logp", "grad_norm", "update_norm", "chosen_entropy",
-    "rejected_entropy",
-)  # fmt: skip
+CURVES = ("chosen_logp", "rejected_logp")  # fields of metrics.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +45,11 @@ class Run:
     seed: int
     method: str  # STAGE_1, or one of the study's
     settings: dict[str, Any]  # objective, lr, parameters; empty for stage 1
+    grader: str  # of the pass@1
     pass_at_1: float  # mean over benchmarks
-    benchmarks: dict[str, dict[str, float]]  # name -> pass@1, pass@n, tokens
+    benchmarks: dict[str, float]  # name -> pass@1
+    pass_at_n: float  # mean over benchmarks
+    mean_tokens: float
     on_the_way: list[tuple[int, float]]  # (step, pass@1) during training
     curves: dict[str, list[float]]  # one value per step
     collapsed_at: int | None  # the step at which the guard warned
@@ -71,12 +64,14 @@ class Row:
     method: str
     settings: dict[str, Any]
     seeds: int
+    scores: list[float]  # pass@1 of each seed
     mean: float
     sem: float | None  # None with one seed
     benchmarks: dict[str, float]  # name -> mean pass@1
-    pass_at_n: float  # mean over benchmarks and seeds
+    pass_at_n: float
     mean_tokens: float
-    gain: float | None  # over stage 1 of the same seeds
+    gains: list[float]  # over stage 1 of the same seeds
+    gain: float | None  # their mean
     p_stage_1: float | None
     p_dpo: float | None
     collapsed: int  # runs in which the guard warned
@@ -86,55 +81,31 @@ class Row:
 class Results:
     title: str
     study: str  # the TOML
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    job_seconds: float  # of all jobs, added up
+    made_with: str  # machine and versions
     samples: int  # per problem in the final evaluation
     missing: dict[str, str]  # what has no result -> why
     runs: list[Run]
     grid: list[Row]  # every variant
     table: list[Row]  # stage 1, and every method's best variant
 
-    def write(self, path: Path) -> None:
-        with write_aside(path) as file:
-            json.dump(dataclasses.asdict(self), file)
-            file.write("\n")
-
-    @classmethod
-    def load(cls, path: Path) -> "Results":
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content["runs"] = [Run(**run) for run in content["runs"]]
-            for name in ("grid", "table"):
-                content[name] = [Row(**row) for row in content[name]]
-            return cls(**content)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not written by `python -m redi.study` ({error})") from None
-
 
 # ---------------------------------------------------------------- from disk
 
 
-def collect(study: Study, failed: dict[str, str]) -> Results:
-    """failed: jobs without a result -> why. Raises UserError if no model has a result."""
-    models = [model for model in study.models() if str(model.folder / "eval") not in failed]
+def collect(study: Study, missing: dict[str, str]) -> Results:
+    """missing: jobs without a result -> why. Raises UserError if no model has a result."""
+    models = [model for model in study.models() if str(model.folder / "eval") not in missing]
     runs = [_run(study, model) for model in models]
-    grid = grid_of(runs)
-    if not grid:
-        first, why = next(iter(failed.items()))
+    if not runs:
+        first, why = next(iter(missing.items()))
         raise UserError(f"{study.out}: nothing to report; the first failure: {first}: {why}")
+    grid = grid_of(runs)
     return Results(
         title=study.path.stem,
         study=study.path.read_text(encoding="utf-8"),
-        machine=machine(),
-        versions={
-            "redi": redi.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        job_seconds=seconds_of(study.out),
-        samples=EvalConfig(**study.evaluation).samples,
-        missing=failed,
+        made_with=made_with(),
+        samples=study.evaluation.get("samples", EvalConfig.samples),
+        missing=missing,
         runs=runs,
         grid=grid,
         table=best_of(grid),
@@ -142,49 +113,32 @@ def collect(study: Study, failed: dict[str, str]) -> Results:
 
 
 def _run(study: Study, model: Model) -> Run:
-    mean, benchmarks = _scores(model.folder / "eval" / "report.json")
+    report = json.loads((model.folder / "eval/report.json").read_text(encoding="utf-8"))
+    scores = report["benchmarks"]
     metrics = list(read_metrics(model.folder))
     records = [record for record in metrics if record["kind"] == "train"]
-    keys = [key for key in CURVES if records and key in records[0]]
     scored = [record for record in metrics if record["kind"] == "benchmark"]
-    settings = model.variant.settings if model.variant else {}
     return Run(
-        setting=model.setting.name,
+        setting=model.setting,
         mislabelled=model.mislabelled,
         seed=model.seed,
-        method=model.variant.method if model.variant else STAGE_1,
-        settings=settings,
-        pass_at_1=mean,
-        benchmarks=benchmarks,
+        method=model.method,
+        settings=model.settings,
+        grader=scores[0]["grader"],
+        pass_at_1=report["mean_pass_at_1"],
+        benchmarks={score["benchmark"]: score["pass_at_1"] for score in scores},
+        pass_at_n=statistics.fmean(score["pass_at_k"][-1] for score in scores),
+        mean_tokens=statistics.fmean(score["mean_tokens"] for score in scores),
         on_the_way=[(r["step"], r["pass_at_1"]) for r in scored[:-1]],  # the last is of the end
-        curves={key: [float(f"{r[key]:.5g}") for r in records] for key in keys},
-        collapsed_at=_collapse(records, study.stage2 | settings) if model.variant else None,
+        curves={key: [float(f"{r[key]:.5g}") for r in records if key in r] for key in CURVES},
+        collapsed_at=_collapse(records, study.stage2 | model.settings) if model.settings else None,
     )
-
-
-def _scores(path: Path) -> tuple[float, dict[str, dict[str, float]]]:
-    """(mean pass@1 over benchmarks, scores per benchmark) from an evaluation's report.json."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        scores = {
-            score["benchmark"]: {
-                "pass_at_1": score["pass_at_1"],
-                "pass_at_n": score["pass_at_k"][-1],
-                "mean_tokens": score["mean_tokens"],
-            }
-            for score in content["benchmarks"]
-        }
-        return content["mean_pass_at_1"], scores
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a report of evaluate.py ({error}); delete it and run the same command"
-        ) from None
 
 
 def _collapse(records: list[dict[str, Any]], settings: dict[str, Any]) -> int | None:
     """The step at which the guard of a run with these settings warned."""
-    config = REDIConfig(**settings)
-    guard = CollapseGuard(config.collapse_threshold, config.collapse_steps)
+    names = ("collapse_threshold", "collapse_steps")
+    guard = CollapseGuard(*(settings.get(name, getattr(REDIConfig, name)) for name in names))
     return next((r["step"] for r in records if guard.check(r)), None)
 
 
@@ -206,30 +160,31 @@ def variant_of(item: Run | Row) -> tuple:
 
 def _row(runs: list[Run], groups: list[list[Run]]) -> Row:
     """The row of a variant's `runs`; groups: the runs of every variant, itself included."""
-    first = runs[0]
-    same_setting = [group for group in groups if group[0].setting == first.setting]
-    stage_1 = next((group for group in same_setting if group[0].method == STAGE_1), [])
-    same_share = [group for group in same_setting if group[0].mislabelled == first.mislabelled]
-    dpo = [group for group in same_share if group[0].settings.get("objective") == "dpo"]
-    best_dpo = max(dpo, key=_mean, default=[])
-    is_stage_1, is_dpo = first.method == STAGE_1, first.settings.get("objective") == "dpo"
-    gains = [] if is_stage_1 else paired_differences(runs, stage_1)
-    over_dpo = [] if is_stage_1 or is_dpo else paired_differences(runs, best_dpo)
-
-    def score(benchmark: str, name: str) -> float:
-        return statistics.fmean(run.benchmarks[benchmark][name] for run in runs)
-
+    first, objective = runs[0], runs[0].settings.get("objective")
+    same = [group for group in groups if group[0].setting == first.setting]
+    stage_1 = next((group for group in same if group[0].method == STAGE_1), [])
+    same = [group for group in same if group[0].mislabelled == first.mislabelled]
+    dpo = [group for group in same if group[0].settings.get("objective") == "dpo"]
+    best_dpo = max(dpo, key=lambda group: _mean(group, "pass_at_1"), default=[])
+    gains = paired_differences(runs, stage_1) if objective else []
+    over_dpo = paired_differences(runs, best_dpo) if objective not in (None, "dpo") else []
+    scores = [run.pass_at_1 for run in runs]
+    benchmarks = {
+        name: statistics.fmean(run.benchmarks[name] for run in runs) for name in first.benchmarks
+    }
     return Row(
         setting=first.setting,
         mislabelled=first.mislabelled,
         method=first.method,
         settings=first.settings,
         seeds=len(runs),
-        mean=_mean(runs),
-        sem=sem([run.pass_at_1 for run in runs]),
-        benchmarks={name: score(name, "pass_at_1") for name in first.benchmarks},
-        pass_at_n=statistics.fmean(score(name, "pass_at_n") for name in first.benchmarks),
-        mean_tokens=statistics.fmean(score(name, "mean_tokens") for name in first.benchmarks),
+        scores=scores,
+        mean=statistics.fmean(scores),
+        sem=sem(scores),
+        benchmarks=benchmarks,
+        pass_at_n=_mean(runs, "pass_at_n"),
+        mean_tokens=_mean(runs, "mean_tokens"),
+        gains=gains,
         gain=statistics.fmean(gains) if gains else None,
         p_stage_1=paired_t_test(gains),
         p_dpo=paired_t_test(over_dpo),
@@ -247,8 +202,13 @@ def best_of(grid: Sequence[Row]) -> list[Row]:
     return list(best.values())
 
 
-def _mean(runs: Sequence[Run]) -> float:
-    return statistics.fmean(run.pass_at_1 for run in runs)
+def _mean(runs: Sequence[Run], name: str) -> float:
+    return statistics.fmean(getattr(run, name) for run in runs)
+
+
+def name_of(settings: dict[str, Any]) -> str:
+    """A variant's settings beside its method's name: "lr 1e-4, beta 0.1"."""
+    return ", ".join(f"{k} {as_text(v)}" for k, v in settings.items() if k != "objective")
 
 
 def paired_differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[float]:
@@ -272,16 +232,12 @@ def paired_t_test(differences: Sequence[float]) -> float | None:
 
 def t_tail(t: float, df: int) -> float:
     """P(|T| > |t|) of Student's distribution with `df` degrees of freedom."""
-    # sympy, which math-verify needs, needs mpmath.
     return float(betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
 
 
-def machine() -> dict[str, Any]:
-    """The processor, its cores, and the GPUs if there are any."""
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    cpu = model[1].strip() if model else platform.processor()
-    found: dict[str, Any] = {"cpu": cpu, "cores": len(os.sched_getaffinity(0))}
+def made_with() -> str:
+    """The machine and the versions, in words."""
+    machine = f"{len(os.sched_getaffinity(0))} CPU cores"
     if torch.cuda.is_available():
-        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return found
+        machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"on {machine}, with redi {redi.__version__} and torch {torch.__version__}"
