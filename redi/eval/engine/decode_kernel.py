@@ -9,14 +9,13 @@ whole group, so keys and values are read once, and looks up each token's page in
 There are enough splits to fill the machine, since few rows of long texts would leave it idle. A row
 is split by its own length, so the launch depends on no length and can be captured in a CUDA graph.
 
-Tests compare it with the torch function beside it under Triton's interpreter. Left out: autotuning.
-Never run on a GPU yet.
+Tests compare it with scaled_dot_product_attention in float64, under Triton's interpreter. Left out:
+autotuning. Never run on a GPU yet.
 Letters: B rows, R rows of the table, N pages, M pages of a row of the table, H heads, K kv heads,
 G = H / K, d head size, S splits.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,7 +38,7 @@ def decode_attention(
     """
     batch, heads, size = query.shape
     kv_heads, page = keys.shape[1], keys.shape[2]
-    tiles = triton.cdiv(table.shape[1] * page, TILE)  # of the longest row there can be
+    tiles = triton.cdiv(table.shape[1] * page, TILE)  # of the longest possible row
     splits = max(1, min(tiles, MOST_SPLITS, PROGRAMS // (batch * kv_heads)))
     parts = query.new_empty(batch, heads, splits, size, dtype=torch.float32)
     log_sums = query.new_empty(batch, heads, splits, dtype=torch.float32)
@@ -75,22 +74,6 @@ def decode_attention(
     return out
 
 
-def decode_attention_reference(
-    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, rows: Tensor, lengths: Tensor
-) -> Tensor:
-    batch, _, size = query.shape
-    keys, values = (
-        t[table[rows]].transpose(1, 2).reshape(batch, keys.shape[1], -1, size)
-        for t in (keys, values)
-    )  # (B, K, M PAGE, d)
-    seen = torch.arange(keys.shape[2], device=keys.device) < lengths[:, None]
-    # Memory that was never written may hold NaN, and 0 x NaN is NaN.
-    keys, values = (t.masked_fill(~seen[:, None, :, None], 0.0) for t in (keys, values))
-    grouped = query.reshape(batch, keys.shape[1], -1, size)  # (B, K, G, d)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen[:, None, None])
-    return out.reshape(query.shape)
-
-
 @triton.jit
 def _split(
     query,
@@ -118,7 +101,7 @@ def _split(
     head = row * KV_HEADS * GROUP + kv_head * GROUP + members  # of all rows
     inside = (members[:, None] < GROUP) & (columns[None, :] < SIZE)
     q = tl.load(query + head[:, None] * SIZE + columns[None, :], mask=inside, other=0.0)
-    own_pages = table + tl.load(rows + row) * table_width
+    row_pages = table + tl.load(rows + row) * table_width
 
     # ---- softmax over the split's tokens, with a running maximum
     length = tl.load(lengths + row).to(tl.int32)
@@ -130,11 +113,11 @@ def _split(
     for first in range(start, end, TILE):
         token = first + tl.arange(0, TILE)
         seen = token < end
-        page = tl.load(own_pages + token // PAGE, mask=seen, other=0).to(tl.int64)
+        page = tl.load(row_pages + token // PAGE, mask=seen, other=0).to(tl.int64)
         place = ((page * KV_HEADS + kv_head) * PAGE + token % PAGE) * SIZE
-        there = seen[:, None] & (columns[None, :] < SIZE)
-        k = tl.load(keys + place[:, None] + columns[None, :], mask=there, other=0.0)
-        v = tl.load(values + place[:, None] + columns[None, :], mask=there, other=0.0)
+        inside_tile = seen[:, None] & (columns[None, :] < SIZE)
+        k = tl.load(keys + place[:, None] + columns[None, :], mask=inside_tile, other=0.0)
+        v = tl.load(values + place[:, None] + columns[None, :], mask=inside_tile, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (ROWS, TILE)
         scores = tl.where(seen[None, :], scores, -float("inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))  # finite: a tile begins with a seen token
@@ -158,7 +141,7 @@ def _split(
 def _add_up(
     parts, log_sums, out, splits, SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """The parts of a head of a row, weighted by the mass that each stands for."""
+    """The parts of a head of a row, weighted by the softmax mass of each."""
     head = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     maximum = tl.load(log_sums + head * splits)  # the first split has tokens

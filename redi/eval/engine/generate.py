@@ -1,28 +1,29 @@
 """Sampling many completions: rows of a batch that are refilled as they finish.
 
-    rows    0: <prompt A> x x x x .          decode: one token a row and step (decoder.py), over
+    rows    0: <prompt A> x x x x .          decode: one token per row and step (decoder.py), over
             1: <prompt A> x x .              keys and values in pages (cache.py)
             2: <prompt B> x x x x x x        prefill: prompts in one pack, through the training
-                                             forward, once for all the samples of a problem
+                                             forward, once for all samples of a problem
 
 The number of pages is fixed. A request is admitted when its prompt fits and every live row can
-still get one more page. When no page is left, the row admitted last gives its pages back and goes
-to the front of the queue with what it has written; later its text is prefilled again, and it
-continues to the same end.
+still get one more page. When no page is left, the row admitted last is evicted: it frees its pages
+and returns to the front of the queue with the tokens it has. Later its text is prefilled again, and
+it continues to the same end.
+
+The samples of a prompt, adjacent in the queue, share its prefill: each copies the prompt's pages
+from a live row, or takes over the row of a sample that has finished.
 
 Every request has its own random numbers, keyed by (seed, request key, position), so the other
 requests of the batch do not matter (sampling.py). Temperature 0 is greedy. A completion that
-repeats itself until its limit is reported (loops.py), never stopped.
+repeats itself until its limit is reported (grading/repetition.py), never stopped.
 
 Left out: beam search, penalties; launching a step before the last one's tokens are read.
 Letters: B rows of a step, T packed tokens, D hidden, V vocabulary.
 """
 
-import itertools
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from redi.attention import packed_attention
 from redi.config import UserError
-from redi.eval.engine.cache import Cache, pages_for, spread
+from redi.eval.engine.cache import Cache, pages_for
 from redi.eval.engine.decoder import Decoder
 from redi.eval.engine.sampling import Draws, Sampling, sample
 from redi.model import Transformer
@@ -42,7 +43,7 @@ PREFILL_TOKENS = 8192  # of a pack, unless one prompt is longer
 
 @dataclass(frozen=True)
 class Request:
-    key: int  # names the request, and seeds it
+    key: int  # identifies the request, and seeds its random numbers
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
 
@@ -57,55 +58,30 @@ class Generated:
 
 @dataclass
 class Usage:
-    """What a call of `generate` has cost so far; updated while results come."""
+    """What a call of `generate` reports while it runs."""
 
-    prefilled_tokens: int = 0
-    steps: int = 0  # of decoding
-    row_steps: int = 0  # tokens written by those steps
-    full_steps: int = 0  # the steps while requests were still queued
-    full_row_steps: int = 0  # tokens written by those
     evictions: int = 0
 
-    def count_step(self, rows: int, full: bool) -> None:
-        self.steps += 1
-        self.row_steps += rows
-        self.full_steps += full
-        self.full_row_steps += rows if full else 0
+    def count_step(self, rows: int, queued: bool) -> None:
+        """Called when a decode step of that many rows has been launched; queued: whether requests
+        wait. For subclasses that measure."""
 
 
 @dataclass
 class _Text:
-    """A request, and what is written of it."""
+    """A request, and the tokens of its answer so far."""
 
     request: Request
+    prompt: int  # the same number for the same prompt
     token_ids: list[int] = field(default_factory=list)
 
     @property
-    def prefix(self) -> tuple[int, ...]:  # what a prefill must read
-        return (*self.request.prompt_ids, *self.token_ids)
+    def length(self) -> int:  # tokens of prompt and answer so far
+        return len(self.request.prompt_ids) + len(self.token_ids)
 
     @property
-    def longest(self) -> int:  # tokens of prompt and answer, if nothing stops it
+    def limit(self) -> int:  # tokens of prompt and answer, if no stop token comes
         return len(self.request.prompt_ids) + self.request.max_new_tokens
-
-
-@dataclass
-class _Held:
-    """A prompt in the cache that more samples wait for."""
-
-    row: int
-    logits: Tensor | None = None  # (V,) after it; None until the prefill has run
-
-
-@dataclass
-class _Pack:
-    """What is admitted together."""
-
-    rows: list[int] = field(default_factory=list)
-    prefixes: list[tuple[int, ...]] = field(default_factory=list)  # what each row begins with
-    fresh: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)  # to run -> its pages
-    logits: list[Tensor | None] = field(default_factory=list)  # (V,) after them, where known
-    copies: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # pages, afterwards
 
 
 @torch.inference_mode()
@@ -118,37 +94,35 @@ def generate(
     cache_bytes: int | None = None,
     usage: Usage | None = None,
 ) -> Iterator[Generated]:
-    """Complete every request, up to `slots` at once; results come as they finish, in no fixed
-    order.
+    """Complete every request, up to `slots` at once; results come as they finish, in any order.
 
-    Requests of one problem should follow each other: they share a prefill. cache_bytes: the most
+    Adjacent requests with the same prompt share a prefill. cache_bytes: the most
     that keys and values may take; None: as much as the slots can need, if the machine has it.
     Raises ValueError if a request's prompt and max_new_tokens, at least 1 each, do not fit the
     model's context, UserError if they do not fit the cache.
     """
-    texts = [_Text(request) for request in requests]
-    for request in (text.request for text in texts):
-        asked, limit = len(request.prompt_ids), request.max_new_tokens
-        if min(asked, limit) < 1 or asked + limit > model.config.max_positions:
+    numbers: dict[tuple[int, ...], int] = {}
+    texts = [_Text(r, numbers.setdefault(r.prompt_ids, len(numbers))) for r in requests]
+    for text in texts:
+        request = text.request
+        smallest = min(len(request.prompt_ids), request.max_new_tokens)
+        if smallest < 1 or text.limit > model.config.max_positions:
             raise ValueError(
-                f"request {request.key}: {asked} prompt tokens and {limit} new ones; "
-                f"the context is {model.config.max_positions}"
+                f"request {request.key}: {len(request.prompt_ids)} prompt tokens and "
+                f"{request.max_new_tokens} new ones; the context is {model.config.max_positions}"
             )
     if not texts:
         return
     slots = min(slots, len(texts))
     engine = _Engine(model, sampling, texts, slots, cache_bytes, usage or Usage())
     while engine.queue or engine.live:
-        pack = engine.admit()
-        logits, rows = engine.prefill(pack) if pack.rows else engine.decode()
+        engine.admit()
+        logits, rows = engine.prefill() if engine.admitted else engine.decode()
         yield from engine.advance(logits, rows, set(stop_ids))
 
 
 class _Engine:
-    """The queue, the texts being written, and the cache.
-
-    Rows 0 .. slots - 1 of the cache are written to, the others hold prompts.
-    """
+    """The queue, the texts being written, and the cache."""
 
     def __init__(
         self,
@@ -159,188 +133,141 @@ class _Engine:
         cache_bytes: int | None,
         usage: Usage,
     ):
-        self.model, self.decoder, self.sampling = model, Decoder(model), sampling
-        self.slots, self.usage = slots, usage
-        weight = model.output_weight
+        self.sampling, self.slots, self.usage = sampling, slots, usage
+        weight, longest = model.output_weight, max(text.limit for text in texts)
+        # Enough that no text waits: the longest texts, and a spare page per row.
+        pages = sum(sorted(pages_for(text.limit) for text in texts)[-slots:]) + slots
+        self.cache = Cache(model.config, weight, pages, cache_bytes, slots, longest)
         self.device = weight.device
-        longest = max(text.longest for text in texts)
-        pages = _pages_needed(texts, slots)
-        self.cache = Cache(model.config, weight, pages, cache_bytes, 2 * slots, longest)
-        self.kernel_steps = None
+        self.decoder = Decoder(model, self.cache)
         if self.cache.with_kernel:
-            from redi.eval.engine.kernel_steps import KernelSteps  # needs triton
+            from redi.eval.engine.kernel_steps import KernelDecoder  # needs triton
 
-            self.kernel_steps = KernelSteps(self.cache, self.decoder)
-        self.free = list(range(slots))[::-1]
-        self.free_holders = list(range(slots, 2 * slots))[::-1]
-        self.live: dict[int, _Text] = {}  # row -> text, in the order of admission
+            self.decoder = KernelDecoder(model, self.cache)
         self.queue = deque(texts)
-        self.waiting = Counter(text.prefix for text in texts)  # of the queue
-        self.held: dict[tuple[int, ...], _Held] = {}
+        self.live: dict[int, _Text] = {}  # row -> text, in the order of admission
+        self.free_rows = list(range(slots))[::-1]
+        # Rows of the next prefill -> the row whose prompt each shares; None: it runs its own text.
+        self.admitted: dict[int, int | None] = {}
+        self.last_prompt = -1  # of the last text that started
+        self.last_logits = weight.new_empty(0)  # (V,) after that prompt
 
-    # ---- who is in the batch
+    # ---- which texts are in the batch
 
-    def admit(self) -> _Pack:
-        """Texts that start or continue. With many rows several are admitted at once, since a pass
-        over one prompt costs as much as a step."""
-        pack = _Pack()
-        few = len(self.free) < min(len(self.queue), max(1, self.slots // 32))
-        if few and self.live:
-            return pack
-        tokens = 0
-        while self.queue and self.free:
-            prefix = self.queue[0].prefix
-            tokens += len(prefix) if prefix not in self.held else 0
-            too_long = pack.rows and tokens > PREFILL_TOKENS
-            if too_long or (prefix in pack.fresh and prefix not in self.held):
-                break  # in the next pack
-            if not self._make_room_for(prefix, pack):
-                break
-            row, self.live[row] = self.free.pop(), self.queue.popleft()
-            self._place(row, prefix, pack)
-        return pack
-
-    def _make_room_for(self, prefix: tuple[int, ...], pack: _Pack) -> bool:
-        """Whether a text fits, and a page more for every row; held prompts are let go for it."""
-        while True:
-            last = prefix in self.held and self.waiting[prefix] == 1  # it takes the held pages
-            needed = 0 if last else pages_for(len(prefix))
-            if len(self.cache.free) >= needed + len(self.live):
-                return True
-            # Its own prompt is let go only where nothing else can make room.
-            own = [prefix] if not self.live else []
-            if not self._let_go([p for p in self.held if p != prefix] + own, pack):
-                return False
-
-    def _let_go(self, prefixes: list[tuple[int, ...]], pack: _Pack) -> bool:
-        """Give back the pages of one held prompt of these, if one can be spared."""
-        for prefix in prefixes:
-            if prefix in self.held and prefix not in pack.fresh:
-                held = self.held.pop(prefix)
-                self.cache.release(held.row)
-                self.free_holders.append(held.row)
-                return True
-        return False
-
-    def _place(self, row: int, prefix: tuple[int, ...], pack: _Pack) -> None:
-        """Pages for the prefix, and what is to be done for what stands in them."""
-        cache = self.cache
-        self.waiting[prefix] -= 1
-        more = self.waiting[prefix] > 0
-        room = len(cache.free) >= 2 * pages_for(len(prefix)) + len(self.live)
-        if prefix not in self.held:
-            holder = self.free_holders.pop() if more and room and self.free_holders else row
-            cache.lengthen(holder, len(prefix))
-            pack.fresh[prefix] = cache.pages_of(holder)
-            if holder != row:
-                self.held[prefix] = _Held(holder)
-        held = self.held.get(prefix)
-        pack.rows.append(row)
-        pack.prefixes.append(prefix)
-        pack.logits.append(held.logits if held else None)
-        if held and more:
-            cache.lengthen(row, len(prefix))
-            pages = cache.pages_of(held.row), cache.pages_of(row)
-            if held.logits is None:
-                pack.copies.append(pages)
-            else:
-                cache.copy(*pages)
-        elif held:
-            cache.rename(held.row, row)
-            self.free_holders.append(self.held.pop(prefix).row)
-
-    def _set_aside(self) -> None:
-        """Free a page for the rows: a held prompt's, or else those of the row admitted last."""
-        if self._let_go(list(self.held), _Pack()):
+    def admit(self) -> None:
+        """Texts start or continue. With many rows several are admitted at once, since a pass over
+        one prompt costs as much as a step."""
+        if self.live and len(self.free_rows) < min(len(self.queue), max(1, self.slots // 32)):
             return
+        tokens = 0
+        while self.queue and self.free_rows:
+            text = self.queue[0]
+            source = None
+            if self._shares_last_prompt(text):
+                live = self.live.items()
+                source = next((row for row, other in live if other.prompt == text.prompt), None)
+            tokens += text.length if source is None else 0
+            room = len(self.cache.free) >= pages_for(text.length) + len(self.live)
+            if not room or (self.admitted and tokens > PREFILL_TOKENS):
+                return
+            row = self.free_rows.pop()
+            self.cache.lengthen(row, text.length)
+            self._start(row, source)
+
+    def _shares_last_prompt(self, text: _Text) -> bool:
+        return not text.token_ids and text.prompt == self.last_prompt
+
+    def _start(self, row: int, source: int | None) -> None:
+        """The first text of the queue is written to this row."""
+        text = self.live[row] = self.queue.popleft()
+        self.admitted[row] = source
+        if not text.token_ids:
+            self.last_prompt = text.prompt
+
+    def _finish(self, row: int) -> None:
+        text = self.live.pop(row)
+        following = self.queue[0] if self.queue else None
+        if following and following.prompt == text.prompt and self._shares_last_prompt(following):
+            self.cache.shorten(row, len(text.request.prompt_ids))
+            self._start(row, source=row)
+        else:
+            self._release(row)
+
+    def _evict(self) -> None:
         row, text = self.live.popitem()
-        self._give_back(row)
+        self._release(row)
         self.queue.appendleft(text)
-        self.waiting[text.prefix] += 1
         self.usage.evictions += 1
 
-    def _give_back(self, row: int) -> None:
-        self.cache.release(row)
-        self.free.append(row)
+    def _release(self, row: int) -> None:
+        self.cache.shorten(row, 0)
+        self.free_rows.append(row)
 
     # ---- passes over the model
 
-    def prefill(self, pack: _Pack) -> tuple[Tensor, list[int]]:
-        """Logits (n, V) of the next token of the pack's rows, and these rows."""
-        if pack.fresh:
-            computed = dict(zip(pack.fresh, self._run(pack.fresh)))
-            for prefix, logits in computed.items():
-                if prefix in self.held:
-                    self.held[prefix].logits = logits
-            for source, target in pack.copies:
-                self.cache.copy(source, target)
-        logits = [
-            computed[prefix] if known is None else known
-            for prefix, known in zip(pack.prefixes, pack.logits)
-        ]
-        return torch.stack(logits), pack.rows
+    def prefill(self) -> tuple[Tensor, list[int]]:
+        """Logits (B, V) of the next token of the admitted rows, and these rows."""
+        fresh = [row for row, source in self.admitted.items() if source is None]
+        computed = dict(zip(fresh, self._run(fresh))) if fresh else {}
+        logits = []
+        for row, source in self.admitted.items():  # a prompt's first sample is before the others
+            if source is None:
+                logits.append(computed[row])
+                if not self.live[row].token_ids:
+                    self.last_logits = computed[row].clone()
+            else:
+                logits.append(self.last_logits)
+                if source != row:
+                    self.cache.copy(source, row)
+        rows = list(self.admitted)
+        self.admitted.clear()
+        return torch.stack(logits), rows
 
-    def _run(self, fresh: dict[tuple[int, ...], np.ndarray]) -> Tensor:
-        """Prefixes in one pack through the training forward: logits (len(fresh), V) after each."""
-        lengths = [len(prefix) for prefix in fresh]
-        places = [spread(pages, length) for pages, length in zip(fresh.values(), lengths)]
-        pages, offsets = (self._tensor(np.concatenate(part)) for part in zip(*places))
-        positions = self._tensor(np.concatenate([np.arange(length) for length in lengths]))
+    def _run(self, rows: list[int]) -> Tensor:
+        """The texts of these rows in one pack, through the training forward -> logits (B, V)."""
+        texts = [self.live[row] for row in rows]
+        lengths = [text.length for text in texts]
+        places = zip(*map(self.cache.places, rows))
+        pages, offsets = (self._tensor(np.concatenate(part)) for part in places)
+        ids = np.concatenate([(*text.request.prompt_ids, *text.token_ids) for text in texts])
+        positions = np.concatenate([np.arange(length) for length in lengths])
         ends = np.cumsum(lengths)
-        last = self._tensor(ends - 1)
         cu_seqlens = self._tensor(np.concatenate([[0], ends])).to(torch.int32)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
             self.cache.write(layer, pages, offsets, key, value)
             return packed_attention(query, key, value, cu_seqlens, lengths)
 
-        tokens = self._tensor(list(itertools.chain.from_iterable(fresh)))
-        layers = [partial(attend, layer=i) for i in range(self.model.config.num_layers)]
-        hidden = self.model.model(tokens, positions, layers)  # (T, D)
-        self.usage.prefilled_tokens += len(tokens)
-        return self.decoder.project(hidden[last])
+        hidden = self.decoder.hidden(self._tensor(ids), self._tensor(positions), attend)  # (T, D)
+        return self.decoder.project(hidden[self._tensor(ends - 1)])
 
     def decode(self) -> tuple[Tensor, list[int]]:
         """One more token for every row: logits (B, V), and the rows."""
         while self.cache.missing(list(self.live)) > len(self.cache.free):
-            self._set_aside()
+            self._evict()
         rows = list(self.live)
-        tokens = [text.token_ids[-1] for text in self.live.values()]
-        if self.kernel_steps:
-            logits = self.kernel_steps.logits(rows, tokens)
-        else:
-            step = self.cache.step(rows)
-            attend = partial(self.cache.attend, step=step)
-            logits = self.decoder.logits(torch.tensor(tokens), step.lengths - 1, attend)
+        logits = self.decoder.step(rows, [text.token_ids[-1] for text in self.live.values()])
         self.usage.count_step(len(rows), bool(self.queue))
         return logits, rows
 
     def advance(self, logits: Tensor, rows: list[int], stop_ids: set[int]) -> Iterator[Generated]:
-        """Draw the next token of `rows` from logits (n, V); give up the rows that are done."""
+        """Draw the next token of `rows` from logits (B, V); yield the texts that are finished."""
         texts = [self.live[row] for row in rows]
-        sound = torch.isfinite(logits.sum())
+        finite = torch.isfinite(logits.sum())
         keys = np.array([text.request.key for text in texts])
         positions = np.array([len(text.token_ids) for text in texts])
         drawn = sample(logits, Draws(self.sampling.seed, keys, positions), self.sampling)
-        *drawn, sound = torch.cat([drawn, sound[None]]).tolist()
-        if not sound:
+        *drawn, finite = torch.cat([drawn, finite[None]]).tolist()
+        if not finite:
             raise UserError("the model's logits are not finite numbers: its weights are broken")
         for row, text, token in zip(rows, texts, drawn):
             text.token_ids.append(token)
             stopped, written = token in stop_ids, len(text.token_ids)
             if stopped or written == text.request.max_new_tokens:
-                del self.live[row]
-                self._give_back(row)
+                self._finish(row)
                 reason = "stop" if stopped else "length"
                 token_ids = text.token_ids[: written - stopped]
                 yield Generated(text.request.key, token_ids, written, reason)
 
     def _tensor(self, values) -> Tensor:
         return to_device(values, self.device)
-
-
-def _pages_needed(texts: list[_Text], slots: int) -> int:
-    """Enough that no text ever waits: longest rows, longest held prompts, a spare page per row."""
-    whole = sorted(pages_for(text.longest) for text in texts)
-    prompts = sorted(pages_for(len(text.request.prompt_ids)) for text in texts)
-    return sum(whole[-slots:]) + sum(prompts[-slots:]) + slots

@@ -9,11 +9,11 @@ runs them. So the launches are recorded once, as a CUDA graph, for each of a few
 
 A graph reads and writes fixed addresses: the weights, the pages, these inputs, and a copy of the
 cache's table of pages, updated at every step for rows with new pages. A step is padded with the
-spare row (8 above), whose one token goes to a page without a text.
+spare row (8 above), whose one token is written to a page without a text.
 
-Only hidden states are recorded. Steps of more than SIZES[-1] rows are not: their kernels are long
-enough. Nor are those of a model in training, since FSDP gathers its weights in hooks; nor prefills,
-whose shapes never repeat.
+Only hidden states are recorded. Left out: recording steps of more than SIZES[-1] rows, whose
+kernels are long enough; steps of a model in training, since FSDP gathers its weights in hooks; and
+prefills, whose shapes never repeat.
 
 Tests replay by calling the function again, on a CPU; nothing here has run on a GPU yet.
 Letters: B rows, D hidden, H heads, K kv heads, d head size, V vocabulary.
@@ -30,36 +30,35 @@ from torch.distributed.fsdp import FSDPModule
 from redi.eval.engine.cache import Cache
 from redi.eval.engine.decode_kernel import decode_attention
 from redi.eval.engine.decoder import Decoder
+from redi.model import Transformer
 from redi.packing import to_device
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a recorded step
 
 
-class KernelSteps:
-    def __init__(self, cache: Cache, decoder: Decoder):
-        self.cache, self.decoder = cache, decoder
+class KernelDecoder(Decoder):
+    def __init__(self, model: Transformer, cache: Cache):
+        super().__init__(model, cache)
         self.device = cache.keys[0].device
-        self.page = cache.keys[0].shape[2]
         self.table = torch.from_numpy(cache.table.copy()).to(self.device)
         cache.changed.clear()
-        self.sizes = () if isinstance(decoder.model, FSDPModule) else SIZES
+        self.sizes = () if isinstance(model, FSDPModule) else SIZES
         self.recordings: dict[int, Recording] = {}
 
-    def logits(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """One more token for each of these rows of the cache -> (B, V). There must be room."""
+    def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         self.cache.append(rows)
         self._update_table()
         count = len(rows)
         size = next((size for size in self.sizes if size >= count), None)
-        inputs = self._filled_up(rows, tokens, size or count)
+        inputs = self._padded(rows, tokens, size or count)
         if size is None:
-            hidden = self._hidden(inputs)
+            hidden = self._step_hidden(inputs)
         else:
             if size not in self.recordings:
-                spare = self._filled_up([], [], size)
-                self.recordings[size] = Recording(self._hidden, spare)
+                spare = self._padded([], [], size)
+                self.recordings[size] = Recording(self._step_hidden, spare)
             hidden = self.recordings[size](inputs)
-        return self.decoder.project(hidden[:count])
+        return self.project(hidden[:count])
 
     def _update_table(self) -> None:
         if rows := sorted(self.cache.changed):
@@ -67,64 +66,55 @@ class KernelSteps:
             self.table.index_copy_(0, to_device(rows, self.device), pages)
             self.cache.changed.clear()
 
-    def _filled_up(self, rows: Sequence[int], tokens: Sequence[int], size: int) -> Tensor:
-        """(3, size): tokens, rows, lengths; after the given rows the spare one."""
+    def _padded(self, rows: Sequence[int], tokens: Sequence[int], size: int) -> Tensor:
+        """(3, size): tokens, rows, lengths; the spare row fills the places after the given rows."""
         inputs = np.empty((3, size), dtype=np.int64)
         inputs[:] = [[0], [self.cache.spare_row], [1]]
         inputs[:, : len(rows)] = tokens, rows, self.cache.lengths[np.asarray(rows, dtype=int)]
         return to_device(inputs, self.device)
 
-    def _hidden(self, inputs: Tensor) -> Tensor:
-        """(3, B) -> (B, D). Asks the device nothing, so that it can be recorded."""
+    def _step_hidden(self, inputs: Tensor) -> Tensor:
+        """(3, B) -> (B, D). Never waits for the device, so that it can be recorded."""
         tokens, rows, lengths = inputs
         last = lengths - 1
-        pages, offsets = self.table[rows, last // self.page], last % self.page
-        attend = partial(self._attend, rows=rows, lengths=lengths, pages=pages, offsets=offsets)
-        return self.decoder.hidden(tokens, last, attend)
+        cache, page = self.cache, self.cache.keys[0].shape[2]
+        pages, offsets = self.table[rows, last // page], last % page
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layer: int,
-        rows: Tensor,
-        lengths: Tensor,
-        pages: Tensor,
-        offsets: Tensor,
-    ) -> Tensor:
-        """query (B, H, d), key and value (B, K, d), each the new token's -> (B, H, d)."""
-        self.cache.write(layer, pages, offsets, key, value)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return decode_attention(query, keys, values, self.table, rows, lengths)
+        def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+            cache.write(layer, pages, offsets, key, value)
+            keys, values = cache.keys[layer], cache.values[layer]
+            return decode_attention(query, keys, values, self.table, rows, lengths)
+
+        return self.hidden(tokens, last, attend)
 
 
 class Recording:
-    """A function of a tensor, played back on other numbers of the same shape."""
+    """A function of a tensor, replayed on other numbers of the same shape."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], inputs: Tensor):
-        """Runs the function on `inputs`, which are kept; what that writes must do no harm."""
+        """Runs the function on `inputs`, and keeps them; what that run writes must do no harm."""
         self.inputs = inputs
-        self.output, self.play = record(partial(function, inputs), inputs.device)
+        self.output, self.replay = record(partial(function, inputs), inputs.device)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The result stands until the next call."""
+        """The next call overwrites the result."""
         self.inputs.copy_(inputs)
-        self.play()
+        self.replay()
         return self.output
 
 
 def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
-    """The tensor that `run` makes, and what runs it again into the same tensor: a CUDA graph.
+    """The result of `run`, and a function that computes it again into the same tensor: the replay
+    of a CUDA graph.
 
     The first run, before the recording, compiles kernels and lets libraries choose theirs."""
-    aside = torch.cuda.Stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
         run()
-    torch.cuda.current_stream(device).wait_stream(aside)
+    torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Of this thread alone: under torchrun another one asks the device about collectives meanwhile.
+    # Only this thread: under torchrun another one queries the device about collectives meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = run()
     return output, graph.replay

@@ -32,7 +32,7 @@ from torch import Tensor
 from redi.packing import to_device
 
 BLOCK = 64  # tokens whose weights are summed before the search
-ATTEMPTS = 8  # then sort: only a small top_p comes that far, for it refuses most draws
+ATTEMPTS = 8  # then sort: only a small top_p gets that far, since it refuses most draws
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Draws:
 
     @cached_property
     def _state(self) -> np.ndarray:
-        # The seed is mixed alone first: seed ^ key is the same for many seeds and keys.
+        # The seed is mixed first, by itself: seed ^ key is the same for many seeds and keys.
         state = _mix(np.array([self.seed], dtype=np.uint64))
         for word in (self.keys, self.positions):
             state = _mix(state ^ word.astype(np.uint64))
@@ -75,9 +75,9 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 
 def sample(logits: Tensor, draws: Draws, sampling: Sampling) -> Tensor:
-    """Draw one token a row: logits (B, V) -> (B,). Temperature 0 takes the first of the highest.
+    """Draw one token per row: logits (B, V) -> (B,). Temperature 0 takes the first of the highest.
 
-    Logits in fp32 are written over.
+    Logits in fp32 are overwritten.
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=1)
@@ -100,7 +100,7 @@ def sample(logits: Tensor, draws: Draws, sampling: Sampling) -> Tensor:
 
 
 def token_weights(logits: Tensor, temperature: float) -> Tensor:
-    """exp((logit - highest) / temperature): probabilities but for a factor of the row, in fp32."""
+    """exp((logit - highest) / temperature): probabilities up to one factor per row, in fp32."""
     logits, rate = logits.float(), math.log2(math.e) / temperature
     scaled = torch.add(-rate * logits.amax(dim=1, keepdim=True), logits, alpha=rate, out=logits)
     # 2^-115 is 2e-35, never drawn; far below it numbers are denormal, and thirty times slower.
@@ -136,9 +136,9 @@ def refused(weights: Tensor, tokens: Tensor, top_p: float) -> Tensor:
     A sum in fp32 over all tokens as probable as it, or more, clears most rows; for the others the
     mass before the token is summed in fp64.
     """
-    own = weights.gather(1, tokens[:, None])
-    least = torch.ge(weights, own, out=torch.empty_like(weights)).mul_(weights).sum(dim=1)
-    near = least - own[:, 0] >= (top_p - 1e-4) * weights.sum(dim=1)
+    weight = weights.gather(1, tokens[:, None])
+    least = torch.ge(weights, weight, out=torch.empty_like(weights)).mul_(weights).sum(dim=1)
+    near = least - weight[:, 0] >= (top_p - 1e-4) * weights.sum(dim=1)
     rows = near.nonzero()[:, 0]
     if not len(rows):
         return rows
@@ -149,9 +149,9 @@ def refused(weights: Tensor, tokens: Tensor, top_p: float) -> Tensor:
 def mass_before(weights: Tensor, tokens: Tensor) -> Tensor:
     """weights (B, V), tokens (B,) -> (B,): the weight of all tokens that a stable sort by falling
     weight puts before them."""
-    own = weights.gather(1, tokens[:, None])
+    weight = weights.gather(1, tokens[:, None])
     earlier = torch.arange(weights.shape[1], device=weights.device) < tokens[:, None]
-    before = (weights > own) | ((weights == own) & earlier)
+    before = (weights > weight) | ((weights == weight) & earlier)
     return (weights * before).sum(dim=1)
 
 
