@@ -7,11 +7,8 @@ trainer.py      whole training steps over TRL's (C8 to C10), on a model and rows
 ranks.py        two ranks over two processes alone (C14), their memory over the formula
 plan.py         balance, micro-batches and seconds of the step plan (C11, C12)
 data.py         raw rows to tokens over datasets.map (D1), its memory on a file of 2 GB
-import_time.py  seconds to import the trainer beyond torch (C18)
 gpu.py          everything that needs a GPU (G0 to G9), the most valuable facts first
-projection.py   hours of the published run: a projection, not a result
 generate.py     sampling over transformers generate, refilled slots over static batches (C15, C16)
-killed_evaluation.py   an evaluation killed ten times: the same report, and how many tokens
 
 Results lie in bench/results/NAME.json: {"machine", "versions", "results": {id: {"median", "min",
 "max", "n", "goal", "peer"}}}. On a CPU: one thread and process CPU time, because on a shared

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from small_run import LENGTHS
 
 from redi import programs
+from redi.eval import report
 
 ROOT = Path(__file__).parent.parent
 KEEP = ["--rope-theta", "keep", "--max-position-embeddings", "keep"]
@@ -137,6 +138,12 @@ def test_several_processes_need_torchrun(here, capsys, monkeypatch):
     for program in (sft, evaluate):
         assert program() == 2
         assert "torchrun did not start" in capsys.readouterr().err
+
+
+def test_one_sample_per_problem_can_be_compared(here, capsys):
+    assert evaluate("--user-prompt", "plain") == 0
+    assert main_in_this_process(report.main, "run") == 0
+    assert "| run   | benchmark |" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what is shown

@@ -1,90 +1,88 @@
-"""evaluate.py from end to end on the toy's untrained student: killed and continued, graded again,
-completions from elsewhere. Greedy and short, so that a run takes seconds."""
+"""evaluate.py from end to end on the toy's untrained student: killed and resumed, graded again,
+completions of another program. Greedy and short, so that a run takes seconds.
 
-import itertools
+python -m pytest tests/test_evaluate.py -m slow      kills an evaluation ten times
+"""
+
 import json
-import math
 import os
+import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, child, command, finished, main_in_this_process, torchrun, wait_until
+from small_run import read_jsonl, write_jsonl
 
 from redi import programs
+from redi.checkpoint.folder import load_model
 from redi.distributed import World
 from redi.eval import evaluation, grade
 from redi.eval.completions import Completion, read_lines
 from redi.eval.engine import complete
 from redi.eval.engine.generate import Request
-from redi.eval.protocol import Asked
+from redi.eval.engine.sampling import Sampling
+from redi.eval.protocol import PromptedSample
 from redi.toy import student as toy
 
-ROOT = Path(__file__).parent.parent
 PROBLEMS, SAMPLES = 6, 2
 FILES = ["report.json", "report.md", "report.html", "completions/benchmark.jsonl",
          "problems/benchmark.jsonl", "verdicts/math-verify/benchmark.jsonl",
          "verdicts/paper/benchmark.jsonl"]  # fmt: skip
+SAMPLING = ["--model", "toy/student", "--benchmark", "toy/benchmark.jsonl", "--temperature", "0",
+            "--user-prompt", "plain", "--slots", "2"]  # fmt: skip
+SHORT = [*SAMPLING, "--samples", str(SAMPLES), "--max-new-tokens", "24"]
+LONG = [*SAMPLING, "--samples", "40", "--max-new-tokens", "90"]
+# id, text, finish_reason of another program's completions; A stands for the gold.
+EXTERNAL = [
+    ("0", "</think> \\boxed{A}", "stop"),
+    ("1", "</think> \\boxed{A}", "length"),
+    ("2", "no end of thinking \\boxed{A}", None),
+    ("3", "</think> \\boxed{nothing}", None),
+    ("4", "</think> \\boxed{A} then \\boxed{", None),
+    ("5", "</think> \\boxed{0A}", "stop"),
+]
+GIVEN = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
-    """A small toy: student/, benchmark.jsonl."""
-    folder = tmp_path_factory.mktemp("toy")
-    assert run(toy.main, folder, "--problems", 20, "--benchmark", PROBLEMS) == 0
+    """toy/ with student/ and benchmark.jsonl; made.jsonl; whole/ and given/, two evaluations."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    arguments = [folder / "toy", "--problems", 20, "--benchmark", PROBLEMS]
+    assert main_in_this_process(toy.main, *arguments) == 0
+    golds = [row["answer"] for row in read_jsonl(folder / "toy/benchmark.jsonl")]
+    rows = [
+        {"id": id, "sample": 0, "text": text.replace("A", gold), "finish_reason": reason}
+        for (id, text, reason), gold in zip(EXTERNAL, golds)
+    ]
+    write_jsonl(folder / "made.jsonl", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert evaluated("whole") == 0
+        assert main_in_this_process(programs.evaluate, *GIVEN) == 0
     return folder
 
 
 @pytest.fixture
 def here(made, tmp_path, monkeypatch) -> Path:
-    shutil.copytree(made, tmp_path / "toy")
+    """A working folder with toy/, made.jsonl and whole/."""
+    for name in ("toy", "whole"):
+        shutil.copytree(made / name, tmp_path / name)
+    shutil.copy(made / "made.jsonl", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def run(main, *arguments) -> int:
-    """The exit status of a program."""
-    before, sys.argv = sys.argv, ["program", *map(str, arguments)]
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
-    return 0
-
-
-def arguments(out: str) -> list[str]:
-    return [
-        "--model", "toy/student", "--benchmark", "toy/benchmark.jsonl", "--samples", str(SAMPLES),
-        "--temperature", "0", "--max-new-tokens", "24", "--user-prompt", "plain", "--slots", "2",
-        "--out", out,
-    ]  # fmt: skip
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def evaluated(out: str, *more) -> int:
-    return run(programs.evaluate, *arguments(out), *more)
-
-
-def contents(out: str) -> dict[str, bytes]:
-    return {name: Path(out, name).read_bytes() for name in FILES}
-
-
-def unfinished(out: str) -> list[bytes]:
-    files = Path(out).glob("completions/*.unfinished-*.jsonl")
-    return [line for file in files for line in file.read_bytes().splitlines()]
+@pytest.fixture
+def given(made, here) -> Path:
+    """The same with run/, the evaluation of made.jsonl."""
+    shutil.copytree(made / "run", here / "run")
+    return here / "run"
 
 
 class Killed(Exception):
@@ -93,200 +91,252 @@ class Killed(Exception):
 
 @pytest.fixture
 def killed_after(monkeypatch):
-    """killed_after(n): sampling dies when n completions have been made."""
+    """killed_after(n): sampling dies when n completions exist. Returns a list of their keys."""
     generate = complete.generate
 
     def killed_after(count: int) -> list:
-        made = []
+        keys = []
 
         def dying(*given):
             for result in generate(*given):
-                if len(made) == count:
+                if len(keys) == count:
                     raise Killed
-                made.append(result.key)
+                keys.append(result.key)
                 yield result
 
         monkeypatch.setattr(complete, "generate", dying)
-        return made
+        return keys
 
     return killed_after
+
+
+def evaluated(out: str, *more) -> int:
+    return main_in_this_process(programs.evaluate, *SHORT, "--out", out, *more)
+
+
+def regraded(*more) -> int:
+    return main_in_this_process(grade.main, "regrade", "run", *more)
+
+
+def contents(out: str) -> dict[str, bytes]:
+    return {name: Path(out, name).read_bytes() for name in FILES}
+
+
+def report(out: str) -> dict:
+    return json.loads(Path(out, "report.json").read_text())
+
+
+def verdicts(grader: str) -> list[str]:
+    return [row["verdict"] for row in read_jsonl(f"run/verdicts/{grader}/benchmark.jsonl")]
+
+
+def unfinished(out: str) -> list[bytes]:
+    files = Path(out).glob("completions/*.unfinished-*.jsonl")
+    return [line for file in files for line in file.read_bytes().splitlines()]
 
 
 # ---------------------------------------------------------------- survival
 
 
-def test_a_killed_evaluation_goes_on_and_ends_the_same(here, killed_after):
-    assert evaluated("whole") == 0
+def test_a_killed_evaluation_resumes_and_ends_in_the_same_bytes(
+    here, killed_after, monkeypatch, capsys
+):
+    """Also with less memory and fewer slots, which change no answer."""
     keys = []
-    for made_before_the_kill in (3, 0, 5):
-        made = killed_after(made_before_the_kill)
+    for number in (3, 0, 5):
+        new = killed_after(number)
         with pytest.raises(Killed):
-            evaluated("killed")
-        keys += made
-        assert len(unfinished("killed")) == len(keys)
-        assert not Path("killed/report.json").exists()
-    keys += (made := killed_after(-1))
-    assert evaluated("killed") == 0
-    assert len({*keys, *made}) == len([*keys, *made]) == PROBLEMS * SAMPLES  # none is made twice
-    assert contents("killed") == contents("whole")
-
-
-def test_less_memory_and_fewer_slots_may_go_on(here, killed_after, capsys):
-    """Who runs out of memory halfway keeps what is made: neither changes an answer. Nor does a
-    setting that is missing from config.toml, as older versions did not have it."""
-    own = ("--grader", "math-verify")
-    assert evaluated("whole", *own) == 0
-    killed_after(3)
-    with pytest.raises(Killed):
-        evaluated("killed", *own)
-    settings = Path("killed/config.toml")
-    settings.write_text(settings.read_text().replace('grader = "math-verify"\n', ""))
-    assert evaluated("killed") == 2
-    assert "holds another run (grader was 'math-verify', now 'both')" in capsys.readouterr().err
-    made = killed_after(-1)
-    assert evaluated("killed", *own, "--slots", "1", "--cache-gib", "0.02") == 0
-    assert len(made) == PROBLEMS * SAMPLES - 3
-    for name in set(FILES) - {"verdicts/paper/benchmark.jsonl"}:
-        assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes()
-
-
-def test_a_kill_while_grading_costs_no_completion(here, killed_after, monkeypatch):
-    assert evaluated("whole") == 0
-
-    def die(*_):
-        raise Killed
+            evaluated("run")
+        keys += new
+        assert len(unfinished("run")) == len(keys)
+    assert regraded("--grader", "paper") == 2
+    assert "completions/benchmark.jsonl: no such file" in capsys.readouterr().err
+    assert not Path("run/verdicts").exists()
 
     with monkeypatch.context() as patch:
-        patch.setattr(grade.Grader, "marks", die)
-        with pytest.raises(Killed):
-            evaluated("killed")
-    made = killed_after(0)  # sampling anything would die
-    assert evaluated("killed") == 0
-    assert made == []
-    assert contents("killed") == contents("whole")
+        patch.delattr(grade.Grader, "marks")
+        new = killed_after(-1)
+        with pytest.raises(AttributeError):  # it dies while grading
+            evaluated("run", "--slots", "1", "--cache-gib", "0.02")
+    assert len({*keys, *new}) == len([*keys, *new]) == PROBLEMS * SAMPLES  # none is sampled twice
+    assert not Path("run/report.json").exists()
+    killed_after(0)  # sampling anything would die
+    assert evaluated("run") == 0
+    assert contents("run") == contents("whole")
 
 
-def command(*given, before=()) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *before, ROOT / "evaluate.py", *map(str, given)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-             "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+def test_an_evaluation_that_did_not_record_its_grader_resumes_with_math_verify(
+    here, killed_after, capsys
+):
+    """As older versions did not."""
+    killed_after(0)
+    with pytest.raises(Killed):
+        evaluated("run", "--grader", "math-verify")
+    settings = Path("run/config.toml")
+    settings.write_text(settings.read_text().replace('grader = "math-verify"\n', ""))
+    assert evaluated("run") == 2
+    assert "holds another run (grader was 'math-verify', now 'both')" in capsys.readouterr().err
+    with pytest.raises(Killed):
+        evaluated("run", "--grader", "math-verify")
 
 
-def test_two_ranks_make_what_one_makes_and_go_on_from_one(here, killed_after):
-    assert evaluated("whole") == 0
+COUNTED = """
+import os, sys
+from redi import programs
+from redi.model import Layers
+
+os.makedirs(folder := sys.argv.pop(1), exist_ok=True)
+file = os.open(f"{folder}/{os.getpid()}", os.O_WRONLY | os.O_CREAT)
+total, forward = 0, Layers.forward
+
+def counted(self, tokens, *rest):
+    global total
+    total += tokens.numel()
+    os.pwrite(file, b"%020d" % total, 0)  # first: a kill may come within the pass
+    return forward(self, tokens, *rest)
+
+Layers.forward = counted
+programs.evaluate()
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_ten_times_by_the_clock_ends_in_the_same_bytes(here):
+    """At random moments, on one rank or two. The model reads at most 1.1 times the tokens: prompts,
+    and all of each answer but its last token."""
+    Path("counted.py").write_text(COUNTED)
+
+    def start(out: str, ranks: int = 1):
+        program = ["counted.py", f"{out}.tokens", *LONG, "--out", out]
+        return command(*program) if ranks == 1 else torchrun(ranks, *program)
+
+    def tokens_read(out: str) -> int:
+        return sum(int(file.read_text()) for file in Path(f"{out}.tokens").iterdir())
+
+    assert start("long").wait() == 0
+    export = [*LONG, "--export-prompts", "prompts.jsonl"]
+    assert main_in_this_process(programs.evaluate, *export) == 0
+    prompts = sum(len(row["prompt_token_ids"]) for row in read_jsonl("prompts.jsonl"))
+    completions = read_jsonl("long/completions/benchmark.jsonl")
+    answers = sum(row["num_tokens"] for row in completions)
+    assert tokens_read("long") == prompts + answers - len(completions)
+
+    draw = random.Random(1)
+    for number, target in enumerate(sorted(draw.sample(range(len(completions) - 10), 10))):
+        running = start("killed", ranks=2 if number in (3, 7) else 1)
+        wait_until(lambda: len(unfinished("killed")) >= target, running, 300)  # noqa: B023
+        time.sleep(draw.uniform(0, 0.05))
+        for pid in [*children(running.pid), running.pid]:
+            os.kill(pid, signal.SIGKILL)
+        running.communicate()
+        assert not Path("killed/report.json").exists()
+    assert start("killed").wait() == 0
+    assert contents("killed") == contents("long")
+    ratio = tokens_read("killed") / tokens_read("long")
+    print(f"tokens read, over those without kills: {ratio:.3f}")
+    assert ratio <= 1.1
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_two_ranks_share_the_problems_that_one_left(here, killed_after):
     killed_after(3)
     with pytest.raises(Killed):
         evaluated("two")
-    ranks = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    running = command(*arguments("two"), before=ranks)
-    said, errors = running.communicate(timeout=100)
+    running = torchrun(2, ROOT / "evaluate.py", *SHORT, "--out", "two")
+    shown, errors = running.communicate(timeout=100)
     assert running.returncode == 0, errors
-    assert "two holds 3 of 12 completions; the rest are made now" in said
-    assert said.count("saved two/report.html") == 1
+    assert "two holds 3 of 12 completions; the rest are sampled now" in shown
+    assert shown.count("saved two/report.html") == 1
     assert contents("two") == contents("whole")
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_every_rank_gets_its_share_of_every_benchmark(world_size):
-    asked = [
-        Asked(name, str(problem), sample, Request(0, (1,) * (1 + problem * 7 % 40), 5))
-        for name, problems in (("a", 40), ("b", 9))
-        for problem in range(problems)
-        for sample in range(3)
-    ]
-    device = torch.device("cpu")
-    shares = [complete.deal(asked, World(r, world_size, device)) for r in range(world_size)]
-    assert sorted(map(asked.index, itertools.chain(*shares))) == list(range(len(asked)))
-    for share in shares:
-        problems = [key for key, _ in itertools.groupby((one.benchmark, one.id) for one in share)]
-        assert len(share) == 3 * len(problems)  # a problem's samples follow each other
-        of_b = sum(name == "b" for name, _ in problems)
-        assert 9 // world_size <= of_b <= 9 // world_size + 2
-        lengths = [len(one.request.prompt_ids) for one in share]
-        assert lengths == sorted(lengths, reverse=True)
-    loads = [sum(math.sqrt(len(one.request.prompt_ids)) for one in share) for share in shares]
-    assert max(loads) < 1.15 * sum(loads) / world_size
+def test_ranks_take_whole_problems_of_one_list_as_their_rows_become_free(here):
+    requests = [Request(key, (1 + key // 2, 2, 3), 8) for key in range(12)]
+    prompted = [PromptedSample("b", str(r.key // 2), r.key % 2, r) for r in requests]
+    counters = complete.shared_counters(World(0, 1, torch.device("cpu")))
+    ranks = [complete.take_problems(prompted, counters) for _ in range(2)]
+    first = [next(ranks[rank])[0].key for rank in (0, 1, 1)]
+    assert first == [0, 2, 4]  # no problem twice
+    model, _ = load_model("toy/student")
+    taken, keys = [], []
+
+    def groups():
+        for group in ranks[0]:
+            taken.append(group)
+            yield group
+
+    for result in complete.generate(model, requests, [], Sampling(0, 1, 0), 2, taken=groups()):
+        keys.append(result.key)
+        assert len(taken) == (len(keys) + 1) // 2
+    assert sorted(keys) == list(range(6, 12))
+    assert next(ranks[1], None) is None
 
 
-def wait_for_completions(out: str, running: subprocess.Popen) -> None:
-    end = time.monotonic() + 60
-    while not unfinished(out):
-        assert running.poll() is None, running.communicate()
-        assert time.monotonic() < end, "no completion came"
-        time.sleep(0.01)
+def test_a_real_kill_a_second_process_and_ctrl_c(here):
+    def start():
+        return child(here, [*LONG, "--out", "run"], main=programs.evaluate)
 
+    def wait_for(number: int, running) -> None:
+        wait_until(lambda: len(unfinished("run")) >= number or running.process.exitcode is not None)
+        assert running.process.exitcode is None, running.errors
 
-LONG = ["--max-new-tokens", "90", "--samples", "60"]
-
-
-def test_a_real_kill_a_second_run_beside_and_ctrl_c(here):
-    first = command(*arguments("run"), *LONG)
-    wait_for_completions("run", first)
-    beside = command(*arguments("run"), *LONG)
-    _, errors = beside.communicate(timeout=60)
-    assert beside.returncode == 2
-    assert errors.splitlines() == ["error: --out run: another process is running there"]
-    first.kill()
-    first.communicate(timeout=60)
+    first = start()
+    wait_for(1, first)
+    second = start()
+    second.ends(2)
+    assert second.errors.splitlines() == ["error: --out run: another process is running there"]
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.ends(-signal.SIGKILL)
     kept = unfinished("run")
 
-    third = command(*arguments("run"), *LONG)
-    end = time.monotonic() + 60
-    while len(unfinished("run")) <= len(kept):
-        assert third.poll() is None, third.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    third.send_signal(signal.SIGINT)
-    _, errors = third.communicate(timeout=60)
-    assert third.returncode == 130
-    [line] = [line for line in errors.splitlines() if line]
-    made = len(unfinished("run"))
-    assert line == (
-        f"stopped: run holds {made} of {PROBLEMS * 60} completions; the same command goes on"
+    third = start()
+    wait_for(len(kept) + 1, third)
+    os.kill(third.process.pid, signal.SIGINT)
+    third.ends(130)
+    line = [line for line in third.errors.splitlines() if line][-1]
+    number = len(unfinished("run"))
+    expected = (
+        f"stopped: run holds {number} of {PROBLEMS * 40} completions; the same command resumes"
     )
-    assert set(kept) - {kept[-1]} <= set(unfinished("run"))
+    assert line == expected
+    assert set(kept[:-1]) <= set(unfinished("run"))
 
 
-def change_weights(student: Path) -> None:
-    path = student / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+CHANGES = [  # a file of toy/, what replaces what in it, the words of the refusal
+    ("student/model.safetensors", None, None, "its weights changed since run"),
+    ("student/chat_template.jinja", "{%- for", "Hi {%- for", "its tokenizer changed since run"),
+    ("student/config.json", '"rope_theta": 1', '"rope_theta": 2',
+     "its config.json or stop tokens changed since run"),
+    ("benchmark.jsonl", "modulo 10", "modulo 9", "its problems have changed since run"),
+]  # fmt: skip
 
 
-def change_text(path: Path, before: str, after: str) -> None:
-    assert before in path.read_text()
-    path.write_text(path.read_text().replace(before, after))
+def change(name: str, before: str | None, after: str | None) -> None:
+    """before: None flips a bit of the last byte."""
+    path = Path("toy", name)
+    content = path.read_bytes()
+    if before is None:
+        changed = content[:-1] + bytes([content[-1] ^ 1])
+    else:
+        changed = content.replace(before.encode(), after.encode())
+    assert changed != content
+    path.write_bytes(changed)
 
 
-CHANGES = {  # what changes under an evaluation -> the words that refuse it
-    "weights": (lambda toy: change_weights(toy / "student"), "its weights changed since run"),
-    "tokenizer": (
-        lambda toy: change_text(toy / "student/chat_template.jinja", "{%- for", "Hi {%- for"),
-        "its tokenizer changed since run",
-    ),
-    "config": (
-        lambda toy: change_text(toy / "student/config.json", '"rope_theta": 1', '"rope_theta": 2'),
-        "its config.json or stop tokens changed since run",
-    ),
-    "problems": (
-        lambda toy: change_text(toy / "benchmark.jsonl", "modulo 10", "modulo 9"),
-        "its problems have changed since run",
-    ),
-}
-
-
-def test_ranks_compare_settings_model_and_problems(here, monkeypatch):
+def test_ranks_compare_settings_model_and_problems(here, killed_after, monkeypatch):
     """What differs between two evaluations is what two ranks would be refused for."""
     compared = []
     monkeypatch.setattr(evaluation, "require_same", lambda values, _: compared.append(values))
-    assert evaluated("one") == 0
-    for change, _ in CHANGES.values():
-        change(Path("toy"))
-    assert evaluated("two", "--seed", "1", "--slots", "3", "--graders", "1") == 0
+    killed_after(0)
+    with pytest.raises(Killed):
+        evaluated("one")
+    for name, before, after, _ in CHANGES:
+        change(name, before, after)
+    with pytest.raises(Killed):
+        evaluated("two", "--seed", "1", "--slots", "3", "--graders", "1")
     differ = [[k for k in a if b[k] != a[k]] for a, b in zip(compared, compared[3:])]
     model = ["weights", "tokenizer", "config.json or stop tokens"]
     assert differ == [["out", "seed"], ["sha256 of --benchmark"], model]
@@ -294,195 +344,127 @@ def test_ranks_compare_settings_model_and_problems(here, monkeypatch):
 
 def test_what_changes_under_an_evaluation_is_refused_by_name(here, killed_after, capsys):
     """Under one that has begun, and under one that is finished."""
+    shutil.copytree("toy", "before")
     killed_after(2)
     with pytest.raises(Killed):
         evaluated("run")
-    shutil.copytree("toy", "before")
-    for finished in (False, True):
-        report = Path("run/report.json").read_bytes() if finished else None
-        for change, refusal in CHANGES.values():
-            change(Path("toy"))
+    for count in (2, 0):
+        assert len(unfinished("run")) == count
+        for name, before, after, refusal in CHANGES:
+            change(name, before, after)
             assert evaluated("run") == 2
             assert refusal in capsys.readouterr().err
-            shutil.rmtree("toy")
-            shutil.copytree("before", "toy")
-        if finished:
-            assert Path("run/report.json").read_bytes() == report
-        else:
-            assert len(unfinished("run")) == 2
-            killed_after(-1)
-            assert evaluated("run") == 0
-    assert evaluated("run") == 0
+            shutil.copy(Path("before", name), Path("toy", name))
+        assert len(unfinished("run")) == count
+        killed_after(-1)
+        assert evaluated("run") == 0
+        assert contents("run") == contents("whole")
     assert "is finished" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- grading
 
 
-def test_a_benchmark_whose_gold_cannot_be_read_says_so_at_the_start(here, capsys):
-    path = Path("toy/benchmark.jsonl")
-    row = {"id": "odd", "problem": "1?", "answer": "\\frac{1}{"}
-    path.write_text(path.read_text() + json.dumps(row) + "\n")
-    assert evaluated("run") == 0
+def test_a_gold_that_cannot_be_read_is_reported_before_sampling(here, killed_after, capsys):
+    odd = {"id": "odd", "problem": "1?", "answer": "\\frac{1}{"}
+    write_jsonl(Path("toy/benchmark.jsonl"), [*read_jsonl("toy/benchmark.jsonl"), odd])
+    killed_after(0)
+    with pytest.raises(Killed):
+        evaluated("run")
     assert "benchmark: 1 gold answers cannot be read" in capsys.readouterr().out
 
 
-MADE = [
-    ("0", "</think> \\boxed{A}", "stop"),  # A: the gold, put in below
-    ("1", "</think> \\boxed{A}", "length"),
-    ("2", "no end of thinking \\boxed{A}", None),
-    ("3", "</think> \\boxed{nothing}", None),
-    ("4", "</think> \\boxed{A} then \\boxed{", None),
-    ("5", "</think> \\boxed{0A}", "stop"),
-]
-
-
-def write_made() -> list[str]:
-    """made.jsonl: one sample a problem, with the golds of the toy's benchmark."""
-    golds = [json.loads(line)["answer"] for line in open("toy/benchmark.jsonl")]  # noqa: SIM115
-    with open("made.jsonl", "w") as file:
-        for (id, text, reason), gold in zip(MADE, golds):
-            row = {"id": id, "sample": 0, "text": text.replace("A", gold), "finish_reason": reason}
-            file.write(json.dumps(row) + "\n")
-    return golds
-
-
-def verdicts(out: str, grader: str) -> list[str]:
-    lines = Path(out, "verdicts", grader, "benchmark.jsonl").read_text().splitlines()
-    return [json.loads(line)["verdict"] for line in lines]
-
-
-def test_completions_from_elsewhere_are_graded_and_reported_like_our_own(here, capsys):
-    write_made()
-    given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl"]
-    assert run(programs.evaluate, *given) == 0
-    out = "out/eval/made"
-    assert verdicts(out, "math-verify") == [
+def test_completions_of_another_program_are_graded_and_reported_like_our_own(given, capsys):
+    assert verdicts("math-verify") == [
         "correct", "truncated", "no_answer", "incorrect", "correct", "correct",
     ]  # fmt: skip
-    content = json.loads(Path(out, "report.json").read_text())
-    assert content["model"] == "made.jsonl"
-    assert content["settings"]["samples"] == 1
-    assert "temperature" not in content["settings"]  # nobody said
-    [score] = content["benchmarks"]
+    found = report("run")
+    assert found["model"] == "made.jsonl"
+    assert found["settings"]["samples"] == 1
+    assert "temperature" not in found["settings"]  # unknown
+    [score] = found["benchmarks"]
     assert score["pass_at_1"] == 0.5
     assert score["mean_tokens"] is None
-    assert contents(out)
-    capsys.readouterr()
-    assert run(programs.evaluate, *given) == 0
+    assert contents("run")
+    assert main_in_this_process(programs.evaluate, *GIVEN) == 0
     assert "is finished" in capsys.readouterr().out
-    path = Path("made.jsonl")
-    path.write_text(path.read_text().replace("nothing", "something"))
-    assert run(programs.evaluate, *given) == 2
+    rows = read_jsonl("made.jsonl")
+    write_jsonl(Path("made.jsonl"), [{**rows[0], "text": "something else"}, *rows[1:]])
+    assert main_in_this_process(programs.evaluate, *GIVEN) == 2
     assert "holds other completions; choose another --out" in capsys.readouterr().err
+    write_jsonl(Path("made.jsonl"), rows[:-1])
+    assert main_in_this_process(programs.evaluate, *GIVEN[:-1], "new") == 2
+    assert "problem '5' has samples []" in capsys.readouterr().err
+    assert not Path("new").exists()
 
 
-def test_the_paper_grader_gives_its_own_verdicts_beside_ours(here):
-    write_made()
-    given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
-    assert run(programs.evaluate, *given) == 0
+def test_exported_prompts_answered_by_another_program_score_as_our_own(here):
+    """The other program is our own sampling; only files go back and forth."""
+    assert evaluated("unused", "--export-prompts", "prompts.jsonl") == 0
+    assert not Path("unused").exists()
+    own = {c.key: c for c in read_lines(Path("whole/completions/benchmark.jsonl"), Completion)}
+    rows = []
+    for prompt in read_jsonl("prompts.jsonl"):
+        for sample in range(prompt["samples"]):
+            rows.append(vars(own[prompt["id"], sample]))
+    write_jsonl(Path("made.jsonl"), rows)
+    assert evaluated("made", "--completions", "made.jsonl") == 0
+    assert report("whole")["benchmarks"] == report("made")["benchmarks"]
+
+
+def test_the_papers_grader_has_its_own_verdicts_beside_ours(given):
     before = contents("run")
-    assert run(grade.main, "regrade", "run", "--grader", "paper") == 0
-    assert verdicts("run", "paper") == [
+    assert verdicts("paper") == [
         "correct", "correct", "no_answer", "incorrect", "no_answer", "correct",
     ]  # fmt: skip
-    both = json.loads(before["report.json"])
+    both = report("run")
     assert (both["grader"], both["mean_pass_at_1"]) == ("both", 3 / 6)
-    assert [s["grader"] for s in both["benchmarks"] + both["other_grader"]] == [
-        "math-verify", "paper",
-    ]  # fmt: skip
+    graders = [score["grader"] for score in both["benchmarks"] + both["other_grader"]]
+    assert graders == ["math-verify", "paper"]
+    assert regraded("--grader", "paper") == 0
     assert contents("run") == before
-    report = json.loads(Path("run/verdicts/paper/report.json").read_text())
-    assert (report["grader"], report["other_grader"]) == ("paper", [])
-    assert report["benchmarks"] == both["other_grader"]
-    assert run(grade.main, "regrade", "run") == 0
-    assert contents("run") == before
-
-
-def test_a_model_that_does_not_think_is_graded_by_its_whole_responses(here):
-    write_made()
-    given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
-    assert run(programs.evaluate, *given, "--prefix", "") == 0
-    whole = ["correct", "truncated", "correct", "incorrect", "correct", "correct"]
-    assert verdicts("run", "math-verify") == whole
-
-    def rule() -> tuple[str, bool]:
-        [score] = json.loads(Path("run/report.json").read_text())["benchmarks"]
-        texts = [Path("run", name).read_text() for name in ("report.md", "report.html")]
-        said = {"whole": "in the whole response", "after_think": "after </think>"}
-        escaped = [text.replace("\\u003c", "<").replace("\\u003e", ">") for text in texts]
-        return score["answer_from"], all(said[score["answer_from"]] in text for text in escaped)
-
-    assert rule() == ("whole", True)
-    assert run(grade.main, "regrade", "run", "--answer-from", "after_think") == 0
-    assert verdicts("run", "math-verify") == [*whole[:2], "no_answer", *whole[3:]]
-    assert rule() == ("after_think", True)
-    assert run(grade.main, "regrade", "run") == 0  # as evaluate.py did
-    assert verdicts("run", "math-verify") == whole
-
-
-def test_grading_again_needs_neither_torch_nor_a_model(here):
-    write_made()
-    given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
-    assert run(programs.evaluate, *given) == 0
+    alone = report("run/verdicts/paper")
+    assert (alone["grader"], alone["other_grader"]) == ("paper", [])
+    assert alone["benchmarks"] == both["other_grader"]
+    # Grading again needs neither torch nor a model.
     code = (
         "import sys; sys.modules['torch'] = None; sys.argv = ['grade', 'regrade', 'run']\n"
         "from redi.eval.grade import main; main()"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, _, errors = finished("-c", code)
+    assert status == 0, errors
+    assert contents("run") == before
 
 
-def test_an_unfinished_evaluation_is_not_graded_again(here, killed_after, capsys):
-    killed_after(2)
-    with pytest.raises(Killed):
-        evaluated("run")
-    assert run(grade.main, "regrade", "run", "--grader", "paper") == 2
-    assert "completions/benchmark.jsonl: no such file" in capsys.readouterr().err
-    assert not Path("run/verdicts").exists()
+def test_a_model_that_does_not_think_is_graded_by_its_whole_responses(here):
+    assert main_in_this_process(programs.evaluate, *GIVEN, "--prefix", "") == 0
+    whole = ["correct", "truncated", "correct", "incorrect", "correct", "correct"]
+    steps = [
+        ([], "whole", "in the whole response", whole),
+        (["--answer-from", "after_think"], "after_think", "after </think>",
+         [*whole[:2], "no_answer", *whole[3:]]),
+        ([], "whole", "in the whole response", whole),  # the rule of the run
+    ]  # fmt: skip
+    for number, (flags, rule, words, expected) in enumerate(steps):
+        assert number == 0 or regraded(*flags) == 0
+        assert verdicts("math-verify") == expected
+        assert report("run")["benchmarks"][0]["answer_from"] == rule
+        assert words in Path("run/report.md").read_text()
+        assert (
+            words.replace(">", "&gt;").replace("<", "&lt;") in Path("run/report.html").read_text()
+        )
 
 
-@pytest.mark.parametrize("damage", ["missing", "unknown"])
-def test_grading_again_leaves_good_verdicts_where_a_completion_is_lost(here, capsys, damage):
-    write_made()
-    given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
-    assert run(programs.evaluate, *given) == 0
+def test_grading_again_keeps_the_verdicts_where_a_completion_is_lost(given, capsys):
     before = {name: content for name, content in contents("run").items() if "comp" not in name}
     path = Path("run/completions/benchmark.jsonl")
     first, *others = path.read_text().splitlines(keepends=True)
     unknown = first.replace('"id": "0"', '"id": "none"')
-    path.write_text("".join(([unknown] if damage == "unknown" else []) + others))
-    assert run(grade.main, "regrade", "run") == 2
-    problem = {"missing": r"problem '0' has samples \[\]", "unknown": "holds no problem 'none'"}
-    assert re.search(problem[damage], capsys.readouterr().err)
-    assert {name: Path("run", name).read_bytes() for name in before} == before
-
-
-def test_a_sample_that_is_missing_is_refused_and_nothing_is_written(here, capsys):
-    write_made()
-    Path("made.jsonl").write_text("".join(open("made.jsonl").readlines()[:-1]))  # noqa: SIM115
-    given = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
-    assert run(programs.evaluate, *given) == 2
-    assert "sample 0 of problem '5' is missing" in capsys.readouterr().err
-    assert not Path("run").exists()
-
-
-def test_what_is_exported_answered_elsewhere_and_read_back_scores_as_our_own(here):
-    """The "elsewhere" is our own sampling, told through the files alone."""
-    assert evaluated("own") == 0
-    assert evaluated("unused", "--export-prompts", "prompts.jsonl") == 0
-    assert not Path("unused").exists()
-    rows = [json.loads(line) for line in open("prompts.jsonl")]  # noqa: SIM115
-    own = {c.key: c for c in read_lines(Path("own/completions/benchmark.jsonl"), Completion)}
-    with open("made.jsonl", "w") as file:
-        for row in rows:
-            for sample in range(row["samples"]):
-                c = own[row["id"], sample]
-                made = {"id": c.id, "sample": sample, "text": c.text, "num_tokens": c.num_tokens}
-                file.write(json.dumps({**made, "finish_reason": c.finish_reason}) + "\n")
-    assert evaluated("made", "--completions", "made.jsonl") == 0
-    scores = [
-        json.loads(Path(out, "report.json").read_text())["benchmarks"] for out in ("own", "made")
-    ]
-    assert scores[0] == scores[1]
+    for lines, message in (
+        (others, r"problem '0' has samples \[\]"),
+        ([unknown, *others], "holds no problem 'none'"),
+    ):
+        path.write_text("".join(lines))
+        assert regraded() == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert {name: Path("run", name).read_bytes() for name in before} == before

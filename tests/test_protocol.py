@@ -1,4 +1,4 @@
-"""redi/eval/protocol.py: the paper's prompt, limits that the context ends, the two presets."""
+"""The paper's prompt, answers that the context ends, the two presets."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from redi.checkpoint.folder import open_model
 from redi.config import UserError, parse
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
 from redi.eval.external import export_prompts
-from redi.eval.protocol import EvalConfig, ask, check_limit, make_prompt
+from redi.eval.protocol import EvalConfig, check_limit, make_prompt, prompt_samples
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TEST = Benchmark("b", [Problem("short", "1+1?", ["2"]), Problem("long", "1+1?" * 20, ["2"])])
@@ -27,10 +27,7 @@ def settings(**changes) -> EvalConfig:
 
 
 def rooms(source, config: EvalConfig) -> list[int]:
-    return [one.request.max_new_tokens for one in ask(TEST, source, config)[::2]]
-
-
-# ---------------------------------------------------------------- limits
+    return [one.request.max_new_tokens for one in prompt_samples(TEST, source, config)[::2]]
 
 
 def test_an_answer_may_use_what_the_context_leaves(source):
@@ -40,48 +37,42 @@ def test_an_answer_may_use_what_the_context_leaves(source):
     assert rooms(source, settings(max_new_tokens=between)) == [between, 512 - lengths[1]]
 
 
-def test_a_limit_beyond_the_context_is_refused_if_it_was_asked_for(source, tmp_path, capsys):
+def test_a_limit_beyond_the_context_is_refused_unless_it_is_the_default(source, tmp_path, capsys):
     config = settings(max_new_tokens=513)
     with pytest.raises(UserError, match=r"^--max-new-tokens: expected at most 512, .*; got 513$"):
         check_limit(rooms(source, config), source, config)
     with pytest.raises(UserError, match="got 513"):
         export_prompts(tmp_path / "prompts.jsonl", [TEST], source, config)
     assert not any(tmp_path.iterdir())
-    check_limit(rooms(source, settings()), source, settings())  # the default is nobody's wish
+    check_limit(rooms(source, settings()), source, settings())
     assert "behind 2 of 2 prompts" in capsys.readouterr().out
 
 
 def test_prompts_that_leave_less_than_the_limit_are_counted_in_one_line(source, capsys):
     longest = 512 - len(make_prompt(TEST, TEST.problems[1], source, settings())[0])
-    config = settings(max_new_tokens=longest)
-    check_limit(rooms(source, config), source, config)
-    assert capsys.readouterr().out == ""
-    config = settings(max_new_tokens=longest + 1)
-    check_limit(rooms(source, config), source, config)
+    for limit in (longest, longest + 1):
+        assert capsys.readouterr().out == ""
+        config = settings(max_new_tokens=limit)
+        check_limit(rooms(source, config), source, config)
     assert capsys.readouterr().out == (
         f"the context of 512 tokens leaves less than --max-new-tokens {longest + 1} behind "
         f"1 of 2 prompts: {longest} at least\n"
     )
 
 
-# ---------------------------------------------------------------- the paper's
-
-
 def test_the_presets_are_the_papers_protocols():
-    """What they do not say is a default: temperature, top-p, prompt."""
+    """What they leave out is a default: temperature, top-p, prompt."""
     tables = parse(EvalConfig, "", ["--config", str(RECIPES / "eval_tables.toml")])
     assert tables == EvalConfig(benchmark=list(KNOWN), max_new_tokens=30_720)
     assert (tables.samples, tables.grader) == (16, "both")
     tuning = parse(EvalConfig, "", ["--config", str(RECIPES / "eval_tuning.toml")])
     assert tuning == EvalConfig(benchmark=["math500"], samples=4, grader="math-verify")
     for config in (tables, tuning):
-        asked = config.temperature, config.top_p, config.user_prompt
-        assert asked == (0.6, 0.95, "paper")
-        assert config.prefix == "<think>\n"
+        found = config.temperature, config.top_p, config.user_prompt, config.prefix
+        assert found == (0.6, 0.95, "paper", "<think>\n")
 
 
-def test_the_question_is_the_papers(source):
-    """Word for word, as one whole."""
+def test_the_prompt_is_the_papers_word_for_word(source):
     problem = Benchmark("b", [Problem("0", "What is $1+1$?", ["2"])])
     prompt, _ = make_prompt(problem, problem.problems[0], source, EvalConfig(max_new_tokens=1))
     assert source.chat.tokenizer.decode(prompt, skip_special_tokens=False) == (

@@ -8,20 +8,18 @@ import pytest
 from redi.config import UserError
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import Mark
-from redi.eval.report import Report, mean_pass_at_1, run_names, score, to_json
 from redi.eval.reporting import paper_results
-from redi.eval.reporting.tables import markdown, summary, table
+from redi.eval.reporting.scores import Report, mean_pass_at_1, score
+from redi.eval.reporting.stored import run_names
+from redi.eval.reporting.tables import markdown, summary, to_json
+from redi.tables import markdown_table
 
 
 def mark(id="p", sample=0, verdict="correct", num_tokens=10, extracted="1", loops=False) -> Mark:
     return Mark(
-        id=id,
-        sample=sample,
-        verdict=verdict,
-        num_tokens=num_tokens,
-        extracted=extracted,
+        id=id, sample=sample, verdict=verdict, num_tokens=num_tokens, extracted=extracted,
         loops=loops,
-    )
+    )  # fmt: skip
 
 
 def grid(*problems: str) -> list[Mark]:
@@ -33,25 +31,23 @@ def grid(*problems: str) -> list[Mark]:
     ]
 
 
-def asked(marks: list[Mark], name: str = "b", **groups: list) -> Benchmark:
-    """A benchmark of the marks' problems; subject=[...] or difficulty=[...], one a problem."""
-    ids = dict.fromkeys(mark.id for mark in marks)
-    per_problem = [dict(zip(groups, values)) for values in zip(*groups.values())] or [{}] * len(ids)
-    return Benchmark(name, [Problem(id, "?", ["1"], **g) for id, g in zip(ids, per_problem)])
-
-
-def scored(marks: list[Mark], name: str = "b", **groups: list):
-    return score(asked(marks, name, **groups), marks)
+def scored(marks: list[Mark], name: str = "b", subject=None, difficulty=None, problems=None):
+    """subject, difficulty: one per problem. problems: more than the marks have."""
+    ids = list(dict.fromkeys(mark.id for mark in marks))[:problems]
+    subject, difficulty = subject or [None] * len(ids), difficulty or [None] * len(ids)
+    test = [Problem(id, "?", ["1"], *more) for id, *more in zip(ids, subject, difficulty)]
+    return score(Benchmark(name, test), marks, "math-verify")
 
 
 def report(**marks: list[Mark]) -> Report:
+    scores = [scored(group, name) for name, group in marks.items()]
     return Report(
-        model="m",
-        grader="math-verify",
-        settings={"seed": 42},
-        scores=[scored(group, name) for name, group in marks.items()],
-        other_scores=[],
+        model="m", grader="math-verify", settings={"seed": 42}, scores=scores, other_scores=[]
     )
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
 # ---------------------------------------------------------------- scores
@@ -60,15 +56,19 @@ def report(**marks: list[Mark]) -> Report:
 def test_the_numbers_of_three_problems_with_four_samples():
     """Runs of 3/3, 2/3, 1/3, 2/3: mean 2/3, SEM sqrt(1/18) / 2. c = 4, 3, 1 of n = 4: pass@2 is
     (1 + 1 + 1/2) / 3, pass@3 (1 + 1 + 3/4) / 3. The majority is right twice, then wrong."""
-    result = scored(grid("1111", "1101", "1000"))
+    marks = grid("1111", "1101", "1000")
+    result = scored(marks)
     assert (result.num_problems, result.num_samples) == (3, 4)
     assert result.pass_at_1 == pytest.approx(2 / 3)
     assert result.sem == pytest.approx(1 / (6 * math.sqrt(2)))
     assert result.pass_at_k == pytest.approx([2 / 3, 2.5 / 3, 2.75 / 3, 1])
     assert result.majority == pytest.approx(2 / 3)
+    in_another_order = [m for p in "012" for m in marks[::-1] if m.id == p]
+    assert scored(in_another_order) == result
 
 
-def test_the_interval_holds_the_score_and_is_of_problems():
+def test_the_interval_is_over_problems_and_the_sem_over_samples():
+    """Half of the problems always right, half never: every run scores 1/2, so the SEM is 0."""
     result = scored(grid(*["11"] * 20, *["00"] * 20))
     low, high = result.interval
     assert low < result.pass_at_1 == 0.5 < high
@@ -78,40 +78,28 @@ def test_the_interval_holds_the_score_and_is_of_problems():
 
 def test_tokens_and_shares():
     """Tokens 10, 20, 30, 100: mean 160/4 = 40, median (20 + 30)/2 = 25."""
-    verdicts = ["truncated", "truncated", "no_answer", "timeout"]
-    result = scored(
-        [
-            mark(str(k), 0, v, n, loops=k == 1)
-            for k, (v, n) in enumerate(zip(verdicts, [10, 20, 30, 100]))
-        ]
-    )
+    verdicts = zip(["truncated", "truncated", "no_answer", "timeout"], [10, 20, 30, 100])
+    result = scored([mark(str(k), 0, v, n, loops=k == 1) for k, (v, n) in enumerate(verdicts)])
     assert (result.mean_tokens, result.median_tokens) == (40, 25)
     assert (result.truncated, result.no_answer, result.timeout) == (0.5, 0.25, 0.25)
     assert (result.loops, result.pass_at_1) == (0.25, 0)
 
 
-def test_tokens_that_one_completion_does_not_state_are_not_known():
-    result = scored([mark("p"), mark("q", num_tokens=None)])
-    assert result.mean_tokens is None
-    assert "not known" in summary(report(b=[mark("p", num_tokens=None)]))
+def test_tokens_are_unknown_if_one_completion_does_not_state_them():
+    assert scored([mark("p"), mark("q", num_tokens=None)]).mean_tokens is None
+    assert "unknown" in summary(report(b=[mark("p", num_tokens=None)]))
 
 
-def test_truncated_and_unanswered_samples_do_not_vote():
-    votes = [
-        mark(sample=0, verdict="correct", extracted="1"),
-        mark(sample=1, verdict="truncated", extracted="2"),
-        mark(sample=2, verdict="truncated", extracted="2"),
-        mark(sample=3, verdict="no_answer", extracted=None),
-    ]
-    assert scored(votes).majority == 1
-
-
-def test_spellings_of_one_answer_vote_together():
-    answers = [r"\dfrac{1}{2}", r"\frac12", "7", "8"]
-    votes = [
-        mark(sample=k, verdict="correct" if k < 2 else "incorrect", extracted=answer)
-        for k, answer in enumerate(answers)
-    ]
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [("correct", "1"), ("truncated", "2"), ("truncated", "2"), ("no_answer", None)],
+        [("correct", r"\dfrac{1}{2}"), ("correct", r"\frac12"), ("incorrect", "7"),
+         ("incorrect", "8")],
+    ],
+)  # fmt: skip
+def test_only_finished_answers_vote_and_spellings_of_one_answer_vote_together(samples):
+    votes = [mark(sample=k, verdict=v, extracted=answer) for k, (v, answer) in enumerate(samples)]
     assert scored(votes).majority == 1
 
 
@@ -121,33 +109,26 @@ def test_the_mean_counts_every_benchmark_the_same():
     assert mean_pass_at_1(both.scores) == 0.5
 
 
-def test_the_order_of_marks_does_not_matter():
-    marks = grid("1101", "1000", "0010")
-    assert score(asked(marks), marks[::-1]) == score(asked(marks), marks)
-
-
 @pytest.mark.parametrize(
-    ("marks", "message"),
+    ("marks", "problems", "message"),
     [
-        (grid("11", "1"), r"b: problem '1' has samples \[0\], expected 0 to 1"),
-        ([mark(), mark()], "b: problem 'p' has sample 0 twice"),
-        ([mark(sample=1)], r"b: problem 'p' has samples \[1\], expected 0 to 0"),
+        (grid("11", "1"), None, r"b: problem '1' has samples \[0\], expected 0 to 1"),
+        ([mark(), mark()], None, "b: problem 'p' has sample 0 twice"),
+        ([mark(sample=1)], None, r"b: problem 'p' has samples \[1\], expected 0 to 0"),
+        (grid("1", "1", "1"), 2, "b: holds no problem '2'"),
     ],
 )
-def test_samples_missing_or_given_twice_are_an_error_that_names_the_problem(marks, message):
+def test_a_missing_repeated_or_unknown_sample_is_an_error_that_names_the_problem(
+    marks, problems, message
+):
     with pytest.raises(UserError, match=message):
-        scored(marks)
+        scored(marks, problems=problems)
 
 
-def test_a_problem_without_marks_and_marks_without_a_problem_are_errors():
-    test = asked(grid("1", "1"))
+def test_a_problem_without_marks_is_an_error():
+    test = Benchmark("b", [Problem("0", "?", ["1"]), Problem("1", "?", ["1"])])
     with pytest.raises(UserError, match=r"problem '1' has samples \[\], expected 0 to 0"):
-        score(test, grid("1"))
-    with pytest.raises(UserError, match="holds no problem '2'"):
-        score(test, grid("1", "1", "1"))
-
-
-# ---------------------------------------------------------------- groups
+        score(test, grid("1"), "math-verify")
 
 
 def test_groups_are_scored_apart_and_sorted():
@@ -158,9 +139,6 @@ def test_groups_are_scored_apart_and_sorted():
     assert found == [("4 to 5", 1, 0.5), ("5", 2, 0.5)]
     found = [(g.name, g.pass_at_1) for g in result.by_subject]
     assert found == [("Algebra", 0), ("Geometry", 1), ("not said", 0.5)]
-
-
-def test_a_benchmark_without_groups_or_with_one_has_no_table():
     assert scored(grid("1", "0")).by_subject == []
     assert scored(grid("1", "0"), subject=["Algebra"] * 2).by_subject == []
 
@@ -170,8 +148,7 @@ def test_a_benchmark_without_groups_or_with_one_has_no_table():
 
 def test_the_json_holds_every_number():
     content = json.loads(to_json(report(b=grid("10", "00"))))
-    assert content["model"] == "m"
-    assert content["grader"] == "math-verify"
+    assert (content["model"], content["grader"]) == ("m", "math-verify")
     assert content["mean_pass_at_1"] == 0.25
     [result] = content["benchmarks"]
     assert result["benchmark"] == "b"
@@ -186,33 +163,28 @@ def test_the_sem_of_a_single_sample_is_a_dash_and_null():
     assert json.loads(to_json(single))["benchmarks"][0]["sem"] is None
 
 
-def test_the_table_is_markdown_with_aligned_columns():
-    lines = summary(report(math500=grid("10", "00"), amc=grid("11"))).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[2][:4] == ["math500", "math-verify", "2 x 2", "25.0 ± 17.7"]
-    assert cells[2][5:7] == ["50.0", "25.0"]
-    assert cells[3][2:6] == ["1 x 2", "100.0 ± 0.0", "100.0 to 100.0", "100.0"]
-    assert cells[4][:5] == ["mean", "math-verify", "", "62.5", ""]
-    assert set("".join(cells[1])) == {"-", ":"}
+def test_a_table_is_aligned_and_a_bar_in_a_cell_does_not_end_it():
+    lines = markdown_table([("a|b", "c"), ("1", "222")]).splitlines()
+    assert lines == [r"| a\|b |   c |", "| ---- | --: |", "| 1    | 222 |"]
 
 
-def test_a_bar_in_a_cell_does_not_end_it():
-    assert table([("a|b", "c"), ("1", "2")]).splitlines()[0].count(r"\|") == 1
+def test_the_summary_has_a_row_per_benchmark_and_their_mean_if_there_are_several():
+    rows = cells(summary(report(math500=grid("10", "00"), amc=grid("11"))))
+    assert rows[2][:4] == ["math500", "math-verify", "2 x 2", "25.0 ± 17.7"]
+    assert rows[2][5:7] == ["50.0", "25.0"]
+    assert rows[3][2:6] == ["1 x 2", "100.0 ± 0.0", "100.0 to 100.0", "100.0"]
+    assert rows[4][:5] == ["mean", "math-verify", "", "62.5", ""]
+    assert [row[0] for row in cells(summary(report(b=grid("1"))))[2:]] == ["b"]
 
 
-def test_a_single_benchmark_has_no_mean_row():
-    assert "mean |" not in summary(report(b=grid("1"))).split("\n", 2)[2]
-
-
-def test_the_papers_figures_are_marked_as_theirs_and_only_beside_its_benchmarks():
+def test_the_papers_figures_are_marked_as_such_and_only_beside_its_benchmarks():
     text = markdown(report(aime24=grid("1"), mine=grid("1")))
     assert "Nothing in this table was measured here" in text
-    header, _, *rows = text.split("## Theirs, not ours")[1].strip().splitlines()[3:]
-    assert [cell.strip() for cell in header.split("|")][2:] == ["aime24", ""]
+    header, _, *rows = cells(text.split("## The paper's results")[1].strip().split("\n\n")[1])
+    assert header[1:] == ["aime24"]
     assert len(rows) == len(paper_results.RESULTS)
-    assert "28.1 / 66.7" in next(row for row in rows if "Qwen-REDI-1.5B" in row)
-    assert "Theirs" not in markdown(report(mine=grid("1")))
+    assert next(row for row in rows if "Qwen-REDI-1.5B" in row[0])[1] == "28.1 / 66.7"
+    assert "The paper's results" not in markdown(report(mine=grid("1")))
 
 
 def test_the_papers_averages_are_those_it_prints():
@@ -226,13 +198,12 @@ def test_the_papers_averages_are_those_it_prints():
 
 def test_every_k_has_a_row():
     text = markdown(report(b=grid("10000000", "11000000"), c=grid("01", "10")))
-    rows = text.split("## pass@k")[1].split("##")[0].strip().splitlines()[2:]
-    assert [row.split("|")[1].strip() for row in rows] == [str(k) for k in range(1, 9)]
-    assert rows[1].split("|")[3].strip() == "100.0"
-    assert rows[2].split("|")[3].strip() == ""
+    rows = cells(text.split("## pass@k")[1].split("##")[0].strip())[2:]
+    assert [row[0] for row in rows] == [str(k) for k in range(1, 9)]
+    assert (rows[1][2], rows[2][2]) == ("100.0", "")
 
 
-def test_runs_are_named_by_as_little_of_their_paths_as_tells_them_apart(tmp_path):
+def test_runs_are_named_by_the_shortest_ends_of_their_paths_that_differ(tmp_path):
     assert run_names([tmp_path / "sft", tmp_path / "redi"]) == ["sft", "redi"]
     paths = [tmp_path / "sft" / "eval", tmp_path / "redi" / "eval"]
     assert run_names(paths) == ["sft/eval", "redi/eval"]

@@ -1,7 +1,7 @@
 """A whole evaluation: benchmarks and a model in; completions, verdicts and a report out.
 
-Under torchrun every rank holds the whole model and makes its share of the completions; the first
-rank then grades them and writes the report. Sampling takes hours, so user errors are found before.
+Under torchrun every rank holds the whole model and samples part of the completions; rank 0 then
+grades them and writes the report. Sampling takes hours, so user errors are found before.
 """
 
 import hashlib
@@ -17,70 +17,64 @@ from redi.config import UserError
 from redi.distributed import World, local_rank_zero_first, require_same, wait_for_all
 from redi.eval import benchmarks, external, report
 from redi.eval.benchmarks import Benchmark
-from redi.eval.completions import Completion, Store, keep_problems
+from redi.eval.completions import Completion, Store, store_problems
 from redi.eval.engine.complete import complete
 from redi.eval.grading.grader import Grader, answer_rule, mark_run, report_unreadable
-from redi.eval.protocol import Asked, EvalConfig, ask, check_limit
+from redi.eval.protocol import EvalConfig, PromptedSample, check_limit, prompt_samples
 from redi.eval.reporting import tables
+from redi.eval.reporting.stored import DEFAULT_GRADER
 from redi.hub import is_hub_id
 from redi.model import Transformer
 from redi.runlog import NoLog, RunLog, is_finished, read_facts
 
 
 def run(config: EvalConfig, world: World) -> None:
-    """What evaluate.py does with its flags. Raises UserError for everything a user can fix."""
-    on_each_node = ("slots", "cache_gib", "graders")  # may differ, as the machines do
-    require_same(vars(config) | dict.fromkeys(on_each_node), world)
-    default_model = EvalConfig.model
-    made_by, given = "python train_redi.py" if config.model == default_model else None, None
-    with local_rank_zero_first(world):  # the hub is asked once per node
+    """The program evaluate.py. Raises UserError for everything a user can fix."""
+    per_node = ("slots", "cache_gib", "graders")  # may differ, as the machines do
+    require_same(vars(config) | dict.fromkeys(per_node), world)
+    with local_rank_zero_first(world):  # one download per node
         tests = benchmarks.load_all(config.benchmark)
     problems = hashlib.sha256(repr(tests).encode()).hexdigest()[:16]
     require_same({"sha256 of --benchmark": problems}, world)
     if config.export_prompts:
-        return export(config, tests, made_by)
+        return export(config, tests)
+    given = None
     if config.completions:
         config.samples, given = external.read_completions(config.completions, tests)
         config.out = config.out or f"out/eval/{Path(config.completions).stem}"
-        if config.model == default_model:  # the model that made them was not named
+        if config.model == EvalConfig.model:  # the user did not name the model that made them
             config.model = config.completions
     elif config.out is None:
-        config.out = (
-            f"out/eval/{config.model}" if is_hub_id(config.model) else f"{config.model}/eval"
-        )
-    evaluate(config, world, tests, given, made_by)
+        hub = is_hub_id(config.model)
+        config.out = f"out/eval/{config.model}" if hub else f"{config.model}/eval"
+    evaluate(config, world, tests, given)
 
 
 def evaluate(
     config: EvalConfig,
     world: World,
     tests: list[Benchmark],
-    given: dict[str, list[Completion]] | None = None,
-    made_by: str | None = None,
+    given: dict[str, list[Completion]] | None,
 ) -> None:
-    """Sample, grade and report into config.out; what exists is not made again.
+    """Sample, grade and report into config.out; existing completions are kept.
 
-    given: another program's completions by benchmark. made_by: what makes the default model.
+    given: another program's completions by benchmark, instead of sampling.
     """
     out, first = Path(config.out), world.rank == 0
-    finished = is_finished(config.out, config, {"grader": report.OWN_GRADER})
+    finished = is_finished(config.out, config, {"grader": DEFAULT_GRADER})
     facts = {"torch": torch.__version__}
     if given is None:
-        model, source, contents = load_unchanged(config, world, finished, made_by)
+        model, source, contents = load_unchanged(config, world, finished)
         facts |= {"model": source.name, **contents}
     if finished:
-        for test in tests:
-            keep_problems(out, test)
-        if given is not None:
-            external.store_completions(out, given)
+        store_inputs(out, tests, given)
         print((out / "report.md").read_text(), f"{out} is finished: nothing to do", sep="\n")
         return
 
-    # ---- grader
     if given is None:
-        asked = [one for test in tests for one in ask(test, source, config)]
-        firsts = asked[:: config.samples]  # of each problem
-        check_limit([one.request.max_new_tokens for one in firsts], source, config)
+        prompted = [one for test in tests for one in prompt_samples(test, source, config)]
+        rooms = [one.request.max_new_tokens for one in prompted[:: config.samples]]
+        check_limit(rooms, source, config)
     rule = answer_rule(config.prefix)
     with Grader(config.graders, config.grade_seconds, answer_from=rule) as grader:
         graders = grader.named(config.grader)
@@ -90,95 +84,101 @@ def evaluate(
         with local_rank_zero_first(world):
             log = RunLog(config.out, config) if first else NoLog()
             log.start(facts)
-            for test in tests:
-                keep_problems(out, test)
-        # ---- sample: all benchmarks in one queue, each rank its share
-        if given is not None:
-            external.store_completions(out, given)
-        else:
+            store_inputs(out, tests, given)
+        if given is None:
             model.to(world.device, distributed.compute_dtype(config.dtype, world))
             model.requires_grad_(False)
-            sample(model, source, asked, tests, config, world)
+            sample(model, source, prompted, tests, config, world)
         if not first:
             return
-
-        # ---- grade and report
         try:
             mark_run(out, graders)
         except KeyboardInterrupt:
-            said = f"{out} holds all completions; the same command grades them"
-            raise KeyboardInterrupt(said) from None
+            message = f"{out} holds all completions; the same command grades them"
+            raise KeyboardInterrupt(message) from None
     written = report.write(out)
     log.finish()
     print(tables.summary(written), f"saved {out}/report.html, .md and .json", sep="\n")
 
 
+def store_inputs(
+    out: Path, tests: list[Benchmark], given: dict[str, list[Completion]] | None
+) -> None:
+    """Write problems and another program's completions, or check that they are those on disk."""
+    for test in tests:
+        store_problems(out, test)
+    if given is not None:
+        external.store_completions(out, given)
+
+
 def load_unchanged(
-    config: EvalConfig, world: World, finished: bool, made_by: str | None
+    config: EvalConfig, world: World, finished: bool
 ) -> tuple[Transformer, Source, dict[str, str]]:
     """(the model, its source, hashes of its contents). The weights are not loaded if the evaluation
     is finished.
 
-    Raises UserError if the evaluation in config.out began with a model of other contents, unless it
-    recorded no hashes, and if ranks have different models.
+    Raises UserError if the hashes differ from those that the evaluation in config.out recorded, and
+    if ranks have different models.
     """
-    with local_rank_zero_first(world):  # a hub id is downloaded once per node
-        model, source = (open_model if finished else load_model)(config.model, made_by=made_by)
-        contents = _contents(source)
-        begun = Path(config.out, "config.toml").is_file()
-        before = read_facts(Path(config.out)) if begun else {}
+    with local_rank_zero_first(world):  # one download per node
+        load = open_model if finished else load_model
+        model, source = load(config.model, made_by=made_by(config))
+        settings = json.dumps([source.config, source.stop_ids], sort_keys=True)
+        contents = {
+            "weights": weights_hash(source.folder),
+            "tokenizer": source.chat.fingerprint if source.chat else "none",
+            "config.json or stop tokens": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        }
+        started = Path(config.out, "config.toml").is_file()
+        before = read_facts(Path(config.out)) if started else {}
         changed = [name for name, now in contents.items() if before.get(name, now) != now]
         if changed:
             raise UserError(
                 f"--model {config.model}: its {' and its '.join(changed)} changed since "
-                f"{config.out} was begun; choose another --out"
+                f"{config.out} was started; choose another --out"
             )
     require_same({"torch": torch.__version__, **contents, "finished": finished}, world)
     return model, source, contents
 
 
-def _contents(source: Source) -> dict[str, str]:
-    settings = json.dumps([source.config, source.stop_ids], sort_keys=True)
-    return {
-        "weights": weights_hash(source.folder),
-        "tokenizer": source.chat.fingerprint if source.chat else "none",
-        "config.json or stop tokens": hashlib.sha256(settings.encode()).hexdigest()[:16],
-    }
+def made_by(config: EvalConfig) -> str | None:
+    """The command that makes the default model, for the error if it does not exist."""
+    return "python train_redi.py" if config.model == EvalConfig.model else None
 
 
 def sample(
     model: Transformer,
     source: Source,
-    asked: list[Asked],
+    prompted: list[PromptedSample],
     tests: list[Benchmark],
     config: EvalConfig,
     world: World,
 ) -> None:
-    """Every completion that is not on disk yet, and each there as soon as it is finished."""
+    """Sample every completion that is not on disk yet; each is written when it is finished."""
     out = Path(config.out)
     stores = {test.name: Store(out, test, config.samples, world.rank) for test in tests}
-    left = [one for one in asked if (one.id, one.sample) not in stores[one.benchmark].done]
-    wait_for_all(world)  # before one appends to what another still reads
-    if done := len(asked) - len(left):
-        print(f"{out} holds {done} of {len(asked)} completions; the rest are made now")
+    left = [one for one in prompted if (one.id, one.sample) not in stores[one.benchmark].done]
+    wait_for_all(world)  # before a rank appends to what another still reads
+    if done := len(prompted) - len(left):
+        print(f"{out} holds {done} of {len(prompted)} completions; the rest are sampled now")
     name = tests[0].name if len(tests) == 1 else f"{len(tests)} benchmarks"
     try:
         for one, completion in complete(model, source, left, config, world, name):
             stores[one.benchmark].append(completion)
     except KeyboardInterrupt:
-        made = sum(len(store.done) for store in stores.values())
-        said = f"{out} holds {made} of {len(asked)} completions; the same command goes on"
-        raise KeyboardInterrupt(said) from None
+        done = sum(len(store.done) for store in stores.values())
+        message = f"{out} holds {done} of {len(prompted)} completions; the same command resumes"
+        raise KeyboardInterrupt(message) from None
     wait_for_all(world)
     if world.rank == 0:
         for store in stores.values():
             store.finish()
 
 
-def export(config: EvalConfig, tests: list[Benchmark], made_by: str | None) -> None:
-    """Write what another program is to be asked. Raises UserError as `external.export_prompts`."""
+def export(config: EvalConfig, tests: list[Benchmark]) -> None:
+    """Write the prompts for another program. Raises UserError as `external.export_prompts`."""
     if config.completions:
-        raise UserError("--export-prompts: expected without --completions; one comes first")
-    _, source = open_model(config.model, made_by=made_by)
+        raise UserError("--export-prompts: expected without --completions, which come later")
+    _, source = open_model(config.model, made_by=made_by(config))
     count = external.export_prompts(config.export_prompts, tests, source, config)
     print(f"saved {config.export_prompts}: {count} prompts, {config.samples} samples of each")

@@ -1,4 +1,4 @@
-r"""Completions of another program: the prompts for it, and reading back what it returned.
+r"""Completions of another program: the prompts for it, and its answers.
 
     python evaluate.py --model out/redi --export-prompts prompts.jsonl --samples 16
         {"benchmark": "aime24", "id": "60", "samples": 16, "messages": [...], "prompt": "<|im_...",
@@ -14,6 +14,7 @@ its missing answer.
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from redi.checkpoint.folder import Source
 from redi.config import UserError
 from redi.data.files import is_encodable, read_rows, write_aside
 from redi.eval.benchmarks import Benchmark
-from redi.eval.completions import Completion, Key, completions_file, read_lines, write_lines
+from redi.eval.completions import Completion, by_problem, completions_file, read_lines, write_lines
 from redi.eval.protocol import EvalConfig, check_limit, make_prompt, user_message
 
 # Of vLLM, SGLang, TGI, llama.cpp and the APIs of OpenAI, Anthropic and Google, in lower case.
@@ -36,7 +37,7 @@ MOST_TOKENS = 2**31  # of one response; a larger number is a mistake
 def export_prompts(
     path: str | Path, tests: list[Benchmark], source: Source, config: EvalConfig
 ) -> int:
-    """Write one line a problem; returns how many. Raises UserError as `make_prompt` and
+    """Write one line per problem; returns their number. Raises UserError as `make_prompt` and
     `check_limit`."""
     rooms = []
     with write_aside(path) as file:
@@ -64,82 +65,51 @@ def export_prompts(
 def read_completions(
     path: str | Path, tests: list[Benchmark]
 ) -> tuple[int, dict[str, list[Completion]]]:
-    """(samples a problem, benchmark's name -> completions in order) of a file of rows.
+    """(samples per problem, benchmark's name -> completions in order) of a file of rows.
 
-    Raises UserError that names the row or the problem: a field missing or of another type, a
-    problem that was not asked, a sample that is there twice or not at all.
+    Raises UserError that names the row or the problem: a field missing or of another type, an
+    unknown problem, a sample that occurs twice or not at all.
     """
-    asked = {test.name: {problem.id for problem in test.problems} for test in tests}
-    found: dict[tuple[str, Key], tuple[str, Completion]] = {}
-    for place, row in read_rows(path, FIELDS):
-        name = _benchmark(row, place, list(asked))
-        completion = _completion(row, place)
-        if completion.id not in asked[name]:
-            raise UserError(f"{place}: {name} has no problem {completion.id!r}")
-        earlier, _ = found.setdefault((name, completion.key), (place, completion))
-        if earlier != place:
-            raise UserError(
-                f"{place}: sample {completion.sample} of problem {completion.id!r} is also at "
-                f"{earlier}"
-            )
-    samples = 1 + max(sample for _, (_, sample) in found)
-    complete = {}
-    for test in tests:
-        # A generator, not a list: one row with a huge sample number makes `samples` huge.
-        keys = ((test.name, (p.id, s)) for p in test.problems for s in range(samples))
-        present = sum(name == test.name for name, _ in found)
-        if missing := samples * len(test.problems) - present:
-            id, sample = next(key for key in keys if key not in found)[1]
-            raise UserError(
-                f"{path}: {test.name}: sample {sample} of problem {id!r} is missing"
-                + (f", and {missing - 1} more" if missing > 1 else "")
-                + f"; expected samples 0 to {samples - 1} of each problem"
-            )
-        complete[test.name] = [found[key][1] for key in keys]
-    return samples, complete
+    found: dict[str, list[Completion]] = {test.name: [] for test in tests}
+    for where, row in read_rows(path, FIELDS):
+        name = row.get("benchmark", tests[0].name if len(tests) == 1 else None)
+        if name not in [*found]:
+            got = "no benchmark" if name is None else f"benchmark {name!r:.60}"
+            raise UserError(f"{where}: {got}; expected {' or '.join(found)}")
+        found[name].append(_completion(row, where))
+    try:
+        rows = {test.name: by_problem(test, found[test.name]) for test in tests}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    samples = {name: len(problems[0]) for name, problems in rows.items()}
+    if len(set(samples.values())) > 1:
+        raise UserError(f"{path}: expected as many samples for each benchmark, got {samples}")
+    return max(samples.values()), {name: list(chain(*problems)) for name, problems in rows.items()}
+
+
+def _completion(row: dict[str, Any], where: str) -> Completion:
+    id, sample, text, reason, tokens = (row.get(field) for field in FIELDS[1:])
+    reason = FINISH_REASONS.get(str("stop" if reason is None else reason).lower())
+    is_count = type(tokens) is int and 0 <= tokens <= MOST_TOKENS
+    for field, is_valid, expected in (
+        ("id", type(id) in (str, int), "text or a whole number"),
+        ("sample", type(sample) is int and sample >= 0, "a whole number from 0"),
+        ("text", isinstance(text, str) and is_encodable(text), "the completion's text"),
+        ("finish_reason", reason is not None, f"one of {', '.join(FINISH_REASONS)}"),
+        ("num_tokens", tokens is None or is_count, f"a whole number from 0 to {MOST_TOKENS}"),
+    ):
+        if not is_valid:
+            got = ascii(row[field])[:60] if field in row else "nothing"
+            raise UserError(f"{where}: field {field!r}: expected {expected}, got {got}")
+    return Completion(id=str(id), sample=sample, text=text, num_tokens=tokens, finish_reason=reason)
 
 
 def store_completions(out: Path, given: dict[str, list[Completion]]) -> None:
-    """Write them where our own lie. Raises UserError if others lie there: the file was made anew
-    since they were graded."""
+    """Write them as our own are written. Raises UserError if the folder holds different ones: the
+    file has changed since they were graded."""
     for name, completions in given.items():
         path = completions_file(out, name)
         if not path.is_file():
             write_lines(path, completions)
         elif list(read_lines(path, Completion)) != completions:
             raise UserError(f"{path}: holds other completions; choose another --out")
-
-
-def _benchmark(row: dict[str, Any], place: str, names: list[str]) -> str:
-    name = row.get("benchmark", names[0] if len(names) == 1 else None)
-    if name not in names:
-        said = "no benchmark" if name is None else f"benchmark {name!r:.60}"
-        raise UserError(f"{place}: {said}; expected {' or '.join(names)}")
-    return name
-
-
-def _completion(row: dict[str, Any], place: str) -> Completion:
-    id, sample, text = (row.get(field) for field in ("id", "sample", "text"))
-    said, tokens = row.get("finish_reason"), row.get("num_tokens")
-    reason = FINISH_REASONS.get(str("stop" if said is None else said).lower())
-    for field, holds, expected in (
-        ("id", type(id) in (str, int), "text or a whole number"),
-        ("sample", type(sample) is int and sample >= 0, "a whole number from 0"),
-        ("text", isinstance(text, str) and is_encodable(text), "the completion's text"),
-        ("finish_reason", reason is not None, f"one of {', '.join(FINISH_REASONS)}"),
-        (
-            "num_tokens",
-            tokens is None or (type(tokens) is int and 0 <= tokens <= MOST_TOKENS),
-            f"a whole number from 0 to {MOST_TOKENS}",
-        ),
-    ):
-        if not holds:
-            got = ascii(row[field])[:60] if field in row else "nothing"
-            raise UserError(f"{place}: field {field!r}: expected {expected}, got {got}")
-    return Completion(
-        id=str(id),
-        sample=sample,
-        text=text,
-        num_tokens=tokens,
-        finish_reason=reason,
-    )

@@ -22,7 +22,7 @@ from redi.eval.grading.grader import (
     answer_rule,
     mark_run,
 )
-from redi.eval.reporting import tables
+from redi.eval.reporting import stored, tables
 
 
 def grade(
@@ -64,16 +64,16 @@ class RegradeConfig:
 def main() -> None:
     config = parse(RegradeConfig, "Grade the stored completions of an evaluation again.")
     out = Path(config.run)
-    choice_of_run = report.own_grader(out)
+    choice_of_run = stored.own_grader(out)
     choice = config.grader or choice_of_run
-    rule = config.answer_from or answer_rule(report.settings_of(out).get("prefix", "<think>\n"))
+    rule = config.answer_from or answer_rule(stored.settings_of(out).get("prefix", "<think>\n"))
     with Grader(config.graders, config.grade_seconds, answer_from=rule) as grader:
         mark_run(out, grader.named(choice))
     # The run's own report shows the verdicts of both graders.
     if choice_of_run == "both" and choice != "both":
         report.write(out)
     written = report.write(out, choice)
-    print(tables.summary(written), f"saved {report.folder(out, choice)}/report.md", sep="\n")
+    print(tables.summary(written), f"saved {stored.folder(out, choice)}/report.md", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Evaluate the model on a benchmark between two training steps.
 
 The engine samples from the weights in training. Sharded weights are gathered meanwhile, every rank
-samples and grades its share of the completions, and the counts are summed. The random numbers are
-the same every time, so two scores of a run differ by the model alone.
+samples and grades part of the completions, and the counts are summed. The random numbers are the
+same every time, so two scores of a run differ by the model alone.
 
 The prompt is the problem as in training, without the paper's evaluation prompt. An answer may be as
 long as a training response, and Math-Verify's rules grade it. The curve shows where training goes;
@@ -11,6 +11,7 @@ for that.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,14 +22,15 @@ from redi.distributed import World, gathered, sum_over_ranks
 from redi.eval.benchmarks import load
 from redi.eval.engine.complete import complete
 from redi.eval.grading.grader import Grader, report_unreadable
-from redi.eval.protocol import EvalConfig, ask
+from redi.eval.protocol import EvalConfig, prompt_samples
 from redi.model import Transformer
 from redi.recipe import TrainConfig
 from redi.train import Score
 
 
 def prepare(config: TrainConfig, source: Source, world: World) -> Score:
-    """What evaluates a model on --eval-benchmark between two steps. All ranks must call it.
+    """The function that evaluates a model on --eval-benchmark between two steps. All ranks must
+    call it.
 
     Raises UserError, before training: no such benchmark, a broken row, a prompt that fills the
     context.
@@ -45,30 +47,28 @@ def prepare(config: TrainConfig, source: Source, world: World) -> Score:
     if world.rank == 0:
         with Grader(settings.graders, settings.grade_seconds) as grader:
             report_unreadable(grader, [test])
-    prompted = ask(test, source, settings)
+    prompted = prompt_samples(test, source, settings)
 
     def score(model: Transformer, step: int) -> dict[str, float]:
         """pass@1 and failures as fractions, tokens per completion, seconds."""
         began = time.perf_counter()
         name = f"{test.name} after step {step}"
         with memory_lent(world.device), gathered(model, config.reshard_after_forward):
-            made = complete(model, source, prompted, settings, world, name)
-            completions = [completion for _, completion in made]
+            sampled = complete(model, source, prompted, settings, world, name)
+            completions = [completion for _, completion in sampled]
         with Grader(settings.graders, settings.grade_seconds) as grader:
             marks = grader.marks(test, completions)
-        counts = torch.tensor(
-            [
-                sum(mark.verdict == "correct" for mark in marks),
-                sum(mark.num_tokens for mark in marks),
-                sum(mark.verdict == "truncated" for mark in marks),
-                sum(mark.verdict == "no_answer" for mark in marks),
-            ],
-            dtype=torch.float64,
-        )
-        sum_over_ranks(counts, world)
-        names = ("pass_at_1", "mean_tokens", "truncated", "no_answer")
-        shares = dict(zip(names, (counts / len(prompted)).tolist()))
-        return shares | {"seconds": time.perf_counter() - began}
+        verdicts = Counter(mark.verdict for mark in marks)
+        sums = {
+            "pass_at_1": verdicts["correct"],
+            "mean_tokens": sum(mark.num_tokens for mark in marks),
+            "truncated": verdicts["truncated"],
+            "no_answer": verdicts["no_answer"],
+        }
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+        sum_over_ranks(totals, world)
+        means = dict(zip(sums, (totals / len(prompted)).tolist()))
+        return means | {"seconds": time.perf_counter() - began}
 
     return score
 

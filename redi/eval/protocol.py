@@ -1,11 +1,11 @@
-"""The evaluation protocol: what is asked, and how an answer is sampled.
+"""The evaluation protocol: what a model is prompted with, and how an answer is sampled.
 
     Problem -> token ids of the prompt -> one request per sample -> completions (complete.py)
 
 The paper's user prompt states the task and the form of the answer; the chat template adds the
-system prompt of training. Every answer begins with the prefix that training's traces begin with. An
-answer may have min(max_new_tokens, context - prompt) tokens; `check_limit` says so if the context
-is the smaller.
+system prompt of training. Every answer begins with the same prefix as training's traces. An answer
+may have min(max_new_tokens, context - prompt) tokens; `check_limit` reports where the context is
+the smaller of the two.
 """
 
 import hashlib
@@ -36,8 +36,12 @@ class EvalConfig:
         default_factory=lambda: list(KNOWN)
     )
     out: Annotated[str | None, "folder of the evaluation; none: MODEL/eval", may_change] = None
-    completions: Annotated[str | None, "grade these, made elsewhere, instead of sampling"] = None
-    export_prompts: Annotated[str | None, "write what to ask elsewhere to this file, stop"] = None
+    completions: Annotated[
+        str | None, "grade these completions of another program instead of sampling"
+    ] = None
+    export_prompts: Annotated[
+        str | None, "write the prompts for another program to this file, then stop"
+    ] = None
     samples: Annotated[int, "completions of each problem"] = 16
     user_prompt: Annotated[Literal["paper", "plain"], "what the user asks"] = "paper"
     prefix: Annotated[str, "how every answer begins, as in training"] = "<think>\n"
@@ -47,7 +51,7 @@ class EvalConfig:
         int, "longest answer, tokens; as in the paper (the authors' code: 30720)"
     ] = 32_768
     slots: Annotated[
-        int, "most completions written side by side; fewer if the cache is full", may_change
+        int, "most completions sampled side by side; fewer if the cache is full", may_change
     ] = 256
     cache_gib: Annotated[
         float | None, "for keys and values; none: what is to spare", may_change
@@ -71,8 +75,8 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One sample of one problem, and the request that makes it."""
+class PromptedSample:
+    """One sample of one problem, and the request that generates it."""
 
     benchmark: str
     id: str  # of the problem
@@ -80,29 +84,28 @@ class Asked:
     request: Request
 
 
-def ask(test: Benchmark, source: Source, config: EvalConfig) -> list[Asked]:
-    """Every sample of every problem, the problem's one after another. Raises UserError if a prompt
+def prompt_samples(test: Benchmark, source: Source, config: EvalConfig) -> list[PromptedSample]:
+    """Every sample of every problem, those of a problem in a row. Raises UserError if a prompt
     leaves no room in the context."""
-    asked = []
+    prompted = []
     for problem in test.problems:
         prompt, room = make_prompt(test, problem, source, config)
         for sample in range(config.samples):
-            key = request_key(test.name, problem.id, sample)
-            request = Request(key, tuple(prompt), room)
-            asked.append(Asked(test.name, problem.id, sample, request))
-    return asked
+            request = Request(request_key(test.name, problem.id, sample), tuple(prompt), room)
+            prompted.append(PromptedSample(test.name, problem.id, sample, request))
+    return prompted
 
 
 def request_key(benchmark: str, id: str, sample: int) -> int:
-    """63 bits that name a sample, and seed it, whatever else is asked in the same run."""
-    said = repr((benchmark, id, sample)).encode()
-    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest()) >> 1
+    """63 bits that identify a sample and seed it, whatever else is sampled in the same run."""
+    name = repr((benchmark, id, sample)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
 
 
 def make_prompt(
     test: Benchmark, problem: Problem, source: Source, config: EvalConfig
 ) -> tuple[list[int], int]:
-    """(token ids up to and with the prefix of the answer, how long the answer may be)."""
+    """(token ids up to and including the answer's prefix, how long the answer may be)."""
     if source.chat is None:
         raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; evaluation needs it")
     context = source.config["max_position_embeddings"]
@@ -118,16 +121,17 @@ def make_prompt(
 
 
 def check_limit(rooms: Sequence[int], source: Source, config: EvalConfig) -> None:
-    """Say in one line how many answers, of problems with these `rooms`, the context ends before
-    max_new_tokens does. Raises UserError if it was asked for and the context is smaller."""
+    """Print one line if the context ends answers before max_new_tokens; rooms: the longest answer
+    of each problem. Raises UserError if a max_new_tokens other than the default exceeds the
+    context."""
     context, limit = source.config["max_position_embeddings"], config.max_new_tokens
     if limit != EvalConfig.max_new_tokens:
         expected = f"at most {context}, the model's context"
         require(limit <= context, "max_new_tokens", limit, expected)
-    if ended := [room for room in rooms if room < limit]:
+    if shorter := [room for room in rooms if room < limit]:
         print(
             f"the context of {context} tokens leaves less than --max-new-tokens {limit} behind "
-            f"{len(ended)} of {len(rooms)} prompts: {min(ended)} at least"
+            f"{len(shorter)} of {len(rooms)} prompts: {min(shorter)} at least"
         )
 
 

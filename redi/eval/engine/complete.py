@@ -1,74 +1,59 @@
-"""Prompted samples -> completions: dealt to the ranks, sampled in one queue, decoded.
+"""Prompted samples -> completions: sampled by all ranks, decoded.
 
-All benchmarks share a queue, so slots run empty only once, at the very end. Every rank has its own
-queue and its share of every benchmark, by expected length: a rank that finishes early cannot help
-the others. Expected length grows with the square root of the prompt's length (in 50 problems x 8
-traces, the logarithms of question and answer lengths had a correlation of 0.5).
+All benchmarks share a queue, so slots are idle only at the very end. When a rank has free slots, it
+takes the next problem from a counter that all ranks share, so no rank is idle while problems
+remain. The samples of a problem stay together, because they share a prefill.
 """
 
-import math
+import itertools
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+
+import torch.distributed as dist
 
 from redi.checkpoint.folder import Source
 from redi.distributed import World
 from redi.eval.completions import Completion
-from redi.eval.engine.generate import Usage, generate
+from redi.eval.engine.generate import Request, Usage, generate
 from redi.eval.engine.sampling import Sampling
 from redi.eval.grading.repetition import period
-from redi.eval.protocol import Asked, EvalConfig
+from redi.eval.protocol import EvalConfig, PromptedSample
 from redi.model import Transformer
 from redi.runlog import Progress
 
-
-def deal(asked: Sequence[Asked], world: World) -> list[Asked]:
-    """This rank's share. Samples of a problem stay together, for they share a prefill; the longest
-    come first, so that no long one is begun at the end."""
-    problems = [list(group) for _, group in groupby(asked, key=lambda a: (a.benchmark, a.id))]
-    problems.sort(key=_expected, reverse=True)
-    loads: list[Counter[str]] = [Counter() for _ in range(world.world_size)]
-    share = []
-    for samples in problems:
-        name = samples[0].benchmark
-        least = min(loads, key=lambda load: (load[name], load.total()))
-        least[name] += _expected(samples)
-        if least is loads[world.rank]:
-            share += samples
-    return share
-
-
-def _expected(samples: list[Asked]) -> float:
-    return len(samples) * math.sqrt(len(samples[0].request.prompt_ids))
+_calls = itertools.count()  # of `complete` in this process; each has counters of its own
 
 
 def complete(
     model: Transformer,
     source: Source,
-    asked: Sequence[Asked],
+    prompted: Sequence[PromptedSample],
     config: EvalConfig,
     world: World,
     name: str,
-) -> Iterator[tuple[Asked, Completion]]:
-    """Sample this rank's share of `asked`; completions come as they are finished, behind a progress
-    bar on the first rank. Raises UserError as `generate` does."""
-    share = deal(asked, world)
-    by_key = {one.request.key: one for one in share}
-    sampling = Sampling(config.temperature, config.top_p, config.seed)
+) -> Iterator[tuple[PromptedSample, Completion]]:
+    """Sample this rank's part of `prompted`; completions come as they are finished. All ranks must
+    call it, with the same arguments. Rank 0 shows a progress bar of all ranks' completions.
+
+    Raises UserError as `generate` does.
+    """
+    counters = shared_counters(world)
+    by_key = {one.request.key: one for one in prompted}
     cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
-    tokens, loops, usage, began = 0, 0, Usage(), time.monotonic()
-    written = generate(
+    fair_share = -(-len(prompted) // world.world_size)  # or the first rank would take all of a few
+    usage, began, shown = Usage(), time.monotonic(), 0
+    results = generate(
         model,
-        [one.request for one in share],
+        [one.request for one in prompted],
         source.stop_ids,
-        sampling,
-        config.slots,
+        Sampling(config.temperature, config.top_p, config.seed),
+        min(config.slots, fair_share),
         cache_bytes,
         usage,
+        take_problems(prompted, counters),
     )
-    with Progress(len(share), name, unit="response", shown=world.rank == 0) as progress:
-        for result in written:
+    with Progress(len(prompted), name, unit="response", shown=world.rank == 0) as progress:
+        for result in results:
             one = by_key[result.key]
             text = config.prefix + source.chat.decode(result.token_ids)
             yield (
@@ -81,9 +66,29 @@ def complete(
                     finish_reason=result.finish_reason,
                 ),
             )
-            tokens += result.num_tokens
-            loops += period(text) > 0
+            tokens = counters.add("tokens", result.num_tokens)
+            loops = counters.add("loops", int(period(text) > 0))
             speed = f"{tokens / (time.monotonic() - began):,.0f}"
-            progress.update({"tok/s": speed, "loops": str(loops)})
+            done = counters.add("completions", 1)
+            for _ in range(done - shown):
+                progress.update({"tok/s": speed, "loops": str(loops)})
+            shown = done
     if usage.evictions:
         print(f"{name}: set aside {usage.evictions} times for want of memory; see --cache-gib")
+
+
+def shared_counters(world: World) -> dist.Store:
+    """`store.add(name, n)` adds to a counter of all ranks and returns its new value."""
+    if world.world_size == 1:
+        return dist.HashStore()
+    return dist.PrefixStore(f"complete {next(_calls)}", dist.group.WORLD.get_group_store())
+
+
+def take_problems(
+    prompted: Sequence[PromptedSample], counters: dist.Store
+) -> Iterator[list[Request]]:
+    """The requests of one problem after another, of those that no other rank has taken."""
+    by_problem = itertools.groupby(prompted, key=lambda one: (one.benchmark, one.id))
+    problems = [[one.request for one in group] for _, group in by_problem]
+    while (number := counters.add("problems", 1) - 1) < len(problems):
+        yield problems[number]

@@ -93,6 +93,7 @@ def generate(
     slots: int,
     cache_bytes: int | None = None,
     usage: Usage | None = None,
+    taken: Iterable[Sequence[Request]] | None = None,
 ) -> Iterator[Generated]:
     """Complete every request, up to `slots` at once; results come as they finish, in any order.
 
@@ -100,6 +101,9 @@ def generate(
     that keys and values may take; None: as much as the slots can need, if the machine has it.
     Raises ValueError if a request's prompt and max_new_tokens, at least 1 each, do not fit the
     model's context, UserError if they do not fit the cache.
+
+    taken: for ranks that share `requests`, the groups of them that this rank completes; the next
+    group is taken when rows are free. None: all requests.
     """
     numbers: dict[tuple[int, ...], int] = {}
     texts = [_Text(r, numbers.setdefault(r.prompt_ids, len(numbers))) for r in requests]
@@ -115,7 +119,9 @@ def generate(
         return
     slots = min(slots, len(texts))
     engine = _Engine(model, sampling, texts, slots, cache_bytes, usage or Usage())
-    while engine.queue or engine.live:
+    by_key = {text.request.key: text for text in texts}
+    groups = iter([texts]) if taken is None else ([by_key[r.key] for r in g] for g in taken)
+    while engine.take(groups) or engine.live:
         engine.admit()
         logits, rows = engine.prefill() if engine.admitted else engine.decode()
         yield from engine.advance(logits, rows, set(stop_ids))
@@ -133,7 +139,7 @@ class _Engine:
         cache_bytes: int | None,
         usage: Usage,
     ):
-        self.sampling, self.slots, self.usage = sampling, slots, usage
+        self.sampling, self.usage = sampling, usage
         weight, longest = model.output_weight, max(text.limit for text in texts)
         # Enough that no text waits: the longest texts, and a spare page per row.
         pages = sum(sorted(pages_for(text.limit) for text in texts)[-slots:]) + slots
@@ -144,7 +150,8 @@ class _Engine:
             from redi.eval.engine.kernel_steps import KernelDecoder  # needs triton
 
             self.decoder = KernelDecoder(model, self.cache)
-        self.queue = deque(texts)
+        self.queue: deque[_Text] = deque()
+        self.few = max(1, slots // 32)  # rows that are worth a prefill
         self.live: dict[int, _Text] = {}  # row -> text, in the order of admission
         self.free_rows = list(range(slots))[::-1]
         # Rows of the next prefill -> the row whose prompt each shares; None: it runs its own text.
@@ -154,10 +161,19 @@ class _Engine:
 
     # ---- which texts are in the batch
 
+    def take(self, groups: Iterator[list[_Text]]) -> bool:
+        """Queue further groups while rows are free for them. Whether any text is queued."""
+        while self.free_rows and len(self.queue) < max(self.few, len(self.free_rows)):
+            group = next(groups, None)
+            if group is None:
+                break
+            self.queue += group
+        return bool(self.queue)
+
     def admit(self) -> None:
         """Texts start or continue. With many rows several are admitted at once, since a pass over
         one prompt costs as much as a step."""
-        if self.live and len(self.free_rows) < min(len(self.queue), max(1, self.slots // 32)):
+        if self.live and len(self.free_rows) < min(len(self.queue), self.few):
             return
         tokens = 0
         while self.queue and self.free_rows:

@@ -30,11 +30,11 @@ from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import (
     Completion,
     Mark,
-    asked,
     by_problem,
     completions_file,
     marks_file,
     read_lines,
+    stored_benchmarks,
     write_lines,
 )
 from redi.eval.grading import paper_grader
@@ -222,7 +222,7 @@ def mark_run(out: Path, graders: list[Grader]) -> None:
     """Grade every stored completion of an evaluation. Raises UserError if some are missing,
     before it changes any verdict on disk."""
     graded: dict[Path, list[Mark]] = {}
-    for test, grader in itertools.product(asked(out), graders):
+    for test, grader in itertools.product(stored_benchmarks(out), graders):
         marks = grader.marks(test, read_lines(completions_file(out, test.name), Completion))
         by_problem(test, marks)  # raises if one is missing
         graded[marks_file(out, grader.name, test.name)] = marks

@@ -1,82 +1,100 @@
 r"""Evaluations as one HTML page, to filter problems and read completions side by side.
 
-The page is one file: no server, no network, nothing to install. `page.html` is the template; the
-data is one JSON text in a script element that is never run. Completions are a model's, so they
-never become markup: the JSON escapes every <, > and &, the page inserts text as text, and its
-policy forbids it to load anything.
+The page is one file: no server, no network, nothing to install. Its content is one JSON text in a
+script element that is never run, and page.js shows it. Completions are a model's, so they never
+become markup: the JSON escapes every <, > and &, and the script inserts text as text.
 
 A browser can open a page of some 50 million characters. If the completions have more, the longest
 are shortened in the middle, and the page says so. Left out: typeset formulas.
 """
 
-import dataclasses
+import html
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from redi import pages
 from redi.config import UserError
 from redi.eval.completions import Completion, completions_file, read_lines
-from redi.eval.report import Graded, load, run_names, settings_of
+from redi.eval.reporting.stored import Graded, load, run_names, settings_of
 from redi.eval.reporting.tables import ANSWER_FROM
 
-TEMPLATE = Path(__file__).with_name("page.html")
 CHARACTERS = 50_000_000  # of all completions together
-PLACE = "/* the data */"
+SHORTENED = "long completions are shortened; completions/ holds all of their text"
+BODY = """\
+<header><h1>{title}</h1>
+<label>benchmark <select id="benchmark"></select></label>
+<label>verdicts <select id="verdict"></select></label>
+<label>subject <select id="subject"></select></label>
+<label>difficulty <select id="difficulty"></select></label>
+<input type="search" id="words" placeholder="words of problem, answer, id">
+<label><input type="checkbox" id="deep"> and in completions</label>
+<span class="faint" id="count"></span><span class="faint">{note}</span></header>
+<nav id="list" aria-label="problems"></nav>
+<main><section id="question"></section><section id="panes"></section></main>
+<script type="application/json" id="data">{data}</script>"""
 
 
-def page(runs: list[Path], grader: str | None = None) -> str:
-    """The page of one evaluation or of several. Raises UserError as `report.load`, and where two
-    ask other problems under one name."""
-    loaded = [{name: graded[0] for name, graded in load(run, grader).items()} for run in runs]
-    lengths = [len(c.text) for run, tests in zip(runs, loaded) for c in _stored(run, tests)]
+def evaluation_page(runs: list[Path], grader: str | None = None) -> str:
+    """The page of one or several evaluations. Raises UserError as `load`, and if two have different
+    problems of one name."""
+    loaded = [load(run, grader) for run in runs]
+    lengths = [
+        len(completion.text)
+        for run, graded in zip(runs, loaded)
+        for name in graded
+        for completion in read_lines(completions_file(run, name), Completion)
+    ]
     limit = _limit(lengths)
-    problems: dict[str, dict[str, dict[str, Any]]] = {}  # benchmark -> id -> problem
-    for number, (run, tests) in enumerate(zip(runs, loaded)):
-        for name, (test, marks, _) in tests.items():
-            rows = problems.setdefault(name, {})
-            for problem in test.problems:
-                row = {**dataclasses.asdict(problem), "runs": [[] for _ in runs]}
+    benchmarks: dict[str, dict[str, dict[str, Any]]] = {}  # name -> problem's id -> its row
+    for number, (run, graded) in enumerate(zip(runs, loaded)):
+        for name, one in graded.items():
+            rows = benchmarks.setdefault(name, {})
+            for problem in one.test.problems:
+                row = {**asdict(problem), "runs": [[] for _ in runs]}
                 known = rows.setdefault(problem.id, row)
                 if any(known[field] != row[field] for field in ("problem", "answers")):
                     raise UserError(f"{name}: problem {problem.id!r} is not the same in all runs")
-            verdicts = {mark.key: mark for mark in marks}
-            for completion in read_lines(completions_file(run, name), Completion):
-                mark = verdicts[completion.key]
-                rows[completion.id]["runs"][number].append(
-                    {
-                        "sample": completion.sample,
-                        "verdict": mark.verdict,
-                        "extracted": mark.extracted,
-                        "tokens": completion.num_tokens,
-                        "finish": completion.finish_reason,
-                        "text": _shortened(completion.text, limit),
-                    }
-                )
+            for id, sample in _samples(run, one, limit):
+                rows[id]["runs"][number].append(sample)
     models = [str(settings_of(run).get("model", run)) for run in runs]
-    names = run_names(runs) if len(runs) > 1 else models  # the page of a run moves with its folder
     content = {
-        "runs": [
-            {"name": name, "model": model, **_rules(tests.values())}
-            for name, model, tests in zip(names, models, loaded)
-        ],
-        "shortened": max(lengths, default=0) > limit,
-        "benchmarks": [
-            {"name": name, "problems": list(rows.values())} for name, rows in problems.items()
-        ],
+        # The page of a single run moves with its folder, so it does not name the folder.
+        "runs": run_names(runs) if len(runs) > 1 else models,
+        "benchmarks": [{"name": n, "problems": [*rows.values()]} for n, rows in benchmarks.items()],
     }
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, _in_script(content))
+    title = " | ".join(_title(m, graded.values()) for m, graded in zip(models, loaded))
+    note = SHORTENED if max(lengths, default=0) > limit else ""
+    body = BODY.format(title=html.escape(title), note=note, data=_in_script(content))
+    folder = Path(__file__).parent
+    style, script = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    return pages.page(title, body, style, script)
 
 
-def _rules(graded: Collection[Graded]) -> dict[str, str]:
-    answers = dict.fromkeys(ANSWER_FROM[g.marks[0].answer_from] for g in graded)
-    graders = dict.fromkeys(g.grader for g in graded)
-    return {"grader": ", ".join(graders), "answers": ", ".join(answers)}
+def _samples(run: Path, graded: Graded, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(problem's id, sample) of every completion of a benchmark."""
+    marks = {mark.key: mark for mark in graded.marks}
+    for completion in read_lines(completions_file(run, graded.test.name), Completion):
+        mark = marks[completion.key]
+        yield (
+            completion.id,
+            {
+                "sample": completion.sample,
+                "verdict": mark.verdict,
+                "extracted": mark.extracted,
+                "tokens": completion.num_tokens,
+                "finish": completion.finish_reason,
+                "text": _shortened(completion.text, limit),
+            },
+        )
 
 
-def _stored(run: Path, names: Iterable[str]) -> Iterator[Completion]:
-    for name in names:
-        yield from read_lines(completions_file(run, name), Completion)
+def _title(model: str, graded: Collection[Graded]) -> str:
+    graders = dict.fromkeys(one.grader for one in graded)
+    rules = dict.fromkeys(ANSWER_FROM[one.marks[0].answer_from] for one in graded)
+    return f"{model}, graded by {', '.join(graders)}, answers read {', '.join(rules)}"
 
 
 def _limit(lengths: list[int]) -> int:
@@ -99,6 +117,6 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def _in_script(content: Any) -> str:
-    """JSON that cannot end the script element it stands in, nor begin anything else there."""
+    """JSON that cannot end the script element around it, nor begin anything else there."""
     text = json.dumps(content)  # ASCII alone: line separators and halves of pairs are escapes
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")

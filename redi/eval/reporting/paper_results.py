@@ -1,7 +1,7 @@
-"""The paper's results on the five benchmarks (arXiv 2505.24850), as reference rows; all theirs.
+"""The paper's results on the five benchmarks (arXiv 2505.24850), for reference.
 
-Sixteen samples a problem, temperature 0.6, their prompt and grader. Only models trained or
-measured by the authors; figures are (pass@1, pass@16) in percent, in the order of BENCHMARKS.
+Sixteen samples per problem, temperature 0.6, the authors' prompt and grader, models that they
+trained or measured. Figures are (pass@1, pass@16) in percent, in the order of BENCHMARKS.
 """
 
 BENCHMARKS = ("math500", "aime24", "amc", "minerva", "olympiadbench")
@@ -23,15 +23,11 @@ RESULTS = {
 
 
 def rows(benchmarks: list[str]) -> list[tuple[str, ...]]:
-    """A table's rows for those benchmarks of the five that are given, header first; [] if none."""
-    columns = [place for place, name in enumerate(BENCHMARKS) if name in benchmarks]
+    """A table's rows for those of the five benchmarks that are given, header first; [] if none."""
+    columns = [column for column, name in enumerate(BENCHMARKS) if name in benchmarks]
     if not columns:
         return []
-    header = ("the paper's models", *(BENCHMARKS[place] for place in columns))
-    return [
-        header,
-        *(
-            (model, *("{:.1f} / {:.1f}".format(*figures[place]) for place in columns))
-            for model, figures in RESULTS.items()
-        ),
-    ]
+    table = [("the paper's models", *(BENCHMARKS[column] for column in columns))]
+    for model, figures in RESULTS.items():
+        table.append((model, *("{:.1f} / {:.1f}".format(*figures[c]) for c in columns)))
+    return table

@@ -1,9 +1,15 @@
-"""A report as Markdown that also reads well in a terminal. Scores and shares in percent."""
+"""A report as Markdown that also reads well in a terminal, and as JSON.
 
-from collections.abc import Sequence
+Scores and shares are percentages in Markdown and fractions of 1 in JSON.
+"""
 
-from redi.eval.report import Group, Report, Score, mean_pass_at_1
+import json
+from dataclasses import asdict
+from typing import Any
+
 from redi.eval.reporting import paper_results
+from redi.eval.reporting.scores import Group, Report, Score, mean_pass_at_1
+from redi.tables import markdown_table
 
 SUMMARY = (
     "benchmark", "grader", "problems", "pass@1 ± SEM", "95 % interval", "pass@n", "majority",
@@ -11,32 +17,32 @@ SUMMARY = (
 )  # fmt: skip
 NOTES = """\
 pass@1 is the mean over all samples; SEM is the paper's, the spread between repeated runs; the
-interval says what other problems like these would give. Truncated, unanswered and timed-out
-completions count as wrong. Loops are completions that end in one passage over and over. Where both
-graders judged the same completions, a benchmark's first row is its score; the other tables, the
-page and comparisons use the grader of that row."""
+interval is for other problems of the same kind. Truncated, unanswered and timed-out completions
+count as wrong. Loops are completions that end in one repeated passage. Where both graders judged
+the same completions, a benchmark's first row is its score; the other tables, the page and
+comparisons use the grader of that row."""
 
 ANSWER_FROM = {"after_think": "after </think>", "whole": "in the whole response"}
 
 
 def markdown(report: Report) -> str:
     """The whole report.md."""
-    said = {**report.settings, "graded by": report.grader, "answers are read": _rules(report)}
-    settings = ", ".join(f"{name} {_shown(value)}" for name, value in said.items())
-    parts = [f"# {report.model}", settings, summary(report), NOTES]
+    settings = {**report.settings, "graded by": report.grader, "answers are read": _rules(report)}
+    described = ", ".join(f"{name} {_shown(value)}" for name, value in settings.items())
+    parts = [f"# {report.model}", described, summary(report), NOTES]
     if any(score.num_samples > 1 for score in report.scores):
         parts += ["## pass@k", _pass_at_k(report.scores)]
     for score in report.scores:
         for kind, groups in (("difficulty", score.by_difficulty), ("subject", score.by_subject)):
             if groups:
                 parts += [f"## {_name(score)} by {kind}", _groups(kind, groups)]
-    if theirs := paper_results.rows([score.benchmark for score in report.scores]):
-        parts += ["## Theirs, not ours", PUBLISHED, table(theirs)]
+    if published := paper_results.rows([score.benchmark for score in report.scores]):
+        parts += ["## The paper's results", PUBLISHED, markdown_table(published)]
     return "\n\n".join(parts) + "\n"
 
 
 def _rules(report: Report) -> list[str]:
-    """Where answers were looked for; if the graders did not look in one place, each one's."""
+    """Where the graders looked for answers; which grader where, if they looked in two places."""
     rules: dict[str, dict[str, None]] = {}
     for score in (*report.scores, *report.other_scores):
         rules.setdefault(ANSWER_FROM[score.answer_from], {})[score.grader] = None
@@ -51,7 +57,7 @@ Nothing in this table was measured here."""
 
 
 def summary(report: Report) -> str:
-    """One row per benchmark, and their mean if there are several; then the same for the second
+    """One row per benchmark and their mean if there are several; then the same for the second
     grader, if there are two."""
     rows = [SUMMARY]
     for scores in filter(None, (report.scores, report.other_scores)):
@@ -60,7 +66,13 @@ def summary(report: Report) -> str:
             graders = ", ".join(dict.fromkeys(score.grader for score in scores))
             mean = percent(mean_pass_at_1(scores))
             rows.append(("mean", graders, "", mean, *[""] * (len(SUMMARY) - 4)))
-    return table(rows)
+    return markdown_table(rows)
+
+
+def side_by_side(names: list[str], reports: list[Report]) -> str:
+    """A row per run and benchmark."""
+    rows = [(n, *_row(score)) for n, report in zip(names, reports) for score in report.scores]
+    return markdown_table([("model", *SUMMARY), *rows])
 
 
 def _name(score: Score) -> str:
@@ -68,31 +80,28 @@ def _name(score: Score) -> str:
 
 
 def _row(score: Score) -> tuple[str, ...]:
-    low, high = score.interval
+    low, high = map(percent, score.interval)
+    shares = (score.truncated, score.no_answer, score.timeout, score.loops)
     return (
         score.benchmark,
         score.grader,
         f"{score.num_problems} x {score.num_samples}",
         f"{percent(score.pass_at_1)} ± {percent(score.sem)}",
-        f"{percent(low)} to {percent(high)}",
+        f"{low} to {high}",
         percent(score.pass_at_k[-1]),
         percent(score.majority),
         count(score.mean_tokens),
         count(score.median_tokens),
-        percent(score.truncated),
-        percent(score.no_answer),
-        percent(score.timeout),
-        percent(score.loops),
+        *map(percent, shares),
     )
 
 
 def _pass_at_k(scores: list[Score]) -> str:
-    longest = max(score.num_samples for score in scores)
     rows = [("k", *map(_name, scores))]
-    for k in range(1, longest + 1):
-        cells = (percent(s.pass_at_k[k - 1]) if k <= s.num_samples else "" for s in scores)
-        rows.append((str(k), *cells))
-    return table(rows)
+    for k in range(max(score.num_samples for score in scores)):
+        cells = (percent(s.pass_at_k[k]) if k < s.num_samples else "" for s in scores)
+        rows.append((str(k + 1), *cells))
+    return markdown_table(rows)
 
 
 def _groups(kind: str, groups: list[Group]) -> str:
@@ -100,20 +109,7 @@ def _groups(kind: str, groups: list[Group]) -> str:
     for group in groups:
         values = percent(group.pass_at_1), count(group.mean_tokens), percent(group.truncated)
         rows.append((group.name, str(group.num_problems), *values))
-    return table(rows)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the header first; the first column to the left, the others to the right."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
-        lines.append(f"| {' | '.join(cells)} |")
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines.insert(1, f"| {' | '.join(rule)} |")
-    return "\n".join(lines)
+    return markdown_table(rows)
 
 
 def percent(fraction: float | None) -> str:
@@ -121,9 +117,23 @@ def percent(fraction: float | None) -> str:
 
 
 def count(tokens: float | None) -> str:
-    return "not known" if tokens is None else f"{tokens:,.0f}"
+    return "unknown" if tokens is None else f"{tokens:,.0f}"
 
 
 def _shown(value: object) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return repr(text) if "\n" in text or not text else text
+
+
+def to_json(report: Report) -> str:
+    """Indented JSON: {"model", "grader", "settings", "mean_pass_at_1", "benchmarks": [{...}],
+    "other_grader": [{...}]}; the mean is that of "benchmarks"."""
+    content: dict[str, Any] = {
+        "model": report.model,
+        "grader": report.grader,
+        "settings": report.settings,
+        "mean_pass_at_1": mean_pass_at_1(report.scores),
+        "benchmarks": [asdict(score) for score in report.scores],
+        "other_grader": [asdict(score) for score in report.other_scores],
+    }
+    return json.dumps(content, indent=2) + "\n"

@@ -1,66 +1,65 @@
-"""Completions made by another program: what it is asked, and what is checked of its answers."""
-
-import json
+"""Completions of another program: the prompts for it, and the checks of its answers."""
 
 import pytest
+from small_run import read_jsonl, write_jsonl
 
 from redi.checkpoint.folder import open_model
 from redi.config import UserError
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.external import export_prompts, read_completions
-from redi.eval.protocol import PAPER_PROMPT, EvalConfig, ask
+from redi.eval.protocol import PAPER_PROMPT, EvalConfig, prompt_samples
 
 TESTS = [Benchmark("b", [Problem("x", "1+1?", ["2"]), Problem("7", "2+2?", ["4"])])]
 BOTH = [*TESTS, Benchmark("c", [Problem("x", "3+3?", ["6"])])]
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(*rows: dict):
-        path = tmp_path / "made.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
+def read(tmp_path):
+    def read(*rows: dict, tests=TESTS):
+        return read_completions(write_jsonl(tmp_path / "made.jsonl", list(rows)), tests)
 
-    return write
+    return read
 
 
 def row(id="x", sample=0, text="</think> 2", **more) -> dict:
     return {"id": id, "sample": sample, "text": text, **more}
 
 
-def test_rows_in_any_order_become_completions_in_order(write):
-    path = write(row("7", 1), row(7, 0, finish_reason="length"), row("x", 1, num_tokens=5), row())
-    samples, found = read_completions(path, TESTS)
+def test_rows_in_any_order_become_completions_in_order(read):
+    rows = row("7", 1), row(7, 0, finish_reason="length"), row("x", 1, num_tokens=5), row()
+    samples, found = read(*rows)
     assert samples == 2
     assert [c.key for c in found["b"]] == [("x", 0), ("x", 1), ("7", 0), ("7", 1)]
     assert [c.finish_reason for c in found["b"]] == ["stop", "stop", "length", "stop"]
     assert [c.num_tokens for c in found["b"]] == [None, 5, None, None]
 
 
-def test_the_words_of_other_programs_for_a_finish_are_known(write):
+def test_the_finish_reasons_of_other_programs_are_known(read):
     words = ["stop", "STOP", "end_turn", "eos_token", "length", "MAX_TOKENS", "max_tokens", "limit"]
-    _, found = read_completions(
-        write(*(row(id, s, finish_reason=w) for id in ("x", "7") for s, w in enumerate(words))),
-        TESTS,
-    )
+    rows = [row(id, s, finish_reason=w) for id in ("x", "7") for s, w in enumerate(words)]
+    _, found = read(*rows)
     assert [c.finish_reason for c in found["b"][:8]] == ["stop"] * 4 + ["length"] * 4
 
 
-def test_of_several_benchmarks_each_row_names_its_own(write):
-    path = write(row(benchmark="b"), row("7", benchmark="b"), row(benchmark="c"))
-    _, found = read_completions(path, BOTH)
+def test_each_row_names_its_benchmark_if_there_are_several(read):
+    rows = row(benchmark="b"), row("7", benchmark="b"), row(benchmark="c")
+    _, found = read(*rows, tests=BOTH)
     assert [len(found[name]) for name in ("b", "c")] == [2, 1]
     with pytest.raises(UserError, match=r"made\.jsonl:1: no benchmark; expected b or c"):
-        read_completions(write(row()), BOTH)
+        read(row(), tests=BOTH)
     with pytest.raises(UserError, match=r"benchmark 'd'; expected b or c"):
-        read_completions(write(row(benchmark="d")), BOTH)
+        read(row(benchmark="d"), tests=BOTH)
+    with pytest.raises(
+        UserError, match=r"as many samples for each benchmark, got {'b': 1, 'c': 2}"
+    ):
+        read(*rows, row(sample=1, benchmark="c"), tests=BOTH)
 
 
-BROKEN = [  # rows, what the one line must say
-    ([row(), row("7"), row()], r"made\.jsonl:3: sample 0 of problem 'x' is also at .*:1"),
-    ([row()], r"sample 0 of problem '7' is missing; expected samples 0 to 0"),
-    ([row(sample=2), row("7")], r"sample 0 of problem 'x' is missing, and 3 more; .*0 to 2"),
-    ([row("9")], r"made\.jsonl:1: b has no problem '9'"),
+BROKEN = [  # rows, the one line of the error
+    ([row(), row("7"), row()], r"made\.jsonl: b: problem 'x' has sample 0 twice"),
+    ([row()], r"problem '7' has samples \[\], expected 0 to 0"),
+    ([row(sample=10**9), row("7")], r"problem 'x' has samples \[1000000000\], expected 0 to 0"),
+    ([row("9")], r"made\.jsonl: b: holds no problem '9'"),
     ([{"id": "x", "sample": 0}], r"made\.jsonl:1: field 'text': expected .*, got nothing"),
     ([row(text=None)], r"field 'text'"),
     ([row(text="\ud800")], r"field 'text'"),
@@ -71,8 +70,7 @@ BROKEN = [  # rows, what the one line must say
     ([row(finish_reason=3)], r"field 'finish_reason'"),
     ([row(finish_reason="abort")], r"'finish_reason': expected one of stop, .*length.*got 'abort'"),
     ([row(finish_reason="\ud800")], r"field 'finish_reason': .* got '\\ud800'"),
-    ([row("\ud800")], r"made\.jsonl:1: b has no problem '\\ud800'"),
-    ([row(sample=10**9), row("7")], r"sample 0 of problem 'x' is missing, and 1999999999 more"),
+    ([row("\ud800")], r"made\.jsonl: b: holds no problem '\\ud800'"),
     ([row(num_tokens="3")], r"field 'num_tokens'"),
     ([row(num_tokens=-5)], r"field 'num_tokens': expected a whole number from 0 .*, got -5"),
     ([row(num_tokens=10**400)], r"field 'num_tokens': expected .*, got 10000"),
@@ -80,9 +78,9 @@ BROKEN = [  # rows, what the one line must say
 
 
 @pytest.mark.parametrize(("rows", "message"), BROKEN)
-def test_what_is_wrong_is_one_line_that_names_it(write, rows, message):
+def test_a_broken_file_is_refused_in_one_line(read, rows, message):
     with pytest.raises(UserError, match=message) as caught:
-        read_completions(write(*rows), TESTS)
+        read(*rows)
     assert "\n" not in str(caught.value)
 
 
@@ -93,8 +91,8 @@ def test_exported_prompts_are_what_our_own_sampling_reads(save_qwen2, save_token
     config = EvalConfig(samples=3, max_new_tokens=100)
     path = tmp_path / "prompts.jsonl"
     assert export_prompts(path, TESTS, source, config) == 2
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    own = [one.request for one in ask(TESTS[0], source, config)]
+    rows = read_jsonl(path)
+    own = [one.request for one in prompt_samples(TESTS[0], source, config)]
     assert [tuple(row["prompt_token_ids"]) for row in rows] == [r.prompt_ids for r in own[::3]]
     assert [row["max_tokens"] for row in rows] == [100, 100]
     assert rows[0]["stop_token_ids"] == source.stop_ids != []
