@@ -34,7 +34,7 @@ from bench.measure import CPUSeconds, interleave, result, synchronize, write
 from redi.checkpoint.config_json import read_config
 from redi.eval.engine.generate import Request, Usage, generate
 from redi.eval.engine.sampling import Sampling
-from redi.toy.student import initialise
+from redi.toy.student import initialize
 
 SLOTS, NEW_TOKENS, CONTEXT = 32, 128, 1024
 REQUESTS, MEDIAN, LONGEST = 160, 48, 512
@@ -225,7 +225,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = published_shape()
     mine, peer = two_models(TOY)
-    initialise(mine, seed=0)  # the weights are peer's too
+    initialize(mine, seed=0)  # the weights are peer's too
     write("generate", results | decoding(mine, peer) | refilling(mine, peer))
 
 

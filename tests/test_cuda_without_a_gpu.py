@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable(
 # Every place where the host waits for the device: in training with the number of waits in a step.
 TRAINING_WAITS = {"monitor.StepSums.gather: copy to the host": 1}
 GENERATION_WAITS = {
-    "kernel_steps.KernelSteps.__init__: copy from memory that is not pinned",  # once
+    "kernel_steps.KernelDecoder.__init__: copy from memory that is not pinned",  # once
     "sampling.refused: nonzero()",  # per token
     "generate._Engine.advance: copy to the host",  # per token
 }
