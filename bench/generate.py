@@ -19,18 +19,16 @@ Left out: stop tokens (a model without training has nothing to stop for; lengths
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.inputs import FIRST_WORD, VOCABULARY, lengths, random_model
-from bench.measure import CPUSeconds, interleave, result, synchronize, write
+from bench.measure import CPUSeconds, interleave, result, write
 from redi.checkpoint.config_json import read_config
 from redi.eval.engine.generate import Request, Usage, generate
 from redi.eval.engine.sampling import Sampling
@@ -113,35 +111,6 @@ def batches(requests: list[Request]) -> list[list[Request]]:
     groups = [requests[start : start + SLOTS] for start in range(0, len(requests), SLOTS)]
     longest = [max(request.max_new_tokens for request in group) for group in groups]
     return [[replace(r, max_new_tokens=n) for r in group] for group, n in zip(groups, longest)]
-
-
-@torch.inference_mode()
-def transformers_steps(peer, counts: np.ndarray, device: torch.device) -> list[float]:
-    """Seconds of each decode step but the first, over texts of `counts` tokens, padded on the left;
-    their keys and values are random numbers. For bench/gpu.py."""
-    from transformers import DynamicCache
-
-    config, longest, past, times = peer.config, int(counts.max()), DynamicCache(), []
-    size = config.hidden_size // config.num_attention_heads
-    shape = (2, len(counts), config.num_key_value_heads, longest, size)
-    for layer in range(config.num_hidden_layers):
-        past.update(*torch.randn(shape, dtype=torch.bfloat16, device=device), layer)
-    ids = torch.ones(len(counts), longest + 1, dtype=torch.int64, device=device)
-    positions = torch.arange(longest + 1, device=device)
-    mask = (positions >= longest - torch.tensor(counts, device=device)[:, None]).long()
-
-    def take_time(ids: torch.Tensor, scores, **others) -> torch.Tensor:
-        synchronize(device)
-        times.append(time.perf_counter())
-        return torch.zeros(len(ids), dtype=torch.bool, device=device)
-
-    peer.generate(
-        ids, attention_mask=mask, past_key_values=past, max_new_tokens=8, do_sample=True,
-        temperature=0.6, top_p=0.95, top_k=0, eos_token_id=None, pad_token_id=0,
-        stopping_criteria=[take_time],
-    )  # fmt: skip
-    assert past.get_seq_length() == longest + 8, "transformers read its texts again"
-    return [after - before for before, after in pairwise(times)][1:]
 
 
 # ---------------------------------------------------------------- measures

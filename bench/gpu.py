@@ -12,7 +12,7 @@ Parts run in this order, the most valuable facts first:
     G6        the peak of a step of two packs over redi/memory.py's formula
     G1, G2    the head's loss: milliseconds and bytes over Liger, Liger's CuTe kernels, TRL's
               kernel, torch's fused loss, and plain logits, eager and compiled
-    G7        decoding 256 rows over the limit of memory bandwidth, and over transformers
+    G7        decoding 256 rows over the limit of memory bandwidth
     G8        a PROJECTION of the whole evaluation's hours, from a slice of it
     G4_TRL, G5_TRL    TRL's SFT and DPO on rows of the same lengths, and ours over them (G4, G5)
 
@@ -36,7 +36,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import pairwise, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +48,6 @@ from torch import Tensor
 
 import bench.plan as law
 from bench import inputs, loss, measure, trainer
-from bench.generate import transformers_steps
 from bench.inputs import QWEN, RandomRows, random_model, random_requests
 from bench.measure import clock, free, interleave, peak, result
 from redi import memory
@@ -81,7 +79,7 @@ CHECKED = ModelConfig(  # G9's model; its heads are Qwen2.5-Math-1.5B's
     num_kv_heads=2, head_dim=128, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=4096,
 )  # fmt: skip
 SETTINGS = SimpleNamespace(lr=1e-5, weight_decay=1e-4, clip=1.0, reshard_after_forward=False)
-AT_LEAST = ("G4", "G4_tok_s", "G5", "G5_tok_s", "G7_4k", "G7_8k", "G7_4k_HF", "G7_8k_HF")
+AT_LEAST = ("G4", "G4_tok_s", "G5", "G5_tok_s", "G7_4k", "G7_8k")
 
 Found = Iterator[tuple[str, dict[str, Any]]]  # id of a measure, bench.measure.result
 
@@ -101,7 +99,6 @@ class Sizes:
     checked_lengths: tuple[int, ...] = (1297, 2, 63, 64, 65, 500)
     answers: int = 20  # of G9: more than there are slots
     texts: int = 256  # decoded side by side
-    peer_texts: int = 64
     contexts: tuple[int, ...] = (4096, 8192)  # mean tokens of the texts
     decode_steps: int = 60
     slice_seconds: float = 30.0
@@ -415,35 +412,6 @@ def decode_speed(device: torch.device, sizes: Sizes) -> Found:
         speeds = [len(counts) / each for each in taken]
         yield f"G7_{name}_tok_s", result(speeds, None, f"tokens/s, {len(counts)} rows")
         free(device)
-    del model
-    if find_spec("transformers"):
-        yield from beside_transformers(device, sizes)
-
-
-def beside_transformers(device: torch.device, sizes: Sizes) -> Found:
-    """Our tokens/s over those of `generate`: on texts of the same law, padded on the left (HF), and
-    on equally long ones, which suit it best (HF_even). Keys and values are random numbers."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    config = Qwen2Config(**inputs.config_json(sizes.model))
-    with torch.device(device):
-        peer = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    for mean in sizes.contexts:
-        name = f"{mean // 1024}k"
-        ragged = sizes.text_lengths(sizes.peer_texts, mean, sizes.model.max_positions - 10)
-        even = np.full(sizes.texts, mean)
-        for kind, counts, goal in (("HF", ragged, 10.0), ("HF_even", even, None)):
-            free(device)
-            try:
-                taken = transformers_steps(peer, counts, device)
-            except torch.OutOfMemoryError:
-                print(f"G7_{name}_{kind}: left out: out of memory", flush=True)
-                continue
-            speeds = [len(counts) / each for each in taken]
-            said = f"tokens/s of transformers, {len(counts)} rows"
-            yield f"G7_{name}_{kind}_tok_s", result(speeds, None, said)
-            if own := saved().get(f"G7_{name}_tok_s"):
-                yield f"G7_{name}_{kind}", result([own["median"] / s for s in speeds], goal, said)
 
 
 def evaluation(device: torch.device, sizes: Sizes) -> Found:

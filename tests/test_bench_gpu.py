@@ -30,7 +30,7 @@ TINY = Sizes(
     ),
     pack_tokens=256, rows=4, pairs=3, train_steps=3, head_rows=64, rounds=2,
     checked=replace(CHECKED, num_layers=2, max_positions=512), checked_lengths=(41, 130, 50, 100),
-    answers=5, texts=12, peer_texts=6, contexts=(40,), decode_steps=9, slice_seconds=0.2,
+    answers=5, texts=12, contexts=(40,), decode_steps=9, slice_seconds=0.2,
 )  # fmt: skip
 
 
@@ -113,12 +113,9 @@ def test_the_heads_loss_beside_its_peers(monkeypatch, capsys):
     assert "gradients differ by" in left_out[1]
 
 
-def test_decoding_over_the_bandwidth_and_over_transformers(monkeypatch):
-    pytest.importorskip("transformers", reason="transformers is not installed")
+def test_decoding_over_the_bandwidth():
     found = run_part("G7")
     assert found["G7_0k"]["n"] == TINY.decode_steps - 1 - gpu.WARM_STEPS
-    ratio = found["G7_0k_tok_s"]["median"] / found["G7_0k_HF_tok_s"]["min"]
-    assert found["G7_0k_HF"]["max"] == pytest.approx(ratio)
     # A step reads 2 bytes per weight and 2 x 2 x 3 layers x 2 heads x 16 numbers per token.
     with torch.device("meta"):
         weights = 2 * sum(p.numel() for p in Transformer(TINY.model).parameters())
