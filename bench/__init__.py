@@ -10,8 +10,7 @@ data.py         raw rows to tokens over datasets.map (D1), its memory on a file 
 gpu.py          everything that needs a GPU (G0 to G9), the most valuable facts first
 generate.py     sampling over transformers generate, refilled slots over static batches (C15, C16)
 
-Results lie in bench/results/NAME.json: {"machine", "versions", "results": {id: {"median", "min",
-"max", "n", "goal", "peer"}}}. On a CPU: one thread and process CPU time, because on a shared
-machine wall-clock time of two threads can invert a ranking; D1 alone is of all cores, by the wall.
-README.md has profiles, and what was tried and did not help.
+Results: bench/results/NAME.json, {"machine", "versions", "results": {id: {"median", "min", "max",
+"n", "goal", "peer"}}}. On a CPU: one thread and process CPU time, because wall time of two threads
+can invert a ranking on a shared machine; D1 alone is of all cores, by the wall.
 """

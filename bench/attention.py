@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import CPUSeconds, interleave, result, write
+from bench.measure import interleave, ratios, result, write
 from redi.attention import packed_attention
 from redi.tables import text_table
 
@@ -93,10 +93,6 @@ def compare(found: dict[str, Attend], given: list[Tensor], upstream: Tensor) -> 
                 assert error < 1e-5, f"{name}: {part} differs from ours by {error:.1e}"
 
 
-def ratios(seconds: dict[str, list[CPUSeconds]], peer: str) -> list[float]:
-    return [theirs.total / own.total for own, theirs in zip(seconds[OURS], seconds[peer])]
-
-
 def main() -> None:
     torch.set_num_threads(1)
     assert sum(LENGTHS) == T
@@ -112,16 +108,14 @@ def main() -> None:
     for name, rounds in seconds.items():
         user = statistics.median(s.user for s in rounds) * 1e3
         system = statistics.median(s.system for s in rounds) * 1e3
-        ratio = statistics.median(ratios(seconds, name))
-        rows.append((name, f"{user:.0f}", f"{system:.0f}", f"{ratio:.1f}"))
+        ratio = f"{statistics.median(ratios(rounds, seconds[OURS])):.1f}"
+        rows.append((name, f"{user:.0f}", f"{system:.0f}", ratio))
     print(text_table(rows))
     results = {}
     for name, peer, goal in (("C7", DENSE, 8.0), ("C7_padded", PADDED, 4.0)):
-        fastest = min(
-            (v for v in found if v.startswith(peer)),
-            key=lambda v: statistics.median(s.total for s in seconds[v]),
-        )
-        results[name] = result(ratios(seconds, fastest), goal, fastest)
+        forms = [name for name in found if name.startswith(peer)]
+        fastest = min(forms, key=lambda v: statistics.median(s.total for s in seconds[v]))
+        results[name] = result(ratios(seconds[fastest], seconds[OURS]), goal, fastest)
     write("attention", results)
 
 

@@ -1,30 +1,22 @@
-r"""Raw rows to tokens: how fast, in how much memory, beside datasets.map (D1).
+"""Raw rows to tokens: how fast, in how much memory, beside datasets.map (D1).
 
     python -m bench.data TOKENIZER SAMPLE      about ten minutes on two idle cores, 6 GB of disk
 
-TOKENIZER is a folder with the tokenizer.json of the student (Qwen2's), SAMPLE a file with
-OpenR1-Math-Raw's fields. Raw rows are put together from the sample's problems and the paragraphs
-of its traces: one to four traces a row, their lengths by the law of bench/plan.py (4,430 tokens in
-the median, 32,768 at most), until the file has 2 GB. OpenR1-Math-Raw has 516,000 rows; of these
-lengths that would be 23 GB, so fewer rows stand for it, each as long as there.
+TOKENIZER is a folder with the student's tokenizer.json (Qwen2's), SAMPLE a file with
+OpenR1-Math-Raw's fields. Raw rows are put together from the sample's problems and paragraphs, one
+to four traces per row with lengths by the law of bench/plan.py, until the file has 2 GB.
 
-    prepare_rows_s, prepare_peak_gib    redi.prepare on the 2 GB
+    prepare_rows_s, prepare_peak_gib       redi.prepare on the 2 GB
     D1_rows_s, D1_tokens_s, D1_peak_gib    load_store of all positives that it wrote
-    D1                 tokens/s by wall time over datasets.map: batches of 1000 rows, 2 processes,
-                       TOKENIZERS_PARALLELISM=true
-    D1_cpu             the same in CPU time of all processes: what else the machine does moves D1
-    D1_one_process     the same, but datasets.map has one process. With more of them it switches the
-                       tokenizer's own threads off, so this is its other way to use two cores
+    D1                 tokens/s by wall time over datasets.map: batches of 1000 rows, 2 processes
+    D1_one_process     the same with one process: more of them switch the tokenizer's threads off
+    D1_cpu, D1_one_process_cpu    in CPU time of all processes: the machine's other work moves D1
 
-D1 is measured on the first positives only (ROWS), in turns, every side in a new process with an
-empty cache. The peer does as TRL does: the prompt and the whole conversation go through
-apply_chat_template of a PreTrainedTokenizerFast with the same template, the mask is the difference,
-map writes Arrow. Its clock runs for map alone, reading the file as a data set is outside; ours for
-all of load_store: SHA-256 of the data, tokenising, writing, and reading it back to verify it.
-What makes the ratio count: all sides give the same ids, to the byte.
-
-The goal of a peak is an upper bound. Memory is what is resident of a process and its children,
-sampled; pages that processes share count in each.
+D1 is measured on the first ROWS positives, in turns, every side in a new process with an empty
+cache. The peer does what TRL does: prompt and whole conversation through apply_chat_template with
+the same template, the mask is the difference. Its clock runs for map alone; ours for all of
+load_store: hashing the data, tokenizing, writing, verifying. All sides must give the same ids.
+Memory is what is resident of a process and its children, sampled; shared pages count in each.
 """
 
 import hashlib
@@ -91,23 +83,14 @@ def write_raw(path: Path, sample: Path, size: int = RAW_BYTES) -> int:
 # ---------------------------------------------------------------- a process, watched
 
 
-@dataclass(frozen=True)
-class Watched:
-    """What a command printed, and what it took."""
-
-    output: str
-    seconds: float
-    peak_gib: float
-
-
 def seconds_since(began: list[float] | None = None) -> list[float]:
     """[wall, CPU] seconds since `began`; CPU of this process and of children it waited for."""
     now = [time.perf_counter(), sum(os.times()[:4])]
     return now if began is None else [after - before for after, before in zip(now, began)]
 
 
-def watch(*command: str, **environment: str) -> Watched:
-    """Run `python -m COMMAND` and sample the memory of it and its children."""
+def watch(*command: str, **environment: str) -> tuple[str, float, float]:
+    """Run `python -m COMMAND` -> (its output, wall seconds, peak GiB of it and its children)."""
     began = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
@@ -129,7 +112,7 @@ def watch(*command: str, **environment: str) -> Watched:
     sampler.join()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}:\n{errors[-3000:]}")
-    return Watched(output.strip(), time.monotonic() - began, max(peaks) / 2**30)
+    return output.strip(), time.monotonic() - began, max(peaks) / 2**30
 
 
 def resident(pid: int) -> int:
@@ -212,9 +195,8 @@ SIDES: dict[str, Callable[[Path, Path, Path], Side]] = {
 def run_side(name: str, tokenizer: Path, data: Path) -> Side:
     with tempfile.TemporaryDirectory(dir=data.parent) as work:
         paths = (str(tokenizer), str(data), work)
-        watched = watch("bench.data", "side", name, *paths, TOKENIZERS_PARALLELISM="true")
-    side = Side(**json.loads(watched.output.splitlines()[-1]))
-    side = replace(side, peak_gib=watched.peak_gib)
+        output, _, peak = watch("bench.data", "side", name, *paths, TOKENIZERS_PARALLELISM="true")
+    side = replace(Side(**json.loads(output.splitlines()[-1])), peak_gib=peak)
     print(f"{name}: {side}", flush=True)
     return side
 
@@ -227,14 +209,14 @@ def measure(tokenizer: Path, sample: Path, folder: Path) -> dict[str, dict[str, 
     rows = write_raw(raw, sample)
     size = raw.stat().st_size / 1e9
     print(f"{rows:,} rows, {size:.2f} GB; 516,000: {size * 516_000 / rows:.0f} GB", flush=True)
-    prepared = watch("redi.prepare", str(raw), "--out", str(folder / "data"))
+    output, seconds, peak = watch("redi.prepare", str(raw), "--out", str(folder / "data"))
     raw.unlink()
-    print(f"prepare: {prepared.seconds:.1f} s, {prepared.peak_gib:.2f} GiB\n{prepared.output}")
+    print(f"prepare: {seconds:.1f} s, {peak:.2f} GiB\n{output}")
 
     size, whole = f"{positives.stat().st_size / 1e9:.2f} GB", run_side("ours", tokenizer, positives)
     found = {
-        "prepare_rows_s": result([rows / prepared.seconds], None, "rows/s of 2 GB"),
-        "prepare_peak_gib": result([prepared.peak_gib], 1.0, "GiB, at most"),
+        "prepare_rows_s": result([rows / seconds], None, "rows/s of 2 GB"),
+        "prepare_peak_gib": result([peak], 1.0, "GiB, at most"),
         "D1_rows_s": result([whole.rows / whole.wall], None, f"rows/s, {size} of positives"),
         "D1_tokens_s": result([whole.tokens / whole.wall], None, f"tokens/s, {size} of positives"),
         "D1_peak_gib": result([whole.peak_gib], 1.0, f"GiB, at most; {size} of positives"),

@@ -10,10 +10,9 @@ C15    A toy shape (hidden 256, 4 layers, V 8192): 32 prompts of 16 to 96 tokens
        each, temperature 0.6, top-p 0.95, on flat logits (as the weights are) and on sharp ones (the
        last norm's weight times 8). transformers pads the prompts on the left. 200 greedy answers
        are compared token by token; a difference ends the run.
-C16    160 requests through 32 slots at the toy shape, their lengths by the log-normal law of
-       bench/plan.py, scaled to a median of 48 new tokens. A static batch writes until its longest
-       answer ends; only the tokens of the answers count. Slot use: live rows over slots, until the
-       queue is empty.
+C16    160 requests through 32 slots at the toy shape, lengths by the law of bench/plan.py scaled
+       to a median of 48 new tokens. A static batch writes until its longest answer ends; only the
+       answers' tokens count. Slot use: live rows over slots, until the queue is empty.
 
 Left out: stop tokens (a model without training has nothing to stop for; lengths are limits here).
 """
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 
 from bench.inputs import FIRST_WORD, VOCABULARY, lengths, random_model
-from bench.measure import CPUSeconds, interleave, result, write
+from bench.measure import interleave, ratios, result, write
 from redi.checkpoint.config_json import read_config
 from redi.eval.engine.generate import Request, Usage, generate
 from redi.eval.engine.sampling import Sampling
@@ -134,10 +133,6 @@ def measured(sides: dict[str, Callable], rounds: int, tokens: int, name: str):
     return seconds
 
 
-def ratios(seconds: dict[str, list[CPUSeconds]], peer: str) -> list[float]:
-    return [other.total / own.total for own, other in zip(seconds[OURS], seconds[peer])]
-
-
 def published_shape() -> dict[str, dict]:
     """C15_0.5B."""
     mine, peer = two_models(HALF_BILLION)
@@ -149,7 +144,7 @@ def published_shape() -> dict[str, dict]:
     }
     seconds = measured(sides, ROUNDS, 24 * 24, "0.5B")
     assert answers[OURS] == answers[THEIRS], "greedy answers differ"
-    return {"C15_0.5B": result(ratios(seconds, THEIRS), 1.0, THEIRS)}
+    return {"C15_0.5B": result(ratios(seconds[THEIRS], seconds[OURS]), 1.0, THEIRS)}
 
 
 def decoding(mine, peer) -> dict[str, dict]:
@@ -167,7 +162,7 @@ def decoding(mine, peer) -> dict[str, dict]:
             THEIRS: partial(theirs, peer, requests, Sampling()),
         }
         seconds = measured(sides, ROUNDS, SLOTS * NEW_TOKENS, name)
-        found[f"C15_{name}"] = result(ratios(seconds, THEIRS), 2.5, THEIRS)
+        found[f"C15_{name}"] = result(ratios(seconds[THEIRS], seconds[OURS]), 2.5, THEIRS)
     return found
 
 
@@ -185,8 +180,8 @@ def refilling(mine, peer) -> dict[str, dict]:
     seconds = measured(sides, STATIC_ROUNDS, sum(limits), "useful")
     return {
         "C16_slot_use": result([statistics.mean(use.rows) / SLOTS], 0.98, "all slots"),
-        "C16": result(ratios(seconds, THEIRS), 6.0, f"{THEIRS}, static batches"),
-        "C16_own_static": result(ratios(seconds, STATIC), None, STATIC),
+        "C16": result(ratios(seconds[THEIRS], seconds[OURS]), 6.0, f"{THEIRS}, static batches"),
+        "C16_own_static": result(ratios(seconds[STATIC], seconds[OURS]), None, STATIC),
     }
 
 

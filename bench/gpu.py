@@ -16,12 +16,10 @@ Parts run in this order, the most valuable facts first:
     G8        a PROJECTION of the whole evaluation's hours, from a slice of it
     G4_TRL, G5_TRL    TRL's SFT and DPO on rows of the same lengths, and ours over them (G4, G5)
 
-Every part is a process: it has the GPU to itself, and if it fails or takes longer than its limit
-the others still run. Each result is written to bench/results/gpu.json as soon as it is measured. A
-peer that is missing or fails is left out, and a line says so. The exit status is 1 if a part failed
-or a check of G9 missed its goal. Models have random weights and Qwen2.5-Math-1.5B's shape; lengths
-follow bench/plan.py. Clocks and power are taken as they are: compare ratios from one run.
-Letters: R supervised tokens, V vocabulary, T tokens of a text, N rows.
+Every part is a process: it has the GPU to itself, and if it fails or exceeds its limit the others
+still run. Each result is written to bench/results/gpu.json as soon as it is measured. A peer that
+fails is left out with a line. The exit status is 1 if a part failed or a check of G9 missed a goal.
+Models have random weights and Qwen2.5-Math-1.5B's shape; lengths follow bench/plan.py.
 """
 
 import json
@@ -165,7 +163,7 @@ def first_steps(device: torch.device, sizes: Sizes) -> Found:
     began = time.perf_counter()
     train(sft(), small.traces(), small, device, "auto")
     yield "G0_train", result([time.perf_counter() - began], None, "seconds: two SFT steps")
-    began, model = time.perf_counter(), inference_model(small.model, device)
+    began, model = time.perf_counter(), random_model(small.model, device).bfloat16()
     requests = random_requests(small.model, np.arange(20, 28), limit=8)
     assert len(list(generate(model, requests, [], Sampling(), slots=4))) == 8
     yield "G0_decode", result([time.perf_counter() - began], None, "seconds: 8 answers of 8 tokens")
@@ -384,13 +382,9 @@ class StepTimes(Usage):
         self.rows.append(rows)
 
 
-def inference_model(config: ModelConfig, device: torch.device) -> Transformer:
-    return random_model(config, device).bfloat16().requires_grad_(False)
-
-
 def decode_speed(device: torch.device, sizes: Sizes) -> Found:
     """G7: tokens/s over those of a step that only reads weights, keys and values, at copy speed."""
-    model, config = inference_model(sizes.model, device), sizes.model
+    model, config = random_model(sizes.model, device).bfloat16(), sizes.model
     count = 2**31 if device.type == "cuda" else 2**20  # bytes
     source, target = torch.zeros(2, count, dtype=torch.uint8, device=device)
     copies = [clock(device, calls=9)(partial(target.copy_, source)) for _ in range(sizes.rounds)]
@@ -415,8 +409,8 @@ def decode_speed(device: torch.device, sizes: Sizes) -> Found:
 
 
 def evaluation(device: torch.device, sizes: Sizes) -> Found:
-    """G8. Left out: loading, the end when slots stay empty, grading."""
-    model, usage = inference_model(sizes.model, device), StepTimes()
+    """G8, without loading, grading, and the end when slots stay empty."""
+    model, usage = random_model(sizes.model, device).bfloat16(), StepTimes()
     median = MEDIAN_ANSWER * sizes.pack_tokens / law.LONGEST_TRACE
     requests = inputs.requests_under_way(sizes.model, sizes.texts, median, PROMPT)
     for _ in generate(model, requests, [], Sampling(), sizes.texts, usage=usage):
@@ -473,30 +467,25 @@ def beside_trl(device: torch.device, sizes: Sizes, ours: str, goal: float) -> Fo
 # ---------------------------------------------------------------- parts, results
 
 
-@dataclass(frozen=True)
-class Part:
-    run: Callable[[torch.device, Sizes], Found]
-    seconds: float  # its limit
-
-
-PARTS = {
-    "G0": Part(first_steps, 60),
-    "G9": Part(check, 90),
-    "G4": Part(partial(train_speed, name="G4"), 70),
-    "G5": Part(partial(train_speed, name="G5"), 70),
-    "G5_DPO": Part(partial(train_speed, name="G5_DPO"), 70),
-    "G6": Part(peaks, 80),
-    "G1": Part(head_loss, 100),
-    "G7": Part(decode_speed, 120),
-    "G8": Part(evaluation, 80),
-    "G4_TRL": Part(partial(beside_trl, ours="G4", goal=1.5), 150),
-    "G5_TRL": Part(partial(beside_trl, ours="G5", goal=2.5), 150),
+# name -> what it runs, and its limit in seconds
+PARTS: dict[str, tuple[Callable[[torch.device, Sizes], Found], float]] = {
+    "G0": (first_steps, 60),
+    "G9": (check, 90),
+    "G4": (partial(train_speed, name="G4"), 70),
+    "G5": (partial(train_speed, name="G5"), 70),
+    "G5_DPO": (partial(train_speed, name="G5_DPO"), 70),
+    "G6": (peaks, 80),
+    "G1": (head_loss, 100),
+    "G7": (decode_speed, 120),
+    "G8": (evaluation, 80),
+    "G4_TRL": (partial(beside_trl, ours="G4", goal=1.5), 150),
+    "G5_TRL": (partial(beside_trl, ours="G5", goal=2.5), 150),
 }
 
 
 def run_part(name: str, device: torch.device, sizes: Sizes) -> None:
     """Print each result, and write it to disk, as soon as it is measured."""
-    for key, entry in PARTS[name].run(device, sizes):
+    for key, entry in PARTS[name][0](device, sizes):
         numbers = "".join(f"{entry[column]:>11.4g}" for column in ("median", "min", "max"))
         sign = ">=" if key in AT_LEAST else "<="
         goal = "" if entry["goal"] is None else f"{sign} {entry['goal']:.4g}"
@@ -536,9 +525,9 @@ def run_all(total: float = TOTAL_SECONDS) -> int:
     """Run every part as a process. Returns the exit status."""
     measure.save("gpu", {})
     failed, ends = [], time.monotonic() + total
-    for name, part in PARTS.items():
-        left = min(part.seconds, ends - time.monotonic())
-        if left < min(LEAST_SECONDS, part.seconds):
+    for name, (_, limit) in PARTS.items():
+        left = min(limit, ends - time.monotonic())
+        if left < min(LEAST_SECONDS, limit):
             print(f"\n{name}: skipped: no time is left", flush=True)
             continue
         print(f"\n{name}", flush=True)

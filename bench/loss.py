@@ -23,10 +23,9 @@ its default chunk, 256 rows here. The peers:
                  underflow must cost nothing
 
 Outputs and gradients of all variants are compared in the same run; a difference ends it. Memory is
-the peak beyond the inputs, each variant in its own process. Time is user and system CPU seconds
-of this process, variants interleaved. Much of plain's time is system: it takes three fresh mappings
-of 512 MB from the kernel every step. So that this is not mistaken for arithmetic, the table shows
-user and system time, and C2, C3 and C3_TRL are measured again with an allocator that keeps its
+the peak beyond the inputs, each variant in its own process. Time is CPU time, variants interleaved.
+Much of plain's is system time: it takes three fresh mappings of 512 MB from the kernel every step.
+So the table shows both, and C2, C3 and C3_TRL are measured again with an allocator that keeps its
 memory ("warm").
 """
 
@@ -44,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench.measure import CPUSeconds, Worker, interleave, peak_bytes, result, write
+from bench.measure import CPUSeconds, Worker, interleave, peak_bytes, ratios, result, write
 from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
 from redi.tables import text_table
 
@@ -222,10 +221,6 @@ def timed(given: Given, names: list[str]) -> Seconds:
     return interleave({name: partial(step, VARIANTS[name], given) for name in names}, ROUNDS)
 
 
-def ratios(seconds: Seconds, ours: str, peer: str) -> list[float]:
-    return [own.total / theirs.total for own, theirs in zip(seconds[ours], seconds[peer])]
-
-
 def wide_logits() -> list[float]:
     """Time of both kernels with logits of a standard deviation of 20 over that of 3."""
     given = {std: inputs(R // 4, std) for std in (3.0, 20.0)}
@@ -235,9 +230,8 @@ def wide_logits() -> list[float]:
         for std in given
     }
     seconds = interleave(runs, ROUNDS)
-    return [
-        r for name in (ONE_PASS, TWO_PASSES) for r in ratios(seconds, f"{name} 20.0", f"{name} 3.0")
-    ]
+    kernels = (ONE_PASS, TWO_PASSES)
+    return [r for k in kernels for r in ratios(seconds[f"{k} 20.0"], seconds[f"{k} 3.0"])]
 
 
 def likely_tokens(
@@ -295,7 +289,7 @@ def table(title: str, seconds: Seconds, peaks: dict[str, int]) -> None:
     for name, rounds in seconds.items():
         user = statistics.median(s.user for s in rounds)
         system = statistics.median(s.system for s in rounds)
-        ratio = statistics.median(ratios(seconds, name, PLAIN))
+        ratio = statistics.median(ratios(seconds[name], seconds[PLAIN]))
         sizes = ("", "")
         if name in peaks:
             sizes = (f"{peaks[name] / 2**20:.0f}", f"{peaks[name] / peaks[PLAIN]:.3f}")
@@ -309,7 +303,7 @@ def measured(title: str, compared: dict, names: list[str], peaks: dict[str, int]
     seconds = timed(given, names)
     table(title, seconds, peaks)
     return {
-        name: result(ratios(seconds, ours, peer), goal, peer)
+        name: result(ratios(seconds[ours], seconds[peer]), goal, peer)
         for name, (ours, peer, goal) in compared.items()
         if peer in seconds
     }

@@ -1,10 +1,11 @@
 """What benchmarks share: rounds of CPU time, a peak of memory, worker processes, the results file.
 
 rounds = interleave({"ours": f, "peer": g}, 5)      f g  g f  f g ...: drift meets both alike
-ratios = [a.total / b.total for a, b in zip(rounds["ours"], rounds["peer"])]
-write("loss", {"C2": result(ratios, goal=0.75, peer="plain logits")})
+found = ratios(rounds["ours"], rounds["peer"])
+write("loss", {"C2": result(found, goal=0.75, peer="plain logits")})
 """
 
+import contextlib
 import gc
 import importlib.metadata
 import json
@@ -22,6 +23,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+import torch
+
+from redi.data.files import make_folder, write_aside
 from redi.tables import text_table
 
 Time = TypeVar("Time")  # what a clock returns
@@ -72,6 +76,11 @@ def interleave(
     return seconds
 
 
+def ratios(above: list[CPUSeconds], below: list[CPUSeconds]) -> list[float]:
+    """Of two variants' rounds, user and system time together."""
+    return [a.total / b.total for a, b in zip(above, below)]
+
+
 def peak_bytes(run: Callable[[], Any]) -> int:
     """How far the memory of this process rises over where it stands, while `run` runs. Linux."""
     gc.collect()
@@ -91,7 +100,7 @@ def _status(field: str) -> int:
 # ---------------------------------------------------------------- on a CPU or a GPU
 
 
-def clock(device: Any, calls: int = 1) -> Callable[[Callable[[], Any]], float]:
+def clock(device: torch.device, calls: int = 1) -> Callable[[Callable[[], Any]], float]:
     """run -> seconds of one call of it. calls: that many in a row, so that the host runs ahead."""
 
     def timed(run: Callable[[], Any]) -> float:
@@ -105,33 +114,27 @@ def clock(device: Any, calls: int = 1) -> Callable[[Callable[[], Any]], float]:
     return timed
 
 
-def synchronize(device: Any) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        _cuda().synchronize(device)
+        torch.cuda.synchronize(device)
 
 
-def free(device: Any) -> None:
+def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
-        _cuda().empty_cache()
-        _cuda().reset_peak_memory_stats(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak(run: Callable[[], Any], device: Any) -> int:
+def peak(run: Callable[[], Any], device: torch.device) -> int:
     """The most bytes held while `run` runs, over those held before."""
     free(device)
     if device.type != "cuda":
         return peak_bytes(run)
-    before = _cuda().memory_allocated(device)
+    before = torch.cuda.memory_allocated(device)
     run()
     synchronize(device)
-    return _cuda().max_memory_allocated(device) - before
-
-
-def _cuda() -> Any:
-    import torch  # most benches measure processes that must not hold it
-
-    return torch.cuda
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 # ---------------------------------------------------------------- processes
@@ -184,8 +187,6 @@ def _work(log: Path, target: Callable, arguments: tuple, pipe: Connection) -> No
     with open(log, "a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    import torch
-
     torch.set_num_threads(1)
     target(*arguments, pipe)
 
@@ -196,25 +197,16 @@ def _work(log: Path, target: Callable, arguments: tuple, pipe: Connection) -> No
 def result(values: list[float], goal: float | None, peer: str) -> dict[str, Any]:
     """The entry of one measure. goal: None for one that is shown beside the others. peer: what it
     is a ratio to, or an agreement with."""
-    return {
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-        "goal": goal,
-        "peer": peer,
-    }
+    spread = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {**spread, "n": len(values), "goal": goal, "peer": peer}
 
 
-def save(name: str, results: dict[str, dict[str, Any]]) -> Path:
+def save(name: str, results: dict[str, dict[str, Any]]) -> None:
     """Replace bench/results/NAME.json: a process killed meanwhile leaves the old file whole."""
-    RESULTS.mkdir(exist_ok=True)
     content = {"machine": machine(), "versions": versions(), "results": results}
-    path = RESULTS / f"{name}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
-    return path
+    make_folder(RESULTS)
+    with write_aside(RESULTS / f"{name}.json") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
 
 
 def write(name: str, results: dict[str, dict[str, Any]]) -> None:
@@ -225,21 +217,19 @@ def write(name: str, results: dict[str, dict[str, Any]]) -> None:
         numbers = (f"{entry[column]:.3g}" for column in ("median", "min", "max"))
         rows.append((key, *numbers, goal, entry["peer"]))
     print(f"\n{text_table(rows)}")
-    path = save(name, results)
-    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    save(name, results)
+    print(f"wrote {RESULTS / name}.json")
 
 
 def machine() -> dict[str, Any]:
     found = {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
-    torch = sys.modules.get("torch")  # a bench that uses a GPU has imported it
-    if torch is not None and torch.cuda.is_available():
+    if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
 
 
 def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor()
 
@@ -248,8 +238,6 @@ def versions() -> dict[str, str]:
     """Of Python and of the libraries that are installed."""
     found = {"python": platform.python_version()}
     for library in LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

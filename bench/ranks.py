@@ -1,30 +1,20 @@
-r"""Two ranks over two processes that know nothing of each other (C14), and a rank's memory over the
-formula of redi/memory.py.
+"""Two ranks over two processes that train alone (C14), and a rank's memory over the formula of
+redi/memory.py.
 
     python -m bench.ranks              about six minutes on two cores
 
-C14, C14_4: a Qwen2 of 12.6 M parameters (4 layers, hidden 384, 8192 words, tied, fp32), packs of
-four rows of 512 tokens, an optimizer step over one pack or four for each process, one thread each:
-redi's own step, data to update. Two processes are ranks of one run (FSDP2 over gloo, both cut and
-sharded as in training), two others train alone, each on what one of the ranks trains on. What
-remains between them is what being ranks costs: gathering weights, adding up gradients, waiting for
-each other; a rank also updates half of the weights only.
-
-The groups take turns, always two processes at a time, and a turn is eight packs a process however
-they are cut into steps. It is timed by the wall: waiting is the very thing to be seen, and CPU time
-has none of it. Both groups share the cores and the caches of the same machine in the same minute,
-so the ratio of their speeds stands where either speed alone would not. The CPU time is beside it.
-The speed of a group is the sum of its processes' tokens per second.
-
-What makes a ratio count, in the same run: with a learning rate of 0 both ranks report the same
-loss, and it is the mean of the two that train alone.
+C14, C14_4: a Qwen2 of 12.6 M parameters, an optimizer step over one pack or four of four rows of
+512 tokens, from data to update. Two processes are the ranks of one run (FSDP2 over gloo); two
+others train alone, each on what one of the ranks trains on. What remains between them is the cost
+of being ranks: gathering weights, summing gradients, waiting. The groups take turns of eight
+packs per process, timed by the wall, because waiting is what is measured; the CPU time is beside
+it. With a learning rate of 0 both ranks must report the same loss, the mean of the two that train
+alone.
 
 memory: the peak of each of two ranks (VmHWM over what the process holds after a step of a tiny
-model) in two steps of two packs, so that optimizer and whole gradients are there; a model of 50 M
-parameters, packs of 1024 tokens; no block checkpointed, then all. These two processes run with
-MALLOC_MMAP_THRESHOLD_=65536: glibc gives every tensor back when it is freed, where it would
-otherwise keep a third more than is alive, in holes. It costs page faults, so the timed processes
-run without it.
+model) in two steps of two packs of 1024 tokens; 50 M parameters; no block checkpointed, then all.
+MALLOC_MMAP_THRESHOLD_ makes glibc return every tensor when it is freed; it would otherwise keep a
+third more than is alive, in holes. This costs page faults, so the timed processes run without it.
 """
 
 import socket
@@ -96,14 +86,6 @@ class Taken:
     cpu: CPUSeconds
 
 
-@dataclass(frozen=True)
-class Weighed:
-    """Bytes."""
-
-    peak: int
-    formula: float
-
-
 def step_of(numbers: list[int], packs: int) -> StepPlan:
     """Packs of ROWS rows for each of the processes `numbers`, whatever the others get."""
     rows = np.arange(RANKS * packs * ROWS).reshape(RANKS, packs, ROWS)
@@ -140,19 +122,20 @@ class Training:
 
 
 class Weighing:
-    """The peak of a training: ask it for how many blocks are checkpointed, get the ratio."""
+    """The peak of a training: ask with the number of checkpointed blocks, get
+    (peak, formula) in bytes."""
 
     def __init__(self, config: ModelConfig, world: World, numbers: list[int]):
         self.config, self.world, self.numbers = config, world, numbers
         self.train(TINY, TINY.num_layers)  # imports, and what libraries make once
 
-    def __call__(self, checkpointed: int) -> Weighed:
+    def __call__(self, checkpointed: int) -> tuple[int, float]:
         peak = peak_bytes(partial(self.train, self.config, checkpointed))
         with torch.device("meta"):
             model = Transformer(self.config)
         tokens, fp32 = ROWS * self.config.max_positions, torch.float32
         formula = memory.step_memory(model, tokens, self.world, fp32).total(checkpointed)
-        return Weighed(peak, formula)
+        return peak, formula
 
     def train(self, config: ModelConfig, checkpointed: int) -> None:
         Training(config, self.world, self.numbers, checkpointed)(Turn(packs=2, steps=2))
@@ -213,7 +196,6 @@ def speed(taken: list[Taken]) -> float:
 
 
 def cpu_speed(taken: list[Taken]) -> float:
-    """Tokens per second of CPU time."""
     return sum(each.tokens for each in taken) / sum(each.cpu.total for each in taken)
 
 
@@ -268,11 +250,11 @@ def weighed(config: ModelConfig) -> dict[str, dict[str, Any]]:
         answers = {name: group.ask(count) for name, count in settings.items()}
     found, rows = {}, [("MiB of a rank", "peak", "formula")]
     for name, ranks in answers.items():
-        ratios = [each.peak / each.formula for each in ranks]
+        ratios = [peak / formula for peak, formula in ranks]
         found[f"{name}_ratio"] = result(ratios, None, "the formula of redi/memory.py")
         off = [abs(ratio - 1) for ratio in ratios]
         found[f"{name}_off"] = result(off, 0.15, "|peak / redi.memory's formula - 1|")
-        rows += [(name, *(f"{n / 2**20:.0f}" for n in (r.peak, r.formula))) for r in ranks]
+        rows += [(name, *(f"{size / 2**20:.0f}" for size in sizes)) for sizes in ranks]
     print(f"\n{text_table(rows)}")
     return found
 

@@ -1,37 +1,28 @@
-r"""Whole training steps, ours over TRL's, in real tokens per second of CPU time (C8, C9, C10).
+"""Whole training steps, ours over TRL's, in real tokens per second of CPU time (C8, C9, C10).
 
     python -m bench.trainer            about ten minutes on one core
 
-A tiny Qwen2 (4 layers, 4 query and 2 kv heads, 8192 words, tied, fp32; hidden 256, then 512, with
-an FFN of four times that) and rows of 138 tokens in the median and 1024 at most (bench/inputs.py):
-both sides load the same folder, and render and tokenise the same file.
+A tiny Qwen2 (4 layers, 4 query and 2 kv heads, 8192 words, tied, fp32; hidden 256, then 512) and
+rows of 138 tokens in the median and 1024 at most (bench/inputs.py), from the same files.
 
-    C8    our SFT over TRL SFT with packing=True: packs of 1024 tokens on either side, one a
-          micro-batch
+    C8    our SFT over TRL SFT with packing=True: packs of 1024 tokens on either side
     C9    our SFT over TRL SFT without packing: batches of 8 rows, padded
-    C10   our REDI over TRL DPO: batches of 8 pairs, padded; its reference log-probs are
-          precomputed, outside the clock
+    C10   our REDI over TRL DPO: batches of 8 pairs, padded; reference log-probs outside the clock
     C8_no_checkpointing    C8, but TRL keeps its activations
-    C9_batch1, C10_batch1  over TRL with one row, or one pair, a batch, and without checkpointing:
-          no padding, or the least, which on a CPU is TRL's fastest. Hidden 256 only
+    C9_batch1, C10_batch1  over TRL with one row, or pair, per batch and without checkpointing: on a
+          CPU its fastest, since nothing or little is padded. Hidden 256 only
 
-Both sides come with their defaults. TRL's (1.16), of SFT and DPO alike: gradient_checkpointing=True
-(transformers' own is False), batches of 8, a head that never makes all logits, all its metrics;
-packing by best fit. Ours: as much checkpointing as the memory asks for, which here is none. Changed
-on TRL's side: fp32, as ours on a CPU, in place of bf16; with packing a pack at a time instead of 8;
-the reference ahead of the steps; a log line every step; no checkpoint files. Changed on ours: packs
-of 1024 tokens, TRL's longest row. Set on both sides: the learning rate, which falls to 0, AdamW's
-decay, clipping, and DPO's beta. An epoch of the data is one optimizer step, however it is cut, so
-every trainer takes the same steps from the same weights.
+Both sides come with their defaults. TRL's (1.16): gradient_checkpointing=True, batches of 8,
+chunked logits, packing by best fit. Ours: as much checkpointing as the memory requires, here
+none. Changed on TRL's side: fp32, a pack at a time with packing, a log line every step, no
+checkpoint files. On ours: packs of 1024 tokens, TRL's longest row. An epoch of the data is one
+optimizer step.
 
-What makes a ratio count, in the same run: all trainers of the same rows count the same tokens; our
-SFT and TRL's have the same losses at every step, and so have our DPO and TRL's; REDI's first
-log-probs are our DPO's.
-
-Every trainer is a process of its own with one thread. They take turns, an optimizer step each. The
-clock runs from the end of one step's logging to the end of the next one's: data, forward,
-backward, clipping, update, logging. Loading, set-up and the first step are outside. Real tokens:
-those of the rows, no padding.
+What makes a ratio count, in the same run: all trainers of the same rows count the same tokens;
+our SFT and TRL's have the same losses at every step, and so have our DPO and TRL's; REDI's first
+log-probs are our DPO's. Every trainer is a process with one thread; they take turns, an optimizer
+step each. The clock runs from one step's logging to the next: loading and the first step are
+outside. Real tokens: those of the rows, without padding.
 """
 
 import json

@@ -17,7 +17,7 @@ import torch
 from processes import finished
 
 from bench import gpu, inputs, loss, measure
-from bench.gpu import CHECKED, SHAPE, Part, Sizes, in_process, missed, run_all
+from bench.gpu import CHECKED, SHAPE, Sizes, in_process, missed, run_all
 from bench.measure import result
 from redi.eval.engine.decoder import Decoder
 from redi.model import Transformer
@@ -172,7 +172,7 @@ def test_what_was_measured_is_on_disk_at_once_whatever_happens_then(results, mon
         assert on_disk["G1_ms"]["median"] == 70.0
         raise ValueError("x")
 
-    monkeypatch.setitem(gpu.PARTS, "broken", Part(part, 1))
+    monkeypatch.setitem(gpu.PARTS, "broken", (part, 1))
     with pytest.raises(ValueError, match="x"):
         run_part("broken")
     assert gpu.saved().keys() == {"G1_ms"}
@@ -200,7 +200,7 @@ def test_failures_and_wrong_numbers_show_in_the_exit_status(
         measure.save("gpu", {key: result([value], {"G1_ms": 75.0}.get(key, 1.0), "x")})
         return ""
 
-    monkeypatch.setattr(gpu, "PARTS", {key: Part(gpu.check, 90), "G8": Part(gpu.check, 90)})
+    monkeypatch.setattr(gpu, "PARTS", {key: (gpu.check, 90), "G8": (gpu.check, 90)})
     monkeypatch.setattr(gpu, "in_process", in_process)
     ticks = iter([0.0, 0.0, 100.0])  # the second part would begin after the end
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(ticks))
