@@ -9,7 +9,7 @@ forward and backward, through redi.attention.packed_attention and through
     padded batch    a batch of documents padded to the longest, is_causal; making it and cutting
                     the padding out again are inside the clock
 
-Both get enable_gqa, or keys and values repeated beforehand, whichever is faster here; `full causal`
+Both get enable_gqa, or keys and values repeated beforehand: the faster one counts; `full causal`
 (no documents: other numbers, the quadratic work that a mask hides) is shown for scale. The outputs
 and gradients of all but the last are compared in the same run; a difference ends it.
 """

@@ -58,11 +58,13 @@ def two_models(sizes: dict[str, Any]):
     """Ours and transformers', of these sizes, with the same random weights in the same memory."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    mine = random_model(read_config({"model_type": "qwen2", **sizes}, "bench"), torch.device("cpu"))
+    model = random_model(
+        read_config({"model_type": "qwen2", **sizes}, "bench"), torch.device("cpu")
+    )
     peer = Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
-    peer.load_state_dict(mine.state_dict(), assign=True, strict=False)  # the output weight is tied
+    peer.load_state_dict(model.state_dict(), assign=True, strict=False)  # the output weight is tied
     peer.tie_weights()
-    return mine, peer
+    return model, peer
 
 
 def random_requests(
@@ -135,11 +137,11 @@ def measured(sides: dict[str, Callable], rounds: int, tokens: int, name: str):
 
 def published_shape() -> dict[str, dict]:
     """C15_0.5B."""
-    mine, peer = two_models(HALF_BILLION)
+    model, peer = two_models(HALF_BILLION)
     requests = random_requests(24, 3, [24] * 24, sizes=(20, 60))
     answers: dict[str, list] = {OURS: [], THEIRS: []}
     sides = {
-        OURS: lambda: answers[OURS].append(ours(mine, requests, GREEDY)),
+        OURS: lambda: answers[OURS].append(ours(model, requests, GREEDY)),
         THEIRS: lambda: answers[THEIRS].append(theirs(peer, requests, GREEDY)),
     }
     seconds = measured(sides, ROUNDS, 24 * 24, "0.5B")
@@ -147,18 +149,18 @@ def published_shape() -> dict[str, dict]:
     return {"C15_0.5B": result(ratios(seconds[THEIRS], seconds[OURS]), 1.0, THEIRS)}
 
 
-def decoding(mine, peer) -> dict[str, dict]:
+def decoding(model, peer) -> dict[str, dict]:
     """C15 at the toy shape, on flat and on sharp logits."""
     compared = random_requests(200, 1, [64] * 200)
-    pairs = list(zip(ours(mine, compared, GREEDY), theirs(peer, compared, GREEDY)))
+    pairs = list(zip(ours(model, compared, GREEDY), theirs(peer, compared, GREEDY)))
     same = sum(own == other for own, other in pairs)
     assert same == len(pairs), f"{len(pairs) - same} of {len(pairs)} greedy answers differ"
     found = {"C15_greedy": result([float(same)], 200.0, THEIRS)}
     requests = random_requests(SLOTS, 0, [NEW_TOKENS] * SLOTS)
     for name, scale in (("flat", 1.0), ("sharp", SHARP)):
-        torch.nn.init.constant_(mine.model.norm.weight, scale)
+        torch.nn.init.constant_(model.model.norm.weight, scale)
         sides = {
-            OURS: partial(ours, mine, requests, Sampling()),
+            OURS: partial(ours, model, requests, Sampling()),
             THEIRS: partial(theirs, peer, requests, Sampling()),
         }
         seconds = measured(sides, ROUNDS, SLOTS * NEW_TOKENS, name)
@@ -166,15 +168,15 @@ def decoding(mine, peer) -> dict[str, dict]:
     return found
 
 
-def refilling(mine, peer) -> dict[str, dict]:
+def refilling(model, peer) -> dict[str, dict]:
     """C16, on sharp logits."""
     limits = lengths(np.random.default_rng(0), REQUESTS, MEDIAN, LONGEST)
     requests = random_requests(REQUESTS, 2, limits)
     use = SlotUse()
-    ours(mine, requests, Sampling(), use)
+    ours(model, requests, Sampling(), use)
     sides = {
-        OURS: partial(ours, mine, requests, Sampling()),
-        STATIC: lambda: [ours(mine, batch, Sampling()) for batch in batches(requests)],
+        OURS: partial(ours, model, requests, Sampling()),
+        STATIC: lambda: [ours(model, batch, Sampling()) for batch in batches(requests)],
         THEIRS: partial(theirs, peer, requests, Sampling()),
     }
     seconds = measured(sides, STATIC_ROUNDS, sum(limits), "useful")
@@ -188,9 +190,9 @@ def refilling(mine, peer) -> dict[str, dict]:
 def main() -> None:
     torch.set_num_threads(1)
     results = published_shape()
-    mine, peer = two_models(TOY)
-    initialize(mine, seed=0)  # the weights are peer's too
-    write("generate", results | decoding(mine, peer) | refilling(mine, peer))
+    model, peer = two_models(TOY)
+    initialize(model, seed=0)  # the weights are peer's too
+    write("generate", results | decoding(model, peer) | refilling(model, peer))
 
 
 if __name__ == "__main__":

@@ -202,8 +202,8 @@ def peaks(device: torch.device, sizes: Sizes) -> Found:
             print(f"G6_{blocks}: out of memory", flush=True)
             continue
         taken, expected = trained.record["memory_gib"], trained.formula / 2**30
-        said = f"|peak / formula - 1|; {trained.checkpointed} blocks checkpointed"
-        yield f"G6_{blocks}", result([abs(taken / expected - 1)], 0.15, said)
+        text = f"|peak / formula - 1|; {trained.checkpointed} blocks checkpointed"
+        yield f"G6_{blocks}", result([abs(taken / expected - 1)], 0.15, text)
         yield f"G6_{blocks}_gib", result([taken], None, f"GiB; {expected:.2f} by the formula")
 
 
@@ -421,8 +421,8 @@ def evaluation(device: torch.device, sizes: Sizes) -> Found:
     speeds = [sum(usage.rows[a:b]) / (usage.times[b] - usage.times[a]) for a, b in pairwise(edges)]
     hours = [COMPLETIONS * MEAN_ANSWER / speed / 3600 for speed in speeds]
     yield "G8_hours", result(hours, 5.0, "hours, PROJECTION: 1,517 x 16 x 8,192 tokens")
-    said = f"tokens/s, {np.mean(usage.rows):.0f} rows, {usage.evictions} set aside"
-    yield "G8_tok_s", result(speeds, None, said)
+    text = f"tokens/s, {np.mean(usage.rows):.0f} rows, {usage.evictions} set aside"
+    yield "G8_tok_s", result(speeds, None, text)
 
 
 # ---------------------------------------------------------------- TRL
@@ -458,10 +458,10 @@ def beside_trl(device: torch.device, sizes: Sizes, ours: str, goal: float) -> Fo
                 print(f"TRL: out of memory, activation checkpointing {checkpointing}", flush=True)
     assert set(counted) == {rows.sum()}, f"TRL counts {counted} tokens a step"
     speeds = (rows.sum() / np.diff(ends)).tolist()
-    said = f"TRL, activation checkpointing {peer.checkpointing}"
-    yield f"{ours}_TRL_tok_s", result(speeds, None, f"tokens/s of {said}")
+    text = f"TRL, activation checkpointing {peer.checkpointing}"
+    yield f"{ours}_TRL_tok_s", result(speeds, None, f"tokens/s of {text}")
     if own := saved().get(f"{ours}_tok_s"):
-        yield ours, result([own["median"] / speed for speed in speeds], goal, said)
+        yield ours, result([own["median"] / speed for speed in speeds], goal, text)
 
 
 # ---------------------------------------------------------------- parts, results

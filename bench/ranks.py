@@ -69,7 +69,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 @dataclass(frozen=True)
 class Turn:
-    """What a process is asked to do: optimizer steps of so many packs."""
+    """A question to a process: do optimizer steps of so many packs."""
 
     packs: int
     steps: int

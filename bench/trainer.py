@@ -36,7 +36,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.inputs import LONGEST, write_inputs
-from bench.measure import CPUSeconds, Worker, cpu_now, result, write
+from bench.measure import CPUSeconds, Worker, cpu_now, ratios, result, write
 from redi.tables import text_table
 
 ROUNDS = {256: 5, 512: 5}  # hidden -> steps after the first, which is not timed
@@ -259,12 +259,12 @@ def main() -> None:
             taken = take_turns(Path(folder), trainers, 1 + rounds)
         table(hidden, taken)
         compare(trainers, taken)
-        for name, (mine, peer, goal) in MEASURES.items():
+        seconds = {name: [step.seconds for step in steps[1:]] for name, steps in taken.items()}
+        for name, (ours, peer, goal) in MEASURES.items():
             if peer in taken:
-                both = zip(taken[mine][1:], taken[peer][1:])
-                ratios = [theirs.seconds.total / own.seconds.total for own, theirs in both]
+                found = ratios(seconds[peer], seconds[ours])
                 key = name if base else f"{name}_{hidden}"
-                results[key] = result(ratios, goal if base else None, peer)
+                results[key] = result(found, goal if base else None, peer)
     write("trainer", results)
 
 

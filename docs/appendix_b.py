@@ -31,7 +31,7 @@ GAMMA = 1.0
 class AngleConfig:
     model: Annotated[str, "where to take the gradients: folder or hub id", positional] = "out/sft"
     data: Annotated[str, "pairs: file, folder or hub id", positional] = "data/pairs.jsonl"
-    cache: Annotated[str, "folder for tokenised data, kept"] = REDIConfig.cache
+    cache: Annotated[str, "folder for tokenized data, kept"] = REDIConfig.cache
 
 
 def cosines(config: AngleConfig) -> dict[float, float]:
