@@ -19,6 +19,7 @@ load_store: hashing the data, tokenizing, writing, verifying. All sides must giv
 Memory is what is resident of a process and its children, sampled; shared pages count in each.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -27,7 +28,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +43,7 @@ from redi.data.files import read_rows
 from redi.data.tokenizer import ChatTokenizer, chatml
 
 RAW_BYTES = 2 * 10**9
-CHARS_PER_TOKEN = 3  # of such traces in Qwen2's tokens; only the size of the rows depends on it
+CHARS_PER_TOKEN = 3  # of such traces in Qwen2's tokens; it sets the size of the rows
 TRACES_A_ROW = ([1, 2, 3, 4], [0.15, 0.5, 0.25, 0.1])
 RIGHT = 0.6  # of the traces
 ROWS, ROUNDS = 2500, 4
@@ -99,20 +99,14 @@ def watch(*command: str, **environment: str) -> tuple[str, float, float]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    peaks: list[int] = [0]
-
-    def sample() -> None:
-        while process.poll() is None:
-            peaks.append(resident(process.pid))
-            time.sleep(0.05)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    output, errors = process.communicate()
-    sampler.join()
+    peak, output = 0, None
+    while output is None:
+        peak = max(peak, resident(process.pid))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            output, errors = process.communicate(timeout=0.05)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}:\n{errors[-3000:]}")
-    return output.strip(), time.monotonic() - began, max(peaks) / 2**30
+    return output.strip(), time.monotonic() - began, peak / 2**30
 
 
 def resident(pid: int) -> int:

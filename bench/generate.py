@@ -14,7 +14,7 @@ C16    160 requests through 32 slots at the toy shape, lengths by the law of ben
        to a median of 48 new tokens. A static batch writes until its longest answer ends; only the
        answers' tokens count. Slot use: live rows over slots, until the queue is empty.
 
-Left out: stop tokens (a model without training has nothing to stop for; lengths are limits here).
+Left out: stop tokens (an untrained model has nothing to stop for; lengths are limits here).
 """
 
 import statistics

@@ -260,10 +260,12 @@ def main() -> None:
         table(hidden, taken)
         compare(trainers, taken)
         seconds = {name: [step.seconds for step in steps[1:]] for name, steps in taken.items()}
-        for name, (ours, peer, goal) in MEASURES.items():
+        for name, (own, peer, goal) in MEASURES.items():
             if peer in taken:
-                found = ratios(seconds[peer], seconds[ours])
-                key = name if base else f"{name}_{hidden}"
+                key, found = (
+                    name if base else f"{name}_{hidden}",
+                    ratios(seconds[peer], seconds[own]),
+                )
                 results[key] = result(found, goal if base else None, peer)
     write("trainer", results)
 
