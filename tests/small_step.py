@@ -2,24 +2,17 @@
 
 import inspect
 import math
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from redi import objectives
 from redi.batches import TrainData
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
-from redi.objectives import (
-    OBJECTIVES,
-    loss_function,
-    loss_parameters,
-    make_objective,
-    pair_arguments,
-    sft,
-)
+from redi.objectives import OBJECTIVES, loss_parameters, make_objective, sft
 from redi.packing import TokenSequence
 
 TO_ORACLE = {torch.float64: 1e-12, torch.float32: 5e-6}  # tolerances, of the norm
@@ -47,36 +40,24 @@ def tiny(tied: bool, dtype: torch.dtype, seed: int = 0) -> Transformer:
     return model.to(dtype)
 
 
-@dataclass
 class Rows:
     """Rows of random tokens, with the fields of data.dataset.Dataset that TrainData reads."""
 
-    sequences: list[TokenSequence]
-    store: SimpleNamespace
-
-    @classmethod
-    def draw(cls, paired: bool, rows: int = ROWS, seed: int = 1) -> "Rows":
-        rng = np.random.default_rng(seed)
-        sequences = []
+    def __init__(self, paired: bool, rows: int = ROWS):
+        rng = np.random.default_rng(1)
+        self.store, self.sequences = SimpleNamespace(paired=paired), []
         for row in range(rows):
             prompt = rng.integers(0, VOCABULARY, rng.integers(1, 6))
             for sign in (1, -1) if paired else (1,):
                 response = rng.integers(0, VOCABULARY, rng.integers(1, 12))
                 tokens = np.concatenate([prompt, response])
-                sequences.append(TokenSequence(tokens, len(prompt), row, sign))
-        return cls(sequences, SimpleNamespace(paired=paired))
+                self.sequences.append(TokenSequence(tokens, len(prompt), row, sign))
+        lengths = np.array([len(s.tokens) for s in self.sequences])
+        self.lengths = lengths.reshape(-1, 2) if paired else lengths
+        self.response_lengths = np.array([s.response_length for s in self.sequences])
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        lengths = np.array([len(s.tokens) for s in self.sequences])
-        return lengths.reshape(-1, 2) if self.store.paired else lengths
-
-    @property
-    def response_lengths(self) -> np.ndarray:
-        return np.array([s.response_length for s in self.sequences])
 
     def sequence(self, sequence_id: int) -> TokenSequence:
         return self.sequences[sequence_id]
@@ -88,7 +69,7 @@ def objective_of(name: str):
 
 def data_of(name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000) -> TrainData:
     world = World(rank, world_size, torch.device("cpu"))
-    return TrainData(Rows.draw(paired=name != "sft"), objective_of(name), world, pack_tokens)
+    return TrainData(Rows(paired=name != "sft"), objective_of(name), world, pack_tokens)
 
 
 def row_logps(model: Transformer, sequence: TokenSequence) -> torch.Tensor:
@@ -173,14 +154,15 @@ def our_losses(
     pairs = SimpleNamespace(
         response_lengths=lengths.tolist(), reference=torch.stack([sums, sums / lengths])
     )
-    values, loss = pair_arguments(torch.cat(traces), pairs), loss_function(name)
+    values = objectives.pair_arguments(torch.cat(traces), pairs)
+    loss = objectives.loss_function(name)
     arguments = {a: values[a] for a in inspect.signature(loss).parameters if a in values}
     return loss(**arguments, **(parameters or PARAMETERS[name]))
 
 
 def paper_loss(name: str, model: Transformer, reference: Transformer) -> torch.Tensor:
     """The loss of a step over all rows, as its paper states it."""
-    rows = Rows.draw(paired=name != "sft").sequences
+    rows = Rows(paired=name != "sft").sequences
     logps = [row_logps(model, sequence) for sequence in rows]
     if name == "sft":
         return -sum(part.sum() for part in logps) / sum(len(part) for part in logps)

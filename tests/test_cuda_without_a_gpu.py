@@ -16,8 +16,6 @@ LAYERS = 2
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
 
-# ---------------------------------------------------------------- what is expected
-
 # Every place where the host waits for the device: in training with the number of waits in a step.
 TRAINING_WAITS = {"monitor.StepSums.gather: copy to the host": 1}
 GENERATION_WAITS = {
@@ -30,11 +28,9 @@ GATHERING_WAITS = {"folder._gather: copy to the host": 12 * LAYERS + 2}  # per t
 # What ranks exchange in a step: each block and the root is gathered once and its gradients are
 # reduced once; the gradient's norm and the step's statistics are summed.
 EXCHANGED = {
-    "allgather_base": LAYERS + 1,
-    "reduce_scatter_base": LAYERS + 1,
-    "all_reduce": 1,
+    "allgather_base": LAYERS + 1, "reduce_scatter_base": LAYERS + 1, "all_reduce": 1,
     "allreduce": 1,
-}
+}  # fmt: skip
 STEPS = {
     "train-step objective=sft world_size=1": {},
     "train-step objective=dpo world_size=1": {},
@@ -90,9 +86,6 @@ def result(case: str, results: dict[str, dict]) -> dict:
     return results[case]
 
 
-# ---------------------------------------------------------------- training
-
-
 @pytest.mark.parametrize("case", [*STEPS, *slow(SLOW_STEPS)])
 def test_a_training_step_waits_once_and_exchanges_each_block_once(case, result):
     exchanged = {**STEPS, **SLOW_STEPS}[case]
@@ -118,9 +111,6 @@ def test_evaluation_and_gathering_between_steps(case, result):
     assert result["step"]["waits"] == TRAINING_WAITS
     assert result["gather"]["waits"] == GATHERING_WAITS
     assert set(result["gathered"]) == {"cpu torch.bfloat16"}
-
-
-# ---------------------------------------------------------------- generation and kernels
 
 
 @pytest.mark.parametrize("case", ["generate"])

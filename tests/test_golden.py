@@ -37,6 +37,7 @@ def now(tmp_path_factory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", runs.CASES)
 def test_steps(now, case):
+    assert now["steps"].keys() == golden("steps").keys()
     found, expected = now["steps"][case], golden("steps")[case]
     assert found.keys() == expected.keys()
     for name, values in expected.items():
@@ -44,17 +45,6 @@ def test_steps(now, case):
             assert number == pytest.approx(recorded, rel=RELATIVE, abs=ABSOLUTE), name
 
 
-def test_every_case_is_recorded():
-    assert golden("steps").keys() == runs.CASES.keys()
-    assert golden("completions").keys() == runs.SAMPLINGS.keys()
-    assert golden("prepared").keys() == runs.PREPARATIONS.keys()
-
-
-@pytest.mark.parametrize("sampling", runs.SAMPLINGS)
-def test_completions(now, sampling):
-    assert now["completions"][sampling] == golden("completions")[sampling]
-
-
-@pytest.mark.parametrize("rules", runs.PREPARATIONS)
-def test_prepared_files(now, rules):
-    assert now["prepared"][rules] == golden("prepared")[rules]
+@pytest.mark.parametrize("name", ["completions", "prepared"])
+def test_completions_and_prepared_files(now, name):
+    assert now[name] == golden(name)

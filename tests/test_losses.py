@@ -7,7 +7,6 @@ One pair with log-probs [-.1, -.2, -.3] (chosen) and [-1, -3] (rejected) runs th
 """
 
 import doctest
-import inspect
 import math
 import re
 from collections import defaultdict
@@ -192,23 +191,6 @@ def test_a_sigmoid_objective_is_right_at_any_margin(margin):
 # ---------------------------------------------------------------- other people's code
 
 
-def test_dpo_and_simpo_equal_liger():
-    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
-    from liger_kernel.chunked_loss.simpo_loss import LigerFusedLinearSimPOFunction
-
-    draw = torch.Generator().manual_seed(3)
-    pairs = -10 * torch.rand(4, 16, generator=draw, dtype=torch.float64)  # 4 kinds, 16 pairs
-    both = torch.zeros(32)  # liger's mean is over half of it
-    dpo, *_ = LigerFusedLinearDPOFunction.preference_loss_fn(
-        pairs[0], pairs[1], both, pairs[2], pairs[3], beta=0.1
-    )
-    torch.testing.assert_close(losses.dpo_loss(*pairs, beta=0.1).mean(), dpo)
-    simpo, *_ = LigerFusedLinearSimPOFunction.preference_loss_fn(
-        pairs[0], pairs[1], both, beta=2.0, gamma=1.0
-    )
-    torch.testing.assert_close(losses.simpo_loss(pairs[0], pairs[1], 2.0, 1.0).mean(), simpo)
-
-
 def trl_dpo(pair, references, beta: float, **losses: float) -> torch.Tensor:
     """TRL's DPOTrainer._compute_loss of one pair, without its model, data and accelerator.
 
@@ -259,23 +241,6 @@ def trl_orpo(pair, references, alpha: float) -> torch.Tensor:
     return -pair[0].mean() - gain.mean()  # as in its get_batch_loss_metrics
 
 
-def trl_dft(pair, references) -> torch.Tensor:
-    """The lines of TRL's SFTTrainer that compute DFT's loss, on one row."""
-    from trl import SFTTrainer
-
-    outputs = SimpleNamespace(log_probs=pair[0], label_mask=torch.ones(len(pair[0])))
-    source = inspect.getsource(SFTTrainer.compute_loss)
-    begin = source.index("per_token_loss = -outputs.log_probs")
-    end = source.index("if self.aux_loss_enabled", begin)
-    first = source.rindex("\n", 0, begin) + 1
-    names = {
-        "self": SimpleNamespace(args=SimpleNamespace(loss_type="dft")), "torch": torch,
-        "outputs": outputs, "num_items_in_batch": None,
-    }  # fmt: skip
-    exec(inspect.cleandoc("\n" + source[first:end]), names)
-    return names["loss"]
-
-
 TRL = {
     "dpo": lambda p, r, beta: trl_dpo(p, r, beta, sigmoid=1.0),
     "dpo_norm": lambda p, r, beta: trl_dpo(p, r, beta, sigmoid_norm=1.0),
@@ -285,7 +250,6 @@ TRL = {
     "positives": lambda p, r: trl_dpo(p, r, 1.0, sft=1.0),
     "simpo": trl_simpo,
     "orpo": trl_orpo,
-    "dft": trl_dft,
 }
 
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +15,6 @@ import pytest
 from mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
-COPIED = (
-    "redi", "bench", "tests", "recipes", "train_sft.py", "train_redi.py", "evaluate.py",
-    "pyproject.toml",
-)  # fmt: skip
 ALL_PASSED, SOME_FAILED = 0, 1  # exit statuses of pytest
 
 
@@ -59,14 +54,9 @@ def run_tests(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess
 def copy(tmp_path_factory) -> Path:
     """A copy of the tree in which the listed tests pass."""
     folder = tmp_path_factory.mktemp("mutants")
-    no_bytecode = shutil.ignore_patterns("__pycache__")
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=no_bytecode)
-        else:
-            shutil.copy(ROOT / name, folder / name)
-    listed = Counter(test for mutant in MUTANTS for test in mutant.tests)
-    done = run_tests(folder, list(listed))
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "out")
+    shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
+    done = run_tests(folder, sorted({test for mutant in MUTANTS for test in mutant.tests}))
     assert done.returncode == ALL_PASSED, f"without a mutant:\n{done.stdout}{done.stderr}"
     return folder
 

@@ -6,24 +6,17 @@ a changed loss changes training. test_invariance.py compares whole models with t
 
 import inspect
 import math
+from dataclasses import replace
 from functools import wraps
 
 import pytest
 import torch
-from small_run import HERE, loaded, redi_config, run, steps, weights
-from small_step import PARAMETERS, objective_of
+from small_run import redi_config, run, steps, weights
+from small_step import PARAMETERS, data_of, objective_of, tiny
 
-from redi import losses, objectives, programs, recipe, related_losses
-from redi.batches import TrainData
+from redi import losses, programs, recipe, related_losses
 from redi.config import UserError
-from redi.objectives import (
-    LINEAR,
-    OBJECTIVES,
-    Totals,
-    loss_parameters,
-    make_objective,
-    sft,
-)
+from redi.objectives import LINEAR, OBJECTIVES, Totals, loss_parameters, make_objective, sft
 from redi.runlog import read_metrics
 
 # ---------------------------------------------------------------- a changed loss changes training
@@ -33,11 +26,7 @@ from redi.runlog import read_metrics
 def test_tripling_redi_loss_triples_the_first_loss_and_gradient_of_a_run(name, here, monkeypatch):
     before, *_ = steps(run(redi_config(objective=name, out="before")))
     redi_loss = losses.redi_loss
-
-    @wraps(redi_loss)  # its arguments' names say what it needs
-    def tripled(*arguments, **parameters):
-        return 3 * redi_loss(*arguments, **parameters)
-
+    tripled = wraps(redi_loss)(lambda *given, **named: 3 * redi_loss(*given, **named))
     monkeypatch.setattr(losses, "redi_loss", tripled)
     after, *_ = steps(run(redi_config(objective=name, out="after")))
     # In float32. The log-probs of symmetric's two traces nearly cancel: hence an absolute bound.
@@ -47,51 +36,42 @@ def test_tripling_redi_loss_triples_the_first_loss_and_gradient_of_a_run(name, h
     assert after["chosen_logp"] == before["chosen_logp"]
 
 
-def test_doubling_sft_loss_doubles_the_weight_of_every_token(monkeypatch):
+def test_a_changed_linear_loss_changes_token_weights_and_gets_its_means_by_name(monkeypatch):
+    signs, lengths, totals = torch.tensor([1, -1]), torch.tensor([4, 2]), Totals(1, 64)
     monkeypatch.setattr(losses, "sft_loss", lambda logp_sum, num_tokens: -2 * logp_sum / num_tokens)
-    weights = sft().token_weights(torch.tensor([1]), torch.tensor([4]), Totals(8, 64))
-    assert weights.tolist() == [-2 / 64]
+    assert sft().token_weights(signs, lengths, totals).tolist() == [-2 / 64] * 2
+    monkeypatch.setattr(
+        losses, "redi_loss", lambda rejected_mean, chosen_mean, alpha: alpha * rejected_mean
+    )
+    redi = make_objective("redi", alpha=0.8)
+    assert redi.token_weights(signs, lengths, totals).tolist() == [0.0, 0.4]
 
 
-NOT_LINEAR = {  # of M_w, M_l and alpha
-    "square": lambda w, r, alpha: (w - alpha * r) ** 2,
-    "product": lambda w, r, alpha: -w + alpha * w * r,
-    "constant": lambda w, r, alpha: -w + alpha * r + 5.0,
-    "hinge": lambda w, r, alpha: torch.relu(20.0 - w + alpha * r),
-    "bend where log-probs are": lambda w, r, alpha: -w + alpha * r.clamp(max=-1.0),
-}
+NOT_LINEAR = r"^redi: is declared linear .* redi_loss is not "
+UNTRAINABLE = [  # a loss, and why it is refused
+    (lambda chosen_mean, rejected_mean, alpha: (chosen_mean - rejected_mean) ** 2, NOT_LINEAR),
+    (lambda chosen_mean, rejected_mean, alpha: -chosen_mean * rejected_mean, NOT_LINEAR),
+    (lambda chosen_mean, rejected_mean, alpha: -chosen_mean + rejected_mean + 5.0, NOT_LINEAR),
+    (lambda chosen_mean, rejected_mean, alpha: torch.relu(20.0 - chosen_mean), NOT_LINEAR),
+    # It bends where log-probs are.
+    (lambda chosen_mean, rejected_mean, alpha: rejected_mean.clamp(max=-1.0), NOT_LINEAR),
+    (
+        lambda chosen_sum, rejected_sum, alpha: -chosen_sum,
+        r"^redi: a linear loss takes .*, not .*'chosen_sum'",
+    ),
+    (lambda chosen_mean, beta, gamma: -chosen_mean.mean(), "must return one loss per pair"),
+]
 
 
-@pytest.mark.parametrize("shape", NOT_LINEAR)
-def test_a_loss_declared_linear_that_is_not_stops_the_run_by_name(shape, here, monkeypatch):
-    def redi_loss(chosen_mean, rejected_mean, alpha):
-        return NOT_LINEAR[shape](chosen_mean, rejected_mean, alpha)
-
-    monkeypatch.setattr(losses, "redi_loss", redi_loss)
-    with pytest.raises(UserError, match=r"^redi: is declared linear .* redi_loss is not "):
-        run(redi_config())
-    assert not (here / "run").exists()
-
-
-def test_losses_that_cannot_be_trained_as_declared_are_refused_by_name(here, monkeypatch):
-    monkeypatch.setattr(losses, "redi_loss", lambda chosen_sum, rejected_sum, alpha: -chosen_sum)
-    with pytest.raises(UserError, match=r"^redi: a linear loss takes .*, not .*'chosen_sum'"):
-        make_objective("redi", alpha=0.8)
-    with monkeypatch.context() as patch:
-        patch.setattr(objectives, "LINEAR", (*LINEAR, "simpo"))
-        with pytest.raises(UserError, match=r"^simpo: is declared linear"):
-            objective_of("simpo")
-    monkeypatch.setattr(losses, "simpo_loss", lambda chosen_mean, beta, gamma: -chosen_mean.mean())
-    with pytest.raises(UserError, match="must return one loss per pair"):
-        run(redi_config(objective="simpo", beta=2.0, gamma=1.0))
-
-
-def test_a_linear_loss_gets_its_means_by_name(monkeypatch):
-    monkeypatch.setattr(losses, "redi_loss", lambda rejected_mean, chosen_mean, alpha: (
-        -chosen_mean + alpha * rejected_mean))  # fmt: skip
-    signs, lengths = torch.tensor([1, -1]), torch.tensor([4, 2])
-    weights = make_objective("redi", alpha=0.8).token_weights(signs, lengths, Totals(1, 6))
-    assert weights.tolist() == [-0.25, 0.4]
+@pytest.mark.parametrize(("loss", "why"), UNTRAINABLE)
+def test_a_loss_that_cannot_be_trained_as_declared_stops_the_run_by_name(
+    loss, why, here, monkeypatch
+):
+    monkeypatch.setattr(losses, "redi_loss", loss)
+    monkeypatch.setattr(losses, "simpo_loss", loss)
+    simpo = {"objective": "simpo", "beta": 2.0, "gamma": 1.0}
+    with pytest.raises(UserError, match=why):
+        run(redi_config(**simpo if "per pair" in why else {}))
 
 
 # ---------------------------------------------------------------- token weights, worked by hand
@@ -118,14 +98,6 @@ def test_sft_weights_are_exactly_minus_1_over_the_steps_tokens(num_tokens):
     assert weights.tolist() == [-1 / num_tokens] * 5
 
 
-@pytest.mark.parametrize("name", ["sft", *OBJECTIVES])
-def test_token_weights_are_double_and_empty_for_no_sequences(name):
-    none = torch.zeros(0, dtype=torch.int64)
-    weights = objective_of(name).token_weights(none, none, Totals(5, 5))
-    assert weights.dtype == torch.float64
-    assert weights.shape == (0,)
-
-
 # ---------------------------------------------------------------- what argument names say
 
 
@@ -144,10 +116,9 @@ def test_every_loss_of_pairs_is_an_objective_and_some_need_a_reference():
 
 
 def test_a_new_argument_of_a_loss_is_a_reference_or_a_flag_at_once(monkeypatch):
-    def dft_loss(chosen_logps, ref_chosen_sum, gamma):
-        return ref_chosen_sum * gamma
-
-    monkeypatch.setattr(related_losses, "dft_loss", dft_loss)
+    monkeypatch.setattr(
+        related_losses, "dft_loss", lambda chosen_logps, ref_chosen_sum, gamma: ref_chosen_sum
+    )
     assert loss_parameters("dft") == ["gamma"]
     assert make_objective("dft", gamma=0.5).needs_reference
     with pytest.raises(UserError, match="--gamma is missing: dft needs it"):
@@ -166,82 +137,75 @@ def test_an_objective_without_its_own_parameters_is_refused_and_so_is_anothers(n
             redi_config(objective=name, **dict.fromkeys(takes, 0.5), **{foreign: 0.5})
 
 
-def test_a_source_is_quoted_where_it_settled_on_a_value():
-    with pytest.raises(UserError, match=r"needs it \(its own paper's is 5\)$"):
-        redi_config(objective="dpo_norm")
-    with pytest.raises(UserError, match=r"ipo needs it$"):
-        redi_config(objective="ipo")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "dpo_norm"}, r"needs it \(its own paper's is 5\)$"),
+        ({"objective": "ipo"}, r"ipo needs it$"),
+        # A share in redi's kind of loss, a weight in the others.
+        (
+            {"objective": "redi_weighted", "alpha": 1.5, "gamma": 1.0},
+            r"--alpha: expected within \[0, 1\]; got 1.5",
+        ),
+        ({"objective": "orpo", "alpha": -1.0}, "--alpha: expected at least 0; got -1"),
+    ],
+)
+def test_a_refusal_quotes_the_source_and_the_range(settings, message):
+    with pytest.raises(UserError, match=message):
+        redi_config(**settings)
+    assert redi_config(objective="dpop", beta=0.3, alpha=50.0).alpha == 50.0
     for name, values in recipe.SOURCES.items():
         assert set(values) == set(loss_parameters(name))
-
-
-def test_alpha_is_a_share_in_redi_and_a_weight_elsewhere():
-    assert redi_config(objective="dpop", beta=0.3, alpha=50.0).alpha == 50.0
-    with pytest.raises(UserError, match=r"--alpha: expected within \[0, 1\]; got 1.5"):
-        redi_config(objective="redi_weighted", alpha=1.5, gamma=1.0)
-    with pytest.raises(UserError, match="--alpha: expected at least 0; got -1"):
-        redi_config(objective="orpo", alpha=-1.0)
 
 
 # ---------------------------------------------------------------- whole runs
 
 
+WIDENS = ("dpo_norm", "irpo", "dpop", "ipo", "apo_zero", "orpo", "npo", "topr", "redi_weighted")
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_trains_by_its_flags(name, here, monkeypatch, capsys):
+def test_every_objective_trains_by_its_flags_and_some_widen_the_margin(
+    name, here, monkeypatch, capsys
+):
     settings = {
         "model": "student", "data": "pairs.jsonl", "out": "run", "lr": 1e-3, "rows-per-step": 5,
         "max-prompt": 100, "max-response": 100, "max-length": 200, "pack-tokens": 150,
         "objective": name, **PARAMETERS[name],
     }  # fmt: skip
+    if name in WIDENS:
+        settings |= {"rows-per-step": 10, "epochs": 8}
+    if name == "redi_weighted":
+        # This student's log-probs are below -1 / 0.3 nats per token, where a gamma of 0.3 pulls
+        # rejected traces up.
+        settings["gamma"] = 0.05
     flags = [f"--{flag}={value}" for flag, value in settings.items()]
     monkeypatch.setattr("sys.argv", ["train_redi.py", *flags])
     programs.train_redi()
     *found, last = read_metrics(here / "run")
     assert last["kind"] == "finished"
-    assert [record["kind"] for record in found] == ["train", "train"]
+    assert [record["kind"] for record in found] == ["train"] * (8 if name in WIDENS else 2)
     assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in found)
     before = weights("student")
     assert any(not torch.equal(tensor, before[key]) for key, tensor in weights("run").items())
+    if name in WIDENS:
+        assert found[-1]["margin"] > found[0]["margin"] + 0.05
 
 
-# This student's log-probs are below -1 / 0.3 nats per token, where a gamma of 0.3 pulls rejected
-# traces up.
-WIDENS = {
-    name: PARAMETERS[name]
-    for name in ("dpo_norm", "irpo", "dpop", "ipo", "apo_zero", "orpo", "npo", "topr")
-}
-WIDENS["redi_weighted"] = {"alpha": 0.8, "gamma": 0.05}
+def test_the_gradient_of_simpo_turns_to_that_of_symmetric_as_beta_falls():
+    """Appendix B."""
+    model = tiny(True, torch.float64)
 
+    def gradient(name: str, **parameters: float) -> torch.Tensor:
+        data = replace(data_of("simpo"), objective=make_objective(name, **parameters))
+        totals = data.totals(data.all_rows())
+        [batch] = data.batches(data.all_rows(), totals)
+        loss = data.loss(model, batch, totals).loss
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, [*model.parameters()])])
 
-@pytest.mark.parametrize("name", WIDENS)
-def test_what_learns_from_both_traces_widens_the_margin(name, here):
-    config = redi_config(objective=name, rows_per_step=10, epochs=8, **WIDENS[name])
-    records = steps(run(config))
-    assert records[-1]["margin"] > records[0]["margin"] + 0.05
-
-
-def test_the_gradient_of_simpo_turns_to_that_of_symmetric_as_beta_falls(here):
-    """Appendix B, on the toy's rows and student, whose weights are doubled so that pairs differ."""
-    model, data = loaded(redi_config())
-    model = model.double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(2.0)
-
-    def gradient(objective) -> torch.Tensor:
-        whole = TrainData(data.dataset, objective, HERE, pack_tokens=10_000)
-        step = whole.all_rows()
-        totals = whole.totals(step)
-        model.zero_grad()
-        for batch in whole.batches(step, totals):
-            whole.loss(model, batch, totals).loss.backward()
-        return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
-
-    symmetric = gradient(make_objective("symmetric"))
+    symmetric = gradient("symmetric")
     cosines = [
-        torch.cosine_similarity(
-            gradient(make_objective("simpo", beta=beta, gamma=1.0)), symmetric, dim=0
-        ).item()
+        torch.cosine_similarity(gradient("simpo", beta=beta, gamma=1.0), symmetric, dim=0).item()
         for beta in (2.0, 1.0, 1e-1, 1e-2, 1e-3)
     ]
     assert cosines[0] < 0.99  # the paper's beta is another direction

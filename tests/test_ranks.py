@@ -57,7 +57,7 @@ def one_step(
     ranks."""
     model, how = tiny(tied, dtype), Parallelism(dtype, 1, reshard_after_forward=reshard)
     parallelize(model, world, how)
-    data = TrainData(Rows.draw(name != "sft", rows), objective_of(name), world, pack_tokens)
+    data = TrainData(Rows(name != "sft", rows), objective_of(name), world, pack_tokens)
     if data.objective.needs_reference:
         reference = tiny(tied, dtype, seed=9)
         parallelize(reference, world, how)

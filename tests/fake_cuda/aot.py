@@ -4,10 +4,9 @@
         kernels.target_logps(...)               the project's own launch code, on fake tensors
     compiled[0].registers, compiled[0].spilled_bytes
 
-Triton needs a device only to launch. A driver that names a target and launches turned into
-warm-ups leave everything else as on a GPU: how arguments are specialized (pointers aligned to 16
-bytes, integers that are 1 or multiples of 16), the compiler, ptxas. The tools beside ptxas read
-the machine code. TRITON_INTERPRET must not be set.
+Triton needs a device only to launch. With a driver that names a target, and launches turned into
+warm-ups, all else is as on a GPU: how arguments are specialized (pointers aligned to 16 bytes,
+integers that are 1 or multiples of 16), the compiler, ptxas. TRITON_INTERPRET must not be set.
 """
 
 import re
@@ -76,17 +75,15 @@ def compiled_for(capability: int) -> Iterator[list[Compiled]]:
 
 
 def _measure(name: str, binary: Any) -> Compiled:
+    def tool(name: str, *arguments: str) -> str:
+        command = [TOOLS / name, *arguments, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
+        usage, code = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
     size = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     spilled = size["STACK"] + size["LOCAL"]
     wide_loads = len(re.findall(r"\bLDG\.E\S*\.128", code))
     return Compiled(name, binary.metadata.shared, size["REG"], spilled, wide_loads)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    command = [str(TOOLS / name), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

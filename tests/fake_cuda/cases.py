@@ -11,7 +11,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,24 +42,11 @@ PROMPT = 120  # tokens
 PARAMETERS = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.1}, "simpo": {"beta": 2.0, "gamma": 1.0}}
 
 
-@dataclass(frozen=True)
-class Training:
-    """What a case trains, on the fake device."""
-
-    model: Transformer
-    optimizer: torch.optim.Optimizer
-    data: TrainData
-    settings: SFTConfig
-    formula: float  # bytes that redi/memory.py expects at the peak
-
-    def step(self) -> None:
-        [plan] = self.data.plan(len(self.data.dataset), seed=42, epoch=0)
-        signals = SimpleNamespace(wanted=False)
-        train.train_step(self.model, self.optimizer, self.data, plan, self.settings, signals)
-
-
-def prepare(objective: str, packs: int, layers: int, reshard: bool) -> Training:
-    """A sharded model, and rows for steps of so many packs per rank."""
+def prepare(
+    objective: str, packs: int, layers: int, reshard: bool
+) -> tuple[TrainData, Transformer, Callable[[], Any], float]:
+    """Rows for steps of so many packs per rank, a sharded model, a function that runs a step, and
+    the bytes that redi/memory.py expects at the peak."""
     distributed._mesh.cache_clear()  # of an earlier case's ranks
     world = distributed.start(30.0)
     paired = objective != "sft"
@@ -72,60 +60,54 @@ def prepare(objective: str, packs: int, layers: int, reshard: bool) -> Training:
         model = Transformer(replace(SHAPE, num_layers=layers))
     dtype = distributed.compute_dtype("auto", world)
     expected = memory.step_memory(model, PACK_TOKENS, world, dtype)
-    checkpointed = memory.blocks_to_checkpoint("auto", expected)
-    how = Parallelism(dtype, checkpointed, reshard_after_forward=reshard)
-    distributed.parallelize(model, world, how)
+    blocks = memory.blocks_to_checkpoint("auto", expected)
+    parallelism = Parallelism(dtype, blocks, reshard_after_forward=reshard)
+    distributed.parallelize(model, world, parallelism)
     settings = SFTConfig(reshard_after_forward=reshard)
-    optimizer = train.make_optimizer(model, settings)
-    return Training(model, optimizer, data, settings, expected.total(checkpointed))
+    optimizer, signals = train.make_optimizer(model, settings), SimpleNamespace(wanted=False)
+    step = partial(train.train_step, model, optimizer, data, data.all_rows(), settings, signals)
+    return data, model, step, expected.total(blocks)
 
 
 def train_step(
-    objective: str,
-    world_size: int = 8,
-    memory: float = 80e9,
-    packs: int = 1,
-    layers: int = LAYERS,
-    reshard: bool = False,
-) -> dict[str, Any]:
+    objective: str, world_size: int = 8, memory: float = 80e9, packs: int = 1,
+    layers: int = LAYERS, reshard: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """What the second optimizer step does (the first creates AdamW's moments)."""
-    with FakeCuda(world_size, memory=memory) as fake:
-        training = prepare(objective, packs, layers, reshard)
-        training.step()
+    with FakeCuda(world_size, memory) as fake:
+        _, _, step, formula = prepare(objective, packs, layers, reshard)
+        step()
         fake.reset()
-        training.step()
+        step()
         return {
-            "waits": waits(fake),
-            "collectives": fake.collectives,
-            "launches": Counter(fake.launches),
-            "backends": fake.backends,
-            "peak_gib": fake.peak / 2**30,
-            "formula_gib": training.formula / 2**30,
-        }
+            "waits": waits(fake), "collectives": fake.collectives, "backends": fake.backends,
+            "launches": Counter(fake.launches), "peak_gib": fake.peak / 2**30,
+            "formula_gib": formula / 2**30,
+        }  # fmt: skip
 
 
 def between_steps(reshard: bool = False) -> dict[str, Any]:
     """What happens between training steps: held-out loss, answers sampled from the weights in
     training, and the weights gathered to be saved."""
     with FakeCuda(world_size=8) as fake:
-        training = prepare("sft", 1, LAYERS, reshard)
-        model, results = training.model, {}
-        training.step()
+        data, model, step, _ = prepare("sft", 1, LAYERS, reshard)
+        results = {}
 
-        def record(name: str) -> None:
-            results[name] = {"waits": waits(fake), "collectives": dict(fake.collectives)}
+        def record(name: str, run: Callable[[], Any]) -> Any:
             fake.reset()
+            found = run()
+            results[name] = {"waits": waits(fake), "collectives": dict(fake.collectives)}
+            return found
 
-        fake.reset()
-        train.held_out(model, training.data)
-        record("held_out")
-        with distributed.gathered(model, reshard):
-            completed = write_answers(model)
-        record("generate")
-        training.step()
-        record("step")
-        tensors = _gather(model, torch.bfloat16)
-        record("gather")
+        def answers() -> int:
+            with distributed.gathered(model, reshard):
+                return write_answers(model)
+
+        step()
+        record("held_out", lambda: train.held_out(model, data))
+        completed = record("generate", answers)
+        record("step", step)
+        tensors = record("gather", lambda: _gather(model, torch.bfloat16))
         kinds = Counter(f"{t.device.type} {t.dtype}" for t in tensors.values())
         return {**results, "completed": completed, "gathered": kinds}
 
@@ -145,8 +127,7 @@ def write_answers(model: Transformer) -> int:
     """Three requests on two slots, two of them with the same prompt -> number of answers."""
     prompts = (1,) * PROMPT, (1,) * PROMPT, (2,) * PROMPT
     requests = [Request(number, prompt, 3) for number, prompt in enumerate(prompts)]
-    stop_ids: list[int] = []
-    return len(list(generate(model, requests, stop_ids, Sampling(0.6, 0.95, 1), 2, 2**30)))
+    return len(list(generate(model, requests, [], Sampling(0.6, 0.95, 1), 2, 2**30)))
 
 
 def compile_kernels(
@@ -175,11 +156,9 @@ def waits(fake: FakeCuda) -> dict[str, int]:
 
 
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
-    "train-step": train_step,
-    "between-steps": between_steps,
-    "generate": generate_answers,
+    "train-step": train_step, "between-steps": between_steps, "generate": generate_answers,
     "compile": compile_kernels,
-}
+}  # fmt: skip
 
 
 def run(case: str) -> dict[str, Any]:

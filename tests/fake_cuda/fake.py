@@ -5,25 +5,22 @@
         ...                                     a training step at its true size
     fake.peak, fake.waits, fake.collectives
 
-Tensors on the CPU are real. Tensors on "cuda" are torch's fake tensors: they have a shape, dtype,
-strides and a device, and every operator runs only its shape function. So an error of shape, dtype
-or device is found, in seconds and in little memory, whatever the size. The process group is torch's
-fake one, whose collectives return at once. Triton kernels are not run (aot.py compiles them).
-
-What is recorded: the most bytes in live storages (FSDP frees a storage by resizing it to 0), the
-places where the host would wait for the device, collectives, and what CUDA graphs capture.
-What the host reads from the device is 0.0, 1 or True.
+Tensors on the CPU are real. Tensors on "cuda" are torch's fake tensors: shape, dtype, strides and a
+device, and every operator runs only its shape function. So an error of shape, dtype or device is
+found, in seconds and in little memory, whatever the size. Collectives of torch's fake process group
+return at once. Triton kernels are not run (aot.py compiles them). What the host reads from the
+device is 0.0, 1 or True.
 
 Not seen: memory inside kernels (flash attention, NCCL, cuBLAS workspaces) and fragmentation.
 It changes the process for good (guard.py), so each use gets a process of its own.
 """
 
 import os
-import sys
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,37 +67,41 @@ class FakeCuda:
     """Context manager: a fake GPU, and fake ranks of which this process is rank 0."""
 
     def __init__(
-        self,
-        world_size: int = 1,
-        gpus_per_node: int = 8,
-        memory: float = 80e9,
-        name: str = "NVIDIA H100 80GB HBM3",
+        self, world_size: int = 1, memory: float = 80e9, name: str = "NVIDIA H100 80GB HBM3"
     ):
-        """memory: bytes of the GPU."""
-        self.world_size, self.gpus_per_node = world_size, min(gpus_per_node, world_size)
+        """memory: bytes of the GPU. A node has 8 of them."""
+        self.world_size, self.gpus_per_node = world_size, min(8, world_size)
         self.memory, self.name = int(memory), name
         self.waits: list[Wait] = []
         self.captures: list[Capture] = []
         self.collectives: Counter[str] = Counter()
         self.launches: list[str] = []  # names of Triton kernels
         self.backends: list[str] = []  # of process groups, as asked for
-        self.allocated = self.peak = 0  # bytes in live storages
+        # Bytes in live storages; FSDP frees a storage by resizing it to 0.
+        self.allocated = self.peak = 0
         self.capturing = False
         self._sizes: dict[int, int] = {}  # live storages
-        self._pinned: set[int] = set()  # storages of the host
+        self.pinned: set[int] = set()  # storages of the host
 
     def __enter__(self) -> "FakeCuda":
         guard.load()
+        torchrun = {
+            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.gpus_per_node), "MASTER_ADDR": "fake", "MASTER_PORT": "1",
+        }  # fmt: skip
         with ExitStack() as stack:
             for owner, functions in _replacements(self):
                 stack.enter_context(mock.patch.multiple(owner, create=True, **functions))
-            stack.enter_context(mock.patch.dict(os.environ, self._environment()))
+            stack.enter_context(mock.patch.dict(os.environ, torchrun))
             if not torch.version.cuda:  # else torch decomposes silu_backward, which has no kernel
                 kernels = torch.library.Library("aten", "IMPL")
                 kernels.impl("silu_backward", lambda grad, x: torch.empty_like(x), "CUDA")
                 stack.callback(kernels._destroy)
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            stack.enter_context(_copy_new_tensors_from_the_cpu())
+            # torch.tensor(..., device="cuda") copies a CPU tensor, which a mode sees.
+            only_cpu = torch._C._only_lift_cpu_tensors()
+            torch._C._set_only_lift_cpu_tensors(True)
+            stack.callback(torch._C._set_only_lift_cpu_tensors, only_cpu)
             stack.enter_context(_Dispatch(self))
             self._stack = stack.pop_all()
         return self
@@ -110,12 +111,6 @@ class FakeCuda:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _environment(self) -> dict[str, str]:
-        """What torchrun sets."""
-        ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": self.world_size}
-        ranks |= {"LOCAL_WORLD_SIZE": self.gpus_per_node, "MASTER_ADDR": "fake", "MASTER_PORT": 1}
-        return {name: str(value) for name, value in ranks.items()}
-
     def reset(self) -> None:
         """Forget what was recorded. The peak begins at what is allocated now."""
         for record in self.waits, self.captures, self.collectives, self.launches:
@@ -124,12 +119,9 @@ class FakeCuda:
 
     def wait(self, cause: str) -> None:
         """Note that the host waits, on behalf of the innermost function of the project."""
-        frame = sys._getframe(1)
-        while frame and (
-            frame.f_code.co_filename == __file__ or not frame.f_code.co_filename.startswith(CODE)
-        ):
-            frame = frame.f_back
-        code = frame.f_code if frame else self.wait.__code__
+        frames = (frame.f_code for frame, _ in traceback.walk_stack(None))
+        ours = (code for code in frames if code.co_filename.startswith(CODE))
+        code = next((c for c in ours if c.co_filename != __file__), self.wait.__code__)
         function = f"{Path(code.co_filename).stem}.{code.co_qualname}"
         self.waits.append(Wait(function, cause))
 
@@ -153,17 +145,6 @@ class FakeCuda:
 
     def _free(self, key: int) -> None:
         self.allocated -= self._sizes.pop(key)
-
-    def pin(self, tensor: Tensor) -> Tensor:
-        """A copy in pinned memory of the host."""
-        tensor = tensor.clone()
-        storage = tensor.untyped_storage()
-        self._pinned.add(storage._cdata)
-        weakref.finalize(storage, self._pinned.discard, storage._cdata)
-        return tensor
-
-    def is_pinned(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._pinned
 
 
 # ---------------------------------------------------------------- operators
@@ -190,8 +171,7 @@ class _Dispatch(TorchDispatchMode):
                 parts = operator.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        answer = self._answer(operator.overloadpacket, args, kwargs)
-        if answer is not None:
+        if (answer := self._answer(operator.overloadpacket, args, kwargs)) is not None:
             return answer
         self._record(operator, args, kwargs)
         if not on_cuda:  # a copy of a real tensor to the device
@@ -204,9 +184,10 @@ class _Dispatch(TorchDispatchMode):
 
     def _result(self, tensor: FakeTensor) -> Tensor:
         """Count an operator's output; what is on the CPU becomes a real tensor."""
-        if tensor.fake_device.type == "cuda":
-            self.fake.allocate(tensor)
-        return _host_values(tensor) if tensor.fake_device.type == "cpu" else tensor
+        if tensor.fake_device.type == "cpu":
+            return _host_values(tensor)
+        self.fake.allocate(tensor)
+        return tensor
 
     def _answer(self, operator: Any, args: tuple, kwargs: dict) -> Any:
         """The result of an operator that has no shape function; None for the others."""
@@ -250,7 +231,7 @@ class _Dispatch(TorchDispatchMode):
         if source.is_cuda and target == "cpu":
             self.fake.wait("copy to the host")
         elif source.is_cpu and target == "cuda":
-            if not self.fake.is_pinned(source):
+            if not source.is_pinned():
                 self.fake.wait("copy from memory that is not pinned")
             elif self.fake.capturing or not non_blocking:
                 self.fake.wait("copy from the host")
@@ -262,22 +243,12 @@ def _host_values(tensor: FakeTensor) -> Tensor:
     return make(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
-@contextmanager
-def _copy_new_tensors_from_the_cpu() -> Iterator[None]:
-    """Make torch.tensor(..., device="cuda") create a CPU tensor and copy it, which a mode sees."""
-    before = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)
-    yield
-    torch._C._set_only_lift_cpu_tensors(before)
-
-
 # ---------------------------------------------------------------- in place of torch's functions
 
 
 def _replacements(fake: FakeCuda) -> list[tuple[Any, dict[str, Any]]]:
     """Modules and classes, and what is replaced in them."""
-    init, new_group = dist.init_process_group, dist.new_group
-    resize = torch.UntypedStorage.resize_
+    init, new_group, resize = dist.init_process_group, dist.new_group, torch.UntypedStorage.resize_
 
     def fake_init(backend: str, **_: Any) -> None:
         fake.backends.append(backend)
@@ -292,12 +263,16 @@ def _replacements(fake: FakeCuda) -> list[tuple[Any, dict[str, Any]]]:
         fake.resize(storage)
         return storage
 
-    def launch(kernel: JITFunction, *_: Any, **__: Any) -> None:
-        fake.launches.append(kernel.fn.__name__)
+    def pin_memory(tensor: Tensor, *_: Any) -> Tensor:
+        pinned = tensor.clone()
+        storage = pinned.untyped_storage()
+        fake.pinned.add(storage._cdata)
+        weakref.finalize(storage, fake.pinned.discard, storage._cdata)
+        return pinned
 
     on_tensors = {
-        "pin_memory": lambda tensor, *_: fake.pin(tensor),
-        "is_pinned": lambda tensor, *_: fake.is_pinned(tensor),
+        "pin_memory": pin_memory,
+        "is_pinned": lambda tensor, *_: tensor.untyped_storage()._cdata in fake.pinned,
         "record_stream": lambda *_: None,
     }
     cuda = _cuda_functions(fake)
@@ -309,7 +284,7 @@ def _replacements(fake: FakeCuda) -> list[tuple[Any, dict[str, Any]]]:
         (FakeTensor, {"tolist": lambda tensor: tensor.cpu().tolist()}),
         (fake_tensor, {"init_gpu_context": lambda *_: None}),
         (dist, {"init_process_group": fake_init, "new_group": fake_group}),
-        (JITFunction, {"run": launch}),
+        (JITFunction, {"run": lambda kernel, *_, **__: fake.launches.append(kernel.fn.__name__)}),
     ]
 
 
@@ -350,13 +325,6 @@ def _cuda_functions(fake: FakeCuda) -> dict[str, Any]:
             fake.capturing = False
         fake.captures.append(Capture(fake.waits[waits:], len(fake.launches) - launches))
 
-    @contextmanager
-    def stream(stream: Any) -> Iterator[Any]:
-        yield stream
-
-    def reset_peak(*_: Any) -> None:
-        fake.peak = fake.allocated
-
     gpu = SimpleNamespace(
         name=fake.name, total_memory=fake.memory, major=9, minor=0, multi_processor_count=132
     )
@@ -376,12 +344,12 @@ def _cuda_functions(fake: FakeCuda) -> dict[str, Any]:
         **{name: lambda *_, value=value, **__: value for name, value in constants.items()},
         **dict.fromkeys(["Stream", "Event", "CUDAGraph"], Work),
         "graph": graph,
-        "stream": stream,
+        "stream": nullcontext,
         "synchronize": lambda *_: fake.wait("synchronize()"),
         "empty_cache": lambda: fake.wait("empty_cache()"),
         "is_current_stream_capturing": lambda: fake.capturing,
         "memory_allocated": lambda *_: fake.allocated,
         "max_memory_allocated": lambda *_: fake.peak,
-        "reset_peak_memory_stats": reset_peak,
+        "reset_peak_memory_stats": lambda *_: setattr(fake, "peak", fake.allocated),
         "mem_get_info": lambda *_: (fake.memory - fake.allocated, fake.memory),
     }

@@ -21,19 +21,14 @@ def load() -> None:
     Raises CalledProcessError, with the compiler's message on stderr, if it does not compile."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redi-tests"
     version = hashlib.sha256(f"{torch.__version__}\n{SOURCE.read_text()}".encode()).hexdigest()[:16]
-    library = cache / f"guard-{version}.so"
+    library, torch_folder = cache / f"guard-{version}.so", Path(torch.__file__).parent
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        _compile(library)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # two may compile at once
+            made = Path(folder) / library.name
+            command = ["g++", "-O0", "-std=c++20", "-shared", "-fPIC", SOURCE, "-o", made]
+            command += [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
+            command += ["-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
+            subprocess.run(command, check=True)
+            os.replace(made, library)
     ctypes.CDLL(str(library))
-
-
-def _compile(library: Path) -> None:
-    torch_folder = Path(torch.__file__).parent
-    include, libraries = torch_folder / "include", torch_folder / "lib"
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # two may compile at once
-        made = Path(folder) / library.name
-        command = ["g++", "-O0", "-std=c++20", "-shared", "-fPIC", str(SOURCE), "-o", str(made)]
-        command += [f"-I{include}", f"-L{libraries}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
-        subprocess.run(command, check=True)
-        os.replace(made, library)

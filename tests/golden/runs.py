@@ -13,6 +13,7 @@ random.Random(seed).random(), which Python guarantees never to change.
 """
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,13 @@ def use_float64() -> None:
 def train(folder: Path, objective: str, number: int) -> None:
     """Train the student on this many ranks. 22 rows in steps of 4: the last step of an epoch has 2.
     A pack's budget cuts a step into 2 or 3 packs of several sequences, or of several pairs."""
-    out = f"{objective}-{number}"
+    out, main = f"{objective}-{number}", programs.train_sft
     flags = ["--data", "positives.jsonl", "--pack-tokens", "160"]
     if objective != "sft":
-        flags = ["--data", "pairs.jsonl", "--pack-tokens", "280", "--objective", objective]
-        flags += STAGE_2[objective]
+        main, flags = programs.train_redi, ["--data", "pairs.jsonl", "--pack-tokens", "280"]
+        flags += ["--objective", objective, *STAGE_2[objective]]
     # One cache per run, so that every run computes its own reference log-probs.
     flags += [*TRAINING, "--out", out, "--cache", f"{out}-cache"]
-    main = programs.train_sft if objective == "sft" else programs.train_redi
     for rank in ranks(folder, flags, *[use_float64] * number, main=main):
         rank.ends(0, seconds=300)
 
@@ -118,32 +118,25 @@ def measure() -> None:
 def train_steps(objective: str, number: int) -> dict[str, list]:
     """Loss and grad_norm, one number per step, and final_logps: the summed log-prob in nats of
     every training response under the trained model, one number per positive, or [chosen, rejected]
-    per pair."""
+    per pair; each row alone, with torch's own log_softmax."""
     out = f"{objective}-{number}"
     trained = steps(read_metrics(Path(out)))
     assert len(trained) == STEPS
-    return {
-        "loss": [step["loss"] for step in trained],
-        "grad_norm": [step["grad_norm"] for step in trained],
-        "final_logps": final_logps(out, paired=objective != "sft"),
-    }
+    model, source = load_model(out)
 
+    @torch.no_grad()
+    def logp(row: dict, side: str) -> float:
+        [encoded] = source.chat.encode_rows([(row["prompt"], row[side][0])])
+        tokens, prompt = [*encoded.prompt_ids, *encoded.response_ids], len(encoded.prompt_ids)
+        return row_logps(model, TokenSequence(np.array(tokens), prompt, 0, 1)).sum().item()
 
-@torch.no_grad()
-def final_logps(folder: str, paired: bool) -> list:
-    """Run each row alone through the model in `folder`, with torch's own log_softmax."""
-    model, source = load_model(folder)
-
-    def summed(prompt: list[dict], answer: dict) -> float:
-        [row] = source.chat.encode_rows([(prompt, answer)])
-        tokens = np.array([*row.prompt_ids, *row.response_ids])
-        return row_logps(model, TokenSequence(tokens, len(row.prompt_ids), 0, 1)).sum().item()
-
-    if paired:
+    if objective == "sft":
+        logps = [logp(row, "completion") for row in read_jsonl("positives.jsonl")]
+    else:
         sides, rows = ("chosen", "rejected"), read_jsonl("pairs.jsonl")
-        return [[summed(row["prompt"], row[side][0]) for side in sides] for row in rows]
-    rows = read_jsonl("positives.jsonl")
-    return [summed(row["prompt"], row["completion"][0]) for row in rows]
+        logps = [[logp(row, side) for side in sides] for row in rows]
+    recorded = {name: [step[name] for step in trained] for name in ("loss", "grad_norm")}
+    return {**recorded, "final_logps": logps}
 
 
 def completions() -> dict[str, list[dict[str, Any]]]:
@@ -300,10 +293,6 @@ CHATML = (
     "+ '\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{%- endif %}"
 )
-SIZES = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
 
 
 def write_student(folder: Path) -> None:
@@ -320,27 +309,24 @@ def write_student(folder: Path) -> None:
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
         "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
-        "eos_token_id": 0, **SIZES,
+        "eos_token_id": 0, "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-
-    size, wide = SIZES["hidden_size"], SIZES["intermediate_size"]
-    keys = size * SIZES["num_key_value_heads"] // SIZES["num_attention_heads"]
     layer = {
-        "input_layernorm.weight": (size,), "post_attention_layernorm.weight": (size,),
-        "self_attn.q_proj.weight": (size, size), "self_attn.q_proj.bias": (size,),
-        "self_attn.k_proj.weight": (keys, size), "self_attn.k_proj.bias": (keys,),
-        "self_attn.v_proj.weight": (keys, size), "self_attn.v_proj.bias": (keys,),
-        "self_attn.o_proj.weight": (size, size), "mlp.gate_proj.weight": (wide, size),
-        "mlp.up_proj.weight": (wide, size), "mlp.down_proj.weight": (size, wide),
+        "input_layernorm.weight": (32,), "post_attention_layernorm.weight": (32,),
+        "self_attn.q_proj.weight": (32, 32), "self_attn.q_proj.bias": (32,),
+        "self_attn.k_proj.weight": (16, 32), "self_attn.k_proj.bias": (16,),
+        "self_attn.v_proj.weight": (16, 32), "self_attn.v_proj.bias": (16,),
+        "self_attn.o_proj.weight": (32, 32), "mlp.gate_proj.weight": (48, 32),
+        "mlp.up_proj.weight": (48, 32), "mlp.down_proj.weight": (32, 48),
     }  # fmt: skip
-    shapes = {"embed_tokens.weight": (SIZES["vocab_size"], size), "norm.weight": (size,)}
-    for number in range(SIZES["num_hidden_layers"]):
-        shapes |= {f"layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes = {"embed_tokens.weight": (320, 32), "norm.weight": (32,)}
+    shapes |= {f"layers.{n}.{name}": shape for n in (0, 1) for name, shape in layer.items()}
     generator, weights = random.Random(5), {}
     for name, shape in shapes.items():
         around = 1.0 if "norm" in name else 0.0
-        count = torch.Size(shape).numel()
-        drawn = [around + 0.3 * (2 * generator.random() - 1) for _ in range(count)]
+        drawn = [around + 0.3 * (2 * generator.random() - 1) for _ in range(math.prod(shape))]
         weights[f"model.{name}"] = torch.tensor(drawn, dtype=torch.float64).reshape(shape)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
