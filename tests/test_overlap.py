@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from redi.prepare.overlap import REPEATED, Index, Match, Seen, tokens
+from redi.prepare.overlap import Index, Match, repeats, tokens
 
 BENCHMARK = [
     "What is the value of $\\frac{3}{7} + 12$?",  # fewer than 16 words: a sentence, whole
@@ -20,7 +20,7 @@ BENCHMARK = [
     "Let $f(x) = x^3 - 9x + 2$. Find the sum of the squares of all real numbers $c$ such that the "
     "line $y = c$ is tangent to the graph of $f$.",
 ]
-INDEX = Index([("bench", str(i), text) for i, text in enumerate(BENCHMARK)], 8)
+INDEX = Index([("bench", str(i), text) for i, text in enumerate(BENCHMARK)])
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 # Problems of the same trade, stock phrases and all.
 UNRELATED = (
@@ -100,8 +100,7 @@ def test_a_part_of_a_problem_is_not_the_problem(text):
 
 
 def test_a_problem_found_in_two_benchmarks_is_reported_for_both():
-    index = Index([("a", "1", BENCHMARK[3]), ("b", "7", BENCHMARK[3])], 8)
-    found = index.matches(BENCHMARK[3])
+    found = Index([("a", "1", BENCHMARK[3]), ("b", "7", BENCHMARK[3])]).matches(BENCHMARK[3])
     assert [(m.benchmark, m.benchmark_id) for m in found] == [("a", "1"), ("b", "7")]
 
 
@@ -127,6 +126,7 @@ def test_problems_have_the_same_tokens_exactly_if_only_their_typesetting_differs
 
 
 def test_a_repeated_problem_is_reported_as_exact_or_with_another_typesetting():
-    seen, (exact, normalized) = Seen(), REPEATED
-    problems = ["Find $x$.", "Find $y$.", "Find $x$.", "find \\(x\\)", "find \\(x\\)"]
-    assert [seen.add(p) for p in problems] == [None, None, exact, normalized, exact]
+    exact, normalized, seen = "duplicate", "duplicate but for its typesetting", set()
+    problems = ["Find $x$.", "Find $y$.", "Find $x$.", "find \\(x\\)", "find \\(x\\)", "find y"]
+    expected = [None, None, exact, normalized, exact, normalized]
+    assert [repeats(problem, seen) for problem in problems] == expected

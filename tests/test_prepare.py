@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import resource
 import signal
 from pathlib import Path
 
@@ -137,18 +136,14 @@ def test_one_row_per_rule_gives_exactly_the_rows_expected_with_every_drop_counte
 
 def test_parquet_json_lines_and_a_folder_give_the_same_bytes_and_so_does_a_second_run():
     write_jsonl(Path("raw.jsonl"), ROWS)
-    Path("raw.json").write_text(json.dumps(ROWS))
-    unread = pa.array([10**8] * len(ROWS), pa.date32())  # days: no date that Python has
-    table = pa.Table.from_pylist(ROWS).append_column("created", unread)
-    pq.write_table(table, "raw.parquet")
     Path("parts").mkdir()
     write_jsonl(Path("parts/part-0.jsonl"), ROWS[:5])
     pq.write_table(pa.Table.from_pylist(ROWS[5:]), "parts/part-1.parquet")
     results = []
-    for source in ("raw.jsonl", "raw.json", "raw.parquet", "parts", "raw.jsonl"):
+    for source in ("raw.jsonl", "parts", "raw.jsonl"):
         counts, _ = prepared(source)
         results.append((counts, {k: v for k, v in written().items() if k != "card.json"}))
-    assert results == [results[0]] * 5
+    assert results == [results[0]] * 3
 
 
 def test_one_trace_rows_are_counted_as_problems(capsys):
@@ -177,6 +172,10 @@ def listed(problem, answer="2", labels=False, traces=TRACES):
     return {"problem": problem, "answer": answer, "traces": entries}
 
 
+def unlabelled(problem, answer, *traces):
+    return listed(problem, answer, traces=[(text, None) for text in traces])
+
+
 def test_traces_without_labels_are_graded_and_only_they():
     rows = [
         listed("graded"),
@@ -203,17 +202,18 @@ def test_relabel_grades_every_trace_and_prints_how_far_the_labels_agree(capsys):
         "  timeout             0          0\n"
         "agreement on correct or not: 2 of 5, 40.0%\n"
     )
-    card = json.loads(Path("made/card.json").read_text())
-    assert card["labels"]["correct"]["no_answer"] == 2
-    assert card["rules"]["relabel"] is True
+    assert json.loads(Path("made/card.json").read_text())["rules"]["relabel"] is True
+    # OpenR1-Math-Raw without labels: dropped as in the paper, unless relabelled.
+    row = raw("1+1?", llama=None, generations=["\\boxed{3}", "\\boxed{2}", "x"], answer="2")
+    for relabel, missing in ((False, 1), (True, 0)):
+        counts, _ = prepared([row, raw("labelled", answer="2")], relabel=relabel, workers=1)
+        assert counts.no_positive["labels missing"] == missing
 
 
 def test_the_bytes_are_the_same_with_any_number_of_workers():
     """Answers that take algebra, in more rows than one batch."""
-    rows = []
-    for n in range(1, 71):
-        traces = [(f"</think>\\boxed{{{answer}}}", None) for answer in (f"{2 * n}/14", f"{n}/8")]
-        rows.append(listed(f"{n}/7", f"\\frac{{{n}}}{{7}}", traces=traces))
+    answers = ((f"\\frac{{{n}}}{{7}}", f"{2 * n}/14", f"{n}/8") for n in range(1, 71))
+    rows = [unlabelled(a, a, *(f"</think>\\boxed{{{x}}}" for x in (b, c))) for a, b, c in answers]
     results = []
     for workers in (1, 3):
         counts, _ = prepared(rows, workers=workers)
@@ -226,19 +226,17 @@ def test_a_trace_whose_grading_times_out_is_neither_correct_nor_incorrect(monkey
     monkeypatch.setattr(
         "redi.prepare.__main__.Grader", lambda workers: Grader(workers, limit_s=2.0)
     )
-    answers = ("\\boxed{5^{5^{5^{5^5}}}}", "\\boxed{.5}")  # the first takes forever
-    traces = [(f"</think>{answer}", None) for answer in answers]
-    counts, card = prepared([listed("1+1?", "\\frac{1}{2}", traces=traces)], workers=1)
+    forever, right = "</think>\\boxed{5^{5^{5^{5^5}}}}", "</think>\\boxed{.5}"
+    counts, card = prepared([unlabelled("1+1?", "\\frac{1}{2}", forever, right)], workers=1)
     assert counts.no_pair["no incorrect generation"] == 1
     assert card["labels"]["none"]["timeout"] == 1
 
 
 def test_traces_of_a_teacher_that_does_not_mark_its_thinking_are_read_whole():
-    plain = [("So \\boxed{2}.", None), ("So \\boxed{3}.", None)]
-    cut = [("1+1 \\boxed{2}", None), ("1+1</think> \\boxed{2}", None)]
-    prepared([listed("plain", traces=plain), listed("thinks", traces=cut)], workers=1)
-    assert texts("chosen") == ["So \\boxed{2}.", "1+1</think> \\boxed{2}"]
-    assert texts("rejected") == ["So \\boxed{3}.", "1+1 \\boxed{2}"]
+    plain, cut = ("So \\boxed{2}.", "So \\boxed{3}."), ("1+1 \\boxed{2}", "</think> \\boxed{2}")
+    prepared([unlabelled("plain", "2", *plain), unlabelled("thinks", "2", *cut)], workers=1)
+    assert texts("chosen") == [plain[0], cut[1]]
+    assert texts("rejected") == [plain[1], cut[0]]
 
 
 def test_rows_of_one_problem_with_two_answers_are_each_graded_by_their_answer():
@@ -249,39 +247,20 @@ def test_rows_of_one_problem_with_two_answers_are_each_graded_by_their_answer():
     assert texts("rejected") == ["\\boxed{4}"]
 
 
-def test_openr1_math_raw_rows_without_labels_are_dropped_as_in_the_paper_unless_relabelled():
-    row = raw("1+1?", llama=None, generations=["\\boxed{3}", "\\boxed{2}", "x"], answer="2")
-    rows = [row, raw("labelled", answer="2")]
-    for relabel, missing in ((False, 1), (True, 0)):
-        counts, _ = prepared(rows, relabel=relabel, workers=1)
-        assert counts.no_positive["labels missing"] == missing
-
-
-def test_a_complete_trace_ends_its_thinking_and_answers():
-    rows = [listed("1+1?", labels=True)]
+def test_further_pairs_are_in_the_account_and_complete_traces_end_their_thinking_and_answer():
+    rows = [listed("a", labels=True), listed("b", labels=True, traces=TRACES[:1])]
     complete, cut = TRACES[0][0], TRACES[2][0]
     for require, chosen in ((False, [complete, cut]), (True, [complete])):
-        prepared(rows, pairs_per_problem=9, require_complete=require)
+        counts, _ = prepared(rows, pairs_per_problem=2, require_complete=require)
         assert texts("chosen") == chosen
-
-
-def test_further_pairs_are_in_the_account():
-    rows = [listed("a", labels=True), listed("b", labels=True, traces=TRACES[:1])]
-    counts, _ = prepared(rows, pairs_per_problem=2)
-    assert (counts.positives, counts.further, counts.pairs) == (2, 1, 2)
-    assert counts.no_pair["no incorrect generation"] == 1
-    assert counts.positives + counts.further == counts.pairs + counts.no_pair.total()
+        assert (counts.positives, counts.further, counts.pairs) == (2, len(chosen) - 1, len(chosen))
+        assert counts.no_pair["no incorrect generation"] == 1
+        assert counts.positives + counts.further == counts.pairs + counts.no_pair.total()
 
 
 def test_of_problems_that_are_the_same_the_first_that_gives_a_positive_is_kept():
-    rows = [
-        raw("Find $x$.", [False] * 3),
-        raw("Find $x$."),
-        raw("Find $x$.", source="amc"),
-        raw("find \\(x\\)"),
-        raw("Find $y$."),
-    ]
-    counts, card = prepared(rows, dedup=True)
+    same = [raw("Find $x$."), raw("Find $x$.", source="amc"), raw("find \\(x\\)")]
+    counts, card = prepared([raw("Find $x$.", [False] * 3), *same, raw("Find $y$.")], dedup=True)
     assert problems() == ["Find $x$.", "Find $y$."]
     assert counts.no_positive["duplicate"] == 1
     assert counts.no_positive["duplicate but for its typesetting"] == 1
@@ -299,9 +278,9 @@ def test_problems_of_a_benchmark_are_dropped_counted_and_named():
     write_jsonl(Path("walks.jsonl"), [{"id": "w1", "problem": CANAL, "answer": "20"}])
     counts, card = prepared(rows, decontaminate=["walks.jsonl"])
     assert problems() == ["first"]
-    assert counts.no_positive["in a benchmark"] == 1
-    assert counts.no_positive["in a benchmark, other numbers"] == 1
-    assert counts.no_positive["no correct generation"] == 1
+    assert {reason: n for reason, n in counts.no_positive.items() if n} == {
+        "in a benchmark": 1, "in a benchmark, other numbers": 1, "no correct generation": 1,
+    }  # fmt: skip
     assert card["benchmarks"] == {"walks": 1}
     found = read_jsonl("made/contaminated.jsonl")
     assert [(f["row"], f["benchmark"], f["benchmark_id"], f["kind"]) for f in found] == [
@@ -313,73 +292,54 @@ def test_problems_of_a_benchmark_are_dropped_counted_and_named():
     assert sorted(written()) == FILES
 
 
+# ---------------------------------------------------------------- what goes wrong
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("workers", 0), ("ngram", 0), ("pairs_per_problem", 0), ("min_length_ratio", -0.1)],
+    ("name", "value"), [("workers", 0), ("pairs_per_problem", 0), ("min_length_ratio", -0.1)]
 )
 def test_settings_that_make_no_sense_name_their_flag(name, value):
     with pytest.raises(UserError, match="--" + name.replace("_", "-")):
         PrepareConfig(**{name: value})
 
 
-# ---------------------------------------------------------------- what goes wrong
+GOOD, OTHER = json.dumps(raw("good")), '{"question": "1+1?"}'
+FAILURES = [  # {file: text}, RAW, --out, error; test_files.py has all failures of reading
+    ({"a.jsonl": f"{GOOD}\n{GOOD[:50]}\n{GOOD}\n"}, "a.jsonl", "made", "a.jsonl:2: not valid JSON"),
+    ({"a.jsonl": OTHER}, "a.jsonl", "made", "a.jsonl: not teacher data in a form known here"),
+    # Of a folder, the wrong file in it is named.
+    ({"x/a.jsonl": GOOD, "x/b.jsonl": OTHER}, "x", "made", "x/b.jsonl: not teacher data in a form"),
+    (
+        {"a.jsonl": json.dumps(raw("?", BOTH[:1]))}, "a.jsonl", "made",
+        "a.jsonl: no row gives a positive (1 labels misaligned); nothing is written",
+    ),
+    (
+        {"x/positives.jsonl": GOOD}, "x", "x",
+        "x/positives.jsonl: both raw data and output; choose another --out",
+    ),
+    ({"a.jsonl": GOOD}, "a.jsonl", "a.jsonl", "a.jsonl: cannot create this folder ("),
+    ({"a.jsonl": GOOD}, "a.jsonl", "a.jsonl/made", "a.jsonl/made: cannot create this folder ("),
+]  # fmt: skip
 
-GOOD = json.dumps(raw("good"))
-BAD_INPUTS = {  # test_files.py has all the ways in which a file cannot be read
-    "broken.jsonl": (f"{GOOD}\n{GOOD[:50]}\n{GOOD}\n", "broken.jsonl:2: not valid JSON"),
-    "other.jsonl": ('{"question": "1+1?"}', "other.jsonl: not teacher data in a form known here"),
-    "parts/b.jsonl": ('{"question": "1+1?"}', "parts/b.jsonl: not teacher data in a form known"),
-    "wrong.jsonl": (json.dumps(raw("?", BOTH[:1])), "wrong.jsonl: no row gives a positive (1 lab"),
-}
 
+@pytest.mark.parametrize(("files", "source", "out", "message"), FAILURES)
+def test_a_bad_input_is_one_line_that_names_it_and_an_earlier_runs_files_stay(
+    capsys, folder, files, source, out, message
+):
+    def everything():
+        return {file: file.is_file() and file.read_bytes() for file in folder.rglob("*")}
 
-def failed(capsys, source, out="made"):
-    """The one line on stderr of a run that fails."""
+    prepared(ROWS)
+    for name, content in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content)
+    before = everything()
     assert main_in_this_process(main, source, "--out", out) == 2
     printed, errors = capsys.readouterr()
-    assert printed == ""
+    assert (printed, errors.count("\n")) == ("", 1)
     assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    return errors.removeprefix("error: ")
-
-
-@pytest.mark.parametrize("name", BAD_INPUTS)
-def test_a_bad_input_is_one_line_that_names_it_and_an_earlier_runs_files_stay(capsys, name):
-    content, message = BAD_INPUTS[name]
-    prepared(ROWS)
-    before, path = written(), Path(name)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(content)
-    if path.parent.name == "parts":  # of a folder, the wrong file in it is named
-        path = write_jsonl(path.with_name("a.jsonl"), ROWS).parent
-    assert failed(capsys, path).startswith(message)
-    assert written() == before
-
-
-def test_an_output_that_is_also_input_is_refused(capsys, folder):
-    write_jsonl(Path("positives.jsonl"), ROWS)
-    message = "positives.jsonl: both raw data and output; choose another --out"
-    assert message in failed(capsys, ".", ".")
-    assert [f.name for f in folder.iterdir()] == ["positives.jsonl"]
-
-
-@pytest.mark.parametrize("out", ["raw.jsonl", "raw.jsonl/made"])
-def test_an_output_folder_under_a_file_is_one_line(capsys, out):
-    write_jsonl(Path("raw.jsonl"), ROWS)
-    assert failed(capsys, "raw.jsonl", out).startswith(f"{out}: cannot create this folder (")
-
-
-def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(capsys):
-    write_jsonl(Path("raw.jsonl"), ROWS * 500)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
-        errors = failed(capsys, "raw.jsonl")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert errors.startswith("made/p")
-    assert "cannot be written (File too large)" in errors
-    assert written() == {}
+    assert message in errors
+    assert everything() == before
 
 
 def test_ctrl_c_halfway_is_one_line_and_leaves_nothing():

@@ -28,11 +28,9 @@ FLAT = {
     "correctness_count": 1, "messages": [{"role": "user", "content": PROBLEM}],
 }  # fmt: skip
 LISTED = {
-    "problem": PROBLEM,
-    "answer": 2,
-    "source": "amc",
+    "problem": PROBLEM, "answer": 2, "source": "amc",
     "traces": [{"text": WRONG, "correct": False}, {"text": RIGHT, "correct": True}],
-}
+}  # fmt: skip
 ONE_TRACE = [
     {"question": PROBLEM, "response": WRONG, "is_correct": 0, "problem_source": "amc"},
     {"question": PROBLEM, "response": RIGHT, "is_correct": 1, "expected_answer": "2"},
@@ -53,7 +51,7 @@ def rows_of(tmp_path, rows):
     return form.name, list(read(files, form, tmp_path))
 
 
-def only(tmp_path, form, **changes):
+def changed(tmp_path, form, **changes):
     """The RawRow of a changed row, in a file that begins with an unchanged one."""
     return rows_of(tmp_path, [form, {**form, **changes}])[1][1]
 
@@ -62,81 +60,72 @@ def only(tmp_path, form, **changes):
 def test_each_form_is_named_and_gives_the_same_training_rows(tmp_path, name, rows):
     found, (row,) = rows_of(tmp_path, rows)
     assert found == name
-    assert row.answer == "2"
+    assert (row.answer, row.flaw) == ("2", None)
     choice = choose(row, Rules())
     assert choice == choose(rows_of(tmp_path, [RAW])[1][0], Rules())
     assert choice.positive["completion"][0]["content"] == RIGHT
     assert choice.pairs[0]["rejected"][0]["content"] == WRONG
 
 
-def test_votes_are_in_the_order_of_the_verifiers(tmp_path):
-    assert rows_of(tmp_path, [RAW])[1][0].votes == [(True, False), (True, True)]
-    assert rows_of(tmp_path, [FLAT])[1][0].votes == [(False,), (True,)]
+def each(row, field):
+    return [getattr(trace, field) for trace in row.traces]
 
 
-# ---------------------------------------------------------------- OpenR1-Math-220k
+def votes(llama, math_verify):
+    return {"correctness_llama": llama, "correctness_math_verify": math_verify}
 
 
-@pytest.mark.parametrize(
-    ("llama", "math_verify", "votes"),
-    [
-        (None, [False, True], [(False,), (True,)]),
-        ([True, True], [False, True], [(True, False), (True, True)]),
-        ([True, None], [False, True], [(True, False), (True,)]),
-        ([False, True], None, [(False,), (True,)]),
-        (None, [None, True], [(), (True,)]),
-        (None, None, [(), ()]),
-    ],
-)
-def test_a_null_label_is_a_missing_vote(tmp_path, llama, math_verify, votes):
-    row = only(tmp_path, FLAT, correctness_llama=llama, correctness_math_verify=math_verify)
-    assert (row.votes, row.flaw) == (votes, None)
+def ends(closed, reasons):
+    return {"is_reasoning_complete": closed, "finish_reasons": reasons}
 
 
-@pytest.mark.parametrize(
-    ("closed", "reasons", "complete"),
-    [
-        ([True, False], None, [True, False]),
-        (None, ["length", "stop"], [False, True]),
-        (None, None, [True, True]),
-    ],
-)
-def test_either_field_says_that_a_trace_was_truncated(tmp_path, closed, reasons, complete):
-    row = only(tmp_path, FLAT, is_reasoning_complete=closed, finish_reasons=reasons)
-    assert row.complete == complete
+BOTH = [(True, False), (True, True)]
+FIELDS = [
+    # In the order of the verifiers; a null label is a missing vote.
+    (RAW, {}, "votes", BOTH),
+    (FLAT, {}, "votes", [(False,), (True,)]),
+    (FLAT, votes([True, True], [False, True]), "votes", BOTH),
+    (FLAT, votes([True, None], [False, True]), "votes", [(True, False), (True,)]),
+    (FLAT, votes([False, True], None), "votes", [(False,), (True,)]),
+    (FLAT, votes(None, [None, True]), "votes", [(), (True,)]),
+    (FLAT, votes(None, None), "votes", [(), ()]),
+    # Either field says that a trace was truncated.
+    (FLAT, ends([True, False], None), "complete", [True, False]),
+    (FLAT, ends(None, ["length", "stop"]), "complete", [False, True]),
+    (FLAT, ends(None, None), "complete", [True, True]),
+    # A flat row is valid unless it says otherwise.
+    (FLAT, {}, "valid", True),
+    *((FLAT, {"problem_is_valid": v}, "valid", v == "Yes") for v in ("Yes", "No", None)),
+    # An answer is text or a number.
+    *((LISTED, {"answer": answer}, "answer", "2") for answer in ("2", " 2 ", 2, 2.0)),
+    (LISTED, {"answer": 0.5}, "answer", "0.5"),
+    *((LISTED, {"answer": answer}, "answer", None) for answer in ("", [2], True, None)),
+    # Rows that cannot be used; those of RAW are in test_traces.py.
+    *((FLAT, {"generations": given}, "flaw", "malformed") for given in (WRONG, [1, 2])),
+    (FLAT, {"problem": "\ud83d"}, "flaw", "malformed"),
+    (FLAT, {"correctness_math_verify": [1, 0]}, "flaw", "malformed"),
+    (FLAT, {"finish_reasons": ["stop"]}, "flaw", "malformed"),
+    (FLAT, {"correctness_math_verify": [True]}, "flaw", "labels misaligned"),
+    (FLAT, {"correctness_llama": []}, "flaw", "labels misaligned"),
+    *(
+        (LISTED, {"traces": traces}, "flaw", "malformed")
+        for traces in (
+            *([RIGHT], [None], {"text": RIGHT}, [{"text": 2}]),
+            [{"text": RIGHT, "correct": "yes"}],
+        )
+    ),
+    (ONE_TRACE[0], {"response": ["a"]}, "flaw", "malformed"),
+    *((ONE_TRACE[0], {"is_correct": given}, "flaw", "malformed") for given in (0.5, "true")),
+]
 
 
-@pytest.mark.parametrize(("valid", "is_valid"), [("Yes", True), ("No", False), (None, False)])
-def test_a_flat_row_is_valid_unless_it_says_otherwise(tmp_path, valid, is_valid):
-    assert rows_of(tmp_path, [FLAT])[1][0].valid
-    assert only(tmp_path, FLAT, problem_is_valid=valid).valid == is_valid
-
-
-# ---------------------------------------------------------------- rows that cannot be used
-
-
-@pytest.mark.parametrize(
-    ("form", "change", "flaw"),
-    [
-        (FLAT, {"generations": WRONG}, "malformed"),
-        (FLAT, {"problem": "\ud83d"}, "malformed"),
-        (FLAT, {"correctness_math_verify": [1, 0]}, "malformed"),
-        (FLAT, {"finish_reasons": ["stop"]}, "malformed"),
-        (FLAT, {"correctness_math_verify": [True]}, "labels misaligned"),
-        (FLAT, {"correctness_llama": []}, "labels misaligned"),
-        (LISTED, {"traces": [RIGHT]}, "malformed"),
-        (LISTED, {"traces": [None]}, "malformed"),
-        (LISTED, {"traces": {"text": RIGHT}}, "malformed"),
-        (LISTED, {"traces": [{"text": 2}]}, "malformed"),
-        (LISTED, {"traces": [{"text": RIGHT, "correct": "yes"}]}, "malformed"),
-        (ONE_TRACE[0], {"response": ["a"]}, "malformed"),
-        (ONE_TRACE[0], {"is_correct": 0.5}, "malformed"),
-        (ONE_TRACE[0], {"is_correct": "true"}, "malformed"),
-    ],
-)  # those of RAW: test_traces.py
-def test_a_row_of_the_right_form_with_a_wrong_field_has_a_flaw(tmp_path, form, change, flaw):
-    row = only(tmp_path, form, **change)
-    assert row.flaw == choose(row, Rules()).no_positive == flaw
+@pytest.mark.parametrize(("form", "changes", "field", "value"), FIELDS)
+def test_what_a_row_says_and_what_is_wrong_with_it(tmp_path, form, changes, field, value):
+    row = changed(tmp_path, form, **changes)
+    of_traces = field in ("votes", "complete")
+    assert (each(row, field) if of_traces else getattr(row, field)) == value
+    if field == "flaw":
+        assert choose(row, Rules()).no_positive == value
 
 
 @pytest.mark.parametrize("form", [rows[0] for _, rows in FORMS], ids=lambda form: len(form))
@@ -148,7 +137,6 @@ def test_any_values_of_the_fields_give_a_row_or_a_counted_drop(tmp_path, form):
     _, rows = rows_of(tmp_path, [form, *({**form, **change} for change in changes)])
     counts = no_counts(PrepareConfig(), recognize([tmp_path / "raw.jsonl"]))
     for row in rows:
-        assert len(row.traces) == len(row.votes) == len(row.complete)
         choice = choose(row, Rules())
         json.dumps([choice.positive, choice.pairs], ensure_ascii=False).encode()
         assert choice.positive or choice.no_positive in counts.no_positive
@@ -156,50 +144,32 @@ def test_any_values_of_the_fields_give_a_row_or_a_counted_drop(tmp_path, form):
     assert {None, "malformed"} <= {row.flaw for row in rows}
 
 
-@pytest.mark.parametrize(
-    ("answer", "text"),
-    [
-        *[("2", "2"), (" 2 ", "2"), (2, "2"), (2.0, "2"), (0.5, "0.5")],
-        *[("", None), ([2], None), (True, None), (None, None)],
-    ],
-)
-def test_an_answer_is_text_or_a_number(tmp_path, answer, text):
-    assert only(tmp_path, LISTED, answer=answer).answer == text
-
-
 # ---------------------------------------------------------------- one trace per row
 
 
 def test_rows_of_a_problem_are_joined_from_anywhere_in_order_of_first_appearance(tmp_path):
     rows = [{"prompt": p, "output": f"{p}{i}", "label": i % 2} for i, p in enumerate("babcab")]
+    rows.insert(1, {"prompt": "b", "output": 7})
     (tmp_path / "spool").mkdir()
     halves = {"1.jsonl": rows[:3], "2.jsonl": rows[3:]}
     files = [write_jsonl(tmp_path / name, half) for name, half in halves.items()]
-    joined = list(read(files, recognize(files), tmp_path / "spool"))
-    assert [(row.problem, row.traces) for row in joined] == [
-        ("b", ["b0", "b2", "b5"]),
-        ("a", ["a1", "a4"]),
-        ("c", ["c3"]),
-    ]
-    assert joined[0].votes == [(False,), (False,), (True,)]
+    *joined, malformed = read(files, recognize(files), tmp_path / "spool")
+    assert [(row.problem, each(row, "text")) for row in joined] == [
+        ("b", ["b0", "b2", "b5"]), ("a", ["a1", "a4"]), ("c", ["c3"]),
+    ]  # fmt: skip
+    assert each(joined[0], "votes") == [(False,), (False,), (True,)]
+    assert malformed.flaw == "malformed"
     assert list((tmp_path / "spool").iterdir()) == []
 
 
-def test_malformed_rows_belong_to_no_problem_and_come_last(tmp_path):
-    bad = {"question": PROBLEM, "response": 7}
-    _, rows = rows_of(tmp_path, [ONE_TRACE[0], bad, ONE_TRACE[1], bad])
-    assert [row.flaw for row in rows] == [None, "malformed", "malformed"]
-
-
-def test_labels_of_one_trace_rows_may_be_missing(tmp_path):
-    name, (row,) = rows_of(tmp_path, [{"prompt": PROBLEM, "completion": RIGHT, "label": "algebra"}])
+def test_one_trace_rows_may_have_no_label_and_a_finish_reason(tmp_path):
+    rows = [
+        {"prompt": PROBLEM, "completion": text, "label": "algebra", "finish_reason": reason}
+        for text, reason in (("a", "stop"), ("b", "length"))
+    ]
+    name, (row,) = rows_of(tmp_path, rows)
     assert name == "one trace a row (prompt, completion)"
-    assert row.votes == [()]
-
-
-def test_a_finish_reason_of_length_is_a_truncated_trace(tmp_path):
-    rows = [{"prompt": PROBLEM, "output": "a", "finish_reason": r} for r in ("stop", "length")]
-    assert rows_of(tmp_path, rows)[1][0].complete == [True, False]
+    assert (each(row, "votes"), each(row, "complete")) == ([(), ()], [True, False])
 
 
 # ---------------------------------------------------------------- recognizing the form

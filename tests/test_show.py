@@ -5,39 +5,31 @@ import html.parser
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import main_in_this_process
-from small_run import write_jsonl
+from small_run import assistant, user, write_jsonl
 
+from redi.data.dataset import table_of_lengths
 from redi.data.tokenizer import ChatTokenizer
 from redi.packing import ATTENTION
 from redi.recipe import REDIConfig, SFTConfig
 from redi.show import __main__ as show
-from redi.show.facts import about_training, table_of_lengths
 from redi.show.rows import tokens_of, visible
 
 
-def turn(role: str, text: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": text}]
-
-
 def pair(problem: str, chosen: str, rejected: str, **fields) -> dict:
-    sides = {"chosen": turn("assistant", chosen), "rejected": turn("assistant", rejected)}
-    return {"prompt": turn("user", problem), **sides, **fields}
+    sides = {"chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+    return {"prompt": [user(problem)], **sides, **fields}
 
 
 def positive(problem: str, response: str, **fields) -> dict:
-    answer = turn("assistant", response)
-    return {"prompt": turn("user", problem), "completion": answer, **fields}
+    return {"prompt": [user(problem)], "completion": [assistant(response)], **fields}
 
 
 PAIRS = [
@@ -103,76 +95,45 @@ def test_a_report_of_four_pairs(shown):
     # The third chosen has no box, the first rejected neither; the fourth have none.
     assert re.search(r"with </think> +75\.0% +0\.0%\nwith \\boxed\{\} +50\.0% +50\.0%\n", report)
     assert "prompts: 25.0% repeat an earlier one" in report
-    assert "steps: 1 per epoch, of 32 pairs" in report
-    created = pa.array([10**8] * 4, pa.date32())  # days: no date that Python has
-    pq.write_table(pa.Table.from_pylist(PAIRS).append_column("created", created), "p.parquet")
-    assert "p.parquet: 4 pairs" in shown(Path("p.parquet"))
+    assert "1 optimizer steps of 32 rows" in report
 
 
 def test_a_report_of_long_names_and_many_sources_fits_a_screen(shown):
     rows = [positive(f"{i}?", "\\boxed{1}", source=f"s{i % 30}" * 99) for i in range(60)]
-    report = shown(rows)
+    report = shown(rows, "--rows-per-step", 32)
     assert "20 others" in report
+    assert "10 optimizer steps of 32 rows (2 per epoch, 5 epochs)" in " ".join(report.split())
     assert report[: report.index("Row 1")].count("\n") <= 40
     assert max(map(len, report.splitlines())) <= 100
 
 
-@dataclass
-class Sized:
-    """What the tables need of a Dataset."""
-
-    lengths: np.ndarray  # (N,) or (N, 2)
-    prompt_lengths: np.ndarray  # of each sequence
-    response_lengths: np.ndarray
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def store(self) -> SimpleNamespace:
-        return SimpleNamespace(paired=self.lengths.ndim == 2)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-
-def sized(lengths: list, responses: list[int]) -> Sized:
-    """Rows of one turn each."""
+def sized(lengths: list, responses: list[int], turns: int = 0) -> SimpleNamespace:
+    """What the tables need of a Dataset whose rows have so many tokens, some between answers."""
     given, answers = np.array(lengths), np.array(responses)
-    return Sized(given, given.reshape(-1) - answers, answers)
+    prompts, store = given.reshape(-1) - answers - turns, SimpleNamespace(paired=given.ndim == 2)
+    parts = {"lengths": given, "prompt_lengths": prompts, "response_lengths": answers}
+    return SimpleNamespace(store=store, **parts)
 
 
 def test_token_quantiles_are_lengths_that_occur():
     table = cells(table_of_lengths(sized([[5, 9], [6, 8], [7, 30]], [2, 6, 2, 4, 2, 25])))
-    #                            in all  min  median  p90   p99   max
+    #                            total  min  median  p90   p99   max
     assert table["prompt"] == ["12", "3", "4", "5", "5", "5"]
     assert table["chosen"] == ["6", "2", "2", "2", "2", "2"]
     assert table["rejected"] == ["35", "4", "6", "25", "25", "25"]
     # 10 tokens: a prompt of 2, and of the 8 after it 5 are learned from.
-    turns = cells(table_of_lengths(Sized(np.array([10]), np.array([2]), np.array([5]))))
-    assert turns["between"] == ["3"] * 6
+    assert cells(table_of_lengths(sized([10], [5], turns=3)))["between"] == ["3"] * 6
 
 
-def plan_of(rows: Sized, rows_per_step: int, pack_tokens: int, ranks: int) -> str:
-    config = SFTConfig(rows_per_step=rows_per_step, pack_tokens=pack_tokens)
-    return "\n".join(about_training(rows, config, ranks))
-
-
-def test_a_step_of_two_ranks_is_as_balanced_as_its_work():
-    """Rows of 30 and 10 tokens, one per rank: the mean of the work over the largest."""
-    printed = plan_of(sized([30, 10], [9, 9]), rows_per_step=2, pack_tokens=40, ranks=2)
-    long, short = 30 + 900 * ATTENTION, 10 + 100 * ATTENTION
+def test_a_step_of_two_ranks_is_as_balanced_as_its_work(shown):
+    """Two rows, one per rank: the mean of the work over the largest."""
+    rows = [positive("?", "1"), positive("?", "1" * 500)]
+    report = shown(rows, "--ranks", 2)
+    _, least, *_, most = (int(n) for n in cells(report)["response"])
+    prompt = int(cells(report)["prompt"][1])
+    short, long = (n + ATTENTION * n**2 for n in (prompt + least, prompt + most))
     balance = f"{(long + short) / 2 / long:.3f}"
-    assert "steps: 1 per epoch, of 2 rows" in printed
-    assert "tokens per step: median 40, 40 to 40" in printed
-    assert "packs of 40 tokens: 1.0 per step and rank, 50% full" in printed
-    assert printed.endswith(f": {balance}, {balance} in the worst step")
-
-
-def test_an_epoch_of_five_rows_has_a_smaller_last_step():
-    printed = plan_of(sized([10] * 5, [9] * 5), rows_per_step=2, pack_tokens=10, ranks=1)
-    assert "steps: 3 per epoch, of 2 rows" in printed
-    assert "tokens per step: median 20, 10 to 20" in printed
-    # 2, 2 and 1 packs
-    assert printed.endswith("packs of 10 tokens: 1.7 per step and rank, 100% full")
+    assert f"balance of 2 ranks, mean over largest work: {balance}, {balance} in" in report
 
 
 def test_all_rows_over_a_limit_are_still_described(shown):
@@ -212,8 +173,7 @@ def test_a_long_response_is_shortened_in_the_middle(shown):
 
 
 def test_of_several_turns_only_the_answers_are_learned_from(shown):
-    texts = enumerate("abcd")
-    turns = [turn("assistant" if i % 2 else "user", text)[0] for i, text in texts]
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
     rows = [{"messages": turns}, {"messages": turns[:2]}]
     report = shown(rows, "--html", "p.html", "--max-response", 4)
     # 4 tokens of the first row are learned from, but the turn between them counts too.
@@ -295,11 +255,10 @@ def test_the_page_loads_nothing_and_shows_every_token_with_its_position_and_id(s
     rows = [PAIRS[0], pair("1+🧮?", "é🧮x", "的")]  # characters of several tokens
     shown(rows, "--html", "p.html", "--row", 2)
     text = Path("p.html").read_text(encoding="utf-8")
-    page = Page(text)
+    page, row = Page(text), opened(text)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert text.count("src=") == text.count('src="data:image/png;base64,') == page.tags["img"] == 1
     assert "url(http" not in text
-    row = opened(text)
     assert row.texts[0] == "Row 2, the shortest"
     captions = [re.fullmatch(r".*, (\d+) tokens", text) for text in row.texts]
     prompt, chosen, rejected = (int(found[1]) for found in captions if found)
@@ -319,31 +278,22 @@ def test_a_page_of_long_rows_stays_small_and_is_the_same_each_time(shown):
 
 RAW = [{"problem": "?", "response": "!", "correct": True}]
 FIVE = [*PAIRS, pair("?", "same", "same")]
-ERRORS = {
-    "no data yet": ("data/pairs.jsonl", [], "`python -m redi.prepare` makes it"),
-    "no such file": ("rows.jsonl", [], "no such file"),
-    "raw data": (RAW, [], "p.jsonl:1: fields seen: problem, response, correct; expected {prompt,"),
-    "no such row": (FIVE, ["--row", 6], "--row 6: p.jsonl has 5 rows"),
-    "a row left out": (FIVE, ["--row", 5], "(left out: chosen equals rejected)"),
-    "row 0": (FIVE, ["--row", 0], "--row: expected at least 1"),
-    "no folder": ("none.jsonl", ["--html", "nowhere/p.html"], "nowhere/p.html: cannot be written"),
-    "a folder": (FIVE, ["--html", "."], "--html: expected a file to write"),
-}
+ERRORS = [
+    ("data/pairs.jsonl", [], "`python -m redi.prepare` makes it"),
+    ("rows.jsonl", [], "no such file"),
+    (RAW, [], "p.jsonl:1: fields seen: problem, response, correct; expected {prompt,"),
+    (FIVE, ["--row", 6], "--row 6: p.jsonl has 5 rows (left out: chosen equals rejected)"),
+    (FIVE, ["--row", 5], "--row 5: p.jsonl has 5 rows (left out: chosen equals rejected)"),
+    (FIVE, ["--row", 0], "--row: expected at least 1"),
+    (FIVE, ["--html", "nowhere/p.html"], "nowhere/p.html: cannot be written"),
+    (FIVE, ["--html", "."], "--html: expected a file to write"),
+    ([*PAIRS, positive("?", "!")], [], "p.jsonl:5: fields seen: prompt, completion; expected {"),
+]
 
 
-@pytest.mark.parametrize("case", ERRORS)
-def test_an_error_is_one_line_that_says_what_to_do(shown, case):
-    data, flags, expected = ERRORS[case]
+@pytest.mark.parametrize(("data", "flags", "expected"), ERRORS, ids=range(len(ERRORS)))
+def test_an_error_is_one_line_that_says_what_to_do(shown, data, flags, expected):
     text = shown(data, *flags, status=2)
     assert text.startswith("error: ")
     assert text.count("\n") == 1
     assert expected in text
-
-
-def test_a_folder_of_both_stages_is_refused(shown):
-    Path("both").mkdir()
-    write_jsonl(Path("both/pairs.jsonl"), PAIRS)
-    write_jsonl(Path("both/positives.jsonl"), [positive("?", "!")])
-    text = shown(Path("both"), status=2)
-    assert "both/positives.jsonl:1: fields seen: prompt, completion; expected" in text
-    assert "train_sft.py trains on such rows" in text

@@ -1,5 +1,6 @@
 """A study: its file, its jobs, its statistics, its report, and one that runs from end to end."""
 
+import html
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from redi.study.__main__ import claim
 from redi.study.commands import Job, jobs
 from redi.study.figures import figures
 from redi.study.jobs import run_jobs
-from redi.study.page import to_html, to_markdown
+from redi.study.page import page
 from redi.study.plan import STAGE_1, as_text, read_study
 from redi.study.results import Results, collect, paired_t_test, sem, t_tail
 
@@ -115,19 +116,15 @@ def test_a_mistake_in_the_file_is_one_line_that_names_file_and_key(write_study, 
     assert "\n" not in str(error.value)
 
 
-def test_a_path_among_the_settings_of_a_method_stays_within_a_folder_s_name(write_study):
-    path = write_study(("lr = [1e-4, 1e-3]", 'lr = 1e-4\nprompt = "../x"'))
-    assert list(read_study(path).variants) == ["redi-lr-1e-4-prompt-x"]
-
-
 def test_lists_of_a_method_are_multiplied_and_tables_of_one_name_are_one_method(write_study):
     table = '[[method]]\nname = "DPO"\nobjective = "dpo"\n'
     more = f"{table}beta = [0.1, 0.5]\nlr = [1e-4, 3e-4]\n{table}beta = 1.0\nlr = 1e-4\n"
-    found = read_study(write_study(more=more)).variants.values()
-    assert [(method, flags.get("beta"), flags["lr"]) for method, flags in found] == [
-        ("REDI", None, 1e-4), ("REDI", None, 1e-3),
-        ("DPO", 0.1, 1e-4), ("DPO", 0.1, 3e-4), ("DPO", 0.5, 1e-4), ("DPO", 0.5, 3e-4),
-        ("DPO", 1.0, 1e-4),
+    more += f'{table}beta = 2.0\nlr = 1e-4\nprompt = "../x"\n'  # stays within a folder's name
+    assert list(read_study(write_study(more=more)).variants) == [
+        "redi-lr-1e-4", "redi-lr-1e-3",
+        "dpo-beta-0.1-lr-1e-4", "dpo-beta-0.1-lr-3e-4",
+        "dpo-beta-0.5-lr-1e-4", "dpo-beta-0.5-lr-3e-4",
+        "dpo-beta-1-lr-1e-4", "dpo-beta-2-lr-1e-4-prompt-x",
     ]  # fmt: skip
 
 
@@ -156,16 +153,12 @@ def test_on_several_gpus_torchrun_starts_what_trains_and_what_samples(write_stud
             assert started == (gpus > 1 and program_of(job).endswith(".py"))
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "recipes").glob("study_*.toml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/study_*.toml")), ids=lambda p: p.stem)
 def test_the_recipes_can_be_read_and_start_programs_that_are_there(path):
-    commands = [job.command for job in jobs(read_study(path))]
-    programs = {word for words in commands for word in words if word.endswith(".py")}
-    assert {Path(program).resolve().name for program in programs} == {
-        "train_sft.py", "train_redi.py", "evaluate.py",
-    }  # fmt: skip
-    assert all(Path(program).is_file() for program in programs)
+    words = {word for job in jobs(read_study(path)) for word in job.command}
+    programs = {Path(word).resolve() for word in words if word.endswith(".py")}
+    assert programs == {ROOT / name for name in ("train_sft.py", "train_redi.py", "evaluate.py")}
+    assert all(program.is_file() for program in programs)
 
 
 def test_a_folder_that_holds_another_study_is_refused_in_one_line(write_study, tmp_path):
@@ -182,11 +175,7 @@ def test_a_folder_that_holds_another_study_is_refused_in_one_line(write_study, t
     start(("seeds = [1, 2]", "seeds = [3]"), ("[1e-4, 1e-3]", "[1e-3, 2e-3]"))
     start(("graders = 1", "graders = 2"))  # does not affect the result
     for old, new, message in (
-        (
-            "problems = 40",
-            "problems = 50",
-            "seed-1/data: holds another toy (problems was 40, now 50)",
-        ),
+        ("s = 40", "s = 50", "seed-1/data: holds another toy (problems was 40, now 50)"),
         ("lr = 4e-3", "lr = 5e-3", "seed-1/sft: holds another run (lr was 0.004, now 0.005)"),
         ("max_response = 40", "max_response = 39", "redi-lr-1e-4: holds another run (max_response"),
         ('"redi"', '"symmetric"', "objective was 'redi', now 'symmetric'"),
@@ -216,17 +205,13 @@ def test_p_values_are_those_of_the_printed_table(df, t, p):
     assert t_tail(-t, df) == t_tail(t, df)
 
 
-def test_the_paired_t_test_by_hand():
+def test_the_paired_t_test_by_hand_and_those_that_say_nothing():
     # differences 1, 2, 3: mean 2, standard deviation 1, SEM 1 / sqrt(3), t = 2 sqrt(3) with 2
     # degrees of freedom, p = 1 - t / sqrt(2 + t^2) = 1 - 2 sqrt(3) / sqrt(14) = 0.0742
     assert paired_t_test([1, 2, 3]) == pytest.approx(0.07418, abs=1e-5)
     assert sem([1, 2, 3]) == pytest.approx(1 / math.sqrt(3))
-
-
-def test_a_test_that_says_nothing_has_no_p_value():
-    assert paired_t_test([1.0]) is None  # one seed
+    assert paired_t_test([1.0]) is sem([1.0]) is None  # one seed
     assert paired_t_test([1.0, 1.0 + 1e-15]) is None  # all the same, but for rounding
-    assert sem([1.0]) is None
 
 
 # ---------------------------------------------------------------- results and report
@@ -300,7 +285,7 @@ def test_the_table_by_hand(results):
     assert (stage_1.mean, stage_1.gain, stage_1.p_stage_1) == (pytest.approx(0.6), None, None)
     # REDI's best is lr 1e-4: mean 0.8, gains 0.1, 0.2, 0.3, and p as in the test by hand above
     assert redi.settings["lr"] == 1e-4
-    assert (redi.mean, redi.seeds) == (pytest.approx(0.8), 3)
+    assert (redi.mean, len(redi.scores)) == (pytest.approx(0.8), 3)
     assert redi.sem == pytest.approx(0.2 / math.sqrt(3))
     assert redi.gain == pytest.approx(0.2)
     assert redi.p_stage_1 == pytest.approx(0.07418, abs=1e-5)
@@ -308,7 +293,7 @@ def test_the_table_by_hand(results):
     assert redi.p_dpo is None
     # DPO over stage 1: 0, 0.1; mean 0.05, SEM 0.05, t = 1 with 1 degree of freedom: p = 1/2
     assert dpo.p_stage_1 == pytest.approx(0.5)
-    assert (dpo.gain, dpo.p_dpo, dpo.seeds) == (pytest.approx(0.05), None, 2)
+    assert (dpo.gain, dpo.p_dpo, len(dpo.scores)) == (pytest.approx(0.05), None, 2)
     # Settings and shares are compared with their own stage 1 and DPO. Gains 0.1 and 0.3: mean 0.2,
     # SEM 0.1, t = 2 with 1 degree of freedom.
     assert (noisy.mislabelled, noisy.p_dpo) == (0.5, None)
@@ -319,14 +304,12 @@ def test_the_table_by_hand(results):
 def test_a_report_names_the_grader_and_what_is_missing_and_shows_its_figures(results):
     drawn = figures(results)
     assert list(drawn) == ["accuracy", "log_probs", "settings"]
-    markdown, page = to_markdown(results, list(drawn)), to_html(results, drawn)
-    assert "graded by paper" in markdown
-    assert "graded by paper" in page
-    assert "seed-3/dpo-lr-1e-4-beta-0.1/eval | out of \\| <luck> |" in re.sub(" +", " ", markdown)
-    assert "out of | &lt;luck&gt;" in page
-    assert page.count("data:image/png") == len(drawn)
-    cells = "| REDI | lr 1e-4 | a | 0 | 0.800 ± 0.115 | 1.000 | +0.200 | 0.074 | 7.0 | 3 | 3 |"
-    assert cells in re.sub(" +", " ", markdown)
+    text = page(results, drawn)
+    assert "graded by paper" in text
+    assert "seed-3/dpo-lr-1e-4-beta-0.1/eval</td><td>out of | &lt;luck&gt;</td>" in text
+    assert text.count("data:image/png") == len(drawn)
+    cells = "REDI lr 1e-4 a 0 0.800 ± 0.115 1.000 +0.200 0.074 7.0 3 3"
+    assert cells in re.sub(r"(<[^>]*>\s*)+", " ", text)
 
 
 def test_settings_are_written_as_people_type_them_and_exactly():
@@ -338,76 +321,76 @@ def test_settings_are_written_as_people_type_them_and_exactly():
 # ---------------------------------------------------------------- jobs, with programs of a line
 
 
+class Shell:
+    """Jobs a, b, c, ... that note their name in `order`, run a line and make their product."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out, self.notes = folder, folder / "work", folder / "order"
+
+    def __call__(self, name: str, line: str, *needs: str) -> Job:
+        product, *needed = (self.out / one / "done" for one in (name, *needs))
+        note = f"mkdir -p {product.parent}; echo {name} >> {self.notes}"
+        return Job(["sh", "-ec", f"{note}; {line}; touch {product}"], needed, product)
+
+    def run(self, jobs: list[Job], workers: int = 1) -> tuple[dict[str, str], list[str]]:
+        return run_jobs(jobs, self.out, workers)
+
+    def order(self) -> str:
+        return "".join(self.notes.read_text().split()) if self.notes.exists() else ""
+
+
 @pytest.fixture
-def shell(tmp_path):
-    """shell(name, line, needs): a job that notes its name, runs a line and makes its product."""
-    products = {name: tmp_path / "work" / name / "done" for name in "abcd"}
-
-    def job(name: str, line: str, *needs: str) -> Job:
-        note = f"mkdir -p {products[name].parent}; echo {name} >> {tmp_path}/order"
-        command = ["sh", "-ec", f"{note}; {line}; touch {products[name]}"]
-        return Job(command, [products[need] for need in needs], products[name])
-
-    return job
+def shell(tmp_path) -> Shell:
+    return Shell(tmp_path)
 
 
-def order(tmp_path: Path) -> list[str]:
-    path = tmp_path / "order"
-    return path.read_text().split() if path.exists() else []
-
-
-def test_jobs_wait_for_what_they_need_share_the_cores_and_are_not_run_twice(
-    shell, tmp_path, monkeypatch
-):
+def test_jobs_wait_for_what_they_need_share_the_cores_and_are_not_run_twice(shell, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    cores = f"echo $OMP_NUM_THREADS > {tmp_path}/cores"
-    found = [shell("a", "sleep 0.3"), shell("b", cores, "a"), shell("c", "true")]
-    assert run_jobs(found, tmp_path / "work", 2) == ({}, [])
-    first = order(tmp_path)
-    assert sorted(first[:2]) == ["a", "c"]  # at the same time
-    assert first[2:] == ["b"]
-    assert (tmp_path / "cores").read_text() == "4\n"
-    run_jobs(found, tmp_path / "work", 2)
-    assert order(tmp_path) == first
+    cores = shell.folder / "cores"
+    write_cores = f"echo $OMP_NUM_THREADS > {cores}"
+    found = [shell("a", "sleep 0.3"), shell("b", write_cores, "a"), shell("c", "true")]
+    assert shell.run(found, 2) == ({}, [])
+    first = shell.order()
+    assert first in ("acb", "cab")  # a and c at the same time
+    assert cores.read_text() == "4\n"
+    shell.run(found, 2)
+    assert shell.order() == first
     found[2].product.unlink()
-    run_jobs(found, tmp_path / "work", 2)
-    assert order(tmp_path) == [*first, "c"]
+    shell.run(found, 2)
+    assert shell.order() == f"{first}c"
 
 
-def test_a_failed_job_is_named_with_its_log_and_only_those_that_need_it_are_not_run(
-    shell, tmp_path, capsys
-):
-    found = [shell("a", "echo 'error: no luck'; exit 3"), shell("b", "true", "a"),
-             shell("c", "true", "b"), shell("d", "true")]  # fmt: skip
-    no_product = Job(["true"], [], tmp_path / "work/e/never")  # it ends well
-    failed, not_run = run_jobs([*found, no_product], tmp_path / "work", 1)
-    log = tmp_path / "work/logs/a.log"
-    assert list(failed) == [found[0].name, no_product.name]
-    assert failed[found[0].name] == f"error: no luck (all of it: {log})"
-    assert failed[found[0].name] in capsys.readouterr().err
-    assert not_run == [found[1].name, found[2].name]
-    assert order(tmp_path) == ["a", "d"]
-    run_jobs([shell("a", "true"), *found[1:]], tmp_path / "work", 1)
-    assert order(tmp_path) == ["a", "d", "a", "b", "c"]
+def test_a_failed_job_is_named_with_its_log_and_only_those_that_need_it_are_not_run(shell, capsys):
+    a, others = shell("a", "echo 'error: no luck'; exit 3"), [("b", "a"), ("c", "b"), ("d",)]
+    b, c, d = (shell(name, "true", *needs) for name, *needs in others)
+    no_product = Job(["true"], [], shell.out / "e/never")  # it ends well
+    failed, not_run = shell.run([a, b, c, d, no_product])
+    assert list(failed) == [a.name, no_product.name]
+    assert failed[a.name] == f"error: no luck (all of it: {shell.out}/logs/a.log)"
+    assert failed[a.name] in capsys.readouterr().err
+    assert not_run == [b.name, c.name]
+    assert shell.order() == "ad"
+    shell.run([shell("a", "true"), b, c, d, no_product])
+    assert shell.order() == "adabc"
 
 
-def test_a_study_that_is_stopped_stops_its_programs_and_the_same_command_resumes(shell, tmp_path):
-    note = f"trap 'echo stopped >> {tmp_path}/order; exit 75' TERM"
+def test_a_study_that_is_stopped_stops_its_programs_and_the_same_command_resumes(shell):
+    note = f"trap 'echo stopped >> {shell.notes}; exit 75' TERM"
     stop = f"{note}; kill -TERM $PPID; while true; do sleep 0.1; done"
-    line = f"test -e {tmp_path}/again || {{ {stop}; }}"
-    found = [shell("a", "true"), shell("b", line, "a")]
+    again = shell.folder / "again"
+    found = [shell("a", "true"), shell("b", f"test -e {again} || {{ {stop}; }}", "a")]
     with pytest.raises(Stopped, match="1 of 2 jobs are done; the same command resumes the others"):
-        run_jobs(found, tmp_path / "work", 1)
-    assert order(tmp_path) == ["a", "b", "stopped"]
-    (tmp_path / "again").touch()
-    assert run_jobs(found, tmp_path / "work", 1) == ({}, [])
-    assert order(tmp_path) == ["a", "b", "stopped", "b"]
+        shell.run(found)
+    assert shell.order() == "abstopped"
+    again.touch()
+    assert shell.run(found) == ({}, [])
+    assert shell.order() == "abstoppedb"
 
 
 def test_after_a_kill_a_study_waits_for_the_program_that_is_left_and_then_resumes(
-    shell, write_study, tmp_path, capsys
+    shell, write_study, capsys
 ):
-    study = read_study(write_study(), tmp_path / "work")
+    study = read_study(write_study(), shell.out)
     found = [shell("a", "true"), shell("b", "sleep 1", "a")]
 
     def start() -> tuple[dict[str, str], list[str]]:
@@ -418,11 +401,11 @@ def test_after_a_kill_a_study_waits_for_the_program_that_is_left_and_then_resume
     if child == 0:
         start()
         os._exit(0)
-    wait_until(lambda: "b" in order(tmp_path))
+    wait_until(lambda: "b" in shell.order())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert start() == ({}, [])
-    assert order(tmp_path) == ["a", "b"]  # the program that was left has finished b
+    assert shell.order() == "ab"  # the program that was left has finished b
     assert "programs of a study are running there; waiting" in capsys.readouterr().out
 
 
@@ -448,16 +431,14 @@ def test_a_small_study_from_end_to_end(write_study, tmp_path):
     assert "REDI" in shown
 
     results = json.loads((out / "study.json").read_text())
-    assert len(results["runs"]) == 2 * (1 + 1)
-    assert [row["seeds"] for row in results["table"]] == [2, 2]
+    assert [len(row["scores"]) for row in results["table"]] == [2, 2]
     run = results["runs"][1]
     steps = len(run["curves"]["chosen_logp"])
     assert [step for step, _ in run["on_the_way"]] == list(range(1, steps))
     report = json.loads((out / "seed-1/redi-lr-1e-4/eval/report.json").read_text())
     assert run["pass_at_1"] == report["mean_pass_at_1"]
-    for name in ("report.md", "report.html", "figures/log_probs.png"):
-        assert (out / name).stat().st_size > 1000
-    assert path.read_text().strip() in (out / "report.md").read_text()
+    assert (out / "figures/log_probs.png").stat().st_size > 1000
+    assert html.escape(path.read_text().strip()) in (out / "report.html").read_text()
     for name, different in (("benchmark.jsonl", 1), ("pairs.jsonl", 2)):
         files = {(out / f"seed-{seed}/data/{name}").read_bytes() for seed in (1, 2)}
         assert len(files) == different
@@ -473,6 +454,6 @@ def test_a_small_study_from_end_to_end(write_study, tmp_path):
     assert status == 2
     assert "2 of 20 jobs failed and 2 that need them were not run; the first was" in errors
     assert logs == {log: log.stat().st_size for log in logs}
-    assert "not run, because it needs a job that failed" in (out / "report.md").read_text()
+    assert "not run, because it needs a job that failed" in (out / "report.html").read_text()
     grid = json.loads((out / "study.json").read_text())["grid"]
     assert [row["settings"].get("lr") for row in grid] == [None, 1e-4, 2e-3]

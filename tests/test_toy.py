@@ -4,8 +4,8 @@ import hashlib
 import json
 import random
 import re
-from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from redi.config import UserError
@@ -22,8 +22,8 @@ SAME = Problem(6, (("-", 1), ("-", 9), ("*", 7)))
 ONE_STEP = Problem(2, (("+", 3),))
 
 
-def rows_of(problems: int, seed: int, **faults) -> list[dict]:
-    rng, verifier = random.Random(seed), random.Random(f"{seed} verifier")
+def rows_of(problems: int, **faults) -> list[dict]:
+    rng, verifier = random.Random(3), random.Random("3 verifier")
     drawn = draw_problems(rng, problems, 4)
     return [raw_row(rng, verifier, problem, Faults(**faults)) for problem in drawn]
 
@@ -48,11 +48,6 @@ def test_the_default_teacher_writes_the_recorded_rows():
         (WORKED, {}, "2+3=5\n5*4=0\n", 0, True),
         (WORKED, {"precedence": 1.0}, "3*4=2\n2+2=4\n", 4, False),
         (SAME, {"precedence": 1.0}, "9*7=3\n6-1=5\n5-3=2\n", 2, True),
-        (WORKED, {"weak_steps": ["*4"]}, "2+3=5\n5*4=1\n", 1, False),
-        (WORKED, {"weak_steps": ["+"]}, "2+3=6\n6*4=4\n", 4, False),
-        (WORKED, {"weak_steps": ["4"]}, "2+3=5\n5*4=1\n", 1, False),
-        (WORKED, {"weak_steps": ["+", "4"]}, "2+3=6\n6*4=5\n", 5, False),
-        (WORKED, {"weak_steps": ["-", "5"]}, "2+3=5\n5*4=0\n", 0, True),
         (WORKED, {"rambling": 1.0}, 3 * "2+3=5\n5*4=0\n", 0, True),
         (WORKED, {"impatience": 1.0, "luck": 1.0}, "", 0, True),
         # Its only operation is its last, before which no teacher is impatient.
@@ -64,62 +59,38 @@ def test_each_fault_changes_the_trace_as_the_table_says(problem, faults, lines, 
     assert trace == (f"<think>\n{lines}</think>\n\\boxed{{{answer}}}", right)
 
 
-def test_mislabelled_rejected_traces_are_right_and_nothing_else_changes():
-    clean, noisy = rows_of(1500, 3), rows_of(1500, 3, mislabelled_rejected=0.3)
-    changed = total = 0
-    for before, after in zip(clean, noisy):
-        assert before["problem"] == after["problem"]
-        assert before["correctness"] == after["correctness"]
-        labels = before["correctness"]["math_verify_answer"]
-        for label, a, b in zip(labels, before["generations"], after["generations"]):
-            assert not label or a == b
-            total += not label
-            changed += not label and boxed(b) == after["answer"]
-    # 3 standard deviations of the share of some 650 draws at 0.3 are 0.054.
-    assert total > 500
-    assert abs(changed / total - 0.3) < 0.054
-
-
-def test_larger_shares_of_mislabelled_traces_include_the_smaller_ones_and_lose_no_pair():
-    shares = (0.0, 0.15, 0.3, 0.5, 1.0)
-    sets = [rows_of(300, 3, mislabelled_rejected=share) for share in shares]
-    counts = []
-    for before, after in pairwise(sets):
-        for clean, row, worse in zip(sets[0], before, after):
-            for a, b, c in zip(clean["generations"], row["generations"], worse["generations"]):
-                assert b in (a, c)  # once replaced, by the same trace for good
-            *rejected, last = worse["generations"]
-            assert not worse["correctness"]["math_verify_answer"][-1] or last not in rejected
-        counts.append(sum(row["answer"] == boxed(row["generations"][0]) for row in after))
-    assert counts == sorted(counts)
-    assert counts[-1] == 300
-
-
-def test_mislabelled_chosen_traces_are_wrong():
-    for row in rows_of(50, 3, mislabelled_chosen=1.0):
-        assert row["answer"] not in map(boxed, row["generations"])
+def test_larger_shares_of_mislabelled_traces_include_the_smaller_ones_and_change_nothing_else():
+    shares, wrong, replaced = np.array([0.0, 0.15, 0.3, 0.5, 1.0]), 0, np.zeros(5)
+    for rows in zip(*(rows_of(1500, mislabelled_rejected=share) for share in shares)):
+        clean, labels = rows[0], rows[0]["correctness"]["math_verify_answer"]
+        assert all(
+            row == clean | {name: row[name] for name in ("generations", "reparsed_answers")}
+            for row in rows
+        )
+        for label, *traces in zip(labels, *(row["generations"] for row in rows)):
+            changed = [trace != traces[0] for trace in traces]
+            assert changed == sorted(changed)  # once replaced,
+            assert len(set(traces)) <= 2  # by the same trace for good
+            assert not (label and any(changed))
+            assert {boxed(t) for t, new in zip(traces, changed) if new} <= {clean["answer"]}
+            wrong, replaced = wrong + (not label), replaced + changed
+        *rejected, last = rows[-1]["generations"]
+        assert not labels[-1] or last not in rejected  # no pair is lost
+    deviation = np.sqrt(shares * (1 - shares) / wrong)
+    assert wrong > 500
+    assert (abs(replaced / wrong - shares) <= 3 * deviation).all()
 
 
 def test_a_trace_that_the_teacher_never_writes_is_an_error():
-    with pytest.raises(UserError, match="--mislabelled-chosen: this teacher writes no other wrong"):
-        rows_of(1, 0, **CAREFUL, mislabelled_chosen=1.0)
     # Its one right trace is there already, so a rejected one that is right would be that again.
     two_ways = {**CAREFUL, "precedence": 0.5}
     with pytest.raises(UserError, match="--mislabelled-rejected: this teacher writes no other"):
-        rows_of(50, 0, **two_ways, mislabelled_rejected=1.0)
+        rows_of(50, **two_ways, mislabelled_rejected=1.0)
 
 
-@pytest.mark.parametrize(
-    ("faults", "message"),
-    [
-        ({"rambling": 1.5}, r"--rambling: expected within \[0, 1\]; got 1.5"),
-        ({"weak_steps": ["/7"]}, "--weak-steps: expected an operation, a digit of 1-9, or both"),
-        ({"weak_steps": [""]}, "--weak-steps: expected an operation"),
-    ],
-)
-def test_an_impossible_fault_names_its_flag(faults, message):
-    with pytest.raises(UserError, match=message):
-        Faults(**faults)
+def test_an_impossible_fault_names_its_flag():
+    with pytest.raises(UserError, match=r"--rambling: expected within \[0, 1\]; got 1.5"):
+        Faults(rambling=1.5)
 
 
 def test_problems_differ_from_each_other_and_from_the_held_out_ones():

@@ -1,18 +1,15 @@
 """redi/prepare/traces.py: one hand-made row per rule of the recipe, and an account that adds up."""
 
 import hashlib
-import random
 
 import pytest
 
 from redi.prepare.__main__ import PrepareConfig, no_counts
-from redi.prepare.raw import FORMS, RawRow
+from redi.prepare.raw import FORMS, RawRow, Trace
 from redi.prepare.traces import Rules, choose
 
 DELETE = object()
 RAW = FORMS[0]
-COUNTS = no_counts(PrepareConfig(), RAW)
-NO_POSITIVE, NO_PAIR = list(COUNTS.no_positive), list(COUNTS.no_pair)
 
 
 def labels(llama, math_verify):
@@ -52,25 +49,18 @@ def text(row, side):
 # ---------------------------------------------------------------- what a row becomes
 
 
-def test_the_first_correct_trace_is_chosen_and_the_first_incorrect_one_rejected():
-    row_id = hashlib.sha256(b"1+1?\0It is 2.").hexdigest()[:16]
-    positive, pair, reason = only()
-    assert positive == {
-        "prompt": [{"role": "user", "content": "1+1?"}],
-        "completion": [{"role": "assistant", "content": "It is 2."}],
+def test_the_first_correct_trace_is_chosen_and_the_first_incorrect_one_rejected_as_they_are():
+    problem, right, wrong = "  1+1?\u2028\n", "<think>\nright\n\n", "\n wrong "
+    positive, pair, reason = only(problem=problem, generations=[wrong, right, "", ""])
+    shared = {
         "source": "olympiads",
-        "id": row_id,
+        "id": hashlib.sha256(f"{problem}\0{right}".encode()).hexdigest()[:16],
+        "prompt": [{"role": "user", "content": problem}],
     }
-    assert pair == {
-        "prompt": [{"role": "user", "content": "1+1?"}],
-        "chosen": [{"role": "assistant", "content": "It is 2."}],
-        "rejected": [{"role": "assistant", "content": "It is 3."}],
-        "source": "olympiads",
-        "id": row_id,
-    }
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (right, wrong))
+    assert positive == {**shared, "completion": chosen}
+    assert pair == {**shared, "chosen": chosen, "rejected": rejected}
     assert reason is None
-    assert list(positive) == ["prompt", "completion", "source", "id"]
-    assert list(pair) == ["prompt", "chosen", "rejected", "source", "id"]
 
 
 def test_a_trace_is_correct_only_when_both_verifiers_say_so():
@@ -78,14 +68,6 @@ def test_a_trace_is_correct_only_when_both_verifiers_say_so():
     positive, pair, _ = only(correctness=split)
     assert text(positive, "completion") == "So 2."
     assert text(pair, "rejected") == "It is 3."
-
-
-def test_texts_are_taken_as_they_are():
-    generations = ["\n wrong ", "<think>\nright\n\n", "", ""]
-    positive, pair, _ = only(problem="  1+1?\u2028\n", generations=generations)
-    assert text(positive, "prompt") == "  1+1?\u2028\n"
-    assert text(pair, "chosen") == "<think>\nright\n\n"
-    assert text(pair, "rejected") == "\n wrong "
 
 
 @pytest.mark.parametrize(
@@ -143,29 +125,21 @@ UNPAIRED = {
 }
 
 
-def cases(table):
-    return [(reason, changes) for reason, rows in table.items() for changes in rows]
-
-
-@pytest.mark.parametrize(("reason", "changes"), cases(DROPPED))
-def test_a_row_that_breaks_a_rule_gives_nothing_but_its_reason(reason, changes):
-    assert only(**changes) == (None, None, reason)
-
-
-@pytest.mark.parametrize(("reason", "changes"), cases(UNPAIRED))
-def test_a_row_without_a_usable_wrong_trace_gives_its_positive_alone(reason, changes):
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [(reason, row) for reason, rows in (DROPPED | UNPAIRED).items() for row in rows],
+)
+def test_a_row_that_breaks_a_rule_gives_nothing_and_without_a_usable_wrong_trace_no_pair(
+    reason, changes
+):
     positive, pair, found = only(**changes)
-    assert text(positive, "prompt") == "1+1?"
     assert (pair, found) == (None, reason)
+    assert (positive is None) == (reason in DROPPED)
 
 
 def test_the_papers_rules_have_these_reasons_and_each_has_a_row_above():
-    assert NO_POSITIVE == [
-        "malformed", "problem not valid", "source cn_k12", "empty problem", "no generations",
-        "labels missing", "labels misaligned", "no correct generation", "empty chosen",
-    ]  # fmt: skip
-    assert NO_PAIR == ["no incorrect generation", "empty rejected", "chosen equals rejected"]
-    assert (list(DROPPED), list(UNPAIRED)) == (NO_POSITIVE, NO_PAIR)
+    counts = no_counts(PrepareConfig(), RAW)
+    assert (list(DROPPED), list(UNPAIRED)) == (list(counts.no_positive), list(counts.no_pair))
 
 
 def test_the_rules_are_checked_in_their_order():
@@ -187,8 +161,7 @@ def test_the_rules_are_checked_in_their_order():
 
 def judged(*traces, **changes):
     """A row of (text, votes) or (text, votes, complete) traces."""
-    texts, votes, complete = zip(*((*trace, True)[:3] for trace in traces)) if traces else [()] * 3
-    return RawRow(problem="1+1?", traces=texts, votes=votes, complete=complete, **changes)
+    return RawRow(problem="1+1?", traces=[Trace(*trace) for trace in traces], **changes)
 
 
 def texts(choice):
@@ -198,28 +171,34 @@ def texts(choice):
 YES, NO, DISPUTED = (True, True), (False, False), (True, False)
 SPLIT = [("maybe", DISPUTED), ("right", YES), ("wrong", NO)]
 CUT = [("cut", NO, False), ("lucky", YES, False), ("right", YES), ("wrong", NO)]
+LONG = [("12345678", YES), ("123", NO)]
 COMPLETE = {"require_complete": True}
+AMC = {"source": "amc"}
 
 
 @pytest.mark.parametrize(
-    ("rules", "traces", "expected"),
+    ("rules", "row", "expected"),
     [
-        ({}, SPLIT, [("right", "maybe")]),
-        ({"reject_rule": "both"}, SPLIT, [("right", "wrong")]),
-        ({"reject_rule": "both"}, SPLIT[:2], "none that both reject"),
-        ({}, [("a", ()), ("right", YES)], "no incorrect generation"),
-        ({}, [("a", ()), ("wrong", NO)], "no correct generation"),
-        ({}, CUT, [("lucky", "cut")]),
-        (COMPLETE, CUT, [("right", "wrong")]),
-        (COMPLETE, [("cut", NO, False), ("right", YES)], "no complete incorrect one"),
-        (COMPLETE, [("lucky", YES, False), ("wrong", NO)], "no complete correct one"),
-        ({"min_length_ratio": 0.375}, [("12345678", YES), ("123", NO)], [("12345678", "123")]),
-        ({"min_length_ratio": 0.376}, [("12345678", YES), ("123", NO)], "rejected too short"),
-        ({"min_length_ratio": 1.0}, [("1", YES), ("2" * 99, NO)], [("1", "2" * 99)]),
+        ({}, judged(*SPLIT), [("right", "maybe")]),
+        ({"reject_rule": "both"}, judged(*SPLIT), [("right", "wrong")]),
+        ({"reject_rule": "both"}, judged(*SPLIT[:2]), "none that both reject"),
+        ({}, judged(("a", ()), ("right", YES)), "no incorrect generation"),
+        ({}, judged(("a", ()), ("wrong", NO)), "no correct generation"),
+        ({}, judged(*CUT), [("lucky", "cut")]),
+        (COMPLETE, judged(*CUT), [("right", "wrong")]),
+        (COMPLETE, judged(("cut", NO, False), ("right", YES)), "no complete incorrect one"),
+        (COMPLETE, judged(("lucky", YES, False), ("wrong", NO)), "no complete correct one"),
+        ({"min_length_ratio": 0.375}, judged(*LONG), [("12345678", "123")]),
+        ({"min_length_ratio": 0.376}, judged(*LONG), "rejected too short"),
+        ({"min_length_ratio": 1.0}, judged(("1", YES), ("2" * 99, NO)), [("1", "2" * 99)]),
+        ({"exclude_sources": ["amc", "x"]}, judged(*LONG, **AMC), "source amc"),
+        ({"sources": ["amc"]}, judged(*LONG, **AMC), [("12345678", "123")]),
+        ({"sources": ["x"]}, judged(*LONG, **AMC), "source not asked for"),
+        ({"exclude_sources": ["none"]}, judged(*LONG, source="cn_k12"), [("12345678", "123")]),
     ],
 )
-def test_each_rule_decides_which_traces_are_a_pair(rules, traces, expected):
-    choice = choose(judged(*traces), Rules(**rules))
+def test_each_rule_decides_which_traces_are_a_pair(rules, row, expected):
+    choice = choose(row, Rules(**rules))
     assert expected in (texts(choice), choice.no_positive, *choice.no_pair)
 
 
@@ -234,55 +213,10 @@ def test_the_kth_pair_is_the_kth_correct_and_the_kth_incorrect_trace_and_has_ano
 
 
 def test_every_further_pair_that_is_impossible_is_counted():
-    row = judged(
-        *[("y", YES), (" ", YES), ("y", YES), ("y", YES), ("y", YES)],
-        *[("n", NO), ("n", NO), ("", NO), ("y", NO), ("n", NO)],
-    )
+    chosen, rejected = ("y", " ", "y", "y", "y"), ("n", "n", "", "y", "n")
+    row = judged(*((t, YES) for t in chosen), *((t, NO) for t in rejected))
     choice = choose(row, Rules(pairs_per_problem=9))
     assert texts(choice) == [("y", "n")]
     assert choice.no_pair == [
         "empty further chosen", "empty rejected", "chosen equals rejected", "same as another pair",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("source", "rules", "reason"),
-    [
-        ("amc", {"exclude_sources": ["amc", "x"]}, "source amc"),
-        ("amc", {"sources": ["amc"]}, None),
-        ("amc", {"sources": ["x"]}, "source not asked for"),
-        ("cn_k12", {"exclude_sources": ["none"]}, None),
-    ],
-)
-def test_sources_are_included_or_excluded_by_name(source, rules, reason):
-    assert choose(judged(("right", YES), source=source), Rules(**rules)).no_positive == reason
-
-
-def test_every_reason_under_any_rules_is_one_that_they_list():
-    rng = random.Random(0)
-    met = set()
-    for _ in range(5000):
-        rules = PrepareConfig(
-            reject_rule=rng.choice(["either", "both"]),
-            require_complete=rng.random() < 0.5,
-            pairs_per_problem=rng.choice([1, 2, 5]),
-            min_length_ratio=rng.choice([0.0, 0.5]),
-            sources=rng.choice([[], ["a"]]),
-            exclude_sources=rng.choice([["cn_k12"], ["b", "a"], ["none"]]),
-        )
-        traces = [
-            (rng.choice(["", "a", "bb", "cccc"]), rng.choice([YES, NO, DISPUTED, ()]), complete)
-            for complete in rng.choices([True, False], [3, 1], k=rng.randrange(7))
-        ]
-        choice = choose(judged(*traces, source=rng.choice([None, "a", "none"])), rules)
-        listed = no_counts(rules, RAW)
-        if choice.positive is None:
-            assert choice.no_positive in listed.no_positive
-            assert choice.pairs == choice.no_pair == []
-        else:
-            assert set(choice.no_pair) <= set(listed.no_pair)
-            assert 1 <= len(choice.pairs) + len(choice.no_pair) <= rules.pairs_per_problem
-            assert len({pair["id"] for pair in choice.pairs}) == len(choice.pairs)
-        met.update([choice.no_positive, *choice.no_pair])
-    rare = {"same as another pair", "rejected too short", "none that both reject", "source a"}
-    assert met >= rare

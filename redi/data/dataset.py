@@ -1,7 +1,6 @@
 """The rows of a token store (store.py) that a run trains on, and a description of them.
 
-No row is ever cut: a row over a limit is dropped and counted; with over_length "error" it stops the
-run.
+No row is ever cut: a row over a limit is dropped and counted, or stops the run (over_length).
 Left out: shuffling and batching (packing.plan). Letters: N rows, S sequences (N or 2 N).
 """
 
@@ -97,24 +96,27 @@ def select(store: TokenStore, limits: Limits, over_length: str, source: str) -> 
     return Dataset(store, np.flatnonzero(kept), dropped)
 
 
+def table_of_lengths(dataset: Dataset) -> str:
+    """Tokens in each part of a row; "between" two answers only if a row has several."""
+    sides = ("chosen", "rejected") if dataset.store.paired else ("response",)
+    prompts = dataset.prompt_lengths.reshape(-1, len(sides))
+    responses = dataset.response_lengths.reshape(-1, len(sides))
+    between = (dataset.lengths.reshape(prompts.shape) - prompts - responses).sum(axis=1)
+    parts = {"prompt": prompts[:, 0], **dict(zip(sides, responses.T))}
+    rows = [("tokens", "total", *QUANTILES)]
+    for name, lengths in (parts | ({"between": between} if between.any() else {})).items():
+        quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
+        rows.append((name, *(f"{n:,}" for n in (lengths.sum(), *quantiles))))
+    return text_table(rows)
+
+
 def describe(dataset: Dataset, chat: ChatTokenizer) -> str:
     """Rows, tokens, length quantiles, what was left out, and the first row with its mask."""
     left_out = dataset.store.skipped | dataset.dropped
     kind = "pairs" if dataset.store.paired else "rows"
     lines = [f"{len(dataset):,} {kind} to train on, {sum(left_out.values()):,} left out"]
     lines += [f"  left out: {count:,} {reason}" for reason, count in left_out.items()]
-    rows = [("tokens", "total", *QUANTILES)]
-    prompts, responses = dataset.prompt_lengths, dataset.response_lengths
-    parts = {"prompt": prompts, "response": responses}
-    if dataset.store.paired:
-        parts = {"prompt": prompts[0::2], "chosen": responses[0::2], "rejected": responses[1::2]}
-    between = dataset.lengths.reshape(-1) - prompts - responses  # between two answers
-    if between.any():
-        parts["between"] = between
-    for name, lengths in parts.items():
-        quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
-        rows.append((name, *(f"{n:,}" for n in (lengths.sum(), *quantiles))))
-    lines.append(text_table(rows))
+    lines.append(table_of_lengths(dataset))
 
     number, first = dataset.row_number(0), dataset.sequence(0)
     lines.append(f"row {number} as the model sees it (only the response is learned from):")

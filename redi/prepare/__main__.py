@@ -13,15 +13,10 @@ prints, for 50 problems of which one has no correct trace and 45 have no incorre
     pairs                       4
     saved small/positives.jsonl, small/pairs.jsonl, small/card.json
 
-Each total is the one above it minus the rows dropped between them. The defaults are the paper's;
-with them, the paper's counts are printed below. card.json describes the files beside it: the
-source, the rules, the counts (zeros included), and the SHA-256 of everything read and written.
-Not in the paper: labels from our grader (labels.py); dropping repeated problems and problems of
-a benchmark (overlap.py), which contaminated.jsonl lists.
-
-Rows are streamed from file to file. The same rows in the same order give the same bytes, whatever
-their form and the number of workers. Left out: shuffling and limits on length, which belong to the
-trainers.
+Each total is the one above it minus the rows dropped between them. The defaults are the paper's.
+Not in the paper: labels from our grader (labels.py), and dropping repeated problems and problems of
+a benchmark (overlap.py). The same rows in the same order give the same bytes, whatever their form
+and the number of workers. Left out: shuffling and limits on length, which belong to the trainers.
 """
 
 import contextlib
@@ -65,12 +60,10 @@ class PrepareConfig(Rules):
     decontaminate: Annotated[list[str], "drop problems of these benchmarks (names or files)"] = (
         field(default_factory=list)
     )
-    ngram: Annotated[int, "words per n-gram when looking for a benchmark's problems"] = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.workers > 0, "workers", self.workers, "1 or more")
-        require(self.ngram > 0, "ngram", self.ngram, "1 or more")
 
 
 @dataclass
@@ -143,8 +136,8 @@ class Overlaps:
         tests = [benchmarks.load(name) for name in dict.fromkeys(config.decontaminate)]
         self.benchmarks = {test.name: len(test.problems) for test in tests}
         problems = ((test.name, p.id, p.problem) for test in tests for p in test.problems)
-        self.index = overlap.Index(problems, config.ngram)
-        self.seen = overlap.Seen() if config.dedup else None
+        self.index = overlap.Index(problems)
+        self.seen: set[bytes] | None = set() if config.dedup else None
 
     def reason_to_drop(self, number: int, row: RawRow, found: IO | None) -> str | None:
         """Where else the problem occurs, or None. Matches with a benchmark go to `found`."""
@@ -153,10 +146,10 @@ class Overlaps:
             ours = {"row": number, "id": row.id, "problem": row.problem}
             write(found, ours | dataclasses.asdict(match))
         kinds = {match.kind for match in matches}
-        for kind, reason in IN_BENCHMARK.items():  # "same text" first
-            if kind in kinds:
-                return reason
-        return self.seen.add(row.problem) if self.seen else None
+        known = next((reason for kind, reason in IN_BENCHMARK.items() if kind in kinds), None)
+        if known is None and self.seen is not None:
+            return overlap.repeats(row.problem, self.seen)
+        return known
 
 
 def write(file: IO, row: dict[str, Any]) -> None:

@@ -21,9 +21,8 @@ from itertools import islice
 from typing import get_args
 
 from redi.eval.grading.grader import Grader, Verdict, extract
-from redi.prepare import traces
-from redi.prepare.raw import RawRow
-from redi.prepare.traces import Rules
+from redi.prepare.raw import RawRow, Trace
+from redi.prepare.traces import Rules, unusable
 from redi.tables import text_table
 
 NO_ANSWER = "no answer to grade by"
@@ -44,29 +43,31 @@ class Labels:
         """`rows` with our votes; with require_complete, `complete` is then decided by the texts."""
         rows = iter(rows)
         while batch := list(islice(rows, BATCH_ROWS)):
-            to_grade = [(row, self._to_grade(row)) for row in batch]
-            items = [item for row, indices in to_grade for item in _items(row, indices)]
+            to_grade = [self._to_grade(row) for row in batch]
+            items = [item for row, some in zip(batch, to_grade) for item in _items(row, some)]
             verdicts = iter(self.grader.grade_all(items))
-            for row, indices in to_grade:
-                if indices and row.answer is not None:
-                    row = self._with_votes(row, indices, verdicts)
-                elif indices and (self.relabel or not any(row.votes)):
+            for row, some in zip(batch, to_grade):
+                if some and row.answer is not None:
+                    row = self._with_votes(row, verdicts)
+                elif some and (self.relabel or not any(trace.votes for trace in row.traces)):
                     row = replace(row, flaw=NO_ANSWER)
                 yield _with_complete(row) if self.rules.require_complete else row
 
-    def _to_grade(self, row: RawRow) -> list[int]:
-        """Indices of the traces to grade: none if the row is dropped anyway."""
-        if traces.unusable(row, self.rules) or (row.flaw and not self.relabel):
+    def _to_grade(self, row: RawRow) -> list[Trace]:
+        """The traces to grade: none if the row is dropped anyway."""
+        if unusable(row, self.rules) or (row.flaw and not self.relabel):
             return []
-        return [i for i, votes in enumerate(row.votes) if self.relabel or not votes]
+        return [trace for trace in row.traces if self.relabel or not trace.votes]
 
-    def _with_votes(self, row: RawRow, indices: list[int], verdicts: Iterator[Verdict]) -> RawRow:
-        votes = list(row.votes)
-        for index in indices:
-            verdict = next(verdicts)
-            self.counts[_given(row.votes[index]), verdict] += 1
-            votes[index] = () if verdict == "timeout" else (verdict == "correct",)
-        return replace(row, votes=votes, flaw=None)
+    def _with_votes(self, row: RawRow, verdicts: Iterator[Verdict]) -> RawRow:
+        traces = list(row.traces)
+        for index, trace in enumerate(traces):
+            if self.relabel or not trace.votes:
+                verdict = next(verdicts)
+                self.counts[_given(trace.votes), verdict] += 1
+                votes = () if verdict == "timeout" else (verdict == "correct",)
+                traces[index] = replace(trace, votes=votes)
+        return replace(row, traces=traces, flaw=None)
 
     def summary(self) -> dict[str, dict[str, int]]:
         """{label: {verdict: number of traces}}, without labels that do not occur."""
@@ -86,16 +87,15 @@ class Labels:
         return text_table(rows) + (line if total else "")
 
 
-def _items(row: RawRow, indices: list[int]) -> Iterator[tuple[str, str, str]]:
+def _items(row: RawRow, traces: list[Trace]) -> Iterator[tuple[str, str, str]]:
     """(response, answer, finish_reason) of the traces, for the grader."""
     if row.answer is None:
         return
-    tagged = any("<think>" in trace or "</think>" in trace for trace in row.traces if trace)
-    for index in indices:
-        trace = row.traces[index] or ""
-        reason = "stop" if row.complete[index] else "length"
-        answer = row.answers[index] if row.answers else row.answer
-        yield trace if tagged else f"</think>{trace}", answer, reason
+    texts = [trace.text or "" for trace in row.traces]
+    tagged = any("<think>" in text or "</think>" in text for text in texts)
+    for trace in traces:
+        response = f"{'' if tagged else '</think>'}{trace.text or ''}"
+        yield response, trace.answer or row.answer, "stop" if trace.complete else "length"
 
 
 def _given(votes: tuple[bool, ...]) -> str:
@@ -106,8 +106,8 @@ def _given(votes: tuple[bool, ...]) -> str:
 
 def _with_complete(row: RawRow) -> RawRow:
     """A trace is complete if it closes its thinking and then gives an answer."""
-    complete = [
-        complete and trace is not None and extract(trace) is not None
-        for complete, trace in zip(row.complete, row.traces)
-    ]
-    return replace(row, complete=complete)
+
+    def is_complete(trace: Trace) -> bool:
+        return trace.complete and trace.text is not None and extract(trace.text) is not None
+
+    return replace(row, traces=[replace(t, complete=is_complete(t)) for t in row.traces])

@@ -6,11 +6,11 @@ r"""Problems that occur twice, and problems of a benchmark.
 Tokens are lower-case words, numbers, LaTeX commands and signs, without typesetting: dollar signs,
 \left, \quad, line breaks, the punctuation of sentences. Problems with equal tokens are duplicates.
 
-A benchmark's problem is found in another text by its word n-grams (signs left out). Competition
+A benchmark's problem is found in another text by its 8-grams of words (signs left out). Competition
 problems share stock phrases, "the number of ordered pairs of positive integers", so one common
 n-gram proves nothing: half of them must occur. A copy with other numbers has nearly all n-grams
-once numbers are masked, and is reported as such. A problem of fewer than 2n words may consist of
-stock phrases: it is found only if its tokens, signs included, are whole sentences of the text.
+once numbers are masked. A problem of fewer than 16 words may consist of stock phrases: it is found
+only if its tokens, signs included, are whole sentences of the text.
 
 Left out: paraphrases and translations, which take a model to find; traces, which quote anything;
 languages without spaces between words.
@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 # The share of a benchmark problem's n-grams that a copy has, and of those with numbers masked.
-# Unrelated problems of the paper's five benchmarks share up to 0.21 of their 8-grams. With n = 5
+# Unrelated problems of the paper's five benchmarks share up to 0.21 of their 8-grams. With 5-grams
 # they do not collide either, but small exercises of one kind count as one with other numbers.
 SAME = 0.5
 MASKED = 0.9
+N = 8
 
 _TYPESETTING = re.compile(
     r"\\\\(?:\[[^]\n]*\])?"  # a line break of LaTeX, and the space it asks for
@@ -56,73 +57,56 @@ class Match:
     share: float
 
 
-class Seen:
-    """The problems seen so far, as hashes: about a hundred bytes per problem."""
-
-    def __init__(self) -> None:
-        self._texts: set[bytes] = set()
-        self._tokens: set[bytes] = set()
-
-    def add(self, problem: str) -> str | None:
-        """Add `problem`. How it repeats an earlier one, one of REPEATED, or None."""
-        versions = (problem, " ".join(tokens(problem)))
-        text, normal = (hashlib.sha256(version.encode()).digest()[:16] for version in versions)
-        exact, normalized = REPEATED
-        reason = exact if text in self._texts else normalized if normal in self._tokens else None
-        self._texts.add(text)
-        self._tokens.add(normal)
-        return reason
+def repeats(problem: str, seen: set[bytes]) -> str | None:
+    """How `problem` repeats an earlier one, one of REPEATED, or None. seen: the hashes of earlier
+    problems, which get those of this one: about a hundred bytes."""
+    versions = (problem, "\0" + " ".join(tokens(problem)))
+    hashes = [hashlib.sha256(version.encode()).digest()[:16] for version in versions]
+    known = [digest in seen for digest in hashes]
+    seen.update(hashes)
+    return next((reason for reason, is_known in zip(REPEATED, known) if is_known), None)
 
 
 class Index:
     """Finds problems of benchmarks, given as (benchmark, id, text), by their n-grams of words."""
 
-    def __init__(self, problems: Iterable[tuple[str, str, str]], n: int) -> None:
-        self.n = n
-        self._names: list[tuple[str, str]] = []
-        self._tokens: list[str] = []
-        self._grams: list[tuple[frozenset[str], frozenset[str]]] = []  # with numbers, and masked
+    def __init__(self, problems: Iterable[tuple[str, str, str]]) -> None:
+        # (benchmark, id, tokens, n-grams with numbers, masked n-grams) of each problem
+        self._problems: list[tuple[str, str, str, frozenset[str], frozenset[str]]] = []
         self._where: dict[str, list[int]] = defaultdict(list)  # masked n-gram -> problems
         self._short: dict[str, list[int]] = defaultdict(list)  # masked tokens -> short problems
         for number, (benchmark, identity, text) in enumerate(problems):
             found = tokens(text)
-            self._names.append((benchmark, identity))
-            self._tokens.append(" ".join(found))
-            self._grams.append(self._both_grams(found))
-            if len(_masked(_words(found))) < 2 * n:
+            grams, masked = _both_grams(found)
+            self._problems.append((benchmark, identity, " ".join(found), grams, masked))
+            if len(_masked(_words(found))) < 2 * N:
                 self._short[" ".join(_masked(found))].append(number)
             else:
-                for gram in self._grams[number][1]:
+                for gram in masked:
                     self._where[gram].append(number)
 
     def matches(self, text: str) -> list[Match]:
         """Every benchmark problem found in `text`, in the benchmarks' order."""
         found: dict[int, tuple[Kind, float]] = {}
-        grams, masked = self._both_grams(tokens(text))
+        grams, masked = _both_grams(tokens(text))
         for number in {number for gram in masked for number in self._where.get(gram, ())}:
-            known, known_masked = self._grams[number]
+            *_, known, known_masked = self._problems[number]
             same = len(known & grams) / len(known)
             alike = len(known_masked & masked) / len(known_masked)
             if alike >= MASKED and same < alike:
                 found[number] = ("other numbers", alike)
             elif same >= SAME:
                 found[number] = ("same text", same)
-        for run in _sentences(text, 2 * self.n):
+        for run in _sentences(text):
             for number in self._short.get(" ".join(_masked(run)), ()):
-                if self._tokens[number] == " ".join(run):
+                if self._problems[number][2] == " ".join(run):
                     found[number] = ("same text", 1.0)
                 else:
                     found.setdefault(number, ("other numbers", 1.0))
-        in_order = sorted(found.items())
-        return [Match(*self._names[i], kind, round(share, 3)) for i, (kind, share) in in_order]
-
-    def _both_grams(self, found: list[str]) -> tuple[frozenset[str], frozenset[str]]:
-        """The n-grams of the words among the tokens, and the same with masked numbers."""
-        words, n = _words(found), self.n
-        return tuple(
-            frozenset(" ".join(given[i : i + n]) for i in range(len(given) - n + 1))
-            for given in (words, _masked(words))
-        )
+        return [
+            Match(*self._problems[number][:2], kind, round(share, 3))
+            for number, (kind, share) in sorted(found.items())
+        ]
 
 
 def tokens(text: str) -> list[str]:
@@ -130,6 +114,15 @@ def tokens(text: str) -> list[str]:
     text = _FRACTION.sub(r"\\frac", _THOUSANDS.sub("", text))
     plain = _TYPESETTING.sub(" ", text).lower()
     return [token for token in _TOKEN.findall(plain) if token not in _PUNCTUATION]
+
+
+def _both_grams(found: list[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """The n-grams of the words among the tokens, and the same with masked numbers."""
+    words = _words(found)
+    return tuple(
+        frozenset(" ".join(given[i : i + N]) for i in range(len(given) - N + 1))
+        for given in (words, _masked(words))
+    )
 
 
 def _words(found: Sequence[str]) -> list[str]:
@@ -143,13 +136,13 @@ def _masked(found: Sequence[str]) -> list[str]:
     return [token for i, token in enumerate(zeros) if token != "0" or zeros[i - 1 : i] != ["0"]]
 
 
-def _sentences(text: str, limit: int) -> Iterator[list[str]]:
-    """The tokens of each sentence, and of each run of sentences, of fewer than `limit` words."""
+def _sentences(text: str) -> Iterator[list[str]]:
+    """The tokens of each sentence, and of each run of sentences, of fewer than 2 N words."""
     sentences = [tokens(part) for part in _SENTENCE_END.split(text)]
     for first in range(len(sentences)):
         run: list[str] = []
         for sentence in filter(None, sentences[first:]):
             run = run + sentence
-            if len(_masked(_words(run))) >= limit:
+            if len(_masked(_words(run))) >= 2 * N:
                 break
             yield run

@@ -7,16 +7,14 @@ r"""Teacher data in any of four forms -> one `RawRow` per problem, streamed.
     one trace a row   {"problem": "1+1?", "response": "It is 2.", "correct": true, "answer": "2"}
 
 The fields of a file's first 100 rows decide its form; a missing field counts as null. Each form may
-also have `answer`, `source` and an id (`uuid` or `id`). Files with one trace per row name their
-fields in different ways (SPELLINGS); the first name found is used. Their rows are grouped by
-problem, in order of first appearance: the texts wait in a temporary file, and memory holds an
-offset per trace.
+also have `answer`, `source` and an id (`uuid` or `id`). Fields of one trace per row have different
+names (SPELLINGS): the first one found is used.
 
 The verifiers' labels of a trace are its votes. In OpenR1-Math-Raw both must have voted on every
 trace, as in the paper. In OpenR1-Math-220k a null is a missing vote: where the Llama judge's list
-is null, as it mostly is, Math-Verify alone decides; where both voted, the paper's rule needs both.
-(The judge mostly saw traces that Math-Verify had rejected, so traces it corrected count as wrong,
-unless `--reject-rule both` or `--relabel` is given.) A trace without any vote has no label.
+is null, as it mostly is, Math-Verify alone decides. (The judge mostly saw traces that Math-Verify
+had rejected, so traces it corrected count as wrong, unless `--reject-rule both` or `--relabel` is
+given.) A trace without any vote has no label.
 
 Left out: `solution` as a trace's field, usually the author's; problems or traces that are lists of
 messages; several generations in fields of their own.
@@ -24,12 +22,12 @@ messages; several generations in fields of their own.
 
 import functools
 import hashlib
+import itertools
 import pickle
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +59,26 @@ TYPES = {
 FIELDS = {*TYPES, "uuid", "id", *(name for names in SPELLINGS.values() for name in names)}
 
 
+@dataclass(frozen=True)
+class Trace:
+    """A teacher's trace. votes: the verifiers' labels, True for correct; () if there are none."""
+
+    text: str | None
+    votes: tuple[bool, ...] = ()
+    complete: bool = True  # False where the data says that it was truncated
+    answer: str | None = None  # of its own row, in data with one trace per row
+
+
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
-    """A problem and the teacher's traces of it; `votes` and `complete` are aligned with `traces`.
+    """A problem and the teacher's traces of it.
 
-    votes: the verifiers' labels of each trace, True for correct; () if there are none.
-    complete: False where the data says that the trace was truncated.
-    answers: one per trace, if a problem's rows of one trace disagree; otherwise (), see `answer`.
     flaw: why the row cannot be used: "malformed", "labels missing" or "labels misaligned".
     """
 
     problem: str | None = None
-    traces: Sequence[str | None] = ()
-    votes: Sequence[tuple[bool, ...]] = ()
-    complete: Sequence[bool] = ()
+    traces: Sequence[Trace] = ()
     answer: str | None = None
-    answers: Sequence[str] = ()
     source: str | None = None
     id: str | None = None
     valid: bool = True
@@ -126,7 +128,7 @@ def read(files: Sequence[Path], form: Form, folder: Path) -> Iterator[RawRow]:
 
 def _form_of(file: Path) -> Form:
     seen: dict[str, Any] = {}  # field -> its first value that is not null
-    for _, row in islice(read_rows(file, FIELDS), HEAD):
+    for _, row in itertools.islice(read_rows(file, FIELDS), HEAD):
         for name, value in row.items():
             if seen.get(name) is None:
                 seen[name] = value
@@ -164,14 +166,14 @@ def _openr1_math_raw(row: Row) -> RawRow:
 
 
 def _openr1_math_220k(row: Row) -> RawRow:
-    traces = _field(row, "generations", [])
+    texts = _field(row, "generations", [])
     fields = ("is_reasoning_complete", "finish_reasons", *FLAT_VERIFIERS)
-    closed, reasons, *labels = (_field(row, name, [None] * len(traces)) for name in fields)
-    if not len(closed) == len(reasons) == len(traces):
+    closed, reasons, *labels = (_field(row, name, [None] * len(texts)) for name in fields)
+    if not len(closed) == len(reasons) == len(texts):
         raise _Malformed
     complete = [c is not False and reason != "length" for c, reason in zip(closed, reasons)]
     valid = "problem_is_valid" not in row or _is_valid(row)
-    return _raw_row(row, traces, labels, complete=complete, valid=valid)
+    return _raw_row(row, texts, labels, complete, valid=valid)
 
 
 def _listed(row: Row) -> RawRow:
@@ -188,25 +190,30 @@ def _one_trace(row: Row, spellings: dict[str, str | None]) -> RawRow:
     if label not in (None, 0, 1):  # True and False are 1 and 0
         raise _Malformed
     labels = [None if label is None else bool(label)]
-    return _raw_row(row, [_field(row, "trace")], [labels], complete=[complete])
+    return _raw_row(row, [_field(row, "trace")], [labels], [complete])
 
 
 def _raw_row(
-    row: Row, traces: list[str | None], labels: list[list[bool | None]], **fields: Any
+    row: Row,
+    texts: list[str | None],
+    labels: list[list[bool | None]],
+    complete: Iterable[bool] = itertools.repeat(True),
+    **fields: Any,
 ) -> RawRow:
-    """Adds what all forms share. labels: a list per verifier, aligned with the traces."""
-    if any(len(column) != len(traces) for column in labels):
+    """Adds what all forms share. labels: a list per verifier, aligned with the texts."""
+    if any(len(column) != len(texts) for column in labels):
         fields, labels = {**fields, "flaw": "labels misaligned"}, []
-    given = zip([None] * len(traces), *labels)
-    identity = row.get("uuid", row.get("id"))
+    answer, identity = answer_text(row.get("answer")) or None, row.get("uuid", row.get("id"))
     return RawRow(
         problem=_field(row, "problem"),
-        traces=traces,
-        votes=[tuple(vote for vote in votes if vote is not None) for votes in given],
-        answer=answer_text(row.get("answer")) or None,
+        traces=[
+            Trace(text, tuple(vote for vote in votes if vote is not None), is_complete, answer)
+            for text, is_complete, *votes in zip(texts, complete, *labels)
+        ],
+        answer=answer,
         source=_field(row, "source"),
         id=identity if isinstance(identity, str) and is_encodable(identity) else None,
-        **{"complete": [True] * len(traces), **fields},
+        **fields,
     )
 
 
@@ -246,7 +253,8 @@ FORMS = (
 
 
 def _joined_by_problem(rows: Iterable[RawRow], folder: Path) -> Iterator[RawRow]:
-    """Rows of one trace -> rows of one problem; malformed ones belong to none and come last."""
+    """Rows of one trace -> rows of one problem, in order of first appearance; malformed ones belong
+    to none and come last. The texts wait in a temporary file; memory holds an offset per trace."""
     malformed, offsets = 0, defaultdict(list)  # the problem's hash -> where its rows are stored
     with tempfile.TemporaryFile(dir=folder) as spool:
         for row in rows:
@@ -260,22 +268,12 @@ def _joined_by_problem(rows: Iterable[RawRow], folder: Path) -> Iterator[RawRow]
             for offset in of_problem:
                 spool.seek(offset)
                 parts.append(pickle.load(spool))
-            yield _joined(parts)
+            # The problem's other fields are those of the first row that has them.
+            fields: dict[str, str] = {}
+            for part in reversed(parts):
+                known = {
+                    name: getattr(part, name) for name in ("problem", "answer", "source", "id")
+                }
+                fields |= {name: value for name, value in known.items() if value is not None}
+            yield RawRow(traces=[trace for part in parts for trace in part.traces], **fields)
     yield from [MALFORMED] * malformed
-
-
-def _joined(parts: list[RawRow]) -> RawRow:
-    """One problem's rows as one. Its other fields are those of the first row that has them, but a
-    trace whose row has another answer keeps that one."""
-    once = {
-        name: next((value for part in parts if (value := getattr(part, name)) is not None), None)
-        for name in ("problem", "answer", "source", "id")
-    }
-    answers = [part.answer or once["answer"] for part in parts]
-    return RawRow(
-        answers=answers if len(set(answers)) > 1 else (),
-        traces=[part.traces[0] for part in parts],
-        votes=[part.votes[0] for part in parts],
-        complete=[part.complete[0] for part in parts],
-        **once,
-    )

@@ -9,14 +9,12 @@ and a pair with the first incorrect one:
                "chosen":     [{"role": "assistant", "content": "It is 2."}],
                "rejected":   [{"role": "assistant", "content": "It is 3."}], "source": .., "id": ..}
 
-The id is 16 hex digits of SHA-256 over problem and chosen trace, so it does not depend on the row's
-position. A row's first pair has the id of its positive; the id of a further pair also covers the
-rejected trace. Texts are not stripped. The prompt has no system message: the tokenizer's chat
-template adds its default, the one the paper trains with.
+The id is 16 hex digits of SHA-256 over problem and chosen trace; that of a second or later pair
+also covers the rejected trace. Texts are not stripped. The prompt has no system message: the
+tokenizer's chat template adds its default, the one the paper trains with.
 
-`Rules()` is the paper's recipe. `choose` gives a reason for every row without a positive and for
-every positive without a pair. Left to the trainers: shuffling by seed (rows keep their order) and
-limits on length (in tokens, and there is no tokenizer here).
+`choose` gives a reason for every row without a positive and for every positive without a pair. Left
+to the trainers: shuffling by seed and limits on length, in tokens (there is no tokenizer here).
 """
 
 import hashlib
@@ -27,7 +25,7 @@ from typing import Annotated, Literal
 
 from redi.config import require
 from redi.data.files import Row
-from redi.prepare.raw import RawRow
+from redi.prepare.raw import RawRow, Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +94,10 @@ def choose(row: RawRow, rules: Rules) -> Choice:
         return Choice(no_positive=reason)
 
     # 3. A trace is correct when both verifiers accept it.
-    judged = [trace for trace in zip(row.traces, row.votes, row.complete) if trace[1]]
+    judged = [trace for trace in row.traces if trace.votes]
     accepted = any if rules.reject_rule == "both" else all  # a trace not accepted is incorrect
-    correct = [(trace, complete) for trace, votes, complete in judged if all(votes)]
-    incorrect = [(trace, complete) for trace, votes, complete in judged if not accepted(votes)]
+    correct = [trace for trace in judged if all(trace.votes)]
+    incorrect = [trace for trace in judged if not accepted(trace.votes)]
 
     # 4. D_SFT: the first correct trace.
     if not correct:
@@ -113,7 +111,7 @@ def choose(row: RawRow, rules: Rules) -> Choice:
 
     # 5. D_Pref: the same trace, and the first incorrect one.
     if not incorrect:
-        disputed = any(not all(votes) for votes in row.votes)
+        disputed = any(not all(trace.votes) for trace in row.traces)
         reason = "none that both reject" if disputed else "no incorrect generation"
         return Choice(positive, no_pair=[reason])
     rejected = _usable(incorrect, rules)
@@ -132,8 +130,9 @@ def choose(row: RawRow, rules: Rules) -> Choice:
     return Choice(positive, list(pairs.values()), no_pair=reasons)
 
 
-def _usable(traces: list[tuple[str | None, bool]], rules: Rules) -> list[str | None]:
-    return [trace for trace, complete in traces if complete or not rules.require_complete]
+def _usable(traces: list[Trace], rules: Rules) -> list[str | None]:
+    """The texts of those that may be chosen or rejected."""
+    return [trace.text for trace in traces if trace.complete or not rules.require_complete]
 
 
 def _unpairable(chosen: str | None, rejected: str | None, rules: Rules) -> str | None:

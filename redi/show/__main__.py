@@ -26,7 +26,7 @@ from redi.data.store import load_store
 from redi.data.tokenizer import ChatTokenizer
 from redi.hub import TOKENIZER_FILES, dataset_files, model_folder
 from redi.recipe import REDIConfig, SFTConfig, TrainConfig
-from redi.show.facts import holds_pairs, lengths_by_part, report
+from redi.show.facts import holds_pairs, report
 from redi.show.page import draw_histograms, page
 from redi.show.rows import row_as_text, stretches
 
@@ -55,10 +55,9 @@ class ShowConfig:
 
     def training(self, paired: bool) -> TrainConfig:
         """The stage's published settings with those that are given. Raises UserError."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        names = {"rows_per_step", "max_prompt", "max_response", "max_length", "pack_tokens"}
-        stage = REDIConfig if paired else SFTConfig
-        return stage(data=self.file, **{name: given[name] for name in names & given.keys()})
+        names = ("rows_per_step", "max_prompt", "max_response", "max_length", "pack_tokens")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return (REDIConfig if paired else SFTConfig)(data=self.file, **given)
 
 
 def find_row(dataset: Dataset, number: int, path: str) -> int:
@@ -91,19 +90,17 @@ def show(config: ShowConfig) -> str | None:
     paired = holds_pairs(files)
     training = config.training(paired)
     chat = ChatTokenizer.from_folder(model_folder(config.model, files=TOKENIZER_FILES))
-    every_row = select(
-        load_store(files, chat, paired, config.cache), NO_LIMITS, "drop", config.file
-    )
+    store = load_store(files, chat, paired, config.cache)
+    every_row = select(store, NO_LIMITS, "drop", config.file)
     chosen = find_row(every_row, config.row, config.file) if config.row else 0
 
     text = report(files, every_row, training, config.ranks)
-    print(text, end="\n\n")
     learned = f"+ is made more likely{', - less' if paired else ''}"
-    print(f"Row {every_row.row_number(chosen):,}: {learned}")
+    print(text, f"\nRow {every_row.row_number(chosen):,}: {learned}", sep="\n")
     print(row_as_text(stretches(every_row, chosen), chat))
     if config.html is None:
         return None
-    picture = draw_histograms(lengths_by_part(every_row), training)
+    picture = draw_histograms(every_row, training)
     captions = rows_to_draw(every_row, chosen)
     rows = [(caption, stretches(every_row, row)) for row, caption in captions.items()]
     return page(config.file, text, picture, rows, chat)

@@ -12,15 +12,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from redi.batches import TrainData
 from redi.config import UserError, one_line
-from redi.data.dataset import QUANTILES, Dataset, Limits, select
+from redi.data.dataset import Dataset, Limits, select, table_of_lengths
 from redi.data.files import read_rows
 from redi.data.formats import FIELDS, FORMATS, to_example
+from redi.distributed import World
 from redi.eval.grading.grader import extract
-from redi.packing import ATTENTION, plan
+from redi.objectives import sft
+from redi.packing import ATTENTION
 from redi.recipe import TrainConfig
+from redi.run import describe_plan
 from redi.show.rows import COLUMNS, sides, visible
 from redi.tables import text_table
 
@@ -93,16 +98,6 @@ def count_texts(
     return sources, counts
 
 
-def lengths_by_part(dataset: Dataset) -> dict[str, np.ndarray]:
-    """Tokens of each row's parts, (N,) each; "between" two answers only if a row has several."""
-    names = sides(dataset)
-    prompts = dataset.prompt_lengths.reshape(-1, len(names))
-    responses = dataset.response_lengths.reshape(-1, len(names))
-    between = (dataset.lengths.reshape(prompts.shape) - prompts - responses).sum(axis=1)
-    parts = {"prompt": prompts[:, 0], **dict(zip(names, responses.T))}
-    return {**parts, "between": between} if between.any() else parts
-
-
 def table_of_sources(sources: Counter[str]) -> str:
     top = sources.most_common(TOP_SOURCES)
     others = sources.total() - sum(count for _, count in top)
@@ -112,39 +107,24 @@ def table_of_sources(sources: Counter[str]) -> str:
     return text_table([("Sources", "rows", "share"), *cells])
 
 
-def table_of_lengths(dataset: Dataset) -> str:
-    rows = [("Tokens", "in all", *QUANTILES)]
-    for name, lengths in lengths_by_part(dataset).items():
-        quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
-        rows.append((name, *(f"{int(number):,}" for number in (lengths.sum(), *quantiles))))
-    return text_table(rows)
-
-
 def about_training(kept: Dataset, config: TrainConfig, ranks: int) -> list[str]:
-    """The plan of the first epoch, as training makes it."""
+    """What training will do with the rows, as it prints it, and how even the ranks' work is."""
     kind = "pairs" if kept.store.paired else "rows"
-    epoch = plan(kept.lengths, config.rows_per_step, config.pack_tokens, ranks, config.seed)
-    lengths = kept.lengths.reshape(-1).astype(np.float64)
-    work = lengths + ATTENTION * lengths**2
-    by_rank = [[np.concatenate(packs) for packs in step] for step in epoch]
-    tokens = np.array([sum(lengths[ids].sum() for ids in step) for step in by_rank])
-    works = np.array([[work[ids].sum() for ids in step] for step in by_rank])
-    balance = works.mean(axis=1) / works.max(axis=1)
-    packs = sum(len(ids) > 0 for step in epoch for packs in step for ids in packs)
-    per_rank = np.mean([len(step[0]) for step in epoch])
     dropped = [f"; left out: {count:,} {reason}" for reason, count in kept.dropped.items()]
-    low, median, high = np.quantile(tokens, [0, 0.5, 1])
-    lines = [
+    objective = config.make_objective() if kept.store.paired else sft()
+    data = TrainData(kept, objective, World(0, ranks, torch.device("cpu")), config.pack_tokens)
+    lengths = kept.lengths.reshape(-1)
+    work = lengths + ATTENTION * lengths**2.0
+    epoch = data.plan(config.rows_per_step, config.seed, epoch=0)
+    works = np.array([[work[np.concatenate(packs)].sum() for packs in step] for step in epoch])
+    balance = works.mean(axis=1) / works.max(axis=1)
+    return [
         f"{kind}: {len(kept):,} within the limits (prompt {config.max_prompt:,} tokens, response "
         f"{config.max_response:,}, both {config.max_length:,}){''.join(dropped)}",
-        f"steps: {len(epoch):,} per epoch, of {config.rows_per_step:,} {kind}",
-        f"tokens per step: median {median:,.0f}, {low:,.0f} to {high:,.0f}",
-        f"packs of {config.pack_tokens:,} tokens: {per_rank:.1f} per step and rank, "
-        f"{lengths.sum() / (config.pack_tokens * packs):.0%} full",
+        describe_plan(data, config),
         f"balance of {ranks} ranks, mean over largest work: {balance.mean():.3f}, "
         f"{balance.min():.3f} in the worst step",
     ]
-    return lines if ranks > 1 else lines[:-1]
 
 
 def _section(title: str, lines: Iterable[str]) -> str:

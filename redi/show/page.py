@@ -9,9 +9,10 @@ import io
 import numpy as np
 
 from redi import pages
+from redi.data.dataset import Dataset
 from redi.data.tokenizer import ChatTokenizer
 from redi.recipe import TrainConfig
-from redi.show.rows import Stretch, tokens_of, visible
+from redi.show.rows import Stretch, sides, tokens_of, visible
 
 ENDS = (400, 200)  # tokens of a stretch that are shown; five rows of pairs stay under 500 kB
 # Distinguishable for those who do not see red and green as two colors (Okabe and Ito).
@@ -77,12 +78,13 @@ def _tokens_as_html(position: int, ids: list[int], chat: ChatTokenizer) -> str:
     return "".join(spans)
 
 
-def draw_histograms(lengths: dict[str, np.ndarray], config: TrainConfig) -> bytes:
-    """Share of the rows by length, as a PNG. Only the parts in INK are drawn: turns between answers
-    may have no tokens, which a logarithmic axis cannot show."""
+def draw_histograms(dataset: Dataset, config: TrainConfig) -> bytes:
+    """Share of the rows by length of prompt and responses, as a PNG."""
     from matplotlib.figure import Figure  # takes a second to import
 
-    lengths = {part: lengths[part] for part in INK if part in lengths}
+    names = sides(dataset)
+    responses = dataset.response_lengths.reshape(-1, len(names)).T
+    lengths = {"prompt": dataset.prompt_lengths[:: len(names)], **dict(zip(names, responses))}
     every = np.concatenate(list(lengths.values()))
     bins = np.geomspace(0.9 * every.min(), 1.1 * every.max(), 50)
     figure = Figure(figsize=(9, 3.4), layout="constrained")

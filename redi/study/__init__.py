@@ -5,5 +5,5 @@ commands.py  models -> jobs: command lines, and the jobs that each job needs
 jobs.py      runs the jobs that are not done, several at a time
 results.py   the files of runs and evaluations -> means, SEMs, paired t-tests
 figures.py   accuracy and log-probs over steps; gains against every setting that was varied
-page.py      the report, as Markdown and as one HTML page
+page.py      the report: a table and one HTML page
 """

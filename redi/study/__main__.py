@@ -9,8 +9,8 @@ core at a time, or one at a time on all GPUs. Started again after a kill, it res
 learning rates and seeds may be added to the file. If a job fails, the others continue, the report
 names it, and the exit status is 2.
 
-Writes OUT/study.json (every number), report.md, report.html and figures/*.png: the paper's Table 2
-with SEM and paired t-tests over seeds, the whole grid, and the figures.
+Writes OUT/study.json (every number), report.html and figures/*.png: the paper's Table 2 with SEM
+and paired t-tests over seeds, the whole grid, and the figures.
 Left out: choosing a learning rate on other data than it is reported on, as the paper does.
 """
 
@@ -29,6 +29,7 @@ from redi.study.commands import Job, jobs, refuse_changes
 from redi.study.jobs import run_jobs
 from redi.study.plan import Study, read_study
 from redi.study.results import Results, collect
+from redi.tables import text_table
 
 
 @dataclass(kw_only=True)
@@ -46,7 +47,6 @@ class StudyConfig:
 @program
 def main() -> None:
     from redi.study.page import summary, table  # imports Matplotlib, which takes a second
-    from redi.tables import markdown_table
 
     config = parse(StudyConfig, "Compare methods: train, evaluate and report the grid of a study.")
     study, gpus = read_study(config.study, config.out), torch.cuda.device_count()
@@ -60,8 +60,8 @@ def main() -> None:
         needed = "not run, because it needs a job that failed"
         results = collect(study, failed | dict.fromkeys(not_run, needed))
         write_reports(study, results)
-    print(markdown_table(table(results, results.table)), summary(results), sep="\n")
-    print(f"saved {study.out}/report.md, report.html, study.json and figures/")
+    print(text_table(table(results, results.table)), summary(results), sep="\n")
+    print(f"saved {study.out}/report.html, study.json and figures/")
     if failed:
         first, why = next(iter(failed.items()))
         raise UserError(
@@ -91,23 +91,18 @@ def claim(study: Study, wanted: Sequence[Job]) -> Iterator[IO]:
 
 
 def write_reports(study: Study, results: Results) -> None:
-    """Write study.json, the figures and both reports from the files of the runs."""
+    """Write study.json, the figures and the page."""
     from redi.study.figures import figures
-    from redi.study.page import to_html, to_markdown
+    from redi.study.page import page
 
     drawn = figures(results)
     make_folder(study.out / "figures")
-    for name, picture in drawn.items():
-        with write_aside(study.out / "figures" / f"{name}.png", binary=True) as file:
-            file.write(picture)
-    texts = {
-        "study.json": json.dumps(asdict(results)) + "\n",
-        "report.md": to_markdown(results, list(drawn)),
-        "report.html": to_html(results, drawn),
-    }
-    for name, text in texts.items():
-        with write_aside(study.out / name) as file:
-            file.write(text)
+    files = {f"figures/{name}.png": picture for name, picture in drawn.items()}
+    files["study.json"] = (json.dumps(asdict(results)) + "\n").encode()
+    files["report.html"] = page(results, drawn).encode()
+    for name, content in files.items():
+        with write_aside(study.out / name, binary=True) as file:
+            file.write(content)
 
 
 if __name__ == "__main__":

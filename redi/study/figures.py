@@ -5,13 +5,13 @@ Left out: norms, entropies and single runs, which `python -m redi.runlog RUN [RU
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from redi.study.plan import STAGE_1, as_text
-from redi.study.results import Results, Row, Run, name_of, sem, variant_of
+from redi.study.plan import STAGE_1, as_text, in_words
+from redi.study.results import Results, Row, Run, sem
 
 Points = dict[float, list[float]]  # x -> one value per seed
 Panels = dict[str, list[tuple[str, Points, str]]]  # title -> lines: label, points, Matplotlib style
@@ -25,31 +25,30 @@ def figures(results: Results) -> dict[str, bytes]:
 
 def accuracy(results: Results) -> bytes | None:
     """pass@1 over optimizer steps, from the stage-1 model at 0: each method at its best (solid) and
-    at its largest learning rate (dotted), on the first setting with the fewest mislabelled traces.
+    at its largest learning rate (dotted), on the first setting and share of mislabelled traces.
     The first and the last point are the final evaluation's, those between of the smaller one during
     training."""
     if not any(run.on_the_way for run in results.runs):
         return None
     lines = []
-    for row, color, style in _best_and_fastest(results):
-        runs = _runs(results, row)
+    for row, runs, color, style in _best_and_fastest(results):
         scored = [dict(run.on_the_way) for run in runs]
         shared = set.intersection(*map(set, scored))
         points = {step: [scores[step] for scores in scored] for step in shared}
         points[0] = next((r.scores for r in results.table if r.method == STAGE_1), [])
         points[max(len(run.curves["chosen_logp"]) for run in runs)] = row.scores
-        lines.append((f"{row.method} ({name_of(row.settings)})", points, f"{color}o{style}"))
+        lines.append((f"{row.method} ({row.name})", points, f"{color}o{style}"))
     return _draw({"": lines}, "pass@1", "optimizer step")
 
 
 def log_probs(results: Results) -> bytes | None:
     """Chosen and rejected log-probs over optimizer steps: each method at its best (solid) and at
-    its largest learning rate (dotted), on the first setting with the fewest mislabelled traces."""
+    its largest learning rate (dotted), on the first setting and share of mislabelled traces."""
     panels: Panels = {}
-    for row, _, style in _best_and_fastest(results):
+    for row, runs, _, style in _best_and_fastest(results):
         for kind, color in (("chosen", "C0"), ("rejected", "C3")):
-            curves = [run.curves[f"{kind}_logp"] for run in _runs(results, row)]
-            points = {step: list(values) for step, values in enumerate(zip(*curves), start=1)}
+            values = zip(*(run.curves[f"{kind}_logp"] for run in runs))
+            points = {step: list(of_seeds) for step, of_seeds in enumerate(values, start=1)}
             line = f"{kind}, lr {as_text(row.settings['lr'])}", points, color + style
             panels.setdefault(row.method, []).append(line)
     return _draw(panels, "mean log-prob (nats per token)", "optimizer step")
@@ -66,7 +65,7 @@ def settings(results: Results) -> bytes | None:
         lines: dict[str, Points] = {}
         for row, values in rows:
             if isinstance(values.get(key), (int, float)):
-                others = name_of({k: v for k, v in values.items() if k != key})
+                others = in_words({k: v for k, v in values.items() if k != key})
                 label = ", ".join(filter(None, [row.setting, row.settings["objective"], others]))
                 lines.setdefault(label, {})[values[key]] = row.gains
         longer = [(label, points) for label, points in lines.items() if len(points) > 1]
@@ -78,26 +77,17 @@ def settings(results: Results) -> bytes | None:
 FIGURES = {draw.__name__: draw for draw in (accuracy, log_probs, settings)}
 
 
-def _best_and_fastest(results: Results) -> Iterator[tuple[Row, str, str]]:
-    """(variant, color, style) of each method's best, and of the same with the largest lr."""
-    for position, best in enumerate(_first_setting(results.table)):
-        yield best, f"C{position}", "-"
-        rows = [row for row in _first_setting(results.grid) if row.method == best.method]
+def _best_and_fastest(results: Results) -> Iterator[tuple[Row, list[Run], str, str]]:
+    """(variant, its runs, color, style) of each method's best, and of the same with the largest
+    lr."""
+    methods = [row for row in results.table if row.method != STAGE_1]
+    shown = [row for row in methods if row.key[:2] == methods[0].key[:2]]
+    for position, best in enumerate(shown):
+        rows = [row for row in results.grid if row.key[:3] == best.key[:3]]
         rows = [row for row in rows if {**row.settings, "lr": 0} == {**best.settings, "lr": 0}]
         fastest = max(rows, key=lambda row: row.settings["lr"])
-        if fastest != best:
-            yield fastest, f"C{position}", ":"
-
-
-def _first_setting(rows: Sequence[Row]) -> list[Row]:
-    """The methods' rows of the first setting with the fewest mislabelled traces."""
-    methods = [row for row in rows if row.method != STAGE_1]
-    share = min((row.mislabelled for row in methods), default=0.0)
-    return [r for r in methods if (r.setting, r.mislabelled) == (rows[0].setting, share)]
-
-
-def _runs(results: Results, row: Row) -> list[Run]:
-    return [run for run in results.runs if variant_of(run) == variant_of(row)]
+        for row, style in [(best, "-"), (fastest, ":")][: 1 + (fastest != best)]:
+            yield row, [run for run in results.runs if run.key == row.key], f"C{position}", style
 
 
 def _draw(panels: Panels, ylabel: str, xlabel: str | None = None) -> bytes | None:

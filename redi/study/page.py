@@ -1,14 +1,12 @@
-"""A study's report from its results, twice: Markdown with pictures beside it, and one HTML file."""
+"""A study's report: its table in a terminal, and one HTML page with figures and the whole grid."""
 
 import html
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from redi import pages
 from redi.study.figures import FIGURES
 from redi.study.plan import STAGE_1, as_text
-from redi.study.results import Results, Row, name_of
-from redi.tables import markdown_table
+from redi.study.results import Results, Row
 
 NOTES = (
     "pass@1 is the mean over seeds, with its SEM over seeds. p values are two-sided paired t-tests "
@@ -16,53 +14,31 @@ NOTES = (
     "very numbers. 'collapsed' counts runs in which the collapse guard would have warned."
 )
 SETTINGS = "The study's file. config.toml in the folder of every run has all of its settings."
-MARKDOWN: dict[str, Callable[[Any], str]] = {
-    "h1": "# {}".format, "h2": "## {}".format, "p": str, "pre": "```\n{}\n```".format,
-    "table": markdown_table,
-    "figure": lambda name: f"![{name}](figures/{name}.png)\n\n*{caption(name)}*",
-}  # fmt: skip
 
 
-def to_markdown(results: Results, pictures: Sequence[str]) -> str:
-    """pictures: names of the PNGs in figures/."""
-    parts = [MARKDOWN[kind](content) for kind, content in _report(results, pictures)]
-    return "\n\n".join(parts) + "\n"
+def page(results: Results, pictures: dict[str, bytes]) -> str:
+    """pictures: name of a figure -> PNG."""
 
+    def element(tag: str, text: str) -> str:
+        return f"<{tag}>{html.escape(text)}</{tag}>"
 
-def to_html(results: Results, pictures: dict[str, bytes]) -> str:
-    """pictures: name -> PNG."""
-    parts = []
-    for kind, content in _report(results, list(pictures)):
-        if kind == "table":
-            parts.append(pages.table(content))
-        elif kind == "figure":
-            parts.append(pages.figure(content, pictures[content], caption(content)))
-        else:
-            parts.append(f"<{kind}>{html.escape(content)}</{kind}>")
-    return pages.page(results.title, "\n".join(parts))
-
-
-def caption(figure: str) -> str:
-    return " ".join(FIGURES[figure].__doc__.split())
-
-
-def _report(results: Results, pictures: Sequence[str]) -> list[tuple[str, Any]]:
-    """(kind, content) of each part of the page, in order; kinds are those of MARKDOWN."""
-    parts: list[tuple[str, Any]] = [("h1", results.title), ("p", summary(results))]
+    parts = [element("h1", results.title), element("p", summary(results))]
     if results.missing:
-        rows = [["what has no result", "why"], *map(list, results.missing.items())]
-        parts += [("h2", "Missing"), ("table", rows)]
-    best = ("table", table(results, results.table))
-    parts += [("h2", "Methods, each at its best"), best, ("p", NOTES)]
-    parts += [("figure", name) for name in pictures]
-    parts += [("h2", "The whole grid"), ("table", table(results, results.grid))]
-    return [*parts, ("h2", "Settings"), ("p", SETTINGS), ("pre", results.study.strip())]
+        rows = [("what has no result", "why"), *results.missing.items()]
+        parts += [element("h2", "Missing"), pages.table(rows)]
+    parts += [element("h2", "Methods, each at its best")]
+    parts += [pages.table(table(results, results.table)), element("p", NOTES)]
+    for name, png in pictures.items():
+        parts.append(pages.figure(name, png, caption=" ".join(FIGURES[name].__doc__.split())))
+    parts += [element("h2", "The whole grid"), pages.table(table(results, results.grid))]
+    parts += [element("h2", "Settings"), element("p", SETTINGS)]
+    return pages.page(results.title, "\n".join([*parts, element("pre", results.study.strip())]))
 
 
 def summary(results: Results) -> str:
     """A paragraph: what was run, who graded it, and where."""
     seeds = ", ".join(map(str, sorted({run.seed for run in results.runs})))
-    variants = {(row.method, name_of(row.settings)) for row in results.grid} - {(STAGE_1, "")}
+    variants = {(row.method, row.name) for row in results.grid if row.method != STAGE_1}
     methods = {method for method, _ in variants}
     graders = " and ".join(sorted({run.grader for run in results.runs}))
     return (
@@ -76,7 +52,7 @@ def table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
     are columns if they vary."""
     lines = []
     for row in rows:
-        line = {"method": row.method, "variant": name_of(row.settings)}
+        line = {"method": row.method, "variant": row.name}
         if len({row.setting for row in rows}) > 1:
             line["setting"] = row.setting
         if len({row.mislabelled for row in rows}) > 1:
@@ -92,7 +68,7 @@ def table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
         if any(row.p_dpo is not None for row in rows):
             line["p, DPO"] = p_value(row.p_dpo)
         line["tokens"] = f"{row.mean_tokens:.1f}"
-        line |= {"collapsed": str(row.collapsed), "seeds": str(row.seeds)}
+        line |= {"collapsed": str(row.collapsed), "seeds": str(len(row.scores))}
         lines.append(line)
     return [list(lines[0]), *(list(line.values()) for line in lines)]
 

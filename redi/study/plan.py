@@ -40,20 +40,36 @@ KEYS = {
     "seeds": list[int], "mislabelled": list[float], "toy": dict, "stage1": dict, "stage2": dict,
     "evaluation": dict, "setting": list[dict], "method": list[dict],
 }  # fmt: skip
-RESERVED = {"logs", "tokens", "figures", "study.json", "study.lock", "report.md", "report.html"}
+RESERVED = {"logs", "tokens", "figures", "study.json", "study.lock", "report.html"}
 STAGE_1 = "stage 1"  # listed among the methods: the model that all of them start from
 
 
 @dataclass(frozen=True)
-class Model:
-    """One model that the study trains. method: STAGE_1, which has no settings, or a [[method]]."""
+class Variant:
+    """A method with one choice of its settings, on one toy. method: STAGE_1 or a [[method]]."""
 
     setting: str
-    toy: Flags | None
-    seed: int
     mislabelled: float
     method: str
-    settings: Flags  # of train_redi.py: objective, lr, alpha, ...
+    settings: Flags  # of train_redi.py: objective, lr, alpha, ...; empty for stage 1
+
+    @property
+    def key(self) -> tuple:
+        """Equal for models that differ only in their seed."""
+        return self.setting, self.mislabelled, self.method, *self.settings.items()
+
+    @property
+    def name(self) -> str:
+        """The settings beside the method's name: "lr 1e-4, beta 0.1"."""
+        return in_words(self.settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Variant):
+    """One model that the study trains."""
+
+    toy: Flags | None
+    seed: int
     folder: Path
 
 
@@ -63,7 +79,7 @@ class Study:
     out: Path
     seeds: list[int]
     mislabelled: list[float]
-    settings: dict[str, Flags | None]  # name -> toy; without [toy] just "" -> None
+    toys: dict[str, Flags | None]  # name of the setting -> toy; without [toy] just "" -> None
     stage1: Flags
     stage2: Flags
     variants: dict[str, tuple[str, Flags]]  # name of the folder -> method, settings
@@ -71,12 +87,14 @@ class Study:
 
     def models(self) -> Iterator[Model]:
         """Every model of the study; the stage-1 model precedes those that start from it."""
-        for (setting, toy), seed in itertools.product(self.settings.items(), self.seeds):
+        for (setting, toy), seed in itertools.product(self.toys.items(), self.seeds):
             folder = self.out / slug(setting) / f"seed-{seed}"
-            yield Model(setting, toy, seed, 0.0, STAGE_1, {}, folder / "sft")
-            for share, name in itertools.product(self.mislabelled, self.variants):
+            yield Model(setting, 0.0, STAGE_1, {}, toy=toy, seed=seed, folder=folder / "sft")
+            for share, (name, variant) in itertools.product(
+                self.mislabelled, self.variants.items()
+            ):
                 path = folder / (name + (f"-mislabelled-{share:g}" if share else ""))
-                yield Model(setting, toy, seed, share, *self.variants[name], path)
+                yield Model(setting, share, *variant, toy=toy, seed=seed, folder=path)
 
 
 # ---------------------------------------------------------------- the file
@@ -97,18 +115,18 @@ def read_study(path: str | Path, out: str | Path | None = None) -> Study:
         raise UserError(f"{where}: key 'mislabelled': expected different numbers within [0, 1]")
     if "toy" not in tables and ("setting" in tables or "mislabelled" in tables):
         raise UserError(f"{where}: [[setting]] and 'mislabelled' need [toy]")
-    settings = {"": tables.get("toy")}
+    toys = {"": tables.get("toy")}
     if rows := tables.get("setting"):
         named = _by_name(rows, RESERVED, f"{where}: [[setting]]")
-        settings = {name: tables["toy"] | row for name, row in named}
-        if len(set(map(slug, settings))) < len(rows):
+        toys = {name: tables["toy"] | row for name, row in named}
+        if len(set(map(slug, toys))) < len(rows):
             raise UserError(f"{where}: [[setting]]: expected different names")
     return Study(
         path=Path(path),
         out=Path(out or f"out/{Path(path).stem}"),
         seeds=seeds,
         mislabelled=shares,
-        settings=settings,
+        toys=toys,
         stage1=tables.get("stage1", {}),
         stage2=tables.get("stage2", {}),
         variants=_variants(tables.get("method", []), f"{where}: [[method]]"),
@@ -163,3 +181,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, float):
         return np.format_float_positional(value, trim="-")
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def in_words(settings: Flags) -> str:
+    return ", ".join(f"{k} {as_text(v)}" for k, v in settings.items() if k != "objective")

@@ -17,7 +17,8 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,21 +31,17 @@ from redi.eval.protocol import EvalConfig
 from redi.monitor import CollapseGuard
 from redi.recipe import REDIConfig
 from redi.runlog import read_metrics
-from redi.study.plan import STAGE_1, Model, Study, as_text
+from redi.study.plan import STAGE_1, Model, Study, Variant
 
 ROUNDING = 1e-12  # scores that differ at all differ by one completion, about 1e-5
 CURVES = ("chosen_logp", "rejected_logp")  # fields of metrics.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Variant):
     """One model, trained and evaluated."""
 
-    setting: str
-    mislabelled: float
     seed: int
-    method: str  # STAGE_1, or one of the study's
-    settings: dict[str, Any]  # objective, lr, parameters; empty for stage 1
     grader: str  # of the pass@1
     pass_at_1: float  # mean over benchmarks
     benchmarks: dict[str, float]  # name -> pass@1
@@ -56,14 +53,9 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A variant on one setting, over its seeds."""
+class Row(Variant):
+    """A variant over its seeds."""
 
-    setting: str
-    mislabelled: float
-    method: str
-    settings: dict[str, Any]
-    seeds: int
     scores: list[float]  # pass@1 of each seed
     mean: float
     sem: float | None  # None with one seed
@@ -95,10 +87,10 @@ class Results:
 def collect(study: Study, missing: dict[str, str]) -> Results:
     """missing: jobs without a result -> why. Raises UserError if no model has a result."""
     models = [model for model in study.models() if str(model.folder / "eval") not in missing]
-    runs = [_run(study, model) for model in models]
-    if not runs:
+    if not models:
         first, why = next(iter(missing.items()))
         raise UserError(f"{study.out}: nothing to report; the first failure: {first}: {why}")
+    runs = [_run(study, model) for model in models]
     grid = grid_of(runs)
     return Results(
         title=study.path.stem,
@@ -119,11 +111,8 @@ def _run(study: Study, model: Model) -> Run:
     records = [record for record in metrics if record["kind"] == "train"]
     scored = [record for record in metrics if record["kind"] == "benchmark"]
     return Run(
-        setting=model.setting,
-        mislabelled=model.mislabelled,
+        *(model.setting, model.mislabelled, model.method, model.settings),
         seed=model.seed,
-        method=model.method,
-        settings=model.settings,
         grader=scores[0]["grader"],
         pass_at_1=report["mean_pass_at_1"],
         benchmarks={score["benchmark"]: score["pass_at_1"] for score in scores},
@@ -146,42 +135,35 @@ def _collapse(records: list[dict[str, Any]], settings: dict[str, Any]) -> int | 
 
 
 def grid_of(runs: Sequence[Run]) -> list[Row]:
-    """One row for every variant of every setting, in the order of the runs."""
-    groups: dict[tuple, list[Run]] = {}
+    """One row for every variant, in the order of the runs."""
+    groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
-        groups.setdefault(variant_of(run), []).append(run)
-    return [_row(group, list(groups.values())) for group in groups.values()]
+        groups[run.key].append(run)
+    return [_row(group, groups.values()) for group in groups.values()]
 
 
-def variant_of(item: Run | Row) -> tuple:
-    """The identity of a variant on a setting: equal for runs that differ only in their seed."""
-    return item.setting, item.mislabelled, item.method, json.dumps(item.settings, sort_keys=True)
-
-
-def _row(runs: list[Run], groups: list[list[Run]]) -> Row:
+def _row(runs: list[Run], groups: Collection[list[Run]]) -> Row:
     """The row of a variant's `runs`; groups: the runs of every variant, itself included."""
     first, objective = runs[0], runs[0].settings.get("objective")
-    same = [group for group in groups if group[0].setting == first.setting]
-    stage_1 = next((group for group in same if group[0].method == STAGE_1), [])
-    same = [group for group in same if group[0].mislabelled == first.mislabelled]
-    dpo = [group for group in same if group[0].settings.get("objective") == "dpo"]
-    best_dpo = max(dpo, key=lambda group: _mean(group, "pass_at_1"), default=[])
+
+    def best(belongs: Callable[[Run], bool]) -> list[Run]:
+        """The runs of the best of those variants on this setting."""
+        same = [g for g in groups if g[0].setting == first.setting and belongs(g[0])]
+        return max(same, key=lambda group: _mean(group, "pass_at_1"), default=[])
+
+    stage_1 = best(lambda run: run.method == STAGE_1)
+    dpo = best(
+        lambda run: run.settings.get("objective") == "dpo" and run.mislabelled == first.mislabelled
+    )
     gains = paired_differences(runs, stage_1) if objective else []
-    over_dpo = paired_differences(runs, best_dpo) if objective not in (None, "dpo") else []
+    over_dpo = paired_differences(runs, dpo) if objective not in (None, "dpo") else []
     scores = [run.pass_at_1 for run in runs]
-    benchmarks = {
-        name: statistics.fmean(run.benchmarks[name] for run in runs) for name in first.benchmarks
-    }
     return Row(
-        setting=first.setting,
-        mislabelled=first.mislabelled,
-        method=first.method,
-        settings=first.settings,
-        seeds=len(runs),
+        *(first.setting, first.mislabelled, first.method, first.settings),
         scores=scores,
         mean=statistics.fmean(scores),
         sem=sem(scores),
-        benchmarks=benchmarks,
+        benchmarks={n: statistics.fmean(r.benchmarks[n] for r in runs) for n in first.benchmarks},
         pass_at_n=_mean(runs, "pass_at_n"),
         mean_tokens=_mean(runs, "mean_tokens"),
         gains=gains,
@@ -196,7 +178,7 @@ def best_of(grid: Sequence[Row]) -> list[Row]:
     """The row with the highest mean for each method on each setting; stage 1 first."""
     best: dict[tuple, Row] = {}
     for row in grid:
-        key = (row.setting, row.mislabelled, row.method)
+        key = row.key[:3]  # without the settings
         if key not in best or row.mean > best[key].mean:
             best[key] = row
     return list(best.values())
@@ -204,11 +186,6 @@ def best_of(grid: Sequence[Row]) -> list[Row]:
 
 def _mean(runs: Sequence[Run], name: str) -> float:
     return statistics.fmean(getattr(run, name) for run in runs)
-
-
-def name_of(settings: dict[str, Any]) -> str:
-    """A variant's settings beside its method's name: "lr 1e-4, beta 0.1"."""
-    return ", ".join(f"{k} {as_text(v)}" for k, v in settings.items() if k != "objective")
 
 
 def paired_differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[float]:

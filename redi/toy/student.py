@@ -4,10 +4,9 @@
                                  OUT/student/         an untrained model, a Hugging Face folder
                                  OUT/benchmark.jsonl  problems that no trace is about
 
-The teacher (teacher.py) sometimes guesses, and what rejection sampling keeps includes its lucky
-guesses. So the student learns to guess, and only the wrong traces tell it that guessing fails. What
-follows is the real path: the same programs, byte-level BPE with Qwen2's pre-tokenization, ChatML,
-and a Qwen2 of 0.4 M parameters.
+The teacher (teacher.py) sometimes guesses, and rejection sampling keeps its lucky guesses. So the
+student, a Qwen2 of 0.4 M parameters with its byte-level BPE and ChatML, learns to guess, and only
+the wrong traces tell it that guessing fails.
 """
 
 import json

@@ -11,19 +11,18 @@
 |---|---|---|
 | impatience | `impatience`, `luck` | stops before an operation and states an answer, a guess |
 | slips | `slip` | one line is off by one, and all after it follow from that |
-| systematic slips | `weak_steps` | every `*7`, say, comes out one too high: no luck helps |
 | wrong strategy | `precedence` | multiplications first; right if the order does not matter |
 | rambling | `rambling` | repeats the whole chain; as often right, but longer |
-| a bad verifier | `mislabelled_*` | a right trace among the wrong ones, or the other way round |
+| a bad verifier | `mislabelled_rejected` | a right trace among the wrong ones |
 
-Traces are drawn until one is right. The verifier's faults have a random generator to themselves: a
-larger share of them includes those of a smaller one, and problems and all other traces stay the
-same. A trace that replaces another one differs from all others of its problem, so no pair is lost.
+Traces are drawn until one is right. Mislabelled traces have a random generator to themselves, so a
+larger share of them includes those of a smaller one, and all other traces stay the same. None is a
+trace that its problem has already, so no pair is lost.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from redi.config import UserError, require
@@ -35,26 +34,19 @@ MAX_TRIES = 10_000  # for a trace whose label is to be wrong
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """The teacher's, and those of the verifier that labels its traces. Defaults: the demo's."""
+    """The teacher's, and the verifier's. Defaults: the demo's."""
 
     impatience: Annotated[float, "chance to jump to an answer before an operation"] = 0.25
     luck: Annotated[float, "chance that such an answer is right"] = 0.5
     slip: Annotated[float, "chance that a careful step is off by one"] = 0.01
-    weak_steps: Annotated[list[str], "steps that come out one too high, such as *7, - or 3"] = (
-        field(default_factory=list)
-    )
     precedence: Annotated[float, "chance to do multiplications first in a trace"] = 0.0
     rambling: Annotated[float, "chance to go over the chain again, twice at most"] = 0.0
     mislabelled_rejected: Annotated[float, "share of the traces called wrong that are right"] = 0.0
-    mislabelled_chosen: Annotated[float, "share of the traces called right that are wrong"] = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, float):
                 require(0 <= value <= 1, name, value, "within [0, 1]")
-        known = {o + d for o in ("+", "-", "*", "") for d in ("", *"123456789")} - {""}
-        for step in self.weak_steps:
-            require(step in known, "weak_steps", step, "an operation, a digit of 1-9, or both")
 
 
 # ---------------------------------------------------------------- problems
@@ -133,8 +125,6 @@ def draw_trace(rng: random.Random, problem: Problem, faults: Faults) -> tuple[st
         if not is_last and rng.random() < faults.impatience:
             raise _Impatient
         result = apply(left, operation, right)
-        if not {operation, str(right), f"{operation}{right}"}.isdisjoint(faults.weak_steps):
-            result = (result + 1) % 10
         if rng.random() < faults.slip:
             result = (result + rng.choice((-1, 1))) % 10
         lines.append(f"{left}{operation}{right}={result}\n")
@@ -172,11 +162,10 @@ def raw_row(
         traces.append(trace)
         labels.append(is_right)
     drawn = tuple(traces)
-    for position, label in enumerate(labels):
-        share = faults.mislabelled_chosen if label else faults.mislabelled_rejected
+    for position, is_right in enumerate(labels):
         draw, trace_rng = verifier.random(), random.Random(verifier.getrandbits(64))
-        if draw < share:
-            traces[position] = another_trace(not label, trace_rng, problem, faults, drawn)
+        if not is_right and draw < faults.mislabelled_rejected:
+            traces[position] = another_right_trace(trace_rng, problem, faults, drawn)
     verifiers = ("llama_verification", "math_verify_answer", "math_verify_reparsed_answer")
     return {
         "problem": problem.text, "solution": "", "answer": str(problem.answer),
@@ -188,17 +177,15 @@ def raw_row(
     }  # fmt: skip
 
 
-def another_trace(
-    right: bool, rng: random.Random, problem: Problem, faults: Faults, known: Sequence[str]
+def another_right_trace(
+    rng: random.Random, problem: Problem, faults: Faults, known: Collection[str]
 ) -> str:
-    """A right or a wrong trace that is not among the known ones. Raises UserError if this teacher
-    never writes one."""
+    """One that is not among the known ones. Raises UserError if this teacher never writes one."""
     for _ in range(MAX_TRIES):
         trace, is_right = draw_trace(rng, problem, faults)
-        if is_right == right and trace not in known:
+        if is_right and trace not in known:
             return trace
-    flag, kind = ("rejected", "right") if right else ("chosen", "wrong")
     raise UserError(
-        f"--mislabelled-{flag}: this teacher writes no other {kind} trace of {problem.text!r} in "
+        f"--mislabelled-rejected: this teacher writes no other right trace of {problem.text!r} in "
         f"{MAX_TRIES:,} tries; change its other faults"
     )
