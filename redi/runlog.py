@@ -21,9 +21,8 @@ from redi.config import UserError, fields_that_may_change, load_toml, parse, pro
 from redi.data.files import lock, make_folder, whole_lines, write_aside
 
 
-def is_finished(out: str, config: Any, unwritten: dict[str, Any] | None = None) -> bool:
-    """Whether `out` holds this run, complete. Raises UserError if `out` holds anything else.
-    unwritten: values of settings that older versions did not have, and so did not write."""
+def is_finished(out: str, config: Any) -> bool:
+    """Whether `out` holds this run, complete. Raises UserError if `out` holds anything else."""
     folder, config_file = Path(out), Path(out) / "config.toml"
     if folder.is_file():
         raise UserError(f"--out {out}: is a file; expected a folder")
@@ -31,7 +30,7 @@ def is_finished(out: str, config: Any, unwritten: dict[str, Any] | None = None) 
         return False  # no files at all, or only those of a run that was killed at its start
     if not config_file.is_file():
         raise UserError(f"--out {folder}: holds files but no run; choose another folder")
-    old = (unwritten or {}) | load_toml(config_file, str(config_file))
+    old = load_toml(config_file, str(config_file))
     new = tomllib.loads(to_toml(config))
     changes = "; ".join(
         f"{key} was {old.get(key)!r}, now {new.get(key)!r}"

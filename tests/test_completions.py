@@ -13,7 +13,7 @@ from redi.eval.completions import (
     Store,
     completions_file,
     read_lines,
-    store_problems,
+    store_inputs,
     stored_benchmarks,
     write_lines,
 )
@@ -48,13 +48,15 @@ def assert_finished(out) -> None:
 def test_completions_of_all_ranks_end_in_the_order_of_problems_and_samples(tmp_path):
     stored(tmp_path, 0, ALL[:1])
     assert list(read_lines(unfinished(tmp_path), Completion)) == ALL[:1]  # when append returns
+    with pytest.raises(UserError, match=r"3 of 4 completions are missing; .* an --out that all"):
+        stored(tmp_path).finish()
     stored(tmp_path, 1, ALL[1:])
     left = unfinished(tmp_path, 1).read_bytes()
     everything = stored(tmp_path)
     assert everything.done == {c.key for c in ALL}
     everything.finish()
     assert_finished(tmp_path)
-    unfinished(tmp_path).write_bytes(left)  # a kill just before it was deleted
+    unfinished(tmp_path, 1).write_bytes(left)  # a kill just before it was deleted
     again = stored(tmp_path)
     assert len(again.done) == 4
     again.finish()
@@ -75,42 +77,23 @@ def test_a_line_cut_short_anywhere_is_sampled_again(tmp_path, cut):
     assert_finished(tmp_path)
 
 
-def test_missing_completions_are_counted_and_the_error_says_what_several_nodes_need(tmp_path):
-    stored(tmp_path, 1, ALL[3:])
-    with pytest.raises(UserError, match=r"2 of 4 completions are missing; .* an --out that all"):
-        stored(tmp_path, 0, ALL[:1]).finish()
-    assert unfinished(tmp_path).is_file()
-
-
-def test_a_completion_outside_the_evaluation_is_refused(tmp_path):
-    stored(tmp_path, 0, ALL[1:2])
-    with pytest.raises(UserError, match=r"unfinished-0.*sample 1 of problem 'x' is not part of"):
-        Store(tmp_path, TEST, samples=1)
-
-
 def test_a_completion_survives_its_line(tmp_path):
     original = completion(text='a\n"b" π \u2028', num_tokens=None)
     write_lines(tmp_path / "x.jsonl", [original])
     assert (tmp_path / "x.jsonl").read_bytes().count(b"\n") == 1
     assert list(read_lines(tmp_path / "x.jsonl", Completion)) == [original]
+    row = {"id": "x", "sample": 0, "verdict": "correct", "extracted": "2", "num_tokens": 1}
+    path = write_jsonl(tmp_path / "older.jsonl", [{**row, "loops": False}])
+    assert next(read_lines(path, Mark)).answer_from == "after_think"  # the only rule then
 
 
 @pytest.mark.parametrize("line", ["{}", "{", "[]", json.dumps({**vars(ALL[0]), "score": 1})])
-def test_a_broken_line_is_named(tmp_path, line):
+def test_a_broken_line_and_a_missing_file_are_named(tmp_path, line):
     write_lines(unfinished(tmp_path), ALL[:1])
     with open(unfinished(tmp_path), "a") as file:
         file.write(f"{line}\n")
     with pytest.raises(UserError, match=r"unfinished-0\.jsonl:2: expected JSON with id, sample"):
         stored(tmp_path)
-
-
-def test_marks_of_older_files_were_read_after_the_thinking(tmp_path):
-    row = {"id": "x", "sample": 0, "verdict": "correct", "extracted": "2", "num_tokens": 1}
-    path = write_jsonl(tmp_path / "marks.jsonl", [{**row, "loops": False}])
-    assert next(read_lines(path, Mark)).answer_from == "after_think"
-
-
-def test_a_missing_file_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(UserError, match=r"x\.jsonl: no such file; `python evaluate\.py`"):
         list(read_lines(tmp_path / "x.jsonl", Mark))
 
@@ -118,9 +101,9 @@ def test_a_missing_file_names_the_command_that_makes_it(tmp_path):
 def test_problems_are_stored_as_a_benchmark_and_other_problems_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds no evaluation"):
         stored_benchmarks(tmp_path)
-    store_problems(tmp_path, TEST)
-    store_problems(tmp_path, TEST)
+    store_inputs(tmp_path, [TEST])
+    store_inputs(tmp_path, [TEST])
     assert stored_benchmarks(tmp_path) == [TEST]
     changed = Benchmark("b", [TEST.problems[0], Problem("y", "2+2?", ["5"])])
     with pytest.raises(UserError, match="b: its problems have changed"):
-        store_problems(tmp_path, changed)
+        store_inputs(tmp_path, [changed])

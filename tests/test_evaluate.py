@@ -15,14 +15,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, child, command, finished, main_in_this_process, torchrun, wait_until
+from processes import (
+    ROOT,
+    child,
+    command,
+    finished,
+    main_in_this_process,
+    torchrun,
+    undisturbed,
+    wait_until,
+)
 from small_run import read_jsonl, write_jsonl
 
 from redi import programs
 from redi.checkpoint.folder import load_model
+from redi.data.files import whole_lines
 from redi.distributed import World
 from redi.eval import evaluation, grade
-from redi.eval.completions import Completion, read_lines
+from redi.eval.benchmarks import Problem
 from redi.eval.engine import complete
 from redi.eval.engine.generate import Request
 from redi.eval.engine.sampling import Sampling
@@ -37,81 +47,24 @@ SAMPLING = ["--model", "toy/student", "--benchmark", "toy/benchmark.jsonl", "--t
             "--user-prompt", "plain", "--slots", "2"]  # fmt: skip
 SHORT = [*SAMPLING, "--samples", str(SAMPLES), "--max-new-tokens", "24"]
 LONG = [*SAMPLING, "--samples", "40", "--max-new-tokens", "90"]
-# id, text, finish_reason of another program's completions; A stands for the gold.
-EXTERNAL = [
-    ("0", "</think> \\boxed{A}", "stop"),
-    ("1", "</think> \\boxed{A}", "length"),
-    ("2", "no end of thinking \\boxed{A}", None),
-    ("3", "</think> \\boxed{nothing}", None),
-    ("4", "</think> \\boxed{A} then \\boxed{", None),
-    ("5", "</think> \\boxed{0A}", "stop"),
+EXTERNAL = [  # text and finish_reason of another program's completions; A stands for the gold
+    ("</think> \\boxed{A}", "stop"),
+    ("</think> \\boxed{A}", "length"),
+    ("no end of thinking \\boxed{A}", None),
+    ("</think> \\boxed{nothing}", None),
+    ("</think> \\boxed{A} then \\boxed{", None),
+    ("</think> \\boxed{0A}", "stop"),
 ]
 GIVEN = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory) -> Path:
-    """toy/ with student/ and benchmark.jsonl; made.jsonl; whole/ and given/, two evaluations."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    arguments = [folder / "toy", "--problems", 20, "--benchmark", PROBLEMS]
-    assert main_in_this_process(toy.main, *arguments) == 0
-    golds = [row["answer"] for row in read_jsonl(folder / "toy/benchmark.jsonl")]
-    rows = [
-        {"id": id, "sample": 0, "text": text.replace("A", gold), "finish_reason": reason}
-        for (id, text, reason), gold in zip(EXTERNAL, golds)
-    ]
-    write_jsonl(folder / "made.jsonl", rows)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert evaluated("whole") == 0
-        assert main_in_this_process(programs.evaluate, *GIVEN) == 0
-    return folder
-
-
-@pytest.fixture
-def here(made, tmp_path, monkeypatch) -> Path:
-    """A working folder with toy/, made.jsonl and whole/."""
-    for name in ("toy", "whole"):
-        shutil.copytree(made / name, tmp_path / name)
-    shutil.copy(made / "made.jsonl", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def given(made, here) -> Path:
-    """The same with run/, the evaluation of made.jsonl."""
-    shutil.copytree(made / "run", here / "run")
-    return here / "run"
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture
-def killed_after(monkeypatch):
-    """killed_after(n): sampling dies when n completions exist. Returns a list of their keys."""
-    generate = complete.generate
-
-    def killed_after(count: int) -> list:
-        keys = []
-
-        def dying(*given):
-            for result in generate(*given):
-                if len(keys) == count:
-                    raise Killed
-                keys.append(result.key)
-                yield result
-
-        monkeypatch.setattr(complete, "generate", dying)
-        return keys
-
-    return killed_after
-
-
 def evaluated(out: str, *more) -> int:
     return main_in_this_process(programs.evaluate, *SHORT, "--out", out, *more)
+
+
+def graded(*more) -> int:
+    """made.jsonl, in run/."""
+    return main_in_this_process(programs.evaluate, *GIVEN, *more)
 
 
 def regraded(*more) -> int:
@@ -126,13 +79,77 @@ def report(out: str) -> dict:
     return json.loads(Path(out, "report.json").read_text())
 
 
-def verdicts(grader: str) -> list[str]:
-    return [row["verdict"] for row in read_jsonl(f"run/verdicts/{grader}/benchmark.jsonl")]
+def verdicts(grader: str) -> str:
+    """The verdicts' initials: "c i n t" for correct, incorrect, no_answer, truncated."""
+    rows = read_jsonl(f"run/verdicts/{grader}/benchmark.jsonl")
+    return " ".join(row["verdict"][0] for row in rows)
 
 
 def unfinished(out: str) -> list[bytes]:
     files = Path(out).glob("completions/*.unfinished-*.jsonl")
-    return [line for file in files for line in file.read_bytes().splitlines()]
+    return [line for file in files for line in whole_lines(file)]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> Path:
+    """toy/ with student/ and benchmark.jsonl; made.jsonl; whole/ and run/, two evaluations."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    arguments = [folder / "toy", "--problems", 20, "--benchmark", PROBLEMS]
+    assert main_in_this_process(toy.main, *arguments) == 0
+    golds = [row["answer"] for row in read_jsonl(folder / "toy/benchmark.jsonl")]
+    rows = [
+        {"id": id, "sample": 0, "text": text.replace("A", gold), "finish_reason": reason}
+        for id, ((text, reason), gold) in enumerate(zip(EXTERNAL, golds))
+    ]
+    write_jsonl(folder / "made.jsonl", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert evaluated("whole") == graded() == 0
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch) -> Path:
+    """A working folder with toy/, made.jsonl and whole/."""
+    for name in ("toy", "whole"):
+        shutil.copytree(made / name, tmp_path / name)
+    shutil.copy(made / "made.jsonl", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def given(made, here) -> None:
+    """The same with run/, the evaluation of made.jsonl."""
+    shutil.copytree(made / "run", "run")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def killed_after(monkeypatch):
+    """killed_after(n, flags): evaluate into run/ until n completions exist, then die. Returns the
+    keys of these. What is evaluated later is not killed."""
+
+    def killed_after(count: int, *flags: str, out: str = "run") -> list:
+        keys, generate = [], complete.generate
+
+        def dying(*given):
+            for result in generate(*given):
+                if len(keys) == count:
+                    raise Killed
+                keys.append(result.key)
+                yield result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(complete, "generate", dying)
+            with pytest.raises(Killed):
+                evaluated(out, *flags)
+        return keys
+
+    return killed_after
 
 
 # ---------------------------------------------------------------- survival
@@ -144,10 +161,7 @@ def test_a_killed_evaluation_resumes_and_ends_in_the_same_bytes(
     """Also with less memory and fewer slots, which change no answer."""
     keys = []
     for number in (3, 0, 5):
-        new = killed_after(number)
-        with pytest.raises(Killed):
-            evaluated("run")
-        keys += new
+        keys += killed_after(number)
         assert len(unfinished("run")) == len(keys)
     assert regraded("--grader", "paper") == 2
     assert "completions/benchmark.jsonl: no such file" in capsys.readouterr().err
@@ -155,154 +169,90 @@ def test_a_killed_evaluation_resumes_and_ends_in_the_same_bytes(
 
     with monkeypatch.context() as patch:
         patch.delattr(grade.Grader, "marks")
-        new = killed_after(-1)
         with pytest.raises(AttributeError):  # it dies while grading
             evaluated("run", "--slots", "1", "--cache-gib", "0.02")
-    assert len({*keys, *new}) == len([*keys, *new]) == PROBLEMS * SAMPLES  # none is sampled twice
+    assert "run holds 8 of 12 completions" in capsys.readouterr().out
+    assert len(set(keys)) == 8  # none is sampled twice
     assert not Path("run/report.json").exists()
-    killed_after(0)  # sampling anything would die
+    monkeypatch.setattr(complete, "generate", lambda *given: iter(()))  # samples nothing
     assert evaluated("run") == 0
     assert contents("run") == contents("whole")
 
 
-def test_an_evaluation_that_did_not_record_its_grader_resumes_with_math_verify(
-    here, killed_after, capsys
-):
-    """As older versions did not."""
-    killed_after(0)
-    with pytest.raises(Killed):
-        evaluated("run", "--grader", "math-verify")
-    settings = Path("run/config.toml")
-    settings.write_text(settings.read_text().replace('grader = "math-verify"\n', ""))
-    assert evaluated("run") == 2
-    assert "holds another run (grader was 'math-verify', now 'both')" in capsys.readouterr().err
-    with pytest.raises(Killed):
-        evaluated("run", "--grader", "math-verify")
-
-
-COUNTED = """
-import os, sys
-from redi import programs
-from redi.model import Layers
-
-os.makedirs(folder := sys.argv.pop(1), exist_ok=True)
-file = os.open(f"{folder}/{os.getpid()}", os.O_WRONLY | os.O_CREAT)
-total, forward = 0, Layers.forward
-
-def counted(self, tokens, *rest):
-    global total
-    total += tokens.numel()
-    os.pwrite(file, b"%020d" % total, 0)  # first: a kill may come within the pass
-    return forward(self, tokens, *rest)
-
-Layers.forward = counted
-programs.evaluate()
-"""
-
-
 @pytest.mark.slow
 def test_an_evaluation_killed_ten_times_by_the_clock_ends_in_the_same_bytes(here):
-    """At random moments, on one rank or two. The model reads at most 1.1 times the tokens: prompts,
-    and all of each answer but its last token."""
-    Path("counted.py").write_text(COUNTED)
+    """At random moments, on one rank or two. What is on disk is never sampled again: a kill costs
+    the answers that were being written."""
 
     def start(out: str, ranks: int = 1):
-        program = ["counted.py", f"{out}.tokens", *LONG, "--out", out]
+        program = [ROOT / "evaluate.py", *LONG, "--out", out]
         return command(*program) if ranks == 1 else torchrun(ranks, *program)
 
-    def tokens_read(out: str) -> int:
-        return sum(int(file.read_text()) for file in Path(f"{out}.tokens").iterdir())
-
     assert start("long").wait() == 0
-    export = [*LONG, "--export-prompts", "prompts.jsonl"]
-    assert main_in_this_process(programs.evaluate, *export) == 0
-    prompts = sum(len(row["prompt_token_ids"]) for row in read_jsonl("prompts.jsonl"))
-    completions = read_jsonl("long/completions/benchmark.jsonl")
-    answers = sum(row["num_tokens"] for row in completions)
-    assert tokens_read("long") == prompts + answers - len(completions)
-
-    draw = random.Random(1)
-    for number, target in enumerate(sorted(draw.sample(range(len(completions) - 10), 10))):
-        running = start("killed", ranks=2 if number in (3, 7) else 1)
-        wait_until(lambda: len(unfinished("killed")) >= target, running, 300)  # noqa: B023
+    draw, kept = random.Random(1), []
+    for number, target in enumerate(sorted(draw.sample(range(PROBLEMS * 40 - 10), 10))):
+        running = start("run", ranks=2 if number in (3, 7) else 1)
+        wait_until(lambda: len(unfinished("run")) >= target, running, 300)  # noqa: B023
         time.sleep(draw.uniform(0, 0.05))
-        for pid in [*children(running.pid), running.pid]:
-            os.kill(pid, signal.SIGKILL)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        for pid in [*children, running.pid]:
+            os.kill(int(pid), signal.SIGKILL)
         running.communicate()
-        assert not Path("killed/report.json").exists()
-    assert start("killed").wait() == 0
-    assert contents("killed") == contents("long")
-    ratio = tokens_read("killed") / tokens_read("long")
-    print(f"tokens read, over those without kills: {ratio:.3f}")
-    assert ratio <= 1.1
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        assert not Path("run/report.json").exists()
+        sampled = [(row["id"], row["sample"]) for row in map(json.loads, unfinished("run"))]
+        assert len(set(sampled)) == len(sampled)
+        assert set(kept) <= set(sampled)
+        kept = sampled
+    assert start("run").wait() == 0
+    assert contents("run") == contents("long")
 
 
 def test_two_ranks_share_the_problems_that_one_left(here, killed_after):
     killed_after(3)
-    with pytest.raises(Killed):
-        evaluated("two")
-    running = torchrun(2, ROOT / "evaluate.py", *SHORT, "--out", "two")
-    shown, errors = running.communicate(timeout=100)
-    assert running.returncode == 0, errors
-    assert "two holds 3 of 12 completions; the rest are sampled now" in shown
-    assert shown.count("saved two/report.html") == 1
-    assert contents("two") == contents("whole")
+    first, second = undisturbed(here, [*SHORT, "--out", "run"], main=programs.evaluate)
+    assert "run holds 3 of 12 completions; the rest are sampled now" in first.shown
+    assert (first.shown + second.shown).count("saved run/report.html") == 1
+    assert contents("run") == contents("whole")
 
 
-def test_ranks_take_whole_problems_of_one_list_as_their_rows_become_free(here):
+def test_ranks_take_whole_problems_as_their_rows_become_free(here):
+    """Two ranks with one list, in turns: no problem is taken twice, none before a row is free."""
+    problems = [Problem(str(number), "?", ["1"]) for number in range(6)]
     requests = [Request(key, (1 + key // 2, 2, 3), 8) for key in range(12)]
-    prompted = [PromptedSample("b", str(r.key // 2), r.key % 2, r) for r in requests]
+    prompted = [PromptedSample("b", problems[r.key // 2], r.key % 2, r) for r in requests]
     counters = complete.shared_counters(World(0, 1, torch.device("cpu")))
     ranks = [complete.take_problems(prompted, counters) for _ in range(2)]
-    first = [next(ranks[rank])[0].key for rank in (0, 1, 1)]
-    assert first == [0, 2, 4]  # no problem twice
+    assert [next(ranks[rank])[0].key for rank in (0, 1, 1)] == [0, 2, 4]
     model, _ = load_model("toy/student")
-    taken, keys = [], []
-
-    def groups():
-        for group in ranks[0]:
-            taken.append(group)
-            yield group
-
-    for result in complete.generate(model, requests, [], Sampling(0, 1, 0), 2, taken=groups()):
-        keys.append(result.key)
-        assert len(taken) == (len(keys) + 1) // 2
-    assert sorted(keys) == list(range(6, 12))
-    assert next(ranks[1], None) is None
+    results = complete.generate(model, requests, [], Sampling(0, 1, 0), 2, taken=ranks[0])
+    done = [next(results).key]
+    assert next(ranks[1])[0].key == 8  # the first rank has not taken it
+    done += [result.key for result in results]
+    assert sorted(done) == [6, 7, 10, 11]
 
 
 def test_a_real_kill_a_second_process_and_ctrl_c(here):
-    def start():
-        return child(here, [*LONG, "--out", "run"], main=programs.evaluate)
-
-    def wait_for(number: int, running) -> None:
+    def start(number: int = 0):
+        """Returns when the folder holds this number of completions."""
+        running = child(here, [*LONG, "--out", "run"], main=programs.evaluate)
         wait_until(lambda: len(unfinished("run")) >= number or running.process.exitcode is not None)
         assert running.process.exitcode is None, running.errors
+        return running
 
-    first = start()
-    wait_for(1, first)
-    second = start()
+    first, second = start(1), start()
     second.ends(2)
     assert second.errors.splitlines() == ["error: --out run: another process is running there"]
     os.kill(first.process.pid, signal.SIGKILL)
     first.ends(-signal.SIGKILL)
     kept = unfinished("run")
 
-    third = start()
-    wait_for(len(kept) + 1, third)
+    third = start(len(kept) + 1)
     os.kill(third.process.pid, signal.SIGINT)
     third.ends(130)
+    held = f"run holds {len(unfinished('run'))} of {PROBLEMS * 40} completions"
     line = [line for line in third.errors.splitlines() if line][-1]
-    number = len(unfinished("run"))
-    expected = (
-        f"stopped: run holds {number} of {PROBLEMS * 40} completions; the same command resumes"
-    )
-    assert line == expected
-    assert set(kept[:-1]) <= set(unfinished("run"))
+    assert line == f"stopped: {held}; the same command resumes"
+    assert set(kept) <= set(unfinished("run"))
 
 
 CHANGES = [  # a file of toy/, what replaces what in it, the words of the refusal
@@ -330,13 +280,10 @@ def test_ranks_compare_settings_model_and_problems(here, killed_after, monkeypat
     """What differs between two evaluations is what two ranks would be refused for."""
     compared = []
     monkeypatch.setattr(evaluation, "require_same", lambda values, _: compared.append(values))
-    killed_after(0)
-    with pytest.raises(Killed):
-        evaluated("one")
+    killed_after(0, out="one")
     for name, before, after, _ in CHANGES:
         change(name, before, after)
-    with pytest.raises(Killed):
-        evaluated("two", "--seed", "1", "--slots", "3", "--graders", "1")
+    killed_after(0, "--seed", "1", "--slots", "3", "--graders", "1", out="two")
     differ = [[k for k in a if b[k] != a[k]] for a, b in zip(compared, compared[3:])]
     model = ["weights", "tokenizer", "config.json or stop tokens"]
     assert differ == [["out", "seed"], ["sha256 of --benchmark"], model]
@@ -346,8 +293,6 @@ def test_what_changes_under_an_evaluation_is_refused_by_name(here, killed_after,
     """Under one that has begun, and under one that is finished."""
     shutil.copytree("toy", "before")
     killed_after(2)
-    with pytest.raises(Killed):
-        evaluated("run")
     for count in (2, 0):
         assert len(unfinished("run")) == count
         for name, before, after, refusal in CHANGES:
@@ -356,7 +301,6 @@ def test_what_changes_under_an_evaluation_is_refused_by_name(here, killed_after,
             assert refusal in capsys.readouterr().err
             shutil.copy(Path("before", name), Path("toy", name))
         assert len(unfinished("run")) == count
-        killed_after(-1)
         assert evaluated("run") == 0
         assert contents("run") == contents("whole")
     assert "is finished" in capsys.readouterr().out
@@ -369,31 +313,26 @@ def test_a_gold_that_cannot_be_read_is_reported_before_sampling(here, killed_aft
     odd = {"id": "odd", "problem": "1?", "answer": "\\frac{1}{"}
     write_jsonl(Path("toy/benchmark.jsonl"), [*read_jsonl("toy/benchmark.jsonl"), odd])
     killed_after(0)
-    with pytest.raises(Killed):
-        evaluated("run")
     assert "benchmark: 1 gold answers cannot be read" in capsys.readouterr().out
 
 
 def test_completions_of_another_program_are_graded_and_reported_like_our_own(given, capsys):
-    assert verdicts("math-verify") == [
-        "correct", "truncated", "no_answer", "incorrect", "correct", "correct",
-    ]  # fmt: skip
+    assert verdicts("math-verify") == "c t n i c c"
     found = report("run")
     assert found["model"] == "made.jsonl"
     assert found["settings"]["samples"] == 1
     assert "temperature" not in found["settings"]  # unknown
     [score] = found["benchmarks"]
-    assert score["pass_at_1"] == 0.5
-    assert score["mean_tokens"] is None
+    assert (score["pass_at_1"], score["mean_tokens"]) == (0.5, None)
     assert contents("run")
-    assert main_in_this_process(programs.evaluate, *GIVEN) == 0
+    assert graded() == 0
     assert "is finished" in capsys.readouterr().out
     rows = read_jsonl("made.jsonl")
     write_jsonl(Path("made.jsonl"), [{**rows[0], "text": "something else"}, *rows[1:]])
-    assert main_in_this_process(programs.evaluate, *GIVEN) == 2
+    assert graded() == 2
     assert "holds other completions; choose another --out" in capsys.readouterr().err
     write_jsonl(Path("made.jsonl"), rows[:-1])
-    assert main_in_this_process(programs.evaluate, *GIVEN[:-1], "new") == 2
+    assert graded("--out", "new") == 2
     assert "problem '5' has samples []" in capsys.readouterr().err
     assert not Path("new").exists()
 
@@ -402,21 +341,17 @@ def test_exported_prompts_answered_by_another_program_score_as_our_own(here):
     """The other program is our own sampling; only files go back and forth."""
     assert evaluated("unused", "--export-prompts", "prompts.jsonl") == 0
     assert not Path("unused").exists()
-    own = {c.key: c for c in read_lines(Path("whole/completions/benchmark.jsonl"), Completion)}
-    rows = []
-    for prompt in read_jsonl("prompts.jsonl"):
-        for sample in range(prompt["samples"]):
-            rows.append(vars(own[prompt["id"], sample]))
-    write_jsonl(Path("made.jsonl"), rows)
+    own = {(c["id"], c["sample"]): c for c in read_jsonl("whole/completions/benchmark.jsonl")}
+    prompts = read_jsonl("prompts.jsonl")
+    answers = [own[prompt["id"], k] for prompt in prompts for k in range(prompt["samples"])]
+    write_jsonl(Path("made.jsonl"), answers)
     assert evaluated("made", "--completions", "made.jsonl") == 0
     assert report("whole")["benchmarks"] == report("made")["benchmarks"]
 
 
 def test_the_papers_grader_has_its_own_verdicts_beside_ours(given):
     before = contents("run")
-    assert verdicts("paper") == [
-        "correct", "correct", "no_answer", "incorrect", "no_answer", "correct",
-    ]  # fmt: skip
+    assert verdicts("paper") == "c c n i n c"
     both = report("run")
     assert (both["grader"], both["mean_pass_at_1"]) == ("both", 3 / 6)
     graders = [score["grader"] for score in both["benchmarks"] + both["other_grader"]]
@@ -437,21 +372,18 @@ def test_the_papers_grader_has_its_own_verdicts_beside_ours(given):
 
 
 def test_a_model_that_does_not_think_is_graded_by_its_whole_responses(here):
-    assert main_in_this_process(programs.evaluate, *GIVEN, "--prefix", "") == 0
-    whole = ["correct", "truncated", "correct", "incorrect", "correct", "correct"]
-    steps = [
-        ([], "whole", "in the whole response", whole),
-        (["--answer-from", "after_think"], "after_think", "after </think>",
-         [*whole[:2], "no_answer", *whole[3:]]),
-        ([], "whole", "in the whole response", whole),  # the rule of the run
-    ]  # fmt: skip
-    for number, (flags, rule, words, expected) in enumerate(steps):
-        assert number == 0 or regraded(*flags) == 0
+    assert graded("--prefix", "") == 0
+    for flags, rule, words, expected in (
+        (None, "whole", "in the whole response", "c t c i c c"),
+        (["--answer-from", "after_think"], "after_think", "after </think>", "c t n i c c"),
+        ([], "whole", "in the whole response", "c t c i c c"),  # the rule of the run
+    ):
+        assert flags is None or regraded(*flags) == 0
         assert verdicts("math-verify") == expected
         assert report("run")["benchmarks"][0]["answer_from"] == rule
         assert words in Path("run/report.md").read_text()
-        assert (
-            words.replace(">", "&gt;").replace("<", "&lt;") in Path("run/report.html").read_text()
+        assert words in Path("run/report.html").read_text().replace("&lt;", "<").replace(
+            "&gt;", ">"
         )
 
 

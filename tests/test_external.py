@@ -41,22 +41,23 @@ def test_the_finish_reasons_of_other_programs_are_known(read):
     assert [c.finish_reason for c in found["b"][:8]] == ["stop"] * 4 + ["length"] * 4
 
 
+THREE = [row(benchmark="b"), row("7", benchmark="b"), row(benchmark="c")]
+
+
 def test_each_row_names_its_benchmark_if_there_are_several(read):
-    rows = row(benchmark="b"), row("7", benchmark="b"), row(benchmark="c")
-    _, found = read(*rows, tests=BOTH)
+    _, found = read(*THREE, tests=BOTH)
     assert [len(found[name]) for name in ("b", "c")] == [2, 1]
-    with pytest.raises(UserError, match=r"made\.jsonl:1: no benchmark; expected b or c"):
-        read(row(), tests=BOTH)
-    with pytest.raises(UserError, match=r"benchmark 'd'; expected b or c"):
-        read(row(benchmark="d"), tests=BOTH)
-    with pytest.raises(
-        UserError, match=r"as many samples for each benchmark, got {'b': 1, 'c': 2}"
+    for rows, message in (
+        ([row()], r"made\.jsonl:1: no benchmark; expected b or c"),
+        ([row(benchmark="d")], r"benchmark 'd'; expected b or c"),
+        ([*THREE, row(sample=1, benchmark="c")], r"each benchmark, got {'b': 1, 'c': 2}"),
     ):
-        read(*rows, row(sample=1, benchmark="c"), tests=BOTH)
+        with pytest.raises(UserError, match=message):
+            read(*rows, tests=BOTH)
 
 
 BROKEN = [  # rows, the one line of the error
-    ([row(), row("7"), row()], r"made\.jsonl: b: problem 'x' has sample 0 twice"),
+    ([row(), row("7"), row()], r"made\.jsonl: b: problem 'x' has samples \[0, 0\], expected 0 to"),
     ([row()], r"problem '7' has samples \[\], expected 0 to 0"),
     ([row(sample=10**9), row("7")], r"problem 'x' has samples \[1000000000\], expected 0 to 0"),
     ([row("9")], r"made\.jsonl: b: holds no problem '9'"),
@@ -85,18 +86,19 @@ def test_a_broken_file_is_refused_in_one_line(read, rows, message):
 
 
 def test_exported_prompts_are_what_our_own_sampling_reads(save_qwen2, save_tokenizer, tmp_path):
-    save_qwen2(tmp_path / "model", max_position_embeddings=1024)
-    save_tokenizer(tmp_path / "model")
-    _, source = open_model(tmp_path / "model")
+    save_qwen2(tmp_path, max_position_embeddings=1024)
+    source = open_model(save_tokenizer(tmp_path))[1]
     config = EvalConfig(samples=3, max_new_tokens=100)
-    path = tmp_path / "prompts.jsonl"
-    assert export_prompts(path, TESTS, source, config) == 2
+    prompted, path = prompt_samples(TESTS, source, config), tmp_path / "prompts.jsonl"
+    export_prompts(path, prompted, source, config)
     rows = read_jsonl(path)
-    own = [one.request for one in prompt_samples(TESTS[0], source, config)]
-    assert [tuple(row["prompt_token_ids"]) for row in rows] == [r.prompt_ids for r in own[::3]]
-    assert [row["max_tokens"] for row in rows] == [100, 100]
-    assert rows[0]["stop_token_ids"] == source.stop_ids != []
-    assert rows[0]["messages"] == [{"role": "user", "content": PAPER_PROMPT + "1+1?"}]
-    assert rows[0]["prompt"].endswith("<|im_start|>assistant\n<think>\n")
-    assert (rows[1]["benchmark"], rows[1]["id"], rows[1]["samples"]) == ("b", "7", 3)
-    assert (rows[1]["temperature"], rows[1]["top_p"]) == (0.6, 0.95)
+    requests = [one.request for one in prompted[::3]]
+    assert [tuple(row.pop("prompt_token_ids")) for row in rows] == [r.prompt_ids for r in requests]
+    assert rows[0].pop("prompt").endswith("<|im_start|>assistant\n<think>\n")
+    assert rows[0].pop("messages") == [{"role": "user", "content": PAPER_PROMPT + "1+1?"}]
+    assert rows[0] == {
+        "benchmark": "b", "id": "x", "samples": 3, "temperature": 0.6, "top_p": 0.95,
+        "max_tokens": 100, "stop_token_ids": source.stop_ids,
+    }  # fmt: skip
+    assert rows[1]["id"] == "7"
+    assert source.stop_ids

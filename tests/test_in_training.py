@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 import torch
-from processes import main_in_this_process, ranks
+from processes import main_in_this_process, undisturbed
 from small_run import SFT, records, run, sft_config, steps, weights, write_jsonl
 
 from redi import programs
@@ -13,11 +14,9 @@ from redi.config import UserError
 from redi.eval import in_training
 
 SETTINGS = {
-    "eval_benchmark": "benchmark.jsonl",
-    "eval_samples": 3,
-    "eval_temperature": 0.8,
+    "eval_benchmark": "benchmark.jsonl", "eval_samples": 3, "eval_temperature": 0.8,
     "eval_every": 2,
-}
+}  # fmt: skip
 FLAGS = [part for k, v in SETTINGS.items() for part in (f"--{k.replace('_', '-')}", str(v))]
 
 
@@ -49,29 +48,25 @@ def test_scores_are_those_of_evaluate_and_training_does_not_notice(problems):
 def test_two_ranks_score_and_train_as_without_a_benchmark_or_a_second_rank(problems):
     run(sft_config(out="alone", epochs=2, cache="tokens", **SETTINGS))
     alone = steps(records("alone"), "benchmark")
-    for out, flags in (("zero-2", []), ("zero-3", ["--reshard-after-forward", "true"])):
-        for more in ([*FLAGS, "--out", out], ["--out", f"plain {out}"]):
-            for rank in ranks(problems, [*SFT, *more, *flags], None, None):
-                rank.ends(0)
-        together = steps(records(out), "benchmark")
-        assert [r["step"] for r in together] == [r["step"] for r in alone]
-        for one, other in zip(together, alone):
+    for reshard in ("false", "true"):
+        for out, more in (("scored", FLAGS), ("plain", [])):
+            flags = ["--out", f"{out} {reshard}", "--reshard-after-forward", reshard, *more]
+            undisturbed(problems, [*SFT, *flags])
+        together = records(f"scored {reshard}")
+        assert steps(together) == steps(records(f"plain {reshard}"))
+        for one, other in zip(steps(together, "benchmark"), alone, strict=True):
             assert one == pytest.approx(other)
-        assert steps(records(out)) == steps(records(f"plain {out}"))
 
 
 def test_training_gets_its_memory_back_and_logs_its_own_peak(monkeypatch):
-    calls = []
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        record = lambda *given, name=name: calls.append((name, *given))  # noqa: E731
-        monkeypatch.setattr(torch.cuda, name, record)
+    monkeypatch.setattr(torch, "cuda", Mock())
     with in_training.memory_lent(torch.device("cpu")):
-        assert calls == []
+        assert torch.cuda.mock_calls == []
     cuda = torch.device("cuda", 0)
     with in_training.memory_lent(cuda):
-        calls.append("evaluation")
-    cache = ("empty_cache",)
-    assert calls == [cache, "evaluation", cache, ("reset_peak_memory_stats", cuda)]
+        torch.cuda.evaluate()
+    around = [call.empty_cache(), call.evaluate(), call.empty_cache()]
+    assert torch.cuda.mock_calls == [*around, call.reset_peak_memory_stats(cuda)]
 
 
 def test_a_missing_benchmark_is_found_before_training(here):

@@ -7,57 +7,53 @@ import pytest
 from redi.checkpoint.folder import open_model
 from redi.config import UserError, parse
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
-from redi.eval.external import export_prompts
-from redi.eval.protocol import EvalConfig, check_limit, make_prompt, prompt_samples
+from redi.eval.protocol import EvalConfig, PromptedSample, check_limit, prompt_samples
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TEST = Benchmark("b", [Problem("short", "1+1?", ["2"]), Problem("long", "1+1?" * 20, ["2"])])
 
 
-@pytest.fixture(scope="module")
-def source(save_qwen2, save_tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_qwen2(folder, max_position_embeddings=512)
-    save_tokenizer(folder)
-    return open_model(folder)[1]
+@pytest.fixture
+def prompted(save_qwen2, save_tokenizer, tmp_path):
+    """prompted(**settings): a sample of each problem, for a model with a context of 512 tokens."""
+    save_qwen2(tmp_path, max_position_embeddings=512)
+    source = open_model(save_tokenizer(tmp_path))[1]
+
+    def prompted(**settings) -> list[PromptedSample]:
+        config = EvalConfig(**{"user_prompt": "plain", "samples": 2, **settings})
+        samples = prompt_samples([TEST], source, config)
+        check_limit(samples, source, config)
+        return samples[::2]
+
+    prompted.source = source
+    return prompted
 
 
-def settings(**changes) -> EvalConfig:
-    return EvalConfig(user_prompt="plain", samples=2, **changes)
-
-
-def rooms(source, config: EvalConfig) -> list[int]:
-    return [one.request.max_new_tokens for one in prompt_samples(TEST, source, config)[::2]]
-
-
-def test_an_answer_may_use_what_the_context_leaves(source):
-    lengths = [len(make_prompt(TEST, p, source, settings())[0]) for p in TEST.problems]
-    assert rooms(source, settings()) == [512 - length for length in lengths]
-    between = 512 - sum(lengths) // 2  # fits behind the short prompt alone
-    assert rooms(source, settings(max_new_tokens=between)) == [between, 512 - lengths[1]]
-
-
-def test_a_limit_beyond_the_context_is_refused_unless_it_is_the_default(source, tmp_path, capsys):
-    config = settings(max_new_tokens=513)
-    with pytest.raises(UserError, match=r"^--max-new-tokens: expected at most 512, .*; got 513$"):
-        check_limit(rooms(source, config), source, config)
-    with pytest.raises(UserError, match="got 513"):
-        export_prompts(tmp_path / "prompts.jsonl", [TEST], source, config)
-    assert not any(tmp_path.iterdir())
-    check_limit(rooms(source, settings()), source, settings())
+def test_an_answer_may_use_what_the_context_leaves(prompted, capsys):
+    """Prompts that leave less than the limit are counted in one line."""
+    first, second = prompted()
     assert "behind 2 of 2 prompts" in capsys.readouterr().out
+    left = [512 - len(one.request.prompt_ids) for one in (first, second)]
+    assert [one.request.max_new_tokens for one in (first, second)] == left
+    for limit, shown in (
+        (left[1], ""),
+        (left[1] + 1, f"the context of 512 tokens leaves less than --max-new-tokens {left[1] + 1} "
+                      f"behind 1 of 2 prompts: {left[1]} at least\n"),
+    ):  # fmt: skip
+        rooms = [one.request.max_new_tokens for one in prompted(max_new_tokens=limit)]
+        assert rooms == [limit, left[1]]
+        assert capsys.readouterr().out == shown
 
 
-def test_prompts_that_leave_less_than_the_limit_are_counted_in_one_line(source, capsys):
-    longest = 512 - len(make_prompt(TEST, TEST.problems[1], source, settings())[0])
-    for limit in (longest, longest + 1):
-        assert capsys.readouterr().out == ""
-        config = settings(max_new_tokens=limit)
-        check_limit(rooms(source, config), source, config)
-    assert capsys.readouterr().out == (
-        f"the context of 512 tokens leaves less than --max-new-tokens {longest + 1} behind "
-        f"1 of 2 prompts: {longest} at least\n"
-    )
+def test_a_limit_beyond_the_context_is_refused_unless_it_is_the_default(prompted):
+    with pytest.raises(UserError, match=r"^--max-new-tokens: expected at most 512, .*; got 513$"):
+        prompted(max_new_tokens=513)
+    long = Benchmark("c", [Problem("7", "1+1?" * 400, ["2"])])
+    for settings, hint in (({"user_prompt": "plain"}, "out$"), ({}, "out or choose --user-prompt")):
+        with pytest.raises(
+            UserError, match=rf"^c: the prompt of problem 7 is \d+ .* 512; .*{hint}"
+        ):
+            prompt_samples([long], prompted.source, EvalConfig(**settings))
 
 
 def test_the_presets_are_the_papers_protocols():
@@ -72,10 +68,10 @@ def test_the_presets_are_the_papers_protocols():
         assert found == (0.6, 0.95, "paper", "<think>\n")
 
 
-def test_the_prompt_is_the_papers_word_for_word(source):
-    problem = Benchmark("b", [Problem("0", "What is $1+1$?", ["2"])])
-    prompt, _ = make_prompt(problem, problem.problems[0], source, EvalConfig(max_new_tokens=1))
-    assert source.chat.tokenizer.decode(prompt, skip_special_tokens=False) == (
+def test_the_prompt_is_the_papers_word_for_word(prompted):
+    first, _ = prompted(user_prompt="paper", max_new_tokens=1)
+    decode = prompted.source.chat.tokenizer.decode
+    assert decode(first.request.prompt_ids, skip_special_tokens=False) == (
         "<|im_start|>system\n"
         "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
         "<|im_start|>user\n"
@@ -84,7 +80,7 @@ def test_the_prompt_is_the_papers_word_for_word(source):
         "hope it is correct' (without quotes) where ANSWER is just the final number or expression "
         "that solves the problem. Think step by step before answering.\n"
         "\n"
-        "What is $1+1$?<|im_end|>\n"
+        "1+1?<|im_end|>\n"
         "<|im_start|>assistant\n"
         "<think>\n"
     )

@@ -5,18 +5,18 @@ r"""An evaluation on disk: problems, completions, and what graders decided.
     OUT/completions/NAME.unfinished-R.jsonl   those of rank R so far, while some are missing
     OUT/verdicts/GRADER/NAME.jsonl       one line per completion: extracted answer, verdict; no text
 
-Completions are facts and verdicts are opinions, so they have separate files: grading again writes a
-few hundred kilobytes beside gigabytes of text that never change. A completion is appended in one
-write as soon as it is finished. A killed evaluation resumes from the files of all ranks, drops a
-line that was cut short, and samples the rest. Left out: resuming within a completion; checks of
-the types of fields, since only redi writes these files.
+Grading again writes a few hundred kilobytes beside gigabytes of text that never change. A
+completion is appended in one write as soon as it is finished. A killed evaluation resumes from the
+files of all ranks, drops a line that was cut short, and samples the rest. Left out: resuming within
+a completion; checks of the types of fields, since only redi writes these files.
 """
 
 import dataclasses
 import glob
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,7 +60,12 @@ class Mark(_Sample):
 L = TypeVar("L", Completion, Mark)
 
 
-# ---------------------------------------------------------------- lines
+def completions_file(out: Path, name: str) -> Path:
+    return out / "completions" / f"{name}.jsonl"
+
+
+def marks_file(out: Path, grader: str, name: str) -> Path:
+    return out / "verdicts" / grader / f"{name}.jsonl"
 
 
 def read_lines(path: Path, kind: type[L]) -> Iterator[L]:
@@ -81,41 +86,59 @@ def read_lines(path: Path, kind: type[L]) -> Iterator[L]:
 def write_lines(path: Path, rows: Iterable[Completion | Mark]) -> None:
     make_folder(path.parent)
     with write_aside(path) as file:
-        file.writelines(map(_to_line, rows))
+        file.writelines(to_line(asdict(row)) for row in rows)
 
 
-def _to_line(row: Completion | Mark) -> str:
-    return json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n"
+def to_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def completions_file(out: Path, name: str) -> Path:
-    return out / "completions" / f"{name}.jsonl"
+def by_problem(test: Benchmark, rows: Sequence[L]) -> list[list[L]]:
+    """Each problem's completions or marks, by sample. Raises UserError: an unknown problem, a
+    sample that occurs twice or is missing, for then neither the SEM nor pass@k is defined."""
+    found: dict[str, list[L]] = {problem.id: [] for problem in test.problems}
+    for row in sorted(rows, key=lambda row: row.sample):
+        if row.id not in found:
+            raise UserError(f"{test.name}: holds no problem {row.id!r}")
+        found[row.id].append(row)
+    n = max(1, *(len({row.sample for row in samples}) for samples in found.values()))
+    for id, samples in found.items():
+        numbers = [row.sample for row in samples]
+        if numbers != list(range(n)):
+            raise UserError(
+                f"{test.name}: problem {id!r} has samples {numbers}, expected 0 to {n - 1}"
+            )
+    return list(found.values())
 
 
-def marks_file(out: Path, grader: str, name: str) -> Path:
-    return out / "verdicts" / grader / f"{name}.jsonl"
+# ---------------------------------------------------------------- what an evaluation starts from
 
 
-# ---------------------------------------------------------------- problems
-
-
-def store_problems(out: Path, test: Benchmark) -> None:
-    """Write the problems of an evaluation. Raises UserError if the folder holds other problems of
-    that name: their completions would be graded against these answers."""
-    path = out / "problems" / f"{test.name}.jsonl"
-    if path.is_file():
-        if load(path).problems != test.problems:
+def store_inputs(
+    out: Path, tests: Sequence[Benchmark], given: dict[str, list[Completion]] | None = None
+) -> None:
+    """Write the problems, and another program's completions by benchmark. Raises UserError if the
+    folder holds others: they have changed since the evaluation began."""
+    for test in tests:
+        path = out / "problems" / f"{test.name}.jsonl"
+        if not path.is_file():
+            make_folder(path.parent)
+            with write_aside(path) as file:
+                for problem in test.problems:
+                    row = asdict(problem)
+                    row["answer"] = row.pop("answers")
+                    file.write(to_line(row))
+        elif load(path).problems != test.problems:
             raise UserError(
                 f"--benchmark {test.name}: its problems have changed since {path} was written; "
                 "choose another --out"
             )
-        return
-    make_folder(path.parent)
-    with write_aside(path) as file:
-        for problem in test.problems:
-            row = dataclasses.asdict(problem)
-            row["answer"] = row.pop("answers")
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    for name, completions in (given or {}).items():
+        path = completions_file(out, name)
+        if not path.is_file():
+            write_lines(path, completions)
+        elif list(read_lines(path, Completion)) != completions:
+            raise UserError(f"{path}: holds other completions; choose another --out")
 
 
 def stored_benchmarks(out: Path) -> list[Benchmark]:
@@ -126,57 +149,31 @@ def stored_benchmarks(out: Path) -> list[Benchmark]:
     return [load(file) for file in files]
 
 
-def by_problem(test: Benchmark, rows: Sequence[L]) -> list[list[L]]:
-    """Each problem's completions or marks, by sample. Raises UserError: an unknown problem, a
-    sample that occurs twice or is missing, for then neither the SEM nor pass@k is defined."""
-    found: dict[str, dict[int, L]] = {problem.id: {} for problem in test.problems}
-    for row in rows:
-        samples = found.get(row.id)
-        if samples is None:
-            raise UserError(f"{test.name}: holds no problem {row.id!r}")
-        if row.sample in samples:
-            raise UserError(f"{test.name}: problem {row.id!r} has sample {row.sample} twice")
-        samples[row.sample] = row
-    n = max(1, *map(len, found.values()))
-    for id, samples in found.items():
-        if samples.keys() != set(range(n)):
-            raise UserError(
-                f"{test.name}: problem {id!r} has samples {sorted(samples)}, expected 0 to {n - 1}"
-            )
-    return [[samples[j] for j in range(n)] for samples in found.values()]
-
-
-# ---------------------------------------------------------------- completions while sampling
-
-
 class Store:
-    """One benchmark's completions on disk; `done` holds the keys of those that exist."""
+    """One benchmark's completions while they are sampled; `done` holds the keys of those on disk.
+    Each rank appends to a file of its own."""
 
     def __init__(self, out: Path, test: Benchmark, samples: int, rank: int = 0):
-        """Raises UserError: a broken line, a completion outside the evaluation."""
         self.path = completions_file(out, test.name)
         self._expected = [(p.id, sample) for p in test.problems for sample in range(samples)]
-        self._part = self.path.with_name(f"{test.name}.unfinished-{rank}.jsonl")
-        self._file = None
         make_folder(self.path.parent)
-        complete = self.path.is_file()
-        self.done = set(self._expected if complete else (c.key for c in self._read()))
+        is_complete = self.path.is_file()
+        self.done = set(self._expected if is_complete else (c.key for c in self._unfinished()))
+        part = self.path.with_name(f"{test.name}.unfinished-{rank}.jsonl")
+        self._file = open(part, "ab", buffering=0)  # noqa: SIM115 (until `finish`)
+        self._file.truncate(sum(map(len, whole_lines(part))))
 
     def append(self, completion: Completion) -> None:
         """Hand it to the operating system: from here on it survives a kill of this process."""
-        if self._file is None:
-            self._file = open(self._part, "ab", buffering=0)  # noqa: SIM115 (until `finish`)
-            self._file.truncate(sum(map(len, whole_lines(self._part))))
-        self._file.write(_to_line(completion).encode())
+        self._file.write(to_line(asdict(completion)).encode())
         self.done.add(completion.key)
 
     def finish(self) -> None:
         """Write the completions of all ranks, in order, under the final name. Raises UserError if
         some are missing."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
         if not self.path.is_file():
-            rows = {completion.key: completion for completion in self._read()}
+            rows = {completion.key: completion for completion in self._unfinished()}
             if missing := len(self._expected) - len(rows):
                 raise UserError(
                     f"{self.path.parent}: {missing} of {len(self._expected)} completions are "
@@ -189,13 +186,6 @@ class Store:
     def _parts(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.unfinished-*.jsonl"))
 
-    def _read(self) -> Iterator[Completion]:
-        expected = set(self._expected)
-        for part in self._parts():
-            for completion in read_lines(part, Completion):
-                if completion.key not in expected:
-                    raise UserError(
-                        f"{part}: sample {completion.sample} of problem {completion.id!r} is not "
-                        "part of this evaluation; choose another --out"
-                    )
-                yield completion
+    def _unfinished(self) -> Iterator[Completion]:
+        """What all ranks have sampled so far."""
+        return chain.from_iterable(read_lines(part, Completion) for part in self._parts())

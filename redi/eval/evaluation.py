@@ -17,12 +17,11 @@ from redi.config import UserError
 from redi.distributed import World, local_rank_zero_first, require_same, wait_for_all
 from redi.eval import benchmarks, external, report
 from redi.eval.benchmarks import Benchmark
-from redi.eval.completions import Completion, Store, store_problems
+from redi.eval.completions import Completion, Store, store_inputs
 from redi.eval.engine.complete import complete
 from redi.eval.grading.grader import Grader, answer_rule, mark_run, report_unreadable
 from redi.eval.protocol import EvalConfig, PromptedSample, check_limit, prompt_samples
 from redi.eval.reporting import tables
-from redi.eval.reporting.stored import DEFAULT_GRADER
 from redi.hub import is_hub_id
 from redi.model import Transformer
 from redi.runlog import NoLog, RunLog, is_finished, read_facts
@@ -30,12 +29,11 @@ from redi.runlog import NoLog, RunLog, is_finished, read_facts
 
 def run(config: EvalConfig, world: World) -> None:
     """The program evaluate.py. Raises UserError for everything a user can fix."""
-    per_node = ("slots", "cache_gib", "graders")  # may differ, as the machines do
-    require_same(vars(config) | dict.fromkeys(per_node), world)
+    per_node = dict.fromkeys(("slots", "cache_gib", "graders"))  # may differ, as the machines do
+    require_same(vars(config) | per_node, world)
     with local_rank_zero_first(world):  # one download per node
         tests = benchmarks.load_all(config.benchmark)
-    problems = hashlib.sha256(repr(tests).encode()).hexdigest()[:16]
-    require_same({"sha256 of --benchmark": problems}, world)
+    require_same({"sha256 of --benchmark": _hash(repr(tests))}, world)
     if config.export_prompts:
         return export(config, tests)
     given = None
@@ -50,18 +48,28 @@ def run(config: EvalConfig, world: World) -> None:
     evaluate(config, world, tests, given)
 
 
+def export(config: EvalConfig, tests: list[Benchmark]) -> None:
+    """Write the prompts for another program."""
+    if config.completions:
+        raise UserError("--export-prompts: expected without --completions, which come later")
+    _, source = open_model(config.model, made_by=_made_by(config))
+    prompted = prompt_samples(tests, source, config)
+    check_limit(prompted, source, config)
+    external.export_prompts(config.export_prompts, prompted, source, config)
+    count = len(prompted) // config.samples
+    print(f"saved {config.export_prompts}: {count} prompts, {config.samples} samples of each")
+
+
 def evaluate(
     config: EvalConfig,
     world: World,
     tests: list[Benchmark],
     given: dict[str, list[Completion]] | None,
 ) -> None:
-    """Sample, grade and report into config.out; existing completions are kept.
-
-    given: another program's completions by benchmark, instead of sampling.
-    """
+    """Sample, grade and report into config.out; existing completions are kept. given: another
+    program's completions by benchmark, instead of sampling."""
     out, first = Path(config.out), world.rank == 0
-    finished = is_finished(config.out, config, {"grader": DEFAULT_GRADER})
+    finished = is_finished(config.out, config)
     facts = {"torch": torch.__version__}
     if given is None:
         model, source, contents = load_unchanged(config, world, finished)
@@ -72,9 +80,8 @@ def evaluate(
         return
 
     if given is None:
-        prompted = [one for test in tests for one in prompt_samples(test, source, config)]
-        rooms = [one.request.max_new_tokens for one in prompted[:: config.samples]]
-        check_limit(rooms, source, config)
+        prompted = prompt_samples(tests, source, config)
+        check_limit(prompted, source, config)
     rule = answer_rule(config.prefix)
     with Grader(config.graders, config.grade_seconds, answer_from=rule) as grader:
         graders = grader.named(config.grader)
@@ -91,46 +98,29 @@ def evaluate(
             sample(model, source, prompted, tests, config, world)
         if not first:
             return
-        try:
-            mark_run(out, graders)
-        except KeyboardInterrupt:
-            message = f"{out} holds all completions; the same command grades them"
-            raise KeyboardInterrupt(message) from None
+        mark_run(out, graders)
     written = report.write(out)
     log.finish()
     print(tables.summary(written), f"saved {out}/report.html, .md and .json", sep="\n")
 
 
-def store_inputs(
-    out: Path, tests: list[Benchmark], given: dict[str, list[Completion]] | None
-) -> None:
-    """Write problems and another program's completions, or check that they are those on disk."""
-    for test in tests:
-        store_problems(out, test)
-    if given is not None:
-        external.store_completions(out, given)
-
-
 def load_unchanged(
     config: EvalConfig, world: World, finished: bool
 ) -> tuple[Transformer, Source, dict[str, str]]:
-    """(the model, its source, hashes of its contents). The weights are not loaded if the evaluation
-    is finished.
-
-    Raises UserError if the hashes differ from those that the evaluation in config.out recorded, and
-    if ranks have different models.
-    """
+    """(the model, without weights if the evaluation is finished; its source; hashes of its
+    contents). Raises UserError if the hashes differ from those that the evaluation in config.out
+    recorded, and if ranks have different models."""
     with local_rank_zero_first(world):  # one download per node
         load = open_model if finished else load_model
-        model, source = load(config.model, made_by=made_by(config))
+        model, source = load(config.model, made_by=_made_by(config))
         settings = json.dumps([source.config, source.stop_ids], sort_keys=True)
         contents = {
             "weights": weights_hash(source.folder),
             "tokenizer": source.chat.fingerprint if source.chat else "none",
-            "config.json or stop tokens": hashlib.sha256(settings.encode()).hexdigest()[:16],
+            "config.json or stop tokens": _hash(settings),
         }
-        started = Path(config.out, "config.toml").is_file()
-        before = read_facts(Path(config.out)) if started else {}
+        out = Path(config.out)
+        before = read_facts(out) if (out / "config.toml").is_file() else {}
         changed = [name for name, now in contents.items() if before.get(name, now) != now]
         if changed:
             raise UserError(
@@ -141,7 +131,11 @@ def load_unchanged(
     return model, source, contents
 
 
-def made_by(config: EvalConfig) -> str | None:
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _made_by(config: EvalConfig) -> str | None:
     """The command that makes the default model, for the error if it does not exist."""
     return "python train_redi.py" if config.model == EvalConfig.model else None
 
@@ -157,14 +151,14 @@ def sample(
     """Sample every completion that is not on disk yet; each is written when it is finished."""
     out = Path(config.out)
     stores = {test.name: Store(out, test, config.samples, world.rank) for test in tests}
-    left = [one for one in prompted if (one.id, one.sample) not in stores[one.benchmark].done]
+    left = [p for p in prompted if (p.problem.id, p.sample) not in stores[p.benchmark].done]
     wait_for_all(world)  # before a rank appends to what another still reads
     if done := len(prompted) - len(left):
         print(f"{out} holds {done} of {len(prompted)} completions; the rest are sampled now")
     name = tests[0].name if len(tests) == 1 else f"{len(tests)} benchmarks"
     try:
-        for one, completion in complete(model, source, left, config, world, name):
-            stores[one.benchmark].append(completion)
+        for benchmark, completion in complete(model, source, left, config, world, name):
+            stores[benchmark].append(completion)
     except KeyboardInterrupt:
         done = sum(len(store.done) for store in stores.values())
         message = f"{out} holds {done} of {len(prompted)} completions; the same command resumes"
@@ -173,12 +167,3 @@ def sample(
     if world.rank == 0:
         for store in stores.values():
             store.finish()
-
-
-def export(config: EvalConfig, tests: list[Benchmark]) -> None:
-    """Write the prompts for another program. Raises UserError as `external.export_prompts`."""
-    if config.completions:
-        raise UserError("--export-prompts: expected without --completions, which come later")
-    _, source = open_model(config.model, made_by=made_by(config))
-    count = external.export_prompts(config.export_prompts, tests, source, config)
-    print(f"saved {config.export_prompts}: {count} prompts, {config.samples} samples of each")

@@ -13,7 +13,6 @@ FINISH_REASONS; without it a response counts as finished, and a truncated one is
 its missing answer.
 """
 
-import json
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from typing import Any
 from redi.checkpoint.folder import Source
 from redi.config import UserError
 from redi.data.files import is_encodable, read_rows, write_aside
-from redi.eval.benchmarks import Benchmark
-from redi.eval.completions import Completion, by_problem, completions_file, read_lines, write_lines
-from redi.eval.protocol import EvalConfig, check_limit, make_prompt, user_message
+from redi.eval.benchmarks import Benchmark, check_fields
+from redi.eval.completions import Completion, by_problem, to_line
+from redi.eval.protocol import EvalConfig, PromptedSample, user_message
 
 # Of vLLM, SGLang, TGI, llama.cpp and the APIs of OpenAI, Anthropic and Google, in lower case.
 FINISH_REASONS = {
@@ -35,31 +34,25 @@ MOST_TOKENS = 2**31  # of one response; a larger number is a mistake
 
 
 def export_prompts(
-    path: str | Path, tests: list[Benchmark], source: Source, config: EvalConfig
-) -> int:
-    """Write one line per problem; returns their number. Raises UserError as `make_prompt` and
-    `check_limit`."""
-    rooms = []
+    path: str | Path, prompted: list[PromptedSample], source: Source, config: EvalConfig
+) -> None:
+    """Write one line per problem."""
     with write_aside(path) as file:
-        for test in tests:
-            for problem in test.problems:
-                prompt, room = make_prompt(test, problem, source, config)
-                rooms.append(room)
-                row = {
-                    "benchmark": test.name,
-                    "id": problem.id,
-                    "samples": config.samples,
-                    "messages": [user_message(problem, config)],
-                    "prompt": source.chat.tokenizer.decode(prompt, skip_special_tokens=False),
-                    "prompt_token_ids": prompt,
-                    "temperature": config.temperature,
-                    "top_p": config.top_p,
-                    "max_tokens": room,
-                    "stop_token_ids": source.stop_ids,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        check_limit(rooms, source, config)
-    return len(rooms)
+        for one in prompted[:: config.samples]:
+            ids = list(one.request.prompt_ids)
+            row = {
+                "benchmark": one.benchmark,
+                "id": one.problem.id,
+                "samples": config.samples,
+                "messages": [user_message(one.problem, config)],
+                "prompt": source.chat.tokenizer.decode(ids, skip_special_tokens=False),
+                "prompt_token_ids": ids,
+                "temperature": config.temperature,
+                "top_p": config.top_p,
+                "max_tokens": one.request.max_new_tokens,
+                "stop_token_ids": source.stop_ids,
+            }
+            file.write(to_line(row))
 
 
 def read_completions(
@@ -91,25 +84,14 @@ def _completion(row: dict[str, Any], where: str) -> Completion:
     id, sample, text, reason, tokens = (row.get(field) for field in FIELDS[1:])
     reason = FINISH_REASONS.get(str("stop" if reason is None else reason).lower())
     is_count = type(tokens) is int and 0 <= tokens <= MOST_TOKENS
-    for field, is_valid, expected in (
+    is_valid_text = isinstance(text, str) and is_encodable(text)
+    check_fields(
+        row,
+        where,
         ("id", type(id) in (str, int), "text or a whole number"),
         ("sample", type(sample) is int and sample >= 0, "a whole number from 0"),
-        ("text", isinstance(text, str) and is_encodable(text), "the completion's text"),
+        ("text", is_valid_text, "the completion's text"),
         ("finish_reason", reason is not None, f"one of {', '.join(FINISH_REASONS)}"),
         ("num_tokens", tokens is None or is_count, f"a whole number from 0 to {MOST_TOKENS}"),
-    ):
-        if not is_valid:
-            got = ascii(row[field])[:60] if field in row else "nothing"
-            raise UserError(f"{where}: field {field!r}: expected {expected}, got {got}")
+    )
     return Completion(id=str(id), sample=sample, text=text, num_tokens=tokens, finish_reason=reason)
-
-
-def store_completions(out: Path, given: dict[str, list[Completion]]) -> None:
-    """Write them as our own are written. Raises UserError if the folder holds different ones: the
-    file has changed since they were graded."""
-    for name, completions in given.items():
-        path = completions_file(out, name)
-        if not path.is_file():
-            write_lines(path, completions)
-        elif list(read_lines(path, Completion)) != completions:
-            raise UserError(f"{path}: holds other completions; choose another --out")

@@ -5,9 +5,8 @@ samples and grades part of the completions, and the counts are summed. The rando
 same every time, so two scores of a run differ by the model alone.
 
 The prompt is the problem as in training, without the paper's evaluation prompt. An answer may be as
-long as a training response, and Math-Verify's rules grade it. The curve shows where training goes;
-the scores to report come from evaluate.py. Left out: keeping the completions; evaluate a checkpoint
-for that.
+long as a training response, and Math-Verify's rules grade it. Left out: keeping the completions;
+evaluate a checkpoint for that.
 """
 
 import time
@@ -29,12 +28,8 @@ from redi.train import Score
 
 
 def prepare(config: TrainConfig, source: Source, world: World) -> Score:
-    """The function that evaluates a model on --eval-benchmark between two steps. All ranks must
-    call it.
-
-    Raises UserError, before training: no such benchmark, a broken row, a prompt that fills the
-    context.
-    """
+    """The function that evaluates a model on --eval-benchmark; all ranks must call it. Raises
+    UserError: no such benchmark, a broken row, a prompt that fills the context."""
     settings = EvalConfig(
         benchmark=[config.eval_benchmark],
         samples=config.eval_samples,
@@ -47,28 +42,28 @@ def prepare(config: TrainConfig, source: Source, world: World) -> Score:
     if world.rank == 0:
         with Grader(settings.graders, settings.grade_seconds) as grader:
             report_unreadable(grader, [test])
-    prompted = prompt_samples(test, source, settings)
+    prompted = prompt_samples([test], source, settings)
 
     def score(model: Transformer, step: int) -> dict[str, float]:
         """pass@1 and failures as fractions, tokens per completion, seconds."""
         began = time.perf_counter()
         name = f"{test.name} after step {step}"
         with memory_lent(world.device), gathered(model, config.reshard_after_forward):
-            sampled = complete(model, source, prompted, settings, world, name)
-            completions = [completion for _, completion in sampled]
+            completions = [c for _, c in complete(model, source, prompted, settings, world, name)]
         with Grader(settings.graders, settings.grade_seconds) as grader:
             marks = grader.marks(test, completions)
         verdicts = Counter(mark.verdict for mark in marks)
-        sums = {
-            "pass_at_1": verdicts["correct"],
-            "mean_tokens": sum(mark.num_tokens for mark in marks),
-            "truncated": verdicts["truncated"],
-            "no_answer": verdicts["no_answer"],
-        }
-        totals = torch.tensor(list(sums.values()), dtype=torch.float64)
+        counts = [verdicts[name] for name in ("correct", "truncated", "no_answer")]
+        totals = torch.tensor([*counts, sum(m.num_tokens for m in marks)], dtype=torch.float64)
         sum_over_ranks(totals, world)
-        means = dict(zip(sums, (totals / len(prompted)).tolist()))
-        return means | {"seconds": time.perf_counter() - began}
+        correct, truncated, no_answer, tokens = (totals / len(prompted)).tolist()
+        return {
+            "pass_at_1": correct,
+            "mean_tokens": tokens,
+            "truncated": truncated,
+            "no_answer": no_answer,
+            "seconds": time.perf_counter() - began,
+        }
 
     return score
 

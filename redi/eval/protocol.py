@@ -4,8 +4,7 @@
 
 The paper's user prompt states the task and the form of the answer; the chat template adds the
 system prompt of training. Every answer begins with the same prefix as training's traces. An answer
-may have min(max_new_tokens, context - prompt) tokens; `check_limit` reports where the context is
-the smaller of the two.
+may have min(max_new_tokens, context - prompt) tokens.
 """
 
 import hashlib
@@ -79,21 +78,38 @@ class PromptedSample:
     """One sample of one problem, and the request that generates it."""
 
     benchmark: str
-    id: str  # of the problem
+    problem: Problem
     sample: int
     request: Request
 
 
-def prompt_samples(test: Benchmark, source: Source, config: EvalConfig) -> list[PromptedSample]:
+def prompt_samples(
+    tests: Sequence[Benchmark], source: Source, config: EvalConfig
+) -> list[PromptedSample]:
     """Every sample of every problem, those of a problem in a row. Raises UserError if a prompt
     leaves no room in the context."""
+    if source.chat is None:
+        raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; evaluation needs it")
+    context = source.config["max_position_embeddings"]
     prompted = []
-    for problem in test.problems:
-        prompt, room = make_prompt(test, problem, source, config)
+    for name, problem in ((test.name, problem) for test in tests for problem in test.problems):
+        prompt = tuple(source.chat.encode_prompt([user_message(problem, config)], config.prefix))
+        room = min(config.max_new_tokens, context - len(prompt))
+        if room < 1:
+            shorter = "" if config.user_prompt == "plain" else " or choose --user-prompt plain"
+            raise UserError(
+                f"{name}: the prompt of problem {problem.id} is {len(prompt)} tokens and leaves no "
+                f"room for an answer in the model's context of {context}; leave the problem out"
+                f"{shorter}"
+            )
         for sample in range(config.samples):
-            request = Request(request_key(test.name, problem.id, sample), tuple(prompt), room)
-            prompted.append(PromptedSample(test.name, problem.id, sample, request))
+            request = Request(request_key(name, problem.id, sample), prompt, room)
+            prompted.append(PromptedSample(name, problem, sample, request))
     return prompted
+
+
+def user_message(problem: Problem, config: EvalConfig) -> dict[str, str]:
+    return {"role": "user", "content": USER_PROMPTS[config.user_prompt] + problem.problem}
 
 
 def request_key(benchmark: str, id: str, sample: int) -> int:
@@ -102,38 +118,16 @@ def request_key(benchmark: str, id: str, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
 
 
-def make_prompt(
-    test: Benchmark, problem: Problem, source: Source, config: EvalConfig
-) -> tuple[list[int], int]:
-    """(token ids up to and including the answer's prefix, how long the answer may be)."""
-    if source.chat is None:
-        raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; evaluation needs it")
-    context = source.config["max_position_embeddings"]
-    prompt = source.chat.encode_prompt([user_message(problem, config)], config.prefix)
-    room = min(config.max_new_tokens, context - len(prompt))
-    if room < 1:
-        raise UserError(
-            f"{test.name}: the prompt of problem {problem.id} is {len(prompt)} tokens and leaves "
-            f"no room for an answer in the model's context of {context}; leave the problem out"
-            + ("" if config.user_prompt == "plain" else " or choose --user-prompt plain")
-        )
-    return prompt, room
-
-
-def check_limit(rooms: Sequence[int], source: Source, config: EvalConfig) -> None:
-    """Print one line if the context ends answers before max_new_tokens; rooms: the longest answer
-    of each problem. Raises UserError if a max_new_tokens other than the default exceeds the
-    context."""
+def check_limit(prompted: Sequence[PromptedSample], source: Source, config: EvalConfig) -> None:
+    """Print one line if the context ends answers before max_new_tokens. Raises UserError if a
+    max_new_tokens other than the default exceeds the context."""
     context, limit = source.config["max_position_embeddings"], config.max_new_tokens
     if limit != EvalConfig.max_new_tokens:
         expected = f"at most {context}, the model's context"
         require(limit <= context, "max_new_tokens", limit, expected)
+    rooms = [one.request.max_new_tokens for one in prompted[:: config.samples]]
     if shorter := [room for room in rooms if room < limit]:
         print(
             f"the context of {context} tokens leaves less than --max-new-tokens {limit} behind "
             f"{len(shorter)} of {len(rooms)} prompts: {min(shorter)} at least"
         )
-
-
-def user_message(problem: Problem, config: EvalConfig) -> dict[str, str]:
-    return {"role": "user", "content": USER_PROMPTS[config.user_prompt] + problem.problem}

@@ -28,14 +28,15 @@ def write(out: Path, grader: str | None = None) -> Report:
     report = read(out, grader)
     target = folder(out, report.grader)
     make_folder(target)
-    for name, content in (
-        ("report.json", tables.to_json(report)),
-        ("report.md", tables.markdown(report)),
-        ("report.html", evaluation_page([out], report.grader)),
-    ):
-        with write_aside(target / name) as file:
-            file.write(content)
+    _write(target / "report.json", json.dumps(asdict(report), indent=2) + "\n")
+    _write(target / "report.md", tables.markdown(report))
+    _write(target / "report.html", evaluation_page([out], report.grader))
     return report
+
+
+def _write(path: str | Path, content: str) -> None:
+    with write_aside(path) as file:
+        file.write(content)
 
 
 @dataclass(kw_only=True)
@@ -53,21 +54,20 @@ def main() -> None:
     for flag, path in (("--out", config.out), ("--page", config.page)):
         if path and any(run.resolve() in Path(path).resolve().parents for run in runs):
             raise UserError(f"{flag} {path}: expected a file outside the evaluations")
-    reports = [read(run, config.grader) for run in runs]
-    rows = compare.result_rows(run_names(runs), reports)
-    print(tables.side_by_side(run_names(runs), reports))
+    names, reports = run_names(runs), [read(run, config.grader) for run in runs]
+    scores = [(name, score) for name, report in zip(names, reports) for score in report.benchmarks]
+    print(tables.side_by_side(scores))
     if comparisons := compare.compare(runs, config.grader):
         print("", *(comparison.sentence() for comparison in comparisons), sep="\n")
-    if published := paper_results.rows([row["benchmark"] for row in rows]):
+    if published := paper_results.rows([score.benchmark for _, score in scores]):
         print("", tables.PUBLISHED, "", markdown_table(published), sep="\n")
     if config.out:
-        with write_aside(config.out) as file:
-            content = {"rows": rows, "paired": [asdict(c) for c in comparisons]}
-            file.write(json.dumps(content, indent=2) + "\n")
+        rows = [{"model": name, **asdict(score)} for name, score in scores]
+        content = {"rows": rows, "paired": [asdict(c) for c in comparisons]}
+        _write(config.out, json.dumps(content, indent=2) + "\n")
         print(f"\nsaved {config.out}")
     if config.page:
-        with write_aside(config.page) as file:
-            file.write(evaluation_page(runs, config.grader))
+        _write(config.page, evaluation_page(runs, config.grader))
         print(f"saved {config.page}")
 
 

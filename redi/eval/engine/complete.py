@@ -31,15 +31,12 @@ def complete(
     config: EvalConfig,
     world: World,
     name: str,
-) -> Iterator[tuple[PromptedSample, Completion]]:
-    """Sample this rank's part of `prompted`; completions come as they are finished. All ranks must
-    call it, with the same arguments. Rank 0 shows a progress bar of all ranks' completions.
-
-    Raises UserError as `generate` does.
-    """
+) -> Iterator[tuple[str, Completion]]:
+    """Sample this rank's part of `prompted`; yields (benchmark, completion) as one is finished. All
+    ranks must call it, with the same arguments. Rank 0 shows the progress of all ranks.
+    Raises UserError as `generate` does."""
     counters = shared_counters(world)
     by_key = {one.request.key: one for one in prompted}
-    cache_bytes = None if config.cache_gib is None else int(config.cache_gib * 2**30)
     fair_share = -(-len(prompted) // world.world_size)  # or the first rank would take all of a few
     usage, began, shown = Usage(), time.monotonic(), 0
     results = generate(
@@ -48,29 +45,26 @@ def complete(
         source.stop_ids,
         Sampling(config.temperature, config.top_p, config.seed),
         min(config.slots, fair_share),
-        cache_bytes,
+        None if config.cache_gib is None else int(config.cache_gib * 2**30),
         usage,
         take_problems(prompted, counters),
     )
     with Progress(len(prompted), name, unit="response", shown=world.rank == 0) as progress:
         for result in results:
             one = by_key[result.key]
-            text = config.prefix + source.chat.decode(result.token_ids)
-            yield (
-                one,
-                Completion(
-                    id=one.id,
-                    sample=one.sample,
-                    text=text,
-                    num_tokens=result.num_tokens,
-                    finish_reason=result.finish_reason,
-                ),
+            completion = Completion(
+                id=one.problem.id,
+                sample=one.sample,
+                text=config.prefix + source.chat.decode(result.token_ids),
+                num_tokens=result.num_tokens,
+                finish_reason=result.finish_reason,
             )
+            yield one.benchmark, completion
             tokens = counters.add("tokens", result.num_tokens)
-            loops = counters.add("loops", int(period(text) > 0))
-            speed = f"{tokens / (time.monotonic() - began):,.0f}"
+            loops = counters.add("loops", int(period(completion.text) > 0))
             done = counters.add("completions", 1)
-            for _ in range(done - shown):
+            speed = f"{tokens / (time.monotonic() - began):,.0f}"
+            for _ in range(done - shown):  # those of other ranks too
                 progress.update({"tok/s": speed, "loops": str(loops)})
             shown = done
     if usage.evictions:
@@ -88,7 +82,7 @@ def take_problems(
     prompted: Sequence[PromptedSample], counters: dist.Store
 ) -> Iterator[list[Request]]:
     """The requests of one problem after another, of those that no other rank has taken."""
-    by_problem = itertools.groupby(prompted, key=lambda one: (one.benchmark, one.id))
+    by_problem = itertools.groupby(prompted, key=lambda one: (one.benchmark, one.problem.id))
     problems = [[one.request for one in group] for _, group in by_problem]
     while (number := counters.add("problems", 1) - 1) < len(problems):
         yield problems[number]

@@ -1,7 +1,7 @@
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const MARK = {correct: "✓", incorrect: "✗", no_answer: "∅", truncated: "…", timeout: "⧗"};
 const byId = id => document.getElementById(id);
+const data = JSON.parse(byId("data").textContent);
+const MARK = {correct: "✓", incorrect: "✗", no_answer: "∅", truncated: "…", timeout: "⧗"};
 const problems = data.benchmarks.flatMap(b => b.problems.map(p => ({...p, benchmark: b.name})));
 const several = data.runs.length > 1;
 const words = verdict => verdict.replace("_", " ");
@@ -33,20 +33,19 @@ if (data.runs.length === 2)  // a share of no samples is NaN, which is never gre
     VERDICTS[name + " is ahead"] = p => share(p.runs[i]) > share(p.runs[1 - i]);
   });
 
-function fill(id, values, any) {
+function fill(id, values) {
   const options = [...new Set(values)].filter(value => value !== null);
-  byId(id).replaceChildren(...(any ? [new Option(any, "")] : []),
-                           ...options.map(value => new Option(value, value)));
-  byId(id).parentElement.hidden = options.length < 2;
+  byId(id).append(...options.map(value => new Option(value === "" ? "all" : value, value)));
+  byId(id).parentElement.hidden = options.length < 3;  // "all" and two others
 }
-fill("benchmark", data.benchmarks.map(b => b.name), "all");
+fill("benchmark", ["", ...data.benchmarks.map(b => b.name)]);
 fill("verdict", Object.keys(VERDICTS));
-fill("subject", problems.map(p => p.subject).sort(), "all");
-fill("difficulty", problems.map(p => p.difficulty).sort((a, b) => a - b), "all");
+fill("subject", ["", ...problems.map(p => p.subject).sort()]);
+fill("difficulty", ["", ...problems.map(p => p.difficulty).sort((a, b) => a - b)]);
 
 function matches(p) {
-  for (const id of ["benchmark", "subject", "difficulty"])
-    if (byId(id).value && byId(id).value !== String(p[id])) return false;
+  const chosen = id => ["", String(p[id])].includes(byId(id).value);
+  if (!["benchmark", "subject", "difficulty"].every(chosen)) return false;
   if (!VERDICTS[byId("verdict").value](p)) return false;
   const texts = [p.id, p.problem, ...p.answers];
   if (byId("deep").checked) texts.push(...all(p).map(s => s.text));
@@ -99,30 +98,25 @@ function read(p) {
 
 function draw(p, pane) {
   const samples = p.runs[pane.run];
-  const bar = element("div", "bar",
-    element("span", "faint", several ? data.runs[pane.run] + " " : ""));
+  const bar = element("div", "bar", element("span", "faint", several ? data.runs[pane.run] : ""));
   if (!samples.length) return element("div", "pane", bar);
   const s = samples[Math.min(pane.sample, samples.length - 1)];
   samples.forEach((other, i) => {
-    const button = element("button", other.verdict, `${MARK[other.verdict]} ${other.sample}`);
+    const here = other === s ? " here" : "";
+    const button = element("button", other.verdict + here, `${MARK[other.verdict]} ${other.sample}`);
     button.title = `sample ${other.sample}: ${words(other.verdict)}`;
-    button.classList.toggle("here", other === s);
     button.onclick = () => { pane.sample = i; read(p); };
     bar.append(button);
   });
-  const facts = element("div", "facts",
-    element("b", s.verdict, words(s.verdict)),
+  const tokens = s.tokens === null ? "" : ` · ${s.tokens} tokens`;
+  const facts = element("div", "facts", element("b", s.verdict, words(s.verdict)),
     element("span", "faint", " · answer "), s.extracted ?? "none",
-    element("span", "faint", s.tokens === null ? "" : ` · ${s.tokens} tokens`),
-    element("span", "faint", ` · ended by ${s.finish}`));
-  const text = element("pre", "", s.text);
+    element("span", "faint", `${tokens} · ended by ${s.finish}`));
+  const last = element("span", "");
   const end = element("button", "end", "to the end");
-  end.onclick = () => {
-    text.scrollTop = text.scrollHeight;
-    text.scrollIntoView({block: "end"});  // where panes are stacked
-  };
+  end.onclick = () => last.scrollIntoView({block: "end"});
   bar.append(end);
-  return element("div", "pane", bar, facts, text);
+  return element("div", "pane", bar, facts, element("pre", "", s.text, last));
 }
 
 // ------------------------------------------------------------- start

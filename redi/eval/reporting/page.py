@@ -4,13 +4,12 @@ The page is one file: no server, no network, nothing to install. Its content is 
 script element that is never run, and page.js shows it. Completions are a model's, so they never
 become markup: the JSON escapes every <, > and &, and the script inserts text as text.
 
-A browser can open a page of some 50 million characters. If the completions have more, the longest
-are shortened in the middle, and the page says so. Left out: typeset formulas.
+A browser can open a page of some 50 million characters, of which each completion has an equal
+share. A longer one is shortened in the middle, and the page says so. Left out: typeset formulas.
 """
 
 import html
 import json
-from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,71 +40,49 @@ def evaluation_page(runs: list[Path], grader: str | None = None) -> str:
     """The page of one or several evaluations. Raises UserError as `load`, and if two have different
     problems of one name."""
     loaded = [load(run, grader) for run in runs]
-    lengths = [
-        len(completion.text)
-        for run, graded in zip(runs, loaded)
-        for name in graded
-        for completion in read_lines(completions_file(run, name), Completion)
-    ]
-    limit = _limit(lengths)
+    count = sum(len(graded.marks) for one in loaded for graded in one.values())
+    limit, longest = CHARACTERS // count, 0
     benchmarks: dict[str, dict[str, dict[str, Any]]] = {}  # name -> problem's id -> its row
-    for number, (run, graded) in enumerate(zip(runs, loaded)):
-        for name, one in graded.items():
+    for number, (run, one) in enumerate(zip(runs, loaded)):
+        for name, graded in one.items():
             rows = benchmarks.setdefault(name, {})
-            for problem in one.test.problems:
+            for problem in graded.test.problems:
                 row = {**asdict(problem), "runs": [[] for _ in runs]}
                 known = rows.setdefault(problem.id, row)
                 if any(known[field] != row[field] for field in ("problem", "answers")):
                     raise UserError(f"{name}: problem {problem.id!r} is not the same in all runs")
-            for id, sample in _samples(run, one, limit):
-                rows[id]["runs"][number].append(sample)
+            marks = {mark.key: mark for mark in graded.marks}
+            for completion in read_lines(completions_file(run, name), Completion):
+                longest = max(longest, len(completion.text))
+                mark = marks[completion.key]
+                sample = {
+                    "sample": completion.sample,
+                    "verdict": mark.verdict,
+                    "extracted": mark.extracted,
+                    "tokens": completion.num_tokens,
+                    "finish": completion.finish_reason,
+                    "text": _shortened(completion.text, limit),
+                }
+                rows[completion.id]["runs"][number].append(sample)
     models = [str(settings_of(run).get("model", run)) for run in runs]
     content = {
         # The page of a single run moves with its folder, so it does not name the folder.
         "runs": run_names(runs) if len(runs) > 1 else models,
         "benchmarks": [{"name": n, "problems": [*rows.values()]} for n, rows in benchmarks.items()],
     }
-    title = " | ".join(_title(m, graded.values()) for m, graded in zip(models, loaded))
-    note = SHORTENED if max(lengths, default=0) > limit else ""
+    title = " | ".join(map(_title, models, loaded))
+    note = SHORTENED if longest > limit else ""
+    style, script = (
+        Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js")
+    )
     body = BODY.format(title=html.escape(title), note=note, data=_in_script(content))
-    folder = Path(__file__).parent
-    style, script = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js"))
     return pages.page(title, body, style, script)
 
 
-def _samples(run: Path, graded: Graded, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(problem's id, sample) of every completion of a benchmark."""
-    marks = {mark.key: mark for mark in graded.marks}
-    for completion in read_lines(completions_file(run, graded.test.name), Completion):
-        mark = marks[completion.key]
-        yield (
-            completion.id,
-            {
-                "sample": completion.sample,
-                "verdict": mark.verdict,
-                "extracted": mark.extracted,
-                "tokens": completion.num_tokens,
-                "finish": completion.finish_reason,
-                "text": _shortened(completion.text, limit),
-            },
-        )
-
-
-def _title(model: str, graded: Collection[Graded]) -> str:
-    graders = dict.fromkeys(one.grader for one in graded)
-    rules = dict.fromkeys(ANSWER_FROM[one.marks[0].answer_from] for one in graded)
+def _title(model: str, graded: dict[str, Graded]) -> str:
+    graders = dict.fromkeys(one.grader for one in graded.values())
+    rules = dict.fromkeys(ANSWER_FROM[one.marks[0].answer_from] for one in graded.values())
     return f"{model}, graded by {', '.join(graders)}, answers read {', '.join(rules)}"
-
-
-def _limit(lengths: list[int]) -> int:
-    """The longest length to show, so that all together stay within CHARACTERS."""
-    left, remaining = CHARACTERS, len(lengths)
-    for length in sorted(lengths):
-        if length * remaining > left:
-            return left // remaining
-        left -= length
-        remaining -= 1
-    return max(lengths, default=0)
 
 
 def _shortened(text: str, limit: int) -> str:

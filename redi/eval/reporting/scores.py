@@ -7,14 +7,14 @@ or likelihood.
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from redi.eval.benchmarks import Benchmark, Problem
+from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Mark, by_problem
 from redi.eval.grading.normalize import LONGEST_ANSWER, text_key
 from redi.eval.reporting.statistics import interval, majority, pass_at_k, sem
@@ -59,13 +59,14 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Scores in the order of the evaluation's --benchmark."""
+    """What report.json holds: scores in the order of the evaluation's --benchmark."""
 
     model: str
     grader: str  # math-verify, paper or both
     settings: dict[str, Any]
-    scores: list[Score]
-    other_scores: list[Score]  # of the second grader, if there are two
+    mean_pass_at_1: float  # of `benchmarks`
+    benchmarks: list[Score]
+    other_grader: list[Score]  # of the second grader, if there are two
 
 
 def mean_pass_at_1(scores: Sequence[Score]) -> float:
@@ -76,9 +77,9 @@ def mean_pass_at_1(scores: Sequence[Score]) -> float:
 def score(test: Benchmark, marks: Sequence[Mark], grader: str) -> Score:
     """The numbers of one benchmark; marks in any order. Raises UserError as `by_problem`."""
     rows = by_problem(test, marks)
-    correct = _correct(rows)  # (P, n)
-    n = correct.shape[1]
-    tokens = _tokens(rows)
+    correct = np.array([[mark.verdict == "correct" for mark in row] for row in rows], float)
+    n = correct.shape[1]  # of (P, n)
+    verdicts = Counter(mark.verdict for mark in marks)
     return Score(
         benchmark=test.name,
         grader=grader,
@@ -93,74 +94,59 @@ def score(test: Benchmark, marks: Sequence[Mark], grader: str) -> Score:
             for k in range(1, n + 1)
         ],
         majority=statistics.fmean(majority(_votes(row)) for row in rows),
-        mean_tokens=statistics.fmean(tokens) if tokens else None,
-        median_tokens=statistics.median(tokens) if tokens else None,
-        truncated=_share(rows, "truncated"),
-        no_answer=_share(rows, "no_answer"),
-        timeout=_share(rows, "timeout"),
-        loops=statistics.fmean(mark.loops for row in rows for mark in row),
-        by_difficulty=_groups(test.problems, rows, _difficulty),
-        by_subject=_groups(test.problems, rows, lambda problem: problem.subject),
+        mean_tokens=_of_tokens(statistics.fmean, marks),
+        median_tokens=_of_tokens(statistics.median, marks),
+        truncated=verdicts["truncated"] / len(marks),
+        no_answer=verdicts["no_answer"] / len(marks),
+        timeout=verdicts["timeout"] / len(marks),
+        loops=statistics.fmean(mark.loops for mark in marks),
+        by_difficulty=_groups([_difficulty(p.difficulty) for p in test.problems], rows),
+        by_subject=_groups([p.subject for p in test.problems], rows),
     )
 
 
-def _correct(rows: list[list[Mark]]) -> np.ndarray:
-    return np.array([[mark.verdict == "correct" for mark in row] for row in rows], float)
-
-
-def _tokens(rows: list[list[Mark]]) -> list[int]:
-    """Of every completion; [] if the length of any of them is unknown."""
-    tokens = [mark.num_tokens for row in rows for mark in row]
-    return [] if None in tokens else tokens
-
-
-def _share(rows: list[list[Mark]], verdict: str) -> float:
-    return statistics.fmean(mark.verdict == verdict for row in rows for mark in row)
+def _of_tokens(mean: Callable[[list[int]], float], marks: Sequence[Mark]) -> float | None:
+    """Of every completion's length; None if any of them is unknown."""
+    tokens = [mark.num_tokens for mark in marks]
+    return None if None in tokens else mean(tokens)
 
 
 def _votes(row: list[Mark]) -> list[tuple[str, bool]]:
     """Of the samples that finished with an answer. Only equal texts count as one answer."""
-    votes = []
-    for mark in row:
-        if mark.extracted is not None and mark.verdict != "truncated":
-            # Normalizing an answer as long as a loop's would take minutes.
-            short = len(mark.extracted) <= LONGEST_ANSWER
-            key = text_key(mark.extracted) if short else mark.extracted
-            votes.append((key, mark.verdict == "correct"))
-    return votes
+
+    def key(answer: str) -> str:  # normalizing an answer as long as a loop's would take minutes
+        return text_key(answer) if len(answer) <= LONGEST_ANSWER else answer
+
+    voters = [m for m in row if m.extracted is not None and m.verdict != "truncated"]
+    return [(key(m.extracted), m.verdict == "correct") for m in voters]
 
 
-def _difficulty(problem: Problem) -> str | None:
+def _difficulty(number: float | None) -> str | None:
     """4 for 4, and "4 to 5" for what is between."""
-    if problem.difficulty is None:
+    if number is None:
         return None
-    below, above = math.floor(problem.difficulty), math.ceil(problem.difficulty)
+    below, above = math.floor(number), math.ceil(number)
     return f"{below}" if below == above else f"{below} to {above}"
 
 
-def _groups(
-    problems: list[Problem], rows: list[list[Mark]], name_of: Callable[[Problem], str | None]
-) -> list[Group]:
-    """The groups sorted by name, numbers first; [] if all problems are in the same one."""
-    members: dict[str, list[list[Mark]]] = defaultdict(list)
-    for problem, row in zip(problems, rows):
-        members[name_of(problem) or OTHERS].append(row)
-    if len(members) == 1:
-        return []
+def _groups(names: list[str | None], rows: list[list[Mark]]) -> list[Group]:
+    """names: each problem's group. Sorted, numbers first; [] if all problems are in the same."""
+    members: dict[str, list[Mark]] = defaultdict(list)
+    for name, row in zip(names, rows):
+        members[name or OTHERS] += row
 
     def order(name: str) -> tuple[bool, float, str]:
         first = name.split()[0]
         return name == OTHERS, float(first) if first.isdigit() else math.inf, name
 
-    return [_group(name, members[name]) for name in sorted(members, key=order)]
-
-
-def _group(name: str, rows: list[list[Mark]]) -> Group:
-    tokens = _tokens(rows)
-    return Group(
-        name=name,
-        num_problems=len(rows),
-        pass_at_1=float(_correct(rows).mean()),
-        mean_tokens=statistics.fmean(tokens) if tokens else None,
-        truncated=_share(rows, "truncated"),
-    )
+    groups = [
+        Group(
+            name=name,
+            num_problems=len(members[name]) // len(rows[0]),
+            pass_at_1=statistics.fmean(mark.verdict == "correct" for mark in members[name]),
+            mean_tokens=_of_tokens(statistics.fmean, members[name]),
+            truncated=statistics.fmean(mark.verdict == "truncated" for mark in members[name]),
+        )
+        for name in sorted(members, key=order)
+    ]
+    return groups if len(groups) > 1 else []

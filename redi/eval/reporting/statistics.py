@@ -16,13 +16,12 @@ same verdicts give the same report.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 DRAWS = 10_000  # of the bootstrap: the error of an interval's ends is about 1 % of its width
 LEVEL = 0.95
-SEED = 42
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -33,9 +32,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def sem(correct: np.ndarray) -> float | None:
     """The paper's standard error of pass@1; correct (P, n) of 0 and 1. None for n = 1: a single
     run shows no spread."""
-    if correct.shape[1] == 1:
-        return None
-    return float(correct.mean(axis=0).std(ddof=0) / math.sqrt(correct.shape[1]))
+    n = correct.shape[1]
+    return None if n == 1 else float(correct.mean(axis=0).std() / math.sqrt(n))
 
 
 def interval(scores: Sequence[float]) -> tuple[float, float]:
@@ -47,17 +45,16 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 
 def _resampled_means(scores: np.ndarray) -> np.ndarray:
     """Means (DRAWS,) of len(scores) scores, drawn with replacement."""
-    random, count = np.random.default_rng(SEED), len(scores)
+    random, count = np.random.default_rng(42), len(scores)
     return np.array([scores[random.integers(0, count, count)].mean() for _ in range(DRAWS)])
 
 
-def majority(votes: Iterable[tuple[str, bool]]) -> float:
+def majority(votes: Sequence[tuple[str, bool]]) -> float:
     """The chance that the most frequent answer is correct, where ties are broken at random.
 
     votes: (an answer's key, whether it is correct), for samples with an answer. Equal keys are one
     answer, as correct as its first vote.
     """
-    votes = list(votes)
     correct = dict(reversed(votes))  # the first vote is the last to be set
     counts = Counter(key for key, _ in votes)
     winners = [correct[key] for key, count in counts.items() if count == max(counts.values())]

@@ -1,17 +1,15 @@
 """What an evaluation's folder holds: settings, marks, and the report of them."""
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redi.config import UserError
+from redi.config import UserError, load_toml
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Mark, marks_file, read_lines, stored_benchmarks
 from redi.eval.reporting import paper_results
-from redi.eval.reporting.scores import Report, score
+from redi.eval.reporting.scores import Report, mean_pass_at_1, score
 
-DEFAULT_GRADER = "math-verify"  # of a run whose settings name no grader
 # Settings that describe what was measured. Of another program's completions only the first three
 # are known.
 REPORTED = (
@@ -35,17 +33,13 @@ class Graded:
 
 def settings_of(out: Path) -> dict[str, Any]:
     """The settings of evaluate.py; {} if the folder has no config.toml."""
-    try:
-        return tomllib.loads((out / "config.toml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / 'config.toml'}: not readable ({error})") from None
+    path = out / "config.toml"
+    return load_toml(path, str(path)) if path.is_file() else {}
 
 
 def own_grader(out: Path) -> str:
     """The grader of the run's settings: a name, or "both"."""
-    return settings_of(out).get("grader", DEFAULT_GRADER)
+    return settings_of(out).get("grader", "math-verify")
 
 
 def load(out: Path, grader: str | None = None) -> dict[str, Graded]:
@@ -62,19 +56,15 @@ def load(out: Path, grader: str | None = None) -> dict[str, Graded]:
             graders.reverse()  # the last one leads
         one = None
         for name in graders:
-            one = Graded(test, name, _marks(out, name, test.name), other=one)
+            path = marks_file(out, name, test.name)
+            if not path.is_file():
+                raise UserError(
+                    f"{out}: {test.name} is not graded by {name}; "
+                    f"`python -m redi.eval.grade regrade {out} --grader {name}` does it"
+                )
+            one = Graded(test, name, list(read_lines(path, Mark)), other=one)
         graded[test.name] = one
     return graded
-
-
-def _marks(out: Path, grader: str, benchmark: str) -> list[Mark]:
-    path = marks_file(out, grader, benchmark)
-    if not path.is_file():
-        raise UserError(
-            f"{out}: {benchmark} is not graded by {grader}; "
-            f"`python -m redi.eval.grade regrade {out} --grader {grader}` does it"
-        )
-    return list(read_lines(path, Mark))
 
 
 def run_names(runs: list[Path]) -> list[str]:
@@ -91,12 +81,14 @@ def read(out: Path, grader: str | None = None) -> Report:
     """The report of an evaluation's marks. Raises UserError as `load` and `score`."""
     settings, graded = settings_of(out), load(out, grader).values()
     reported = REPORTED[:3] if "completions" in settings else REPORTED
+    scores = [score(g.test, g.marks, g.grader) for g in graded]
     return Report(
         model=str(settings.get("model", out)),
         grader=grader or own_grader(out),
         settings={name: settings[name] for name in reported if name in settings},
-        scores=[score(g.test, g.marks, g.grader) for g in graded],
-        other_scores=[score(g.test, g.other.marks, g.other.grader) for g in graded if g.other],
+        mean_pass_at_1=mean_pass_at_1(scores),
+        benchmarks=scores,
+        other_grader=[score(g.test, g.other.marks, g.other.grader) for g in graded if g.other],
     )
 
 
