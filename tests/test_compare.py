@@ -139,7 +139,7 @@ def test_the_command_writes_tables_and_page_outside_the_evaluations(tmp_path, ca
     assert "Nothing in this table was measured here" in shown
     content = json.loads(files[0].read_text())
     assert [row["model"] for row in content["rows"]] == ["sft", "redi"]
-    assert content["rows"][0]["pass_at_k"] == [0.75, 1]
+    assert content["rows"][0]["pass@2"] == 1
     assert content["paired"][0]["difference"] == 0
     assert data_of(files[1].read_text())["runs"] == ["sft", "redi"]
     own = runs[0] / "report.json"

@@ -10,14 +10,14 @@ graders judged the completions, the paper's leads for its five benchmarks, Math-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from redi.config import UserError, parse, program
 from redi.data.files import make_folder, write_aside
 from redi.eval.grading.grader import GraderName
 from redi.eval.reporting import compare, paper_results, tables
 from redi.eval.reporting.page import evaluation_page
-from redi.eval.reporting.scores import Report
+from redi.eval.reporting.scores import Report, Score
 from redi.eval.reporting.stored import folder, read, run_names
 from redi.tables import markdown_table
 
@@ -62,13 +62,30 @@ def main() -> None:
     if published := paper_results.rows([score.benchmark for _, score in scores]):
         print("", tables.PUBLISHED, "", markdown_table(published), sep="\n")
     if config.out:
-        rows = [{"model": name, **asdict(score)} for name, score in scores]
+        rows = [_row(name, score) for name, score in scores]
         content = {"rows": rows, "paired": [asdict(c) for c in comparisons]}
         _write(config.out, json.dumps(content, indent=2) + "\n")
         print(f"\nsaved {config.out}")
     if config.page:
         _write(config.page, evaluation_page(runs, config.grader))
         print(f"saved {config.page}")
+
+
+def _row(model: str, score: Score) -> dict[str, Any]:
+    return {
+        "model": model,
+        "benchmark": score.benchmark,
+        "grader": score.grader,
+        "answer_from": score.answer_from,
+        "problems": score.num_problems,
+        "samples": score.num_samples,
+        "pass@1": score.pass_at_1,
+        "sem": score.sem,
+        f"pass@{score.num_samples}": score.pass_at_k[-1],
+        "majority": score.majority,
+        "mean_tokens": score.mean_tokens,
+        "truncated": score.truncated,
+    }
 
 
 if __name__ == "__main__":

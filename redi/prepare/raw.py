@@ -23,11 +23,11 @@ messages; several generations in fields of their own.
 import functools
 import hashlib
 import itertools
-import pickle
+import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -262,12 +262,17 @@ def _joined_by_problem(rows: Iterable[RawRow], folder: Path) -> Iterator[RawRow]
                 malformed += 1
                 continue
             offsets[hashlib.sha256((row.problem or "").encode()).digest()].append(spool.tell())
-            pickle.dump(row, spool)
+            spool.write(json.dumps(asdict(row)).encode() + b"\n")
         for of_problem in offsets.values():
             parts = []
             for offset in of_problem:
                 spool.seek(offset)
-                parts.append(pickle.load(spool))
+                stored = json.loads(spool.readline())
+                traces = [
+                    Trace(**{**trace, "votes": tuple(trace["votes"])})
+                    for trace in stored.pop("traces")
+                ]
+                parts.append(RawRow(traces=traces, **stored))
             # The problem's other fields are those of the first row that has them.
             fields: dict[str, str] = {}
             for part in reversed(parts):
