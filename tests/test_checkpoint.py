@@ -10,34 +10,25 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from processes import child, die, main_in_this_process
 from safetensors.torch import load_file, save_file
-from small_run import HERE, refusal
+from small_run import HERE, files_in, refusal, sft_config
+from small_step import data_of
+from tokenizers import Tokenizer
 
 from redi.checkpoint import __main__ as exporting
 from redi.checkpoint import folder as checkpoint
 from redi.checkpoint.config_json import read_rope_theta
 from redi.checkpoint.folder import Source, load_model, open_model, save_model
-from redi.checkpoint.resume import Checkpoints
-from redi.checkpoint.weights import (
-    HEAD,
-    INDEX,
-    WEIGHTS,
-    fill,
-    read_shards,
-    weights_hash,
-    write_shards,
-)
+from redi.checkpoint.weights import HEAD, INDEX, WEIGHTS, fill, read_shards, write_shards
 from redi.data.files import hash_files
 from redi.data.tokenizer import chatml
 from redi.distributed import Parallelism, parallelize
-from redi.objectives import Totals, sft
-from redi.packing import TokenSequence, pack
 
 MANY_SHARDS = 20_000  # bytes
+NORM = "model.norm.weight"
 
 
 @pytest.fixture
@@ -52,15 +43,9 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def edit_json(path: Path, **changes) -> None:
-    """Change fields of a JSON file; a value of ... removes one."""
-    value = {**read_json(path), **changes}
-    path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
-
-
-def load_and_save(folder: Path, out: Path, **settings) -> Source:
+def load_and_save(folder: Path, out: Path) -> Source:
     model, source = load_model(folder)
-    save_model(model, out, source, **settings)
+    save_model(model, out, source)
     return source
 
 
@@ -77,10 +62,6 @@ def bits(folder: Path) -> dict[str, bytes]:
     return {name: t.view(torch.uint8).numpy().tobytes() for name, t in stored(folder).items()}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 def logits(folder: Path) -> torch.Tensor:
     """What transformers computes with the model of a folder."""
     from transformers import AutoModelForCausalLM
@@ -88,6 +69,52 @@ def logits(folder: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(torch.arange(40)[None], use_cache=False).logits
+
+
+# ---------------------------------------------------------------- what is done to a folder
+
+Change = Callable[[Path], object]
+
+
+def write(name: str, content: str) -> Change:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def remove(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
+def edit(name: str, **changes) -> Change:
+    """Change fields of a JSON file; a value of ... removes one."""
+
+    def change(folder: Path) -> None:
+        value = {**read_json(folder / name), **changes}
+        (folder / name).write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+
+    return change
+
+
+def put(changes: dict[str, torch.Tensor]) -> Change:
+    """Change tensors; a value of ... removes one."""
+
+    def change(folder: Path) -> None:
+        tensors = {**load_file(folder / WEIGHTS), **changes}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not ...}
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+    return change
+
+
+def store_the_norm_twice(folder: Path) -> None:
+    save_file({NORM: torch.ones(32)}, folder / "norm.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": WEIGHTS, NORM: "norm.safetensors"}}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def add_token_320(folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([f"<|{i}|>" for i in range(tokenizer.get_vocab_size(), 321)])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 # ---------------------------------------------------------------- in and out again (invariant 6)
@@ -113,7 +140,7 @@ def test_load_then_save_is_bitwise_and_transformers_computes_the_same_logits(
     save_model(model, after, source)
     assert bits(after) == bits(before)
     assert {tensor.dtype for tensor in stored(after).values()} == {dtype}
-    assert ("lm_head.weight" in stored(after)) == (not tied)
+    assert (HEAD in stored(after)) == (not tied)
     shards = [load_file(file).values() for file in after.glob("*.safetensors")]
     assert (len(shards) > 1) == (shard_bytes == MANY_SHARDS)
     assert all(len(s) == 1 or sum(t.nbytes for t in s) <= shard_bytes for s in shards)
@@ -133,14 +160,17 @@ def test_weights_that_are_views_of_padded_shards_are_saved(folder, tmp_path):
     assert bits(tmp_path / "saved") == bits(folder)
 
 
-@pytest.mark.parametrize("form", ["new", "old"])
-def test_config_json_is_read_in_either_form_and_saved_in_both_with_overrides(
-    folder, tmp_path, capsys, form
-):
+def test_a_tied_head_that_is_stored_and_equal_is_accepted_and_saved_once(folder, tmp_path):
+    before = bits(folder)
+    put({HEAD: stored(folder)["model.embed_tokens.weight"]})(folder)
+    load_and_save(folder, tmp_path / "out")
+    assert bits(tmp_path / "out") == before
+
+
+def test_an_older_config_json_and_overrides_are_saved_in_both_forms(folder, tmp_path, capsys):
     out = tmp_path / "out"
-    if form == "old":
-        changes = dict.fromkeys(("rope_parameters", "dtype", "layer_types"), ...)
-        edit_json(folder / "config.json", rope_theta=10_000.0, torch_dtype="float32", **changes)
+    absent = dict.fromkeys(("rope_parameters", "dtype", "layer_types"), ...)
+    edit("config.json", rope_theta=1e4, torch_dtype="float32", **absent)(folder)  # the older form
     load_and_save(folder, out)
     config = read_json(out / "config.json")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000.0
@@ -157,28 +187,26 @@ def test_config_json_is_read_in_either_form_and_saved_in_both_with_overrides(
     config = read_json(out / "config.json")
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 300_000.0
     assert config["rope_parameters"]["rope_type"] == "default"
-    assert config["max_position_embeddings"] == 512
+    again = load_model(out)[0].config
+    assert (again.rope_theta, again.max_positions) == (300_000.0, 512)
     # The oracle: transformers on the old weights, with its own field edited by hand.
     before = logits(folder)
-    rope = {"rope_theta": 300_000.0, "rope_type": "default"}
-    edit_json(folder / "config.json", rope_parameters=rope, rope_theta=...)
+    edit("config.json", rope_theta=300_000.0)(folder)
     assert torch.equal(logits(out), logits(folder))
     assert not torch.equal(logits(out), before)
-    again, _ = load_model(out)
-    assert (again.config.rope_theta, again.config.max_positions) == (300_000.0, 512)
 
 
 def test_saving_over_a_model_replaces_it_and_leaves_other_files(folder, tmp_path, monkeypatch):
     """A template, shards or an index that the new model does not have would be read with it."""
     model, source = load_model(folder)
     out = tmp_path / "out"
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", MANY_SHARDS)
-    save_model(model, out, source)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "MAX_SHARD_BYTES", MANY_SHARDS)
+        save_model(model, out, source)
     for name in ("chat_template.jinja", "added_tokens.json", "metrics.jsonl"):
         (out / name).write_text("{}")
-    monkeypatch.undo()
     save_model(model, out, source, card="# A model\n")
-    saved = contents(out)
+    saved = {path.name: content for path, content in files_in(out).items()}
     assert saved.keys() == {
         "config.json", "generation_config.json", "metrics.jsonl", "model.safetensors", "README.md",
         "tokenizer.json", "tokenizer_config.json",
@@ -190,46 +218,42 @@ def test_saving_over_a_model_replaces_it_and_leaves_other_files(folder, tmp_path
     assert load_model(folder)[1].stop_ids == source.stop_ids
 
 
-# ---------------------------------------------------------------- one decision about stopping
+OLDER = '{"eos_token": {"content": "<|endoftext|>"}}'  # it overrides tokenizer_config.json
+IN_CONFIG = edit("config.json", eos_token_id=[1, 2])
+STOPPING = {  # changes to the folder, and the stop ids: the template's <|im_end|> is 2
+    "generation_config.json names 0": ([], [2, 0]),
+    "special_tokens_map.json": ([write("special_tokens_map.json", OLDER)], [2, 0]),
+    "chat_template.jinja": (
+        [
+            edit("tokenizer_config.json", chat_template=...),
+            write("chat_template.jinja", chatml(system="You are terse.")),
+        ],
+        [2, 0],
+    ),
+    "generation_config.json names none": (
+        [IN_CONFIG, write("generation_config.json", '{"eos_token_id": null}')], [2, 1],
+    ),
+    "no generation_config.json": ([IN_CONFIG, remove("generation_config.json")], [2, 1]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_the_three_files_agree_on_where_to_stop(folder, tmp_path, legacy):
-    """The base model stops at <|endoftext|>, 0; the template ends a turn with <|im_end|>, 2."""
+@pytest.mark.parametrize("case", STOPPING)
+def test_transformers_stops_and_tokenizes_with_the_saved_files_as_we_do(folder, tmp_path, case):
     from transformers import AutoTokenizer, GenerationConfig
 
-    if legacy:  # where it is still written, it overrides tokenizer_config.json
-        text = json.dumps({"eos_token": {"content": "<|endoftext|>", "lstrip": False}})
-        (folder / "special_tokens_map.json").write_text(text)
-    assert load_and_save(folder, tmp_path / "out").stop_ids == [2, 0]
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 0]
-    assert read_json(tmp_path / "out" / "config.json")["eos_token_id"] == 2
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
-    assert load_model(tmp_path / "out")[1].stop_ids == [2, 0]
-
-
-def test_stop_ids_come_from_config_json_if_generation_config_names_none(folder):
-    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
-    edit_json(folder / "config.json", eos_token_id=[1, 2])
-    assert load_model(folder)[1].stop_ids == [2, 1]
-    (folder / "generation_config.json").unlink()
-    assert load_model(folder)[1].stop_ids == [2, 1]
-
-
-@pytest.mark.parametrize("template", ["tokenizer_config.json", "chat_template.jinja"])
-def test_transformers_reads_the_saved_tokenizer_as_we_do(folder, tmp_path, template):
-    from transformers import AutoTokenizer
-
-    if template == "chat_template.jinja":
-        edit_json(folder / "tokenizer_config.json", chat_template=...)
-        (folder / template).write_text(chatml(system="You are terse."))
-    source = load_and_save(folder, tmp_path / "out")
+    changes, stop_ids = STOPPING[case]
+    for change in changes:
+        change(folder)
+    source, out = load_and_save(folder, tmp_path / "out"), tmp_path / "out"
+    again, theirs = load_model(out)[1], AutoTokenizer.from_pretrained(out)
+    assert source.stop_ids == again.stop_ids == stop_ids
+    assert GenerationConfig.from_pretrained(out).eos_token_id == stop_ids
+    assert read_json(out / "config.json")["eos_token_id"] == 2
+    assert theirs.eos_token == "<|im_end|>"
     messages = [{"role": "user", "content": "6-1=?"}]
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True
-    )
-    assert source.chat.encode_prompt(messages) == theirs["input_ids"]
-    assert load_model(tmp_path / "out")[1].chat.encode_prompt(messages) == theirs["input_ids"]
+    settings = {"add_generation_prompt": True, "return_dict": True}
+    ids = theirs.apply_chat_template(messages, **settings)["input_ids"]
+    assert source.chat.encode_prompt(messages) == again.chat.encode_prompt(messages) == ids
 
 
 # ---------------------------------------------------------------- power cuts, kills, full disks
@@ -300,7 +324,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_model_whole(folder, mon
     """No file may grow beyond the limit: the first shard, or the card, which is written last."""
     monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", MANY_SHARDS)
     model, source = load_model(folder)
-    before = contents(folder)
+    before = files_in(folder.parent)
     with torch.no_grad():
         model.model.norm.weight.add_(1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -310,68 +334,16 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_model_whole(folder, mon
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert message.startswith(f"{folder}: the model could not be saved")
-    assert contents(folder) == before
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert files_in(folder.parent) == before
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(folder, tmp_path):
-    (tmp_path / "file").touch()
-    assert "could not be saved" in refusal(load_and_save, folder, tmp_path / "file" / "out")
+def test_a_folder_that_cannot_be_made_is_one_line(folder):
+    message = refusal(load_and_save, folder, folder / "config.json" / "out")
+    assert "could not be saved" in message
 
 
 # ---------------------------------------------------------------- broken folders
 
-
-def write(name: str, content: str) -> Callable[[Path], int]:
-    return lambda folder: (folder / name).write_text(content)
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def edit(name: str, **changes) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / name, **changes)
-
-
-def put(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
-    """Store another tensor under a name."""
-
-    def change(folder: Path) -> None:
-        tensors = load_file(folder / WEIGHTS)
-        save_file({**tensors, name: tensor}, folder / WEIGHTS, {"format": "pt"})
-
-    return change
-
-
-def rename_a_tensor(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    tensors["model.final_norm.weight"] = tensors.pop(NORM)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-
-
-def cut_short(folder: Path) -> None:
-    os.truncate(folder / WEIGHTS, 10_000)
-
-
-def split_in_two_with_the_same_tensor(folder: Path) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    save_file(tensors, folder / shards[0])
-    save_file({NORM: tensors[NORM]}, folder / shards[1])
-    index = {"weight_map": {**dict.fromkeys(tensors, shards[0]), NORM: shards[1]}}
-    (folder / INDEX).write_text(json.dumps(index))
-
-
-def add_token_320(folder: Path) -> None:
-    value = read_json(folder / "tokenizer.json")
-    added = {**value["added_tokens"][0], "content": "<|late|>", "id": 320}
-    value["model"]["vocab"]["<|late|>"] = 320
-    value["added_tokens"].append(added)
-    (folder / "tokenizer.json").write_text(json.dumps(value))
-
-
-NORM = "model.norm.weight"
 LOST = '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'
 BROKEN = [  # what is done to a folder; what the error says
     (remove("config.json"), ["config.json: no such file"]),
@@ -385,19 +357,25 @@ BROKEN = [  # what is done to a folder; what the error says
     (edit("generation_config.json", eos_token_id=[0, 320]), ["eos_token_id is 320"]),
     (add_token_320, ["tokenizer.json: token id 320 has no embedding", "vocab_size is 320"]),
     (remove(WEIGHTS), ["model.safetensors: no such file"]),
-    (cut_short, ["model.safetensors: not a complete safetensors file"]),
+    (
+        lambda folder: os.truncate(folder / WEIGHTS, 10_000),
+        ["model.safetensors: not a complete safetensors file"],
+    ),
     (write(WEIGHTS, ""), ["model.safetensors: not a complete safetensors file"]),
     (write(INDEX, LOST), ["model-00001-of-00002.safetensors: no such file"]),
     (write(INDEX, '{"weight_map": 3}'), [INDEX, "weight_map"]),
     (
-        split_in_two_with_the_same_tensor,
-        ["model-00002-of-00002.safetensors: model.norm.weight is stored in another file too"],
+        store_the_norm_twice,
+        ["norm.safetensors: model.norm.weight is stored in another file too"],
     ),
-    (put(NORM, torch.ones(31)), ["model.norm.weight has shape [31]", "[32]"]),
-    (put(NORM, torch.ones(32, dtype=torch.int8)), ["model.norm.weight is I8"]),
-    (rename_a_tensor, ["missing: model.norm.weight", "unexpected: model.final_norm.weight"]),
-    (put(HEAD, torch.ones(320, 32)), ["lm_head.weight", "tie_word_embeddings"]),
-    (put(HEAD, torch.ones(3, 32)), ["lm_head.weight has shape [3, 32]", "[320, 32]"]),
+    (put({NORM: torch.ones(31)}), ["model.norm.weight has shape [31]", "[32]"]),
+    (put({NORM: torch.ones(32, dtype=torch.int8)}), ["model.norm.weight is I8"]),
+    (
+        put({NORM: ..., "model.final_norm.weight": torch.ones(32)}),
+        ["missing: model.norm.weight", "unexpected: model.final_norm.weight"],
+    ),
+    (put({HEAD: torch.ones(320, 32)}), ["lm_head.weight", "tie_word_embeddings"]),
+    (put({HEAD: torch.ones(3, 32)}), ["lm_head.weight has shape [3, 32]", "[320, 32]"]),
 ]
 
 
@@ -408,26 +386,7 @@ def test_a_broken_folder_is_one_line_that_names_it(folder, damage, parts):
     assert [part for part in [*parts, str(folder)] if part not in message] == []
 
 
-def test_a_tied_head_that_is_stored_and_equal_is_accepted_and_saved_once(folder, tmp_path):
-    before = bits(folder)
-    put(HEAD, stored(folder)["model.embed_tokens.weight"])(folder)
-    load_and_save(folder, tmp_path / "out")
-    assert bits(tmp_path / "out") == before
-
-
-# ---------------------------------------------------------------- fp32 weights, bf16 compute
-
-
-@pytest.fixture(scope="module")
-def sharded(save_qwen2, tmp_path_factory):
-    """(folder, a model that computes in fp32, the same one under FSDP2 in bf16)."""
-    folder = tmp_path_factory.mktemp("sharded")
-    save_qwen2(folder, tie_word_embeddings=True)
-    plain, mixed = load_model(folder)[0], load_model(folder)[0]
-    parallelize(plain, HERE, Parallelism())
-    parallelize(mixed, HERE, Parallelism(torch.bfloat16))
-    yield folder, plain, mixed
-    torch.distributed.destroy_process_group()
+# ---------------------------------------------------------------- each rank its own rows
 
 
 class Shard:
@@ -472,15 +431,27 @@ def test_rows_saved_by_some_ranks_are_read_by_others(saved_by, read_by, tmp_path
         assert "rows of matrix; expected 10" in refusal(read_shards, files[1:], shards)
 
 
+# ---------------------------------------------------------------- fp32 weights, bf16 compute
+
+
+@pytest.fixture(scope="module")
+def sharded(save_qwen2, tmp_path_factory):
+    """(folder, a model that computes in fp32, the same one under FSDP2 in bf16)."""
+    folder = tmp_path_factory.mktemp("sharded")
+    save_qwen2(folder, tie_word_embeddings=True)
+    plain, mixed = load_model(folder)[0], load_model(folder)[0]
+    parallelize(plain, HERE, Parallelism())
+    parallelize(mixed, HERE, Parallelism(torch.bfloat16))
+    yield folder, plain, mixed
+    torch.distributed.destroy_process_group()
+
+
 def sft_loss(model) -> torch.Tensor:
-    rng = np.random.default_rng(0)
-    rows = [
-        TokenSequence(rng.integers(0, 320, n), prompt_length=3, row=0, sign=1) for n in (9, 5, 20)
-    ]
-    totals = Totals(num_rows=3, num_tokens=sum(row.response_length for row in rows))
-    lengths = torch.tensor([row.response_length for row in rows])
-    batch = pack(rows, sft().token_weights(torch.ones(3), lengths, totals))
-    return sft().loss(model, batch, totals)[0]
+    data = data_of("sft")
+    step = data.all_rows()
+    totals = data.totals(step)
+    [batch] = data.batches(step, totals)
+    return data.loss(model, batch, totals).loss
 
 
 def test_bf16_gradients_are_fp32_close_to_those_of_fp32_not_divided_and_add_up(sharded):
@@ -519,32 +490,21 @@ def test_a_step_of_1e_6_moves_the_master_weights_and_they_are_what_is_saved(shar
     before, after = stored(tmp_path / "before"), stored(tmp_path / "after")
     for name, parameter in mixed.named_parameters():
         assert torch.equal(after[name], parameter.full_tensor()), name
-        moved = after[name] - before[name]
-        assert moved.abs().max() > 0, name
-        assert moved.abs().max() < 1.5e-6, name  # AdamW's first step is the learning rate
+        moved = (after[name] - before[name]).abs().max()
+        assert 0 < moved < 1.5e-6, name  # AdamW's first step is the learning rate
 
 
 # ---------------------------------------------------------------- a checkpoint as a model folder
 
+STEP = Path("run/checkpoints/step-000002")
 
-def saved_run(folder: Path, save_dtype: str = "source") -> Path:
-    """The checkpoint of a run, whose weights are the model's times two."""
-    model, _ = load_model(folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter *= 2
-    run = folder.parent / "run"
-    run.mkdir()
-    settings = {
-        "model": str(folder), "rope_theta": 5e5, "max_position_embeddings": "keep",
-        "save_dtype": save_dtype,
-    }  # fmt: skip
-    lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
-    (run / "config.toml").write_text("".join(lines))
-    facts = {"parent's weights sha256": weights_hash(folder)}
-    checkpoints = Checkpoints(run, HERE, facts, keep=1)
-    assert checkpoints.save(7, model, torch.optim.AdamW(model.parameters()))
-    return checkpoints.at(7)
+
+@pytest.fixture
+def stop(here, stop_at) -> Callable[[str], None]:
+    """stop(save_dtype) leaves the checkpoint STEP of a run that starts from parent/."""
+    shutil.copytree("student", "parent")
+    config = partial(sft_config, model=str(here / "parent"), rope_theta=5e5)
+    return lambda save_dtype="source": stop_at(config(save_dtype=save_dtype), 2)
 
 
 def export(*arguments: object) -> int:
@@ -552,51 +512,45 @@ def export(*arguments: object) -> int:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "saved"), [("source", torch.float32), ("bfloat16", torch.bfloat16)]
+    ("save_dtype", "dtype"), [("source", torch.float32), ("bfloat16", torch.bfloat16)]
 )
 def test_an_exported_checkpoint_is_a_model_folder_with_its_weights_in_the_runs_dtype(
-    folder, tmp_path, monkeypatch, capsys, dtype, saved
+    here, stop, monkeypatch, capsys, save_dtype, dtype
 ):
-    out = tmp_path / "out"
-    monkeypatch.chdir(saved_run(folder, dtype).parent)  # it may be named from within the run
-    assert export("step-000007", "--out", out) == 0
-    assert f"step-000007 of {folder.parent / 'run'}" in capsys.readouterr().out
-    before = stored(folder)
-    for name, tensor in stored(out).items():
-        assert torch.equal(tensor, (2 * before[name]).to(saved))
-    config = read_json(out / "config.json")
-    assert config["dtype"] == config["torch_dtype"] == str(saved).removeprefix("torch.")
-    assert load_model(out)[1].dtype == saved
+    stop(save_dtype)
+    monkeypatch.chdir(STEP.parent)  # it may be named from within the run
+    assert export(STEP.name, "--out", here / "exported") == 0
+    assert f"{STEP.name} of {here / 'run'}" in capsys.readouterr().out
+    trained, out = load_file(f"{STEP.name}/rank-0.safetensors"), stored(here / "exported")
+    for name, before in stored(here / "parent").items():
+        assert torch.equal(out[name], trained[f"model.{name}"].to(dtype))
+        assert not torch.equal(trained[f"model.{name}"], before)
+    config = read_json(here / "exported" / "config.json")
+    assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
+    assert load_model(here / "exported")[1].dtype == dtype
     assert read_rope_theta(config, "") == 5e5
-    assert logits(out).isfinite().all()
+    assert logits(here / "exported").isfinite().all()
 
 
-def another_parent(step: Path) -> None:
-    path = step.parents[2] / "source/model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
-
-
-NOT_EXPORTED = {
-    "no such folder": shutil.rmtree,
-    "config.toml: no such file": lambda step: (step.parents[1] / "config.toml").unlink(),
-    "expected the settings of a training run": lambda step: os.truncate(
-        step.parents[1] / "config.toml", 0
+NOT_EXPORTED = {  # message -> what is done to the folder of run/ and parent/
+    "no such folder": lambda here: shutil.rmtree(here / "run"),
+    "config.toml: no such file": remove("run/config.toml"),
+    "expected the settings of a training run": write("run/config.toml", ""),
+    "rank-0.safetensors has changed since it was written": lambda here: os.truncate(
+        here / STEP / "rank-0.safetensors", 1000
     ),
-    "rank-0.safetensors has changed since it was written": lambda step: os.truncate(
-        step / "rank-0.safetensors", 1000
-    ),
-    "has changed since": another_parent,
+    "parent: has changed since": lambda here: put({NORM: torch.zeros(32)})(here / "parent"),
 }
 
 
-@pytest.mark.parametrize("named", NOT_EXPORTED)
-def test_what_cannot_be_exported_is_one_line(named, folder, tmp_path, capsys):
-    step = saved_run(folder)
+@pytest.mark.parametrize("message", NOT_EXPORTED)
+def test_what_cannot_be_exported_is_one_line(message, here, stop, capsys):
+    stop()
+    NOT_EXPORTED[message](here)
     capsys.readouterr()
-    NOT_EXPORTED[named](step)
-    assert export(step, "--out", tmp_path / "out") == 2
+    assert export(STEP, "--out", "exported") == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert named in line
-    assert not (tmp_path / "out").exists()
-    assert export(step.parent, "--out", folder) == 2  # it is not empty
+    assert message in line
+    assert not Path("exported").exists()
+    assert export(STEP, "--out", "parent") == 2  # it is not empty

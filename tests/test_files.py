@@ -5,8 +5,7 @@ import gzip
 import json
 import os
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,13 +16,15 @@ from small_run import refusal
 from redi.data.files import PARQUET_BATCH_ROWS, read_rows, write_aside
 
 ROWS = [{"n": 1, "text": "a\u2028b\r c"}, {"n": 2, "text": "é\n"}, {"n": 3, "text": ""}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
-def json_lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+COMPRESSED = {
+    "": bytes, ".gz": gzip.compress, ".zst": partial(pa.compress, codec="zstd", asbytes=True),
+}  # fmt: skip
 
 
-def write(path, content):
+def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
@@ -36,17 +37,22 @@ def read_all(source) -> list:
 
 
 def test_jsonl_rows_carry_their_line_and_blank_lines_are_no_rows(tmp_path):
-    first, second, third = json_lines(ROWS).split("\n")[:3]
+    first, second, third = LINES.split("\n")[:3]
     path = write(tmp_path / "raw.jsonl", f"{first}\n\n{second}\n   \n{third}")
     assert read_all(path) == [(f"{path}:{line}", row) for line, row in zip((1, 3, 5), ROWS)]
 
 
+@pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize("lead", ["", "\ufeff", "\n \t", "\ufeff\n" + " \n" * 5000])
-def test_a_json_file_is_an_array_or_lines(tmp_path, lead):
-    array = write(tmp_path / "array.json", lead + json.dumps(ROWS, indent=2))
-    lines = write(tmp_path / "lines.json", lead + json_lines(ROWS))
+def test_a_json_file_is_an_array_or_lines_and_may_be_compressed(tmp_path, lead, suffix):
+    def saved(name: str, text: str) -> Path:
+        return write(tmp_path / f"{name}{suffix}", COMPRESSED[suffix]((lead + text).encode()))
+
+    array = saved("array.json", json.dumps(ROWS, indent=2))
     assert read_all(array) == [(f"{array}: row {i}", r) for i, r in enumerate(ROWS, 1)]
-    assert [row for _, row in read_rows(lines)] == ROWS
+    for path in (saved("lines.json", LINES * 1000), saved("lines.jsonl", LINES * 1000)):
+        numbers = range(1 + lead.count("\n"), 10**6)
+        assert read_all(path) == [(f"{path}:{n}", r) for n, r in zip(numbers, ROWS * 1000)]
 
 
 def test_parquet_gives_the_rows_of_all_batches_and_row_groups(tmp_path):
@@ -73,6 +79,8 @@ def test_a_folder_gives_its_files_in_name_order_and_a_list_in_its_own(tmp_path):
     write(tmp_path / "notes.txt", "not data")
     assert [row["n"] for _, row in read_rows(tmp_path)] == [1, 2]
     assert [row["n"] for _, row in read_rows([b, str(a), b])] == [2, 1, 2]
+    # A missing file is found before the first row.
+    assert "gone.jsonl: no such file" in refusal(next, read_rows([a, tmp_path / "gone.jsonl"]))
 
 
 # ---------------------------------------------------------------- errors
@@ -89,8 +97,11 @@ def damage_the_middle(data: bytes) -> bytes:
     return data[:middle] + b"\xff" * 64 + data[middle + 64 :]
 
 
-PAGES = {"compression": "gzip", "use_dictionary": False, "row_group_size": 500}
-LONG = parquet([f"{i:0100}" for i in range(1000)], **PAGES)
+LONG = parquet(
+    [f"{i:0100}" for i in range(1000)],
+    compression="gzip", use_dictionary=False, row_group_size=500,
+)  # fmt: skip
+GZIP, ZSTD = (COMPRESSED[suffix](b'{"a": 1}\n' * 10_000) for suffix in (".gz", ".zst"))
 BROKEN = [  # file, content, what the error begins with
     ("cut.jsonl", '{"n": 1}\n{"n": ', ":2: not valid JSON (Expecting value"),
     ("latin.jsonl", b'{"n": 1}\n\n{"t": "\xe9"}\n', ":3: not valid JSON in UTF-8"),
@@ -100,11 +111,16 @@ BROKEN = [  # file, content, what the error begins with
     ("cut.json", '[\n{"n": 1},\n{"n"', ": not valid JSON (Expecting ':' delimiter at l"),
     ("mixed.json", '[{"n": 1}, "x"]', ': row 2: expected a JSON object, got "x"'),
     ("empty.jsonl", "", ": holds no rows"),
+    ("empty.jsonl.gz", gzip.compress(b""), ": holds no rows"),
     ("blank.jsonl", "\n\n", ": holds no rows"),
     ("none.json", "[]", ": holds no rows"),
     ("none.parquet", parquet([]), ": holds no rows"),
     ("false.parquet", "PAR1 it says", ": unreadable Parquet file after row 0"),
     ("damaged.parquet", damage_the_middle(LONG), ": cannot be read (GZipCodec failed"),
+    ("half.jsonl.gz", GZIP[: len(GZIP) // 2], ": cannot be read"),
+    ("half.jsonl.zst", ZSTD[: len(ZSTD) // 2], ": cannot be read"),
+    ("plain.jsonl.gz", b"plain" + GZIP, ": cannot be read"),
+    ("plain.jsonl.zst", b"plain" + ZSTD, ": cannot be read"),
     ("table.csv", "n\n1\n", ": expected a .parquet, .jsonl or .json file"),
     ("gone.jsonl", None, ": no such file or folder"),
 ]
@@ -118,58 +134,48 @@ def test_an_error_names_the_file_and_the_line(tmp_path, name, content, message):
     assert refusal(read_all, path).startswith(f"{path}{message}")
 
 
-def test_a_missing_file_of_a_list_is_found_before_the_first_row(tmp_path):
-    there = write(tmp_path / "a.jsonl", '{"n": 1}\n')
-    message = refusal(next, read_rows([there, tmp_path / "b.jsonl"]))
-    assert message.startswith(f"{tmp_path}/b.jsonl: no such file")
-
-
 # ---------------------------------------------------------------- memory
 
 
-@contextmanager
-def traced() -> Iterator[list[int]]:
-    """A list that gets the peak of Python's memory in the block."""
-    peak: list[int] = []
-    tracemalloc.start()
-    try:
-        yield peak
-        peak.append(tracemalloc.get_traced_memory()[1])
-    finally:
-        tracemalloc.stop()
+def write_lines(path: Path) -> None:
+    path.write_text((json.dumps({"text": "x" * 20_000}) + "\n") * 3000)
 
 
-def test_reading_60_mb_of_json_lines_holds_a_few_lines(tmp_path):
-    path = tmp_path / "raw.jsonl"
-    line = json.dumps({"text": "x" * 20_000}) + "\n"
-    path.write_text(line * 3000)
-    with traced() as peak:
-        assert sum(len(row["text"]) for _, row in read_rows(path)) == 60_000_000
-    assert peak[0] < 1_000_000
-
-
-def test_reading_60_mb_of_parquet_holds_a_few_batches(tmp_path):
-    path = tmp_path / "raw.parquet"
-    texts = pa.array([os.urandom(10_000).hex() for _ in range(3000)])  # 20 kB each
-    # One row group, of pages of about a megabyte.
+def write_parquet(path: Path) -> None:
+    """One row group, of pages of about a megabyte."""
+    texts = pa.array([os.urandom(10_000).hex() for _ in range(3000)])
     layout = {"compression": "none", "use_dictionary": False, "write_batch_size": 64}
     pq.write_table(pa.table({"text": texts}), path, **layout)
     assert pq.ParquetFile(path).num_row_groups == 1
-    del texts
-    before, arrow_peak, characters = pa.total_allocated_bytes(), 0, 0
-    with traced() as peak:
-        for _, row in read_rows(path):
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "most", "most_in_arrow"),
+    [
+        ("raw.jsonl", write_lines, 1_000_000, 0),
+        ("raw.parquet", write_parquet, 8_000_000, 16_000_000),
+    ],
+)
+def test_reading_60_mb_holds_a_few_lines_or_batches(tmp_path, name, make, most, most_in_arrow):
+    make(tmp_path / name)
+    before, in_arrow, characters = pa.total_allocated_bytes(), 0, 0
+    tracemalloc.start()
+    try:
+        for _, row in read_rows(tmp_path / name):
             characters += len(row["text"])
-            arrow_peak = max(arrow_peak, pa.total_allocated_bytes() - before)
+            in_arrow = max(in_arrow, pa.total_allocated_bytes() - before)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert characters == 60_000_000
-    assert peak[0] < 8_000_000
-    assert arrow_peak < 16_000_000
+    assert peak < most
+    assert in_arrow <= most_in_arrow
 
 
 # ---------------------------------------------------------------- write_aside
 
 
-def write_half(path, error):
+def write_half(path: Path, error: BaseException | None) -> None:
     with write_aside(path) as file:
         file.write("half")
         if error:
@@ -186,11 +192,17 @@ def test_a_file_appears_whole_and_only_when_the_block_ends(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("raised", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_what_was_there_and_nothing_else(tmp_path, raised):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(), KeyboardInterrupt(), SystemExit(),
+        FileNotFoundError(2, "gone", "other"), BrokenPipeError(),  # not this file's
+    ],
+)  # fmt: skip
+def test_an_exception_is_raised_as_it_is_and_leaves_what_was_there(tmp_path, error):
     path = write(tmp_path / "out.jsonl", "before\n")
-    with pytest.raises(raised):
-        write_half(path, raised())
+    with pytest.raises(type(error)):
+        write_half(path, error)
     assert path.read_text() == "before\n"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -199,50 +211,8 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     write(tmp_path / "file", "")
     (tmp_path / "taken").mkdir()
     for path in (tmp_path / "file" / "x", tmp_path / "gone" / "x", tmp_path / "taken"):
-        message = refusal(write_half, path, None)
-        assert message.startswith(f"{path}: cannot be written (")
+        assert refusal(write_half, path, None).startswith(f"{path}: cannot be written (")
     full = OSError(errno.ENOSPC, "No space left on device")
     message = refusal(write_half, tmp_path / "out.jsonl", full)
     assert message == f"{tmp_path}/out.jsonl: cannot be written (No space left on device)"
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "taken"]
-
-
-@pytest.mark.parametrize("raised", [FileNotFoundError(2, "gone", "other"), BrokenPipeError()])
-def test_an_error_of_something_else_is_not_blamed_on_the_file(tmp_path, raised):
-    with pytest.raises(type(raised)):
-        write_half(tmp_path / "out.jsonl", raised)
-    assert list(tmp_path.iterdir()) == []
-
-
-# ---------------------------------------------------------------- compressed
-
-
-def compressed(path: Path, data: bytes) -> Path:
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(data))
-    else:
-        with pa.output_stream(str(path), compression="zstd") as file:
-            file.write(data)
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
-def test_compressed_rows_are_those_of_the_plain_file(suffix, tmp_path):
-    lines = b"".join(json.dumps({"a": "x" * n}).encode() + b"\n" for n in range(3000))
-    plain = tmp_path / "plain.jsonl"
-    plain.write_bytes(lines)
-    packed = compressed(tmp_path / f"packed.jsonl.{suffix}", lines)
-    expected = [(place.replace(str(plain), str(packed)), row) for place, row in read_rows(plain)]
-    assert read_all(packed) == expected
-    array = compressed(tmp_path / f"array.json.{suffix}", b' [{"a": 1}, {"a": 2}]')
-    assert [row for _, row in read_rows(array)] == [{"a": 1}, {"a": 2}]
-    empty = compressed(tmp_path / f"empty.jsonl.{suffix}", b"")
-    assert "holds no rows" in refusal(read_all, empty)
-
-
-@pytest.mark.parametrize("suffix", ["gz", "zst"])
-@pytest.mark.parametrize("broken", [lambda d: d[: len(d) // 2], lambda d: b"plain" + d])
-def test_a_broken_compressed_file_is_one_line(suffix, broken, tmp_path):
-    packed = compressed(tmp_path / f"x.jsonl.{suffix}", b'{"a": 1}\n' * 10_000)
-    packed.write_bytes(broken(packed.read_bytes()))
-    assert refusal(read_all, packed).startswith(f"{packed}: cannot be read")

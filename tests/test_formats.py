@@ -1,7 +1,6 @@
 """redi/data/formats.py: the same training row out of every usual shape, and TRL's tokens for it."""
 
 import re
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 from small_run import assistant, refusal, run, sft_config, user, write_jsonl
 
-from redi.data.formats import Example, read_examples, to_example
-from redi.data.tokenizer import ChatTokenizer, chatml
+from redi.data.formats import Example, to_example
+from redi.data.tokenizer import ChatTokenizer, TokenizedRow, chatml
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = [user("1+1?")]
@@ -115,71 +114,75 @@ def test_other_rows_are_refused_in_one_line(name):
     assert re.search(expected, message)
 
 
-def test_equal_sides_are_counted_and_rows_keep_their_numbers():
-    equal = {"prompt": "1+1?", "chosen": "It is 2.", "rejected": "It is 2."}
-    rows = [PAIR_SHAPES["strings"], equal, PAIR_SHAPES["implicit prompt"]]
-    skipped = Counter()
-    found = list(read_examples([("x", row) for row in rows], True, skipped))
-    assert found == [(1, PAIR_ROW), (3, PAIR_ROW)]
-    assert skipped == {"chosen equals rejected": 1}
-
-
 # ---------------------------------------------------------------- tokens, and TRL's
 
-GENERATION = chatml(None).replace(
+# TRL needs to be shown where the answers are.
+GENERATION = chatml().replace(
     "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}",
     "{%- if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}"
     "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{%- else %}"
     "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{%- endif %}",
 )
+ANSWERS = ["<think>\n6-1=5\n\n</think>\n\n\\boxed{2}", " leads", "trails \n\n", "é 的 🧮"]
+SINGLE = [{"prompt": [user("6-1=?\n")], "completion": [assistant(text)]} for text in ANSWERS]
+SEVERAL = [{"messages": TURNS}, {"messages": ASKED + RIGHT}]
 
 
-def test_the_mask_of_several_turns_is_trls(make_chat, tmp_path):
-    from datasets import Dataset
+@pytest.fixture
+def both(make_chat, tmp_path) -> tuple:
+    """(our tokenizer, transformers' own, settings of TRL's trainers)."""
     from transformers import AutoTokenizer
+
+    ours = make_chat(tmp_path)
+    settings = {"output_dir": str(tmp_path), "max_length": None, "use_cpu": True, "bf16": False}
+    return ours, AutoTokenizer.from_pretrained(tmp_path), settings
+
+
+def encoded(chat: ChatTokenizer, row: dict, paired: bool = False) -> list[TokenizedRow]:
+    example = to_example(row, "x", paired)
+    return chat.encode_rows([(example.prompt, response) for response in example.responses])
+
+
+@pytest.mark.parametrize(("rows", "template"), [(SINGLE, None), (SEVERAL, GENERATION)])
+def test_tokens_and_mask_of_sft_are_trls(both, rows, template):
+    """TRL's own preparation of the rows, without the rest of its trainer."""
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    ours, theirs = make_chat(tmp_path, chatml(None)), AutoTokenizer.from_pretrained(tmp_path)
-    rows = [{"messages": TURNS}, {"messages": ASKED + RIGHT}]
-    arguments = SFTConfig(
-        output_dir=str(tmp_path), max_length=None, use_cpu=True, bf16=False,
-        assistant_only_loss=True,
-    )  # fmt: skip
+    ours, theirs, settings = both
+    arguments = SFTConfig(**settings, assistant_only_loss=template is not None)
     trainer = SimpleNamespace(
-        _tokenizer=theirs, chat_template=GENERATION, completion_only_loss=False
+        _tokenizer=theirs, chat_template=template, completion_only_loss=template is None
     )
     by_trl = SFTTrainer._prepare_dataset(
         trainer, Dataset.from_list(rows), theirs, arguments, False, None, "train"
     )
-    found = [to_example(row, "x", False) for row in rows]
-    rendered = ours.encode_rows([(e.prompt, e.responses[0]) for e in found])
-    for row, expected in zip(rendered, by_trl):
-        ids = row.prompt_ids + row.response_ids
-        learned = row.learned or [True] * len(row.response_ids)
-        assert ids == expected["input_ids"][: len(ids)]
-        labels = [-100] * len(row.prompt_ids)
-        labels += [t if seen else -100 for t, seen in zip(row.response_ids, learned)]
-        assert labels == expected["labels"][: len(ids)]
-        assert ours.decode(expected["input_ids"][len(ids) :]) == "\n"
-    assert rendered[1].learned is None
+    for row, expected in zip(rows, by_trl, strict=True):
+        [found] = encoded(ours, row)
+        # TRL also learns the newline after the stop token.
+        assert ours.decode(expected["input_ids"][len(found) :]) == "\n"
+        assert found.prompt_ids + found.response_ids == expected["input_ids"][: len(found)]
+        supervised = [label != -100 for label in expected["labels"][: len(found)]]
+        learned = found.learned or [True] * len(found.response_ids)
+        assert supervised == [False] * len(found.prompt_ids) + learned
+        assert (found.learned is None) == (row != SEVERAL[0])
 
 
 @pytest.mark.parametrize("name", ["message lists", "implicit prompt"])
-def test_tokens_of_pairs_are_trls(name, make_chat, tmp_path):
+def test_tokens_of_pairs_are_trls(both, name):
     from datasets import Dataset
-    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    ours, theirs = make_chat(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    arguments = DPOConfig(output_dir=str(tmp_path), max_length=None, use_cpu=True, bf16=False)
-    rows, trainer = Dataset.from_list([PAIR_SHAPES[name]]), SimpleNamespace(_tokenizer=theirs)
-    [expected] = DPOTrainer._prepare_dataset(trainer, rows, theirs, arguments, "train")
-    example = to_example(PAIR_SHAPES[name], "x", True)
-    chosen, rejected = ours.encode_rows([(example.prompt, r) for r in example.responses])
-    assert chosen.prompt_ids == rejected.prompt_ids == expected["prompt_ids"]
-    for row, ids in ((chosen, expected["chosen_ids"]), (rejected, expected["rejected_ids"])):
-        assert row.response_ids == ids[: len(row.response_ids)]
-        assert ours.decode(ids[len(row.response_ids) :]) == "\n"
+    ours, theirs, settings = both
+    row, trainer = PAIR_SHAPES[name], SimpleNamespace(_tokenizer=theirs)
+    [expected] = DPOTrainer._prepare_dataset(
+        trainer, Dataset.from_list([row]), theirs, DPOConfig(**settings), "train"
+    )
+    for side, found in zip(("chosen", "rejected"), encoded(ours, row, paired=True), strict=True):
+        ids = expected["prompt_ids"] + expected[f"{side}_ids"]
+        assert found.prompt_ids == expected["prompt_ids"]
+        assert found.prompt_ids + found.response_ids == ids[: len(found)]
+        assert ours.decode(ids[len(found) :]) == "\n"
 
 
 def test_several_turns_are_trained_on_as_transformers_scores_them(here):
@@ -193,8 +196,7 @@ def test_several_turns_are_trained_on_as_transformers_scores_them(here):
     model = AutoModelForCausalLM.from_pretrained("student", dtype=torch.float32)
     scores = []
     for row in rows:
-        example = to_example(row, "x", False)
-        [rendered] = chat.encode_rows([(example.prompt, example.responses[0])])
+        [rendered] = encoded(chat, row)
         ids = torch.tensor([rendered.prompt_ids + rendered.response_ids])
         with torch.no_grad():
             logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]

@@ -2,6 +2,7 @@
 
 import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -11,22 +12,6 @@ from small_run import refusal
 from redi.hub import dataset_files, model_folder
 
 
-class FakeHub:
-    """Repositories as lists of paths, downloaded into a folder; `downloads` lists what was."""
-
-    def __init__(self, cache: Path):
-        self.cache, self.repositories, self.downloads = cache, {}, []
-
-    def snapshot_download(self, repo_id, *, repo_type, allow_patterns):
-        self.downloads.append((repo_id, repo_type))
-        if repo_id not in self.repositories:
-            raise OSError("404 Client Error\n\nRepository Not Found for url: https://...")
-        names = self.repositories[repo_id]
-        for pattern in allow_patterns:
-            touch(self.cache / repo_id, *fnmatch.filter(names, pattern))
-        return str(self.cache / repo_id)
-
-
 def touch(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -34,9 +19,19 @@ def touch(folder: Path, *names: str) -> None:
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    fake = FakeHub(tmp_path / "cache")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+def hub(tmp_path, monkeypatch) -> SimpleNamespace:
+    """A hub whose repositories are lists of paths; `downloads` lists what was downloaded."""
+    fake = SimpleNamespace(repositories={}, downloads=[], cache=tmp_path / "cache")
+
+    def snapshot_download(repo_id, *, repo_type, allow_patterns):
+        fake.downloads.append((repo_id, repo_type))
+        if repo_id not in fake.repositories:
+            raise OSError("404 Client Error\n\nRepository Not Found for url: https://...")
+        for pattern in allow_patterns:
+            touch(fake.cache / repo_id, *fnmatch.filter(fake.repositories[repo_id], pattern))
+        return str(fake.cache / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -63,12 +58,15 @@ def test_a_folder_gives_its_own_data_files_by_name_and_lists_others(tmp_path, ca
     assert "subfolders are not searched" in refusal(dataset_files, tmp_path)
 
 
-def test_a_file_that_would_be_missed_in_a_folder_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize(("name", "target"), [("b.jsonl", "gone.jsonl"), ("c.JSONL", "a.jsonl")])
+def test_a_file_that_would_be_missed_in_a_folder_is_refused_by_name(tmp_path, name, target):
     (tmp_path / "a.jsonl").touch()
-    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    assert "b.jsonl: a broken link" in refusal(dataset_files, tmp_path)
-    (tmp_path / "b.jsonl").rename(tmp_path / "c.JSONL")
-    assert "c.JSONL: a broken link, or a suffix in capitals" in refusal(dataset_files, tmp_path)
+    (tmp_path / name).symlink_to(tmp_path / target)
+    message = refusal(dataset_files, tmp_path)
+    assert message.startswith(f"{tmp_path}/{name}: a broken link, or a suffix in capitals")
+
+
+NO_HUB_IDS = ["rows", "./a/b", "../b", "~/b", "/a/b", "a/b/c", "a/b/", "a/rows.jsonl", "a b/c"]
 
 
 @pytest.mark.parametrize(
@@ -77,22 +75,15 @@ def test_a_file_that_would_be_missed_in_a_folder_is_refused_by_name(tmp_path):
         (model_folder, "out/sft", "python train_sft.py"),
         (dataset_files, "data/positives.jsonl", "python -m redi.prepare"),
         (dataset_files, "data/toy", "python -m redi.toy"),
+        *((dataset_files, path, None) for path in NO_HUB_IDS),
     ],
 )
-def test_a_missing_default_names_the_command_that_makes_it(hub, find, path, command):
+def test_what_is_neither_there_nor_a_hub_id_is_missing_and_a_default_names_its_command(
+    hub, find, path, command
+):
     message = refusal(find, path, made_by=command)
-    assert message == f"{path}: no such file or folder; `{command}` makes it"
-    assert hub.downloads == []
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["rows", "./a/b", "../b", "~/b", "/a/b", "a/b/c", "a/b/", "a/rows.jsonl", "a b/c", ""],
-)
-def test_a_path_without_the_form_of_a_hub_id_is_a_missing_file(hub, tmp_path, path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    message = refusal(dataset_files, path)
-    assert "no such file or folder" in message or "no .parquet" in message
+    hint = f"`{command}` makes it" if command else "expected a local path or a hub id, org/name"
+    assert message == f"{Path(path).expanduser()}: no such file or folder; {hint}"
     assert hub.downloads == []
 
 
@@ -134,18 +125,15 @@ def test_a_dataset_id_gives_the_files_of_one_split(hub, split, stored, expected)
     assert hub.downloads == [("org/set", "dataset")] * 2
 
 
-def test_a_dataset_without_the_split_is_an_error(hub):
+def test_a_dataset_without_the_split_and_a_failed_download_are_one_line(hub):
     hub.repositories["org/set"] = ["data/test-00000-of-00001.parquet", "train.csv"]
     message = refusal(dataset_files, "org/set")
     assert "org/set: no .parquet" in message
     assert "named after the split 'train'" in message
-
-
-@pytest.mark.parametrize("find", [model_folder, dataset_files])
-def test_a_failed_download_is_one_line(hub, find):
-    message = refusal(find, "org/gone")
-    assert message.startswith("org/gone: no such local path, and downloading this ")
-    assert "(OSError: 404 Client Error)" in message
+    for find in (model_folder, dataset_files):
+        message = refusal(find, "org/gone")
+        assert message.startswith("org/gone: no such local path, and downloading this ")
+        assert "(OSError: 404 Client Error)" in message
 
 
 def test_the_real_client_without_a_network_is_one_line(tmp_path):

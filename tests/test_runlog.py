@@ -1,17 +1,15 @@
 """What a run writes beside its model: which run a folder holds, its records, its curves."""
 
-import json
-import struct
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from unittest import mock
 
 import pytest
+from matplotlib.image import imread
 from processes import main_in_this_process
-from small_run import refusal
+from small_run import refusal, write_jsonl
 
 from redi import curves, runlog
 from redi.config import may_change, to_toml
@@ -27,6 +25,10 @@ class Settings:
     dry_run: Annotated[bool, "not compared", may_change] = False
 
 
+FIRST = {"kind": "train", "step": 1, "loss": 1.0}
+LAST = {"kind": "finished"}
+
+
 @pytest.fixture
 def run(tmp_path) -> Path:
     """The folder of a run, not yet there."""
@@ -39,89 +41,67 @@ def start(folder: Path, settings: Settings | None = None, **facts: str) -> RunLo
     return log
 
 
-def start_and_end(folder: Path) -> None:
-    start(folder)  # its lock ends with it
+def killed(folder: Path) -> None:
+    start(folder).record("train", 1, loss=1.0)  # its lock ends with it
 
 
-def finish(folder: Path, settings: Settings | None = None) -> None:
-    log = start(folder, settings)
+def finished(folder: Path) -> None:
+    log = start(folder)
     log.record("train", 1, loss=1.0)
     log.finish()
 
 
-def lose_metrics(folder: Path) -> None:
-    start(folder)
+def without_metrics(folder: Path) -> None:
+    killed(folder)
     (folder / "metrics.jsonl").unlink()
-
-
-def config_of(content: bytes) -> Callable[[Path], None]:
-    """A finished run whose config.toml is this."""
-
-    def make(folder: Path) -> None:
-        finish(folder)
-        (folder / "config.toml").write_bytes(content)
-
-    return make
-
-
-def foreign(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "thesis.tex").touch()
 
 
 # ---------------------------------------------------------------- which run a folder holds
 
 
 @pytest.mark.parametrize(
-    ("make", "now", "complete"),
+    ("make", "now", "records"),
     [
-        (lambda folder: None, Settings(), False),
-        (Path.mkdir, Settings(), False),
-        (start_and_end, Settings(), False),
-        (lose_metrics, Settings(), False),
-        (finish, Settings(), True),
-        (finish, Settings(tracker="wandb", dry_run=True), True),  # they do not change the result
+        (lambda folder: None, Settings(), []),
+        (Path.mkdir, Settings(), []),
+        (killed, Settings(), [FIRST]),
+        (without_metrics, Settings(), []),
+        (finished, Settings(), [FIRST, LAST]),
+        (finished, Settings(tracker="wandb", dry_run=True), [FIRST, LAST]),  # same result
     ],
 )
-def test_a_run_is_finished_or_may_be_started(run, make, now, complete):
+def test_a_run_is_finished_or_may_be_started(run, make, now, records):
     make(run)
     before = sorted(run.glob("*"))
-    assert is_finished(str(run), now) == complete
+    assert is_finished(str(run), now) == (LAST in records)
     assert sorted(run.glob("*")) == before  # the check writes nothing
-    assert len(list(read_metrics(run))) == 2 * complete
+    assert list(read_metrics(run)) == records
+    start(run)
+    assert list(read_metrics(run)) == []  # from its first step
 
 
 @pytest.mark.parametrize(
-    ("make", "now", "message"),
+    ("make", "files", "now", "message"),
     [
-        (foreign, Settings(), "holds files but no run"),
-        (Path.touch, Settings(), "is a file"),
-        (config_of(b'title = "else"\n'), Settings(), "title was 'else', now None"),
-        (config_of(b"lr = \xff"), Settings(), "run/config.toml: not a readable TOML file"),
-        (start_and_end, Settings(lr=0.25), "(lr was 0.5, now 0.25); choose another folder"),
-        (finish, Settings(lr=0.25), "(lr was 0.5, now 0.25); choose another folder"),
-        (finish, Settings(name="b"), "(name was 'a', now 'b'); choose another folder"),
-        (finish, Settings(limit=3), "(limit was None, now 3); choose another folder"),
+        (Path.touch, {}, Settings(), "is a file"),
+        (Path.mkdir, {"thesis.tex": b""}, Settings(), "holds files but no run"),
+        (finished, {"config.toml": b"lr = \xff"}, Settings(), "config.toml: not a readable TOML"),
+        (
+            finished,
+            {"config.toml": b"a = 1"},
+            Settings(),
+            "(a was 1, now None; lr was None,",
+        ),
+        (killed, {}, Settings(lr=0.25), "(lr was 0.5, now 0.25); choose another folder"),
+        (finished, {}, Settings(name="b"), "(name was 'a', now 'b'); choose another folder"),
+        (finished, {}, Settings(limit=3), "(limit was None, now 3); choose another folder"),
     ],
 )
-def test_anything_else_is_refused_and_names_what_differs(run, make, now, message):
+def test_anything_else_is_refused_and_names_what_differs(run, make, files, now, message):
     make(run)
+    for name, content in files.items():
+        (run / name).write_bytes(content)
     assert message in refusal(is_finished, str(run), now)
-
-
-def test_an_unfinished_run_is_started_again_from_its_first_step(run):
-    log = start(run)
-    log.record("train", 1, loss=1.0)
-    del log  # as if its process had ended
-    start(run)
-    assert list(read_metrics(run)) == []
-
-
-def test_only_one_process_at_a_time_writes_to_a_folder(run):
-    log = start(run)
-    log.record("train", 1, loss=1.0)
-    assert "another process is running there" in refusal(start, run)
-    assert [record["step"] for record in read_metrics(run)] == [1]
 
 
 # ---------------------------------------------------------------- records
@@ -146,7 +126,7 @@ def test_records_are_on_disk_as_soon_as_they_are_written(run):
     ]
     assert repr(list(read_metrics(run))) == repr(written)  # NaN differs from itself
     log.finish()
-    assert repr(list(read_metrics(run))) == repr([*written, {"kind": "finished"}])
+    assert repr(list(read_metrics(run))) == repr([*written, LAST])
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(run):
@@ -156,19 +136,15 @@ def test_a_full_disk_is_one_line_that_names_the_file(run):
     assert message.startswith(f"{run}/metrics.jsonl: cannot be written (No space left")
 
 
-@pytest.mark.parametrize("cut", [1, 5, 20])
-def test_a_last_line_cut_short_is_left_out(run, cut):
-    finish(run)
+def test_a_last_line_cut_short_is_left_out_and_any_other_damaged_line_is_named(run):
+    finished(run)
     path = run / "metrics.jsonl"
-    path.write_text(path.read_text()[:-cut])
-    assert list(read_metrics(run)) == [{"kind": "train", "step": 1, "loss": 1.0}]
-    assert not is_finished(str(run), Settings())
-
-
-def test_any_other_damaged_line_is_an_error_that_names_it(run):
-    finish(run)
-    path = run / "metrics.jsonl"
-    for damaged in ("{" + path.read_text(), "[" * 200_000 + "\n"):
+    whole = path.read_text()
+    for cut in (1, 5, 20):
+        path.write_text(whole[:-cut])
+        assert list(read_metrics(run)) == [FIRST]
+        assert not is_finished(str(run), Settings())
+    for damaged in ("{" + whole, "[" * 200_000 + "\n"):
         path.write_text(damaged)
         message = refusal(lambda: list(read_metrics(run)))
         assert message == f"{path}:1: not a record of a run"
@@ -195,27 +171,23 @@ def test_progress_without_a_terminal_is_a_line_every_few_seconds(capsys, monkeyp
 
 # ---------------------------------------------------------------- trackers
 
-
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 @pytest.mark.parametrize("tracker", TRACKERS)
-def test_a_tracker_that_is_not_installed_is_one_line_and_leaves_no_run(run, monkeypatch, tracker):
+def test_a_tracker_gets_settings_and_records(run, monkeypatch, tracker):
     monkeypatch.setitem(sys.modules, TRACKERS[tracker], None)  # import raises ImportError
     message = refusal(RunLog, str(run), Settings(), tracker)
     assert message == f"--tracker {tracker}: pip install {tracker} first"
-    assert not list(run.glob("*"))
+    assert not run.exists()
 
-
-@pytest.mark.parametrize("tracker", TRACKERS)
-def test_a_tracker_gets_settings_and_records(run, monkeypatch, tracker):
     module = mock.MagicMock()
     monkeypatch.setitem(sys.modules, TRACKERS[tracker], module)
     (run / "tensorboard").mkdir(parents=True)  # as its writer does
     log = RunLog(str(run), Settings(), tracker)
     assert not is_finished(str(run), Settings())  # only held, it is free to start
     log.record("train", 3, loss=0.5)
-    assert [record["loss"] for record in read_metrics(run)] == [0.5]
+    assert list(read_metrics(run)) == [{"kind": "train", "step": 3, "loss": 0.5}]
     if tracker == "wandb":
         [created] = module.init.call_args_list
         assert (created.kwargs["name"], created.kwargs["config"]["lr"]) == ("run", 0.5)
@@ -230,40 +202,24 @@ def test_a_tracker_gets_settings_and_records(run, monkeypatch, tracker):
 # ---------------------------------------------------------------- curves
 
 
-def write_run(folder: Path, steps: int = 5, **values: float) -> Path:
-    folder.mkdir()
-    records = [{"kind": "train", "step": k, "loss": 1 / k, **values} for k in range(1, steps + 1)]
-    records += [{"kind": "eval", "step": steps, "loss": 0.3}, {"kind": "finished"}]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(lines)
-    return folder
-
-
-def size_of_png(path: Path) -> tuple[int, int]:
-    content = path.read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    assert content.endswith(b"IEND\xaeB`\x82")
-    return struct.unpack(">II", content[16:24])
-
-
 def test_the_curves_of_all_runs_are_drawn_into_the_first_with_a_panel_per_metric(tmp_path, capsys):
-    first = write_run(tmp_path / "one")
-    second = write_run(tmp_path / "two", steps=3, **dict.fromkeys(list(curves.PANELS)[:4], 0.1))
+    first, second, empty = (tmp_path / name for name in ("one", "two", "empty"))
+    panels = dict.fromkeys(list(curves.PANELS)[:4], 0.1)
+    for folder, values in ((first, {}), (second, panels)):
+        folder.mkdir()
+        train = [{**FIRST, "step": step, **values} for step in range(1, 6)]
+        write_jsonl(folder / "metrics.jsonl", [*train, {**FIRST, "kind": "eval"}, LAST])
+    empty.mkdir()
+    for missing in (empty, tmp_path / "nowhere"):
+        assert main_in_this_process(runlog.main, first, missing) == 2
+        assert str(missing) in capsys.readouterr().err
+        assert not (first / "curves.png").exists()
     sizes = []
     for runs in ([first], [first, second]):
         assert main_in_this_process(runlog.main, *runs) == 0
-        sizes.append(size_of_png(first / "curves.png"))
-    assert capsys.readouterr().out.splitlines() == [str(first / "curves.png")] * 2
-    assert 500 < sizes[0][0] < sizes[1][0]  # one panel, then three columns
-    assert 300 < sizes[0][1] < sizes[1][1]
+        assert capsys.readouterr().out == f"{first}/curves.png\n"
+        sizes.append(imread(first / "curves.png").shape)
+    assert 300 < sizes[0][0] < sizes[1][0]  # one panel, then several rows
+    assert 500 < sizes[0][1] < sizes[1][1]  # and three columns
     assert {path.name for path in first.iterdir()} == {"metrics.jsonl", "curves.png"}
     assert not (second / "curves.png").exists()
-
-
-@pytest.mark.parametrize("missing", ["nowhere", "empty"])
-def test_a_run_without_records_is_an_error_that_names_it(tmp_path, capsys, missing):
-    (tmp_path / "empty").mkdir()
-    first = write_run(tmp_path / "one")
-    assert main_in_this_process(runlog.main, first, tmp_path / missing) == 2
-    assert missing in capsys.readouterr().err
-    assert not (first / "curves.png").exists()

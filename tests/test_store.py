@@ -17,8 +17,9 @@ from unittest import mock
 import numpy as np
 import pytest
 from processes import child, die, wait_until
-from small_run import assistant, refusal, user, write_jsonl
+from small_run import assistant, conversation, refusal, user, write_jsonl
 
+from redi.config import UserError
 from redi.data import store as store_module
 from redi.data.dataset import Limits, describe, select
 from redi.data.formats import Example
@@ -29,16 +30,7 @@ from redi.toy.student import train_tokenizer
 GENEROUS = Limits(10**8, 10**8, 10**8)
 
 
-def row(number: int) -> dict[str, list]:
-    text = f"a\n\nb  c {number} 6-1=5\n" * (1 + number * 7 % 13)
-    return {
-        "prompt": [user(f"Compute {number}")],
-        "chosen": [assistant(f"<think>\n{text}</think>\n\\boxed{{{number}}}")],
-        "rejected": [assistant(f"\\boxed{{{number + 1}}}")],
-    }
-
-
-ROWS = [row(number) for number in range(40)]
+ROWS = [conversation(number) for number in range(40)]
 EQUAL = {**ROWS[5], "rejected": ROWS[5]["chosen"]}
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [SYSTEM, user("1+1?"), assistant("2"), user("And <|im_end|> 2+2?"), assistant("\n4")]
@@ -46,24 +38,22 @@ TURNS = [SYSTEM, user("1+1?"), assistant("2"), user("And <|im_end|> 2+2?"), assi
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, save_tokenizer) -> Path:
-    """A working folder with a tokenizer in student/ and 41 pairs, one of them of equal traces."""
+    """A working folder with a tokenizer in student/ and 41 pairs, the 11th of equal traces."""
     save_tokenizer(tmp_path / "student")
-    write_jsonl(tmp_path / "rows.jsonl", [*ROWS, EQUAL])
+    write_jsonl(tmp_path / "rows.jsonl", [*ROWS[:10], EQUAL, *ROWS[10:]])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(store_module, "BLOCK_CHARS", 700)
+    monkeypatch.setattr(store_module, "BLOCK_CHARS", 200)
     return tmp_path
 
 
-def load(
-    *names: str, paired: bool = True, student: str = "student", cache: str = "cache"
-) -> TokenStore:
+def load(*names: str, paired: bool = True, student: str = "student", cache: str = "cache"):
     files = [Path(name) for name in names or ["rows.jsonl"]]
     return load_store(files, ChatTokenizer.from_folder(student), paired, cache)
 
 
 def load_rows() -> None:
     """The main of a process that loads the store of rows.jsonl."""
-    store_module.BLOCK_CHARS = 700
+    store_module.BLOCK_CHARS = 200
     print(load().tokens.tolist())
 
 
@@ -71,27 +61,31 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def folders(cache: str = "cache") -> list[str]:
+def folders() -> list[str]:
     """Everything in the cache but the locks, which stay."""
-    return sorted(path.name for path in Path(cache).iterdir() if path.suffix != ".lock")
+    return sorted(path.name for path in Path("cache").iterdir() if path.suffix != ".lock")
 
 
 # ---------------------------------------------------------------- what it holds
 
 
-@pytest.mark.parametrize("block", [1, 700, 1 << 20])
-def test_tokens_are_the_tokenized_rows_for_any_size_of_block(folder, monkeypatch, block):
+@pytest.mark.parametrize("block", [1, 200, 1 << 20])
+@pytest.mark.parametrize("files", [1, 2])
+def test_tokens_are_the_tokenized_rows_for_any_number_of_files_and_size_of_block(
+    folder, monkeypatch, block, files
+):
     monkeypatch.setattr(store_module, "BLOCK_CHARS", block)
-    store = load()
+    store = load(*["rows.jsonl"] * files)
     chat = ChatTokenizer.from_folder("student")
-    sides = [(r["prompt"], r[side]) for r in ROWS for side in ("chosen", "rejected")]
+    sides = [(r["prompt"], r[side]) for r in ROWS * files for side in ("chosen", "rejected")]
     rendered = chat.encode_rows(sides)
     assert store.tokens.tolist() == [t for r in rendered for t in r.prompt_ids + r.response_ids]
     assert store.sequence_lengths.tolist() == [len(r) for r in rendered]
     assert store.prompt_lengths.tolist() == [len(r.prompt_ids) for r in rendered]
     assert store.response_lengths.tolist() == [len(r.response_ids) for r in rendered]
-    assert store.row_numbers.tolist() == list(range(1, 41))
-    assert store.skipped == {"chosen equals rejected": 1}
+    assert store.row_numbers.tolist() == [n for n in range(1, 41 * files + 1) if n not in (11, 52)]
+    assert store.skipped == {"chosen equals rejected": files}
+    assert store.data_hash == hashlib.sha256(Path("rows.jsonl").read_bytes() * files).hexdigest()
     assert sorted(contents(store.folder)) == ["index.npz", "store.json", "tokens.bin"]
     recorded = json.loads((store.folder / "store.json").read_text())["tokens_hash"]
     assert recorded == hashlib.sha256((store.folder / "tokens.bin").read_bytes()).hexdigest()
@@ -107,17 +101,14 @@ def test_of_several_turns_only_answers_are_learned_and_those_between_are_shown_a
     assert one.learned is None
     assert several.tokens.tolist() == rendered.prompt_ids + rendered.response_ids
     assert several.learned.tolist() == rendered.learned
-    assert several.response_length == store.response_lengths[0] == sum(rendered.learned)
-    assert dataset.response_lengths.tolist() == [several.response_length, one.response_length]
     learned = several.tokens[several.prompt_length :][several.learned]
     assert chat.decode(learned) == "2<|im_end|>\n4<|im_end|>"
-    tokens = np.split(store.tokens, store.offsets[1:-1])
-    not_learned = len(rendered.learned) - sum(rendered.learned)
-    assert [int((part < 0).sum()) for part in tokens] == [not_learned, 0]
+    assert several.response_length == store.response_lengths[0] == len(learned)
+    assert dataset.response_lengths.tolist() == [len(learned), one.response_length]
     lines = describe(dataset, chat).splitlines()
     totals = {line.split()[0]: int(line.split()[1]) for line in lines[2:5]}
     assert list(totals) == ["prompt", "response", "between"]
-    assert totals["between"] == not_learned > 0
+    assert totals["between"] == len(rendered.learned) - len(learned)
     assert sum(totals.values()) == dataset.lengths.sum()
     names = [line.split("|")[0].strip() for line in lines[-4:]]
     assert names == ["prompt", "response", "between", "response"]
@@ -133,25 +124,12 @@ def test_no_more_than_a_few_blocks_are_read_ahead_of_what_is_written(monkeypatch
             read["rows"] += 1
             yield number, Example([user("x" * 50)], [[assistant("y" * 50)]])
 
-    chat = SimpleNamespace(encode_rows=lambda conversations: conversations)
-    written = 0
+    chat, written = SimpleNamespace(encode_rows=lambda conversations: conversations), 0
     for number, _ in store_module.tokenize_rows(chat, examples()):
         written += 1
         assert number == written
         assert read["rows"] - written <= 10 * (store_module.THREADS + 2)
     assert written == 500
-
-
-def test_several_files_are_one_store_and_the_bar_has_a_total_where_rows_are_lines(folder):
-    shutil.copy("rows.jsonl", "rows.json")
-    lines, other = ["rows.jsonl"], ["rows.json"]
-    with mock.patch.object(store_module, "tqdm", wraps=store_module.tqdm) as bar:
-        for number, names in enumerate([lines, lines * 2, other, lines + other]):
-            store = load(*names, cache=f"cache-{number}")
-            data = Path("rows.jsonl").read_bytes() * len(names)
-            assert store.data_hash == hashlib.sha256(data).hexdigest()
-            assert len(store.row_numbers) == 40 * len(names)
-    assert [call.args[2] for call in bar.call_args_list] == [41, 82, None, None]
 
 
 # ---------------------------------------------------------------- tokenized once
@@ -170,30 +148,30 @@ def test_the_data_is_tokenized_once_and_read_again(folder, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("changed", ["data", "template", "tokenizer", "format"])
-def test_a_change_of_data_template_tokenizer_or_format_makes_another_store(
-    folder, monkeypatch, changed
-):
+CHANGED = ["data", "template", "tokenizer", "special tokens", "format", "paired"]
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_change_makes_another_store(folder, save_tokenizer, monkeypatch, changed):
+    rows = [{**r, "completion": r["chosen"]} for r in ROWS]
+    write_jsonl(folder / "rows.jsonl", rows)
     first = load()
     shutil.copytree("student", "other")
-    write_jsonl(folder / "other.jsonl", [*ROWS[:-1], row(50)])
-    if changed == "template":
+    if changed == "data":
+        write_jsonl(folder / "rows.jsonl", [*rows[:-1], conversation(50)])
+    elif changed == "template":
         Path("other/chat_template.jinja").write_text(chatml("Be brief."))
     elif changed == "tokenizer":
         train_tokenizer(["other text altogether", chatml()]).save("other/tokenizer.json")
+    elif changed == "special tokens":
+        save_tokenizer(folder / "other", bos_token="<|endoftext|>")
     elif changed == "format":
         monkeypatch.setattr(store_module, "FORMAT", "3")
-    second = load("other.jsonl" if changed == "data" else "rows.jsonl", student="other")
+    second = load(student="other", paired=changed != "paired")
     assert folders() == sorted({first.folder.name, second.folder.name})
     assert len(folders()) == 2
-    assert np.array_equal(second.tokens, first.tokens) == (changed == "format")
-
-
-def test_pairs_and_sft_rows_of_one_file_have_separate_stores(folder):
-    write_jsonl(folder / "both.jsonl", [{**r, "completion": r["chosen"]} for r in ROWS])
-    pairs, traces = load("both.jsonl"), load("both.jsonl", paired=False)
-    assert pairs.folder != traces.folder
-    assert len(pairs.prompt_lengths) == 2 * len(traces.prompt_lengths) == 80
+    same = changed in ("special tokens", "format")
+    assert np.array_equal(second.tokens, first.tokens) == same
 
 
 def write_slowly() -> None:
@@ -251,25 +229,26 @@ def test_a_kill_leaves_no_half_store_and_the_next_process_starts_again(folder, k
     assert folders() == [whole.name]
 
 
-@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, MemoryError])
-def test_whatever_ends_the_writing_nothing_is_left(folder, monkeypatch, raised):
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (KeyboardInterrupt(), "while tokenizing; no tokens were kept"),
+        (SystemExit(), ""),
+        (MemoryError(), ""),
+        (FULL, f"--cache cache: cannot write there ({FULL})"),
+    ],
+)
+def test_whatever_ends_the_writing_nothing_is_left(folder, monkeypatch, raised, message):
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", mock.Mock(side_effect=raised))
-        with pytest.raises(raised) as error:
+        with pytest.raises(UserError if raised is FULL else type(raised)) as error:
             load()
-    if raised is KeyboardInterrupt:
-        assert str(error.value) == "while tokenizing; no tokens were kept"
+    assert str(error.value) == message
     assert folders() == []
-    assert load().row_numbers.tolist() == list(range(1, 41))
-
-
-def test_a_cache_that_cannot_be_written_is_one_line(folder, monkeypatch):
-    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
-    monkeypatch.setattr(np, "savez", full)
-    message = refusal(load)
-    assert message.startswith("--cache cache: cannot write there (")
-    assert "No space left" in message
-    assert folders() == []
+    assert len(load().row_numbers) == 40
     assert refusal(load, cache="rows.jsonl").startswith("--cache rows.jsonl: cannot write there")
 
 
