@@ -19,8 +19,10 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 from processes import child, undisturbed
 from small_run import PAIRS, SFT, as_positive, conversation, run, write_jsonl
 
+from redi.checkpoint.folder import load_model
 from redi.config import Stopped
 from redi.data.tokenizer import ChatTokenizer, chatml
+from redi.model import Transformer
 from redi.runlog import RunLog
 from redi.toy import student as toy
 
@@ -66,6 +68,14 @@ def save_qwen2() -> Callable:
         return model
 
     return save
+
+
+@pytest.fixture(scope="session")
+def qwen2(save_qwen2, tmp_path_factory) -> tuple[Any, Transformer, Transformer]:
+    """The same model as transformers has it, as redi loads it, and as redi loads it in float64."""
+    folder = tmp_path_factory.mktemp("qwen2")
+    peer = save_qwen2(folder)
+    return peer, load_model(folder)[0], load_model(folder)[0].double()
 
 
 @pytest.fixture(scope="session")

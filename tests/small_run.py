@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,14 @@ from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
 from redi.config import UserError
 from redi.distributed import World
+from redi.eval.engine.generate import Request, generate
+from redi.eval.engine.sampling import Sampling
 from redi.objectives import make_objective, sft
 from redi.runlog import read_metrics
 
 PAIRS = 10
 HERE = World(0, 1, torch.device("cpu"))
+HOT = Sampling(temperature=1.0, top_p=0.95, seed=1)
 
 
 def conversation(number: int) -> dict[str, list]:
@@ -207,3 +211,32 @@ def assert_resumes_to_the_same_bits(folder: Path, num_ranks: int = 1) -> str:
         again, *_ = undisturbed(folder, SFT, num_ranks)
     assert_same_bits(folder / "run", folder / "whole")
     return again.shown
+
+
+# ---------------------------------------------------------------- requests for answers
+
+
+def random_requests(count: int, seed: int = 0, longest: int = 128) -> list[Request]:
+    """Prompts of 1 to 40 of 320 tokens, three samples each, and up to `longest` new tokens, in a
+    context of 128."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for key in range(count):
+        if key % 3 == 0:
+            prompt = tuple(rng.integers(0, 320, rng.integers(1, 41)).tolist())
+        limit = int(rng.integers(1, min(longest, 128 - len(prompt)) + 1))
+        requests.append(Request(key, prompt, limit))
+    return requests
+
+
+def answers(model, requests, slots, sampling=HOT, stop_ids=(), budget=None, usage=None):
+    """What `generate` returns, in the order of the keys."""
+    found = generate(model, requests, stop_ids, sampling, slots, budget, usage)
+    return sorted(found, key=lambda result: result.key)
+
+
+def bytes_of_pages(model, count: int, tokens: int = 4) -> int:
+    """Of keys and values of so many tokens per page."""
+    config, dtype = model.config, model.output_weight.dtype
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return count * tokens * per_token

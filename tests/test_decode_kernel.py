@@ -6,23 +6,21 @@ has no bf16 arithmetic, and a recorded step is replayed by calling the function 
 padding, tables and inputs are those of the device.
 """
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_run import answers, bytes_of_pages, random_requests
 
-from redi.checkpoint.folder import load_model
 from redi.eval.engine import cache
 from redi.eval.engine.cache import Cache
-from redi.eval.engine.generate import Request, Usage, generate
-from redi.eval.engine.sampling import Sampling
+from redi.eval.engine.generate import Usage
 
 kernel = pytest.importorskip("redi.eval.engine.decode_kernel", reason="triton is not installed")
 from redi.eval.engine import kernel_steps  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (1, 2, 4, 8)
-HOT = Sampling(temperature=1.0, seed=1)
+REQUESTS = random_requests(30, longest=40)
 
 
 def reference(query, keys, values, table, rows, lengths):
@@ -62,8 +60,12 @@ def problem(lengths: list[int], heads: int, kv_heads: int, size: int, page: int,
     return *tensors, *(t.to(DEVICE) for t in (table, rows, torch.tensor(lengths)))
 
 
-def in_float64(query, keys, values, *rest):
-    return reference(query.double(), keys.double(), values.double(), *rest)
+def assert_equals_float64(inputs, within: float) -> None:
+    out = kernel.decode_attention(*inputs)
+    query, keys, values, *rest = inputs
+    assert out.dtype == query.dtype
+    expected = reference(query.double(), keys.double(), values.double(), *rest)
+    torch.testing.assert_close(out.double(), expected, rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -85,18 +87,13 @@ def test_decode_attention_equals_torch_in_float64(
     """With one split per row, several, and as many as there are tiles."""
     monkeypatch.setattr(kernel, "PROGRAMS", programs)
     inputs = problem(lengths, heads, kv_heads, size, page, dtype)
-    out = kernel.decode_attention(*inputs)
-    assert out.dtype == dtype
-    within = 1e-5 if dtype == torch.float32 else 3e-3
-    torch.testing.assert_close(out.double(), in_float64(*inputs), rtol=within, atol=within)
+    assert_equals_float64(inputs, 1e-5 if dtype == torch.float32 else 3e-3)
 
 
 def test_sharp_scores_do_not_overflow():
     query, *rest = problem([150, 70], 4, 2, 16, 8, torch.float32)
-    inputs = query * 1e3, *rest
-    out = kernel.decode_attention(*inputs)
     # Scores of thousands are rounded to some 1e-4 in fp32, and so are the weights.
-    torch.testing.assert_close(out.double(), in_float64(*inputs), rtol=2e-3, atol=2e-3)
+    assert_equals_float64((query * 1e3, *rest), 2e-3)
 
 
 def test_numbers_that_are_not_finite_show():
@@ -109,18 +106,9 @@ def test_numbers_that_are_not_finite_show():
 # ---------------------------------------------------------------- whole generations
 
 
-@pytest.fixture(scope="module")
-def single(save_qwen2, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_qwen2(folder)
-    return load_model(folder)[0]
-
-
-@pytest.fixture(scope="module")
-def model(single):
-    import copy
-
-    return copy.deepcopy(single).double()
+@pytest.fixture
+def model(qwen2):
+    return qwen2[2]
 
 
 @pytest.fixture
@@ -128,20 +116,21 @@ def as_on_cuda(monkeypatch):
     """Decode as on CUDA; how often each recorded step was replayed."""
     replays: list[int] = []
 
-    def record(run, device):
-        output, number = run(), len(replays)
+    def recorded(function, inputs):
+        output, number = function(inputs), len(replays)
         replays.append(0)
 
-        def replay():
+        def replay(new):
             replays[number] += 1
-            output.copy_(run())
+            inputs.copy_(new)
+            return output.copy_(function(inputs))
 
-        return output, replay
+        return replay
 
     monkeypatch.setattr(cache, "PAGE", 4)
     monkeypatch.setattr(cache, "uses_kernel", lambda device: True)
     monkeypatch.setattr(kernel_steps, "SIZES", SIZES)
-    monkeypatch.setattr(kernel_steps, "record", record)
+    monkeypatch.setattr(kernel_steps, "recorded", recorded)
     return replays
 
 
@@ -152,61 +141,37 @@ def replays(as_on_cuda, monkeypatch):
     return as_on_cuda
 
 
-def uneven(count: int, longest: int = 40) -> list[Request]:
-    """Prompts of 1 to 30 tokens, two samples each, and 1 to `longest` new tokens."""
-    rng = np.random.default_rng(count)
-    requests = []
-    for key in range(count):
-        if key % 2 == 0:
-            prompt = tuple(rng.integers(0, 320, rng.integers(1, 31)).tolist())
-        requests.append(Request(key, prompt, int(rng.integers(1, longest + 1))))
-    return requests
-
-
-def answers(model, requests, slots, budget=None, usage=None):
-    found = generate(model, requests, [7], HOT, slots, budget, usage)
-    return sorted(found, key=lambda result: result.key)
-
-
-def cpu_answers(*arguments):
+def cpu_answers(*arguments, **settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "uses_kernel", lambda device: False)
-        return answers(*arguments)
+        return answers(*arguments, **settings)
 
 
-@pytest.mark.parametrize("slots", [3, 8, 13])
-def test_the_answers_are_those_of_the_cpu(model, replays, slots):
-    """Full and half-full sizes, and with 13 slots steps that are too large for any."""
-    expected, steps = cpu_answers(model, uneven(30), slots), []
+@pytest.mark.parametrize(("slots", "num_pages"), [(3, None), (8, None), (13, None), (8, 40)])
+def test_the_answers_are_those_of_the_cpu(model, replays, slots, num_pages):
+    """Full and half-full sizes; with 13 slots steps that are too large for any; evictions."""
+    expected, steps = cpu_answers(model, REQUESTS, slots, stop_ids=[7]), []
     assert not replays
-    usage = Usage()
+    usage, budget = Usage(), num_pages and bytes_of_pages(model, num_pages)
     usage.count_step = lambda rows, queued: steps.append(rows)
-    assert answers(model, uneven(30), slots, usage=usage) == expected
+    found = answers(model, REQUESTS, slots, stop_ids=[7], budget=budget, usage=usage)
+    assert found == expected
+    assert usage.evictions > 10 if num_pages else usage.evictions == 0
     assert len(replays) == sum(size < 2 * min(slots, 8) for size in SIZES)  # each size once
     assert all(replays)
     assert sum(replays) == sum(rows <= SIZES[-1] for rows in steps)
 
 
-def test_rows_that_wait_for_pages_have_the_same_answers(model, replays):
-    expected, usage = answers(model, uneven(30), 8), Usage()
-    config = model.config
-    page = 4 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 8
-    assert answers(model, uneven(30), 8, 30 * page, usage) == expected
-    assert usage.evictions > 10
-
-
 def test_steps_of_a_model_in_training_are_not_recorded(model, replays, monkeypatch):
-    expected = answers(model, uneven(10), 4)
-    count = len(replays)
     monkeypatch.setattr(kernel_steps, "FSDPModule", type(model))
-    assert answers(model, uneven(10), 4) == expected
-    assert len(replays) == count > 0
+    assert answers(model, REQUESTS[:10], 4) == cpu_answers(model, REQUESTS[:10], 4)
+    assert not replays
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the model is on the CPU")
-def test_the_answers_with_the_kernel_itself(single, as_on_cuda):
-    found = answers(single, uneven(5, 8), 3)
-    assert cpu_answers(single, uneven(5, 8), 3) == found
+def test_the_answers_with_the_kernel_itself(qwen2, as_on_cuda):
+    requests = random_requests(4, longest=8)
+    assert answers(qwen2[1], requests, 3) == cpu_answers(qwen2[1], requests, 3)
     assert sum(as_on_cuda) > 4
 
 
@@ -215,10 +180,10 @@ def test_the_answers_with_the_kernel_itself(single, as_on_cuda):
 
 def decoder_of(model, lengths: list[int], spare: float = 1e6) -> kernel_steps.KernelDecoder:
     """Rows whose keys and values are random; in all other pages they are far from those."""
-    pages = Cache(model.config, model.output_weight, 60, None, 10, 40)
+    pages = Cache(model, 60, None, 10, 40)
     draw = torch.Generator().manual_seed(0)
     for row, length in enumerate(lengths):
-        pages.lengthen(row, length)
+        pages.lengthen([row], length)
     for tensor in (*pages.keys, *pages.values):
         tensor.fill_(1e6)
         tensor[-1] = spare
@@ -250,20 +215,3 @@ def test_padding_changes_no_number(model, replays, monkeypatch):
     monkeypatch.setattr(kernel_steps, "SIZES", ())
     alone = decoder_of(model, [5, 8, 1]).step([0, 1, 2], [11, 12, 13])
     torch.testing.assert_close(expected, alone, rtol=1e-12, atol=1e-12)
-
-
-@torch.inference_mode()
-def test_the_devices_table_follows_every_change(model, replays):
-    """Pages that a row takes, and frees for another row."""
-    decoder = decoder_of(model, [4, 8, 1])
-    pages = decoder.cache
-    for rows in ([0, 1, 2], [1, 2], [5, 1]):
-        decoder.step(rows, [9] * len(rows))
-        for row in rows:
-            own = pages.pages_of(row).tolist()
-            assert decoder.table[row, : len(own)].tolist() == own
-        pages.shorten(0, 0)
-        pages.shorten(1, 3)
-        if 2 in rows:
-            pages.lengthen(5, 7)
-    assert (decoder.table[pages.spare_row] == pages.num_pages).all()

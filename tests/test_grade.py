@@ -10,18 +10,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from processes import command, finished, wait_until
+from small_run import refusal
 
-from redi.config import UserError
 from redi.eval.benchmarks import Benchmark, Problem, load
 from redi.eval.completions import Completion
 from redi.eval.grade import grade
 from redi.eval.grading import workers
 from redi.eval.grading.grader import Grader, extract, report_unreadable
 from redi.eval.grading.normalize import LONGEST_ANSWER, text_key
-from redi.eval.grading.paper_grader import equal
 
 ENDLESS = r"\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}"  # Math-Verify issue 65
 HUNGRY = r"10^{10^{9}}+1"  # a number of 1e9 digits
@@ -142,16 +142,6 @@ CASES = [  # gold, correct answers, incorrect answers
     ([r"\frac{", r"\frac12"], ["0.5"], []),
 ]
 
-
-@pytest.mark.parametrize(("gold", "correct", "incorrect"), CASES)
-def test_an_answer_is_correct_if_it_is_the_gold_in_other_words(grader, gold, correct, incorrect):
-    items = [(boxed(answer), gold, "stop") for answer in (*correct, *incorrect)]
-    expected = ["correct"] * len(correct) + ["incorrect"] * len(incorrect)
-    assert grader.grade_all(items) == expected
-
-
-# ---------------------------------------------------------------- the paper's rules
-
 PAPER_CASES = [  # as above; the authors' grader gives each case the same verdict
     ("5", ["5.0", "x=5", r"5\text{ cm}"], ["6", "5.01", ""]),
     ("1234", ["1,234"], []),
@@ -178,31 +168,22 @@ PAPER_CASES = [  # as above; the authors' grader gives each case the same verdic
     # a fault that is part of the rules: both are flattened to 1+x/2
     (r"\frac{1+x}{2}", [r"1+\frac{x}{2}"], []),
     ("7-x", [], ["__import__('os')"]),
+    ("7", [], ["", "{", "}", r"\frac", r"\sqrt", r"\sqrt[", "(,)", r"\left", "="]),
+    ("3, 5", [], ["5, 3"]),  # here the other grader differs, as on an unreduced fraction
+    ("R", ["r"], []),  # and here
 ]
+
+
+@pytest.mark.parametrize(("gold", "correct", "incorrect"), CASES)
+def test_an_answer_is_correct_if_it_is_the_gold_in_other_words(grader, gold, correct, incorrect):
+    verdicts = grader.grade_all((boxed(answer), gold, "stop") for answer in correct + incorrect)
+    assert verdicts == ["correct"] * len(correct) + ["incorrect"] * len(incorrect)
 
 
 @pytest.mark.parametrize(("gold", "correct", "incorrect"), PAPER_CASES)
 def test_the_papers_rules_give_the_verdicts_of_the_authors_grader(gold, correct, incorrect):
-    assert [equal(gold, answer) for answer in correct] == [True] * len(correct)
-    assert [equal(gold, answer) for answer in incorrect] == [False] * len(incorrect)
-
-
-@pytest.mark.parametrize(
-    "broken", ["", "{", "}", r"\frac", r"\sqrt", r"\sqrt[", "(,)", r"\left", "="]
-)
-def test_by_the_papers_rules_a_broken_answer_equals_only_itself(broken):
-    assert not equal("7", broken)
-    assert equal(broken, broken)
-
-
-def test_the_two_graders_differ_where_their_rules_do():
-    """An unreduced fraction, a list in another order, capitals."""
-    cases = [(r"\frac{2}{4}", r"\frac{1}{2}"), ("3, 5", "5, 3"), ("R", "r")]
-    items = [(boxed(answer), gold, "stop") for answer, gold in cases]
-    with Grader() as both:
-        math_verify, paper = both.named("both")
-        assert math_verify.grade_all(items) == ["correct", "correct", "incorrect"]
-        assert paper.grade_all(items) == ["incorrect", "incorrect", "correct"]
+    verdicts = [workers.judge("paper", answer, gold) for answer in correct + incorrect]
+    assert verdicts == ["correct"] * len(correct) + ["incorrect"] * len(incorrect)
 
 
 # ---------------------------------------------------------------- which answer
@@ -273,20 +254,17 @@ def test_the_answer_is_the_last_box_after_the_thinking(response, math_verify, pa
     assert extract(response, grader="paper") == paper
 
 
-def test_extraction_takes_linear_time_on_boxes_that_never_close():
-    started = time.perf_counter()
-    assert extract("</think>" + r"\boxed{x " * 100_000) is None
-    assert time.perf_counter() - started < 5
+UNITS = [r"\boxed{x ", r"\text{a}", "a, ", "{", r"\frac", "1", r"\{", "((", "a\\ "]
 
 
-@pytest.mark.parametrize("unit", [r"\text{a}", "a, ", "{", r"\frac", "1", r"\{", "((", "a\\ "])
-def test_an_endless_answer_is_decided_at_once(unit):
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("length", [LONGEST_ANSWER, 10 * LONGEST_ANSWER, 800_000])
+def test_an_endless_answer_is_decided_at_once(unit, length):
     """Such answers come from models that loop; none may keep the parent, which nobody kills."""
-    for length in (LONGEST_ANSWER, 10 * LONGEST_ANSWER):
-        answer = (unit * length)[:length]
-        started = time.perf_counter()
-        Grader()._decide(rf"</think> \boxed{{{answer}}}", "5", "stop")
-        assert time.perf_counter() - started < 1
+    answer = (unit * length)[:length]
+    started = time.perf_counter()
+    Grader()._decide(rf"</think> \boxed{{{answer}}}", "5", "stop")
+    assert time.perf_counter() - started < (1 if length < 100_000 else 5)
 
 
 def test_a_response_cannot_be_graded_against_no_answers():
@@ -298,15 +276,15 @@ def test_a_response_cannot_be_graded_against_no_answers():
 
 
 def workers_of(parent: int) -> set[int]:
-    """The process ids of a parent's workers."""
-    shown = subprocess.run(["ps", "-eo", "ppid=,pid=,args="], capture_output=True, text=True)
-    rows = [line.split(maxsplit=2) for line in shown.stdout.splitlines()]
-    return {int(row[1]) for row in rows if int(row[0]) == parent and "grading.workers" in row[2]}
-
-
-def is_running(pid: int) -> bool:
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return state.stdout.strip()[:1] not in ("", "Z")
+    """The process ids of a parent's workers that are alive."""
+    shown = subprocess.run(
+        ["ps", "-ewwo", "ppid=,pid=,stat=,args="], capture_output=True, text=True
+    )
+    rows = [line.split(maxsplit=3) for line in shown.stdout.splitlines()]
+    return {
+        int(pid) for ppid, pid, state, name in rows
+        if int(ppid) == parent and "grading.workers" in name and state[0] != "Z"
+    }  # fmt: skip
 
 
 def test_an_endless_power_is_a_timeout_once_for_all_its_samples_and_others_are_graded(
@@ -322,15 +300,7 @@ def test_an_endless_power_is_a_timeout_once_for_all_its_samples_and_others_are_g
         assert time.perf_counter() - started < 20
 
 
-def test_the_paper_grader_survives_a_hostile_answer():
-    with Grader(limit_s=2, name="paper") as grader:
-        answers = ["9^9^9^9", "9**9**9**9**9", "(" * 900, "-x+7"]
-        verdicts = grader.grade_all([(boxed(answer), "7-x", "stop") for answer in answers])
-    assert verdicts[3] == "correct"
-    assert set(verdicts[:3]) <= {"timeout", "incorrect"}
-
-
-def test_a_worker_cannot_hold_more_memory_than_its_limit():
+def test_a_worker_cannot_hold_more_memory_than_its_limit(monkeypatch):
     before = workers_of(os.getpid())
     with Grader(limit_s=2) as grader:
         assert grader.grade(boxed("1/2"), "0.5") == "correct"
@@ -338,14 +308,8 @@ def test_a_worker_cannot_hold_more_memory_than_its_limit():
         assert resource.prlimit(worker, resource.RLIMIT_AS)[0] == workers.MEMORY_LIMIT
         assert grader.grade(boxed(HUNGRY), "7-x") in ("timeout", "incorrect")
         assert grader.grade(boxed(r"\frac{2}{4}"), "0.5") == "correct"
-
-
-def test_running_out_of_memory_is_a_timeout(monkeypatch):
-    def exhaust(gold, answer):
-        raise MemoryError
-
-    monkeypatch.setitem(workers.RULES, "math-verify", exhaust)
-    assert workers.judge("math-verify", "1/2", "0.5") == "timeout"
+    monkeypatch.setitem(workers.RULES, "paper", Mock(side_effect=MemoryError))
+    assert workers.judge("paper", "1/2", "0.5") == "timeout"
 
 
 def test_a_worker_that_dies_is_replaced_and_its_question_is_a_timeout():
@@ -354,9 +318,9 @@ def test_a_worker_that_dies_is_replaced_and_its_question_is_a_timeout():
         assert grader.grade(boxed("1/2"), "0.5") == "correct"
         [first] = workers_of(os.getpid()) - before
         os.kill(first, signal.SIGKILL)  # while it has nothing to do
-        wait_until(lambda: not is_running(first))
+        wait_until(lambda: workers_of(os.getpid()) == before)
         assert grader.grade(boxed("1/4"), "0.25") == "correct"
-        [second] = workers_of(os.getpid()) - before - {first}
+        [second] = workers_of(os.getpid()) - before
         verdict = thread.submit(grader.grade, boxed(ENDLESS), "1")
         time.sleep(0.5)
         os.kill(second, signal.SIGKILL)
@@ -367,9 +331,8 @@ def test_a_worker_that_dies_is_replaced_and_its_question_is_a_timeout():
 def test_a_worker_that_cannot_start_is_an_error_and_not_a_verdict(monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('no such thing')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Grader() as grader, pytest.raises(UserError, match=r"\(ImportError: no such thing\); pip"):
-        grader.grade(boxed("1/2"), "0.5")
-    assert "\n" not in str(grader)
+    with Grader() as grader:
+        assert "(ImportError: no such thing); pip" in refusal(grader.grade, boxed("1/2"), "0.5")
 
 
 @pytest.mark.parametrize("answer", ["1/2", ENDLESS])
@@ -393,30 +356,24 @@ def test_workers_end_with_their_parent(how, answer):
     [worker] = workers_of(parent.pid)
     parent.send_signal(how)
     parent.communicate(timeout=15)
-    wait_until(lambda: not is_running(worker), seconds=15)
+    wait_until(lambda: not Path(f"/proc/{worker}").exists(), seconds=15)
 
 
 # ---------------------------------------------------------------- many answers
 
 
-def test_grade_all_keeps_the_order_of_its_items():
+def test_verdicts_are_in_the_order_of_the_items_and_threads_may_share_a_grader():
+    """Math-Verify's timeouts are signal handlers, which only the main thread may set."""
     items = []
     for k in range(1, 31):
         items.append((boxed(rf"\frac{{{2 * k}}}{{4}}"), f"{k}/2", "stop"))  # algebra: right
         items.append((boxed(str(k)), str(k + 1), "stop"))  # integers: wrong
         items.append((boxed(rf"\frac{{{k}}}{{7}}"), f"{k}/8", "stop"))  # algebra: wrong
         items.append((boxed(str(k)), str(k), "length"))
-    with Grader(processes=2) as grader:
-        verdicts = grader.grade_all(items)
-    assert verdicts == ["correct", "incorrect", "incorrect", "truncated"] * 30
-
-
-def test_threads_may_share_a_grader():
-    """Math-Verify's timeouts are signal handlers, which only the main thread may set."""
+    expected = ["correct", "incorrect", "incorrect", "truncated"] * 30
     with Grader(processes=2) as grader, ThreadPoolExecutor(4) as threads:
-        items = [(boxed(rf"\frac{{{2 * k}}}{{6}}"), f"{k}/3") for k in range(1, 21)]
-        verdicts = list(threads.map(lambda item: grader.grade(*item), items))
-    assert verdicts == ["correct"] * 20
+        assert grader.grade_all(items) == expected
+        assert list(threads.map(lambda item: grader.grade(*item), items)) == expected
 
 
 def test_integers_are_graded_without_starting_a_worker():
@@ -470,7 +427,6 @@ def test_marks_report_what_was_extracted_and_follow_the_completions(grader):
 
 
 def test_golds_that_are_not_mathematics_are_named_in_one_line_and_words_are_not(grader, capsys):
-    assert grader.unreadable(BENCHMARK) == [("broken", r"\frac{1}{")]
     report_unreadable(grader, [BENCHMARK])
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("b: 1 gold answers cannot be read as mathematics")

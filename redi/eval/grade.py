@@ -38,7 +38,7 @@ def grade(
 @functools.cache
 def _shared_grader(answer_from: AnswerFrom) -> Grader:
     grader = Grader(answer_from=answer_from)
-    atexit.register(grader.close)
+    atexit.register(grader.pool.close)
     return grader
 
 

@@ -6,8 +6,8 @@
              row 2: pages 2 4 5      them when it ends
     free     6 7                     the lowest number is taken first
 
-Decoding reads the pages where they are: page_attention.py on a CPU, decode_kernel.py on CUDA, whose
-steps are padded with a spare row: a row of the table without a text, on a page of its own.
+Decoding reads the pages where they are: decoder.py on a CPU, decode_kernel.py on CUDA, whose steps
+are padded with a spare row: a row of the table without a text, on a page of its own.
 
 Left out: pages shared by several rows (prompts are short beside answers), pages on the host.
 """
@@ -15,19 +15,21 @@ Left out: pages shared by several rows (prompts are short beside answers), pages
 import heapq
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from redi.config import UserError
-from redi.model import ModelConfig
+from redi.model import Transformer
 from redi.packing import to_device
 
 PAGE = 32  # tokens
 
 
-def pages_for(tokens: int) -> int:
+def pages_for(tokens: int | np.ndarray) -> int | np.ndarray:
+    """How many pages so many tokens take; of a number or an array of numbers."""
     return -(-tokens // PAGE)
 
 
@@ -44,10 +46,10 @@ def _spare_bytes(device: torch.device) -> int:
 
 
 def _allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    if like.device.type != "cpu":
+    if like.is_cuda:
         return like.new_empty(shape)
-    # The CPU path multiplies the ends of pages by 0, and 0 x NaN is NaN, so pages start as zeros.
-    # NumPy's zeros take no memory until a page is written.
+    # A CPU multiplies the ends of pages by 0, and 0 x NaN is NaN, so pages start as zeros. NumPy's
+    # zeros take no memory until a page is written.
     count = math.prod(shape) * like.dtype.itemsize
     return torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(shape)
 
@@ -56,17 +58,11 @@ class Cache:
     """The pages of every layer, and the table of which row owns which pages."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        like: Tensor,
-        wanted: int,
-        budget: int | None,
-        rows: int,
-        longest: int,
+        self, model: Transformer, wanted: int, budget: int | None, rows: int, longest: int
     ):
-        """like: a tensor with the device and dtype of keys and values. Allocates `wanted` pages, or
-        as many as fit `budget` bytes (None: the memory to spare). Raises UserError if a row of
-        `longest` tokens would not fit."""
+        """Allocates `wanted` pages, or as many as fit `budget` bytes (None: the memory to spare).
+        Raises UserError if a row of `longest` tokens would not fit."""
+        config, like = model.config, model.output_weight
         shape = (config.num_kv_heads, PAGE, config.head_dim)
         page_bytes = 2 * config.num_layers * math.prod(shape) * like.dtype.itemsize
         budget = _spare_bytes(like.device) if budget is None else budget
@@ -89,18 +85,19 @@ class Cache:
     def pages_of(self, row: int) -> np.ndarray:
         return self.table[row, : pages_for(self.lengths[row])]
 
-    def places(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """The page of each token of the row, and the token's offset in that page."""
-        tokens = np.arange(self.lengths[row])
-        return self.table[row, tokens // PAGE], tokens % PAGE
+    def places(self, rows: Sequence[int], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The page of the token at positions[i] of rows[i], and its offset in that page."""
+        return self.table[rows, positions // PAGE], positions % PAGE
 
-    def lengthen(self, row: int, tokens: int) -> None:
-        """Make room for that many more tokens. IndexError if too few pages are free."""
-        first, last = pages_for(self.lengths[row]), pages_for(self.lengths[row] + tokens)
-        for number in range(first, last):
-            self.table[row, number] = heapq.heappop(self.free)
-            self.changed.add(row)
-        self.lengths[row] += tokens
+    def lengthen(self, rows: Sequence[int], tokens: int) -> None:
+        """Make room for that many more tokens in each row. IndexError if too few pages are free."""
+        lengths = self.lengths[rows]
+        first, last = pages_for(lengths), pages_for(lengths + tokens)
+        for i in np.flatnonzero(first < last):
+            for number in range(first[i], last[i]):
+                self.table[rows[i], number] = heapq.heappop(self.free)
+            self.changed.add(rows[i])
+        self.lengths[rows] += tokens
 
     def shorten(self, row: int, tokens: int) -> None:
         """Keep the first `tokens` tokens of the row, and free the pages after them."""
@@ -111,14 +108,6 @@ class Cache:
     def missing(self, rows: list[int]) -> int:
         """How many free pages it takes to append one token to each row."""
         return int((self.lengths[rows] % PAGE == 0).sum())
-
-    def append(self, rows: list[int]) -> None:
-        """Make room for one more token in each row."""
-        rows = np.asarray(rows)
-        full = self.lengths[rows] % PAGE == 0
-        self.lengths[rows[~full]] += 1
-        for row in rows[full].tolist():
-            self.lengthen(row, 1)
 
     def copy(self, row: int, to: int) -> None:
         """Copy the keys and values of the first tokens of `row` into all pages of the row `to`."""

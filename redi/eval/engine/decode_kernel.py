@@ -4,13 +4,10 @@
     in tiles of 64                   program 1: tokens 128 .. 199   log-sum-exps; a second kernel
                                                                     adds them up
 
-A program handles a row, a kv head and a split of the row's tokens. It holds the queries of the
-whole group, so keys and values are read once, and looks up each token's page in the row's table.
-There are enough splits to fill the machine, since few rows of long texts would leave it idle. A row
-is split by its own length, so the launch depends on no length and can be captured in a CUDA graph.
-
-Tests compare it with scaled_dot_product_attention in float64, under Triton's interpreter. Left out:
-autotuning. Never run on a GPU yet.
+A program handles a row, a kv head and a split of the row's tokens, and holds the queries of the
+whole group, so keys and values are read once. There are enough splits to fill the machine, since
+few rows of long texts would leave it idle. A row is split by its own length, so the launch depends
+on no length and can be captured in a CUDA graph. Left out: autotuning. Never run on a GPU yet.
 Letters: B rows, R rows of the table, N pages, M pages of a row of the table, H heads, K kv heads,
 G = H / K, d head size, S splits.
 """
@@ -43,15 +40,9 @@ def decode_attention(
     parts = query.new_empty(batch, heads, splits, size, dtype=torch.float32)
     log_sums = query.new_empty(batch, heads, splits, dtype=torch.float32)
     width = max(16, triton.next_power_of_2(size))
+    tensors = (query.contiguous(), keys, values, table, rows, lengths, parts, log_sums)
     _split[(batch, kv_heads, splits)](
-        query.contiguous(),
-        keys,
-        values,
-        table,
-        rows,
-        lengths,
-        parts,
-        log_sums,
+        *tensors,
         size**-0.5,
         table.shape[1],
         splits,

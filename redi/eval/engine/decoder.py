@@ -1,20 +1,26 @@
-"""The model's decode step: one new token for each row of the cache, on a CPU.
+"""A decode step on a CPU: one new token for each row of the cache, by the model's own layers.
 
-The layers and weights are the model's own: training, prefill and decoding run the same code, and
-there is no second copy of the weights. kernel_steps.py has the decode step of CUDA.
-Letters: B rows, T packed tokens, D hidden, H heads, K kv heads, d head size, R rows of a product,
-V vocabulary.
+In decode attention every page is multiplied by the query of the row that owns it, then the parts of
+a row are added up:
+
+    row 0: pages 0 3        page    0  1  2  3          a batched product over pages 0 .. 3, where
+    row 1: pages 1 2        owner   0  1  1  0          they are: no page is copied or padded
+
+Gathering each row's pages and calling scaled_dot_product_attention takes 2 to 5 times as long.
+kernel_steps.py has the decode step of CUDA.
+Letters: B rows of a step, T packed tokens, N pages of the cache, P pages read, R rows of a product,
+D hidden, H heads, K kv heads, G = H / K, d head size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from redi.eval.engine.cache import Cache
-from redi.eval.engine.page_attention import PageOwners, page_attention
+from redi.eval.engine.cache import Cache, pages_for
 from redi.logprobs import accumulation_dtype
 from redi.model import Transformer
 
@@ -23,6 +29,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 # With 24 rows on one CPU core, MKL multiplies by 1,024 rows of Qwen2.5-0.5B's output weight at a
 # time in two thirds of the time that it takes for all 151,936 at once.
 HEAD_CHUNK = 1024
+HIDDEN = -1e30  # added to scores; infinity would give inf - inf where no token of a page is seen
 
 
 class Decoder:
@@ -35,13 +42,10 @@ class Decoder:
         Enough pages must be free (Cache.missing).
         """
         cache = self.cache
-        cache.append(rows)
-        table, lengths = cache.table[rows], cache.lengths[rows]
-        owners = PageOwners.of(table, lengths, cache.keys[0])
-        last = lengths - 1
-        page = cache.keys[0].shape[2]
-        pages = torch.from_numpy(table[np.arange(len(rows)), last // page])
-        offsets = torch.from_numpy(last % page)
+        cache.lengthen(rows, 1)
+        last = cache.lengths[rows] - 1
+        pages, offsets = map(torch.from_numpy, cache.places(rows, last))
+        owners = PageOwners.of(cache, rows)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
             cache.write(layer, pages, offsets, key, value)
@@ -63,3 +67,55 @@ class Decoder:
         if hidden.dtype == weight.dtype != dtype:
             return torch.mm(hidden, weight.T, out_dtype=dtype)
         return hidden.to(dtype) @ weight.to(dtype).T
+
+
+@dataclass(frozen=True)
+class PageOwners:
+    """The pages that a decode step reads, and the rows that own them; the same in every layer."""
+
+    pages: slice | Tensor  # P page numbers
+    owners: Tensor  # (P,) int64; any row for a page that no row owns
+    bias: Tensor  # (P K, 1, PAGE): 0 for tokens that the owner sees, else HIDDEN; fp32 or wider
+
+    @classmethod
+    def of(cls, cache: Cache, rows: Sequence[int]) -> "PageOwners":
+        _, kv_heads, page_tokens, _ = cache.keys[0].shape
+        lengths = cache.lengths[rows]
+        counts = pages_for(lengths)
+        owner, number = np.nonzero(np.arange(counts.max()) < counts[:, None])
+        owned = cache.table[rows][owner, number]
+        if owned.max() < 2 * len(owned):
+            count, places = owned.max() + 1, owned
+            pages = slice(count)
+        else:  # rows have ended, and most pages up to the last are free: copying is less work
+            count, places = len(owned), np.arange(len(owned))
+            pages = torch.from_numpy(owned)
+        owners, seen = np.zeros((2, count), dtype=np.int64)
+        owners[places], seen[places] = owner, lengths[owner] - number * page_tokens
+        hidden = torch.from_numpy(np.arange(page_tokens) >= seen[:, None])[:, None]
+        dtype = torch.promote_types(cache.keys[0].dtype, torch.float32)
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, HIDDEN)
+        return cls(pages, torch.from_numpy(owners), bias.repeat_interleave(kv_heads, dim=0))
+
+
+def page_attention(query: Tensor, keys: Tensor, values: Tensor, step: PageOwners) -> Tensor:
+    """query (B, H, d); keys, values (N, K, PAGE, d) -> (B, H, d), computed in fp32 or wider.
+
+    Scores are scaled by d ** -0.5.
+    """
+    batch, heads, size = query.shape
+    owners, wide = step.owners, step.bias.dtype
+    keys, values = (t[step.pages].to(wide).flatten(0, 1) for t in (keys, values))  # (P K, PAGE, d)
+    grouped = query.to(wide).flatten(1).index_select(0, owners).view(len(keys), -1, size)
+    scores = torch.baddbmm(step.bias, grouped, keys.transpose(1, 2), alpha=size**-0.5)
+    # (P K, G, PAGE), from here on less the highest score of the row
+    peaks = scores.amax(dim=2).view(-1, heads)
+    highest = peaks.new_full((batch, heads), HIDDEN)
+    highest.scatter_reduce_(0, owners[:, None].expand_as(peaks), peaks, "amax")
+    scores.sub_(highest.index_select(0, owners).view(len(keys), -1, 1)).exp_()
+    # The parts of the pages, added to those of their rows
+    part = torch.bmm(scores, values).view(-1, heads * size)
+    summed = part.new_zeros(batch, heads * size).index_add_(0, owners, part)
+    shares = scores.sum(dim=2).view(-1, heads)
+    total = shares.new_zeros(batch, heads).index_add_(0, owners, shares)
+    return (summed.view(batch, heads, size) / total[..., None]).to(query.dtype)

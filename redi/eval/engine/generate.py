@@ -1,21 +1,14 @@
 """Sampling many completions: rows of a batch that are refilled as they finish.
 
-    rows    0: <prompt A> x x x x .          decode: one token per row and step (decoder.py), over
-            1: <prompt A> x x .              keys and values in pages (cache.py)
-            2: <prompt B> x x x x x x        prefill: prompts in one pack, through the training
-                                             forward, once for all samples of a problem
+    rows    0: <prompt A> x x x x .          decode: one token per row and step (decoder.py)
+            1: <prompt A> x x .              prefill: prompts in one pack, through the training
+            2: <prompt B> x x x x x x        forward, once for all samples of a problem
 
-The number of pages is fixed. A request is admitted when its prompt fits and every live row can
-still get one more page. When no page is left, the row admitted last is evicted: it frees its pages
-and returns to the front of the queue with the tokens it has. Later its text is prefilled again, and
-it continues to the same end.
-
+The number of pages (cache.py) is fixed. A request is admitted when its prompt fits and every live
+row can still get one more page. When no page is left, the row admitted last is evicted: its text
+returns to the front of the queue, is prefilled again later and continues to the same end.
 The samples of a prompt, adjacent in the queue, share its prefill: each copies the prompt's pages
 from a live row, or takes over the row of a sample that has finished.
-
-Every request has its own random numbers, keyed by (seed, request key, position), so the other
-requests of the batch do not matter (sampling.py). Temperature 0 is greedy. A completion that
-repeats itself until its limit is reported (grading/repetition.py), never stopped.
 
 Left out: beam search, penalties; launching a step before the last one's tokens are read.
 Letters: B rows of a step, T packed tokens, D hidden, V vocabulary.
@@ -34,7 +27,7 @@ from redi.attention import packed_attention
 from redi.config import UserError
 from redi.eval.engine.cache import Cache, pages_for
 from redi.eval.engine.decoder import Decoder
-from redi.eval.engine.sampling import Draws, Sampling, sample
+from redi.eval.engine.sampling import Sampling, sample
 from redi.model import Transformer
 from redi.packing import to_device
 
@@ -46,6 +39,10 @@ class Request:
     key: int  # identifies the request, and seeds its random numbers
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
+
+    @property
+    def limit(self) -> int:  # tokens of prompt and answer, if no stop token comes
+        return len(self.prompt_ids) + self.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -72,16 +69,11 @@ class _Text:
     """A request, and the tokens of its answer so far."""
 
     request: Request
-    prompt: int  # the same number for the same prompt
     token_ids: list[int] = field(default_factory=list)
 
     @property
     def length(self) -> int:  # tokens of prompt and answer so far
         return len(self.request.prompt_ids) + len(self.token_ids)
-
-    @property
-    def limit(self) -> int:  # tokens of prompt and answer, if no stop token comes
-        return len(self.request.prompt_ids) + self.request.max_new_tokens
 
 
 @torch.inference_mode()
@@ -97,34 +89,29 @@ def generate(
 ) -> Iterator[Generated]:
     """Complete every request, up to `slots` at once; results come as they finish, in any order.
 
-    Adjacent requests with the same prompt share a prefill. cache_bytes: the most
-    that keys and values may take; None: as much as the slots can need, if the machine has it.
+    cache_bytes: the most that keys and values may take; None: as much as the slots can need, if the
+    machine has it. taken: for ranks that share `requests`, the groups of them that this rank
+    completes; the next group is taken when rows are free. None: all requests.
     Raises ValueError if a request's prompt and max_new_tokens, at least 1 each, do not fit the
     model's context, UserError if they do not fit the cache.
-
-    taken: for ranks that share `requests`, the groups of them that this rank completes; the next
-    group is taken when rows are free. None: all requests.
     """
-    numbers: dict[tuple[int, ...], int] = {}
-    texts = [_Text(r, numbers.setdefault(r.prompt_ids, len(numbers))) for r in requests]
-    for text in texts:
-        request = text.request
+    requests = list(requests)
+    for request in requests:
         smallest = min(len(request.prompt_ids), request.max_new_tokens)
-        if smallest < 1 or text.limit > model.config.max_positions:
+        if smallest < 1 or request.limit > model.config.max_positions:
             raise ValueError(
                 f"request {request.key}: {len(request.prompt_ids)} prompt tokens and "
                 f"{request.max_new_tokens} new ones; the context is {model.config.max_positions}"
             )
-    if not texts:
+    if not requests:
         return
-    slots = min(slots, len(texts))
-    engine = _Engine(model, sampling, texts, slots, cache_bytes, usage or Usage())
-    by_key = {text.request.key: text for text in texts}
-    groups = iter([texts]) if taken is None else ([by_key[r.key] for r in g] for g in taken)
+    slots = min(slots, len(requests))
+    engine = _Engine(model, requests, slots, cache_bytes, usage or Usage())
+    groups = iter([requests] if taken is None else taken)
     while engine.take(groups) or engine.live:
         engine.admit()
         logits, rows = engine.prefill() if engine.admitted else engine.decode()
-        yield from engine.advance(logits, rows, set(stop_ids))
+        yield from engine.advance(logits, rows, sampling, set(stop_ids))
 
 
 class _Engine:
@@ -133,17 +120,16 @@ class _Engine:
     def __init__(
         self,
         model: Transformer,
-        sampling: Sampling,
-        texts: list[_Text],
+        requests: list[Request],
         slots: int,
-        cache_bytes: int | None,
+        budget: int | None,
         usage: Usage,
     ):
-        self.sampling, self.usage = sampling, usage
-        weight, longest = model.output_weight, max(text.limit for text in texts)
+        self.usage = usage
         # Enough that no text waits: the longest texts, and a spare page per row.
-        pages = sum(sorted(pages_for(text.limit) for text in texts)[-slots:]) + slots
-        self.cache = Cache(model.config, weight, pages, cache_bytes, slots, longest)
+        wanted = sum(sorted(pages_for(r.limit) for r in requests)[-slots:]) + slots
+        self.cache = Cache(model, wanted, budget, slots, max(r.limit for r in requests))
+        weight = model.output_weight
         self.device = weight.device
         self.decoder = Decoder(model, self.cache)
         if self.cache.with_kernel:
@@ -156,18 +142,18 @@ class _Engine:
         self.free_rows = list(range(slots))[::-1]
         # Rows of the next prefill -> the row whose prompt each shares; None: it runs its own text.
         self.admitted: dict[int, int | None] = {}
-        self.last_prompt = -1  # of the last text that started
+        self.last_prompt: tuple[int, ...] = ()  # of the last text that started
         self.last_logits = weight.new_empty(0)  # (V,) after that prompt
 
     # ---- which texts are in the batch
 
-    def take(self, groups: Iterator[list[_Text]]) -> bool:
+    def take(self, groups: Iterator[Sequence[Request]]) -> bool:
         """Queue further groups while rows are free for them. Whether any text is queued."""
         while self.free_rows and len(self.queue) < max(self.few, len(self.free_rows)):
             group = next(groups, None)
             if group is None:
                 break
-            self.queue += group
+            self.queue += map(_Text, group)
         return bool(self.queue)
 
     def admit(self) -> None:
@@ -177,33 +163,34 @@ class _Engine:
             return
         tokens = 0
         while self.queue and self.free_rows:
-            text = self.queue[0]
-            source = None
-            if self._shares_last_prompt(text):
-                live = self.live.items()
-                source = next((row for row, other in live if other.prompt == text.prompt), None)
+            text, source = self.queue[0], None
+            if self._starts_at_last_prompt(text):
+                source = next((row for row in self.live if self._holds_last_prompt(row)), None)
             tokens += text.length if source is None else 0
             room = len(self.cache.free) >= pages_for(text.length) + len(self.live)
             if not room or (self.admitted and tokens > PREFILL_TOKENS):
                 return
             row = self.free_rows.pop()
-            self.cache.lengthen(row, text.length)
+            self.cache.lengthen([row], text.length)
             self._start(row, source)
 
-    def _shares_last_prompt(self, text: _Text) -> bool:
-        return not text.token_ids and text.prompt == self.last_prompt
+    def _starts_at_last_prompt(self, text: _Text) -> bool:
+        return not text.token_ids and text.request.prompt_ids == self.last_prompt
+
+    def _holds_last_prompt(self, row: int) -> bool:
+        return self.live[row].request.prompt_ids == self.last_prompt
 
     def _start(self, row: int, source: int | None) -> None:
-        """The first text of the queue is written to this row."""
+        """Move the first text of the queue to this row."""
         text = self.live[row] = self.queue.popleft()
         self.admitted[row] = source
         if not text.token_ids:
-            self.last_prompt = text.prompt
+            self.last_prompt = text.request.prompt_ids
 
     def _finish(self, row: int) -> None:
+        reusable = self._holds_last_prompt(row)
         text = self.live.pop(row)
-        following = self.queue[0] if self.queue else None
-        if following and following.prompt == text.prompt and self._shares_last_prompt(following):
+        if reusable and self.queue and self._starts_at_last_prompt(self.queue[0]):
             self.cache.shorten(row, len(text.request.prompt_ids))
             self._start(row, source=row)
         else:
@@ -223,19 +210,18 @@ class _Engine:
 
     def prefill(self) -> tuple[Tensor, list[int]]:
         """Logits (B, V) of the next token of the admitted rows, and these rows."""
-        fresh = [row for row, source in self.admitted.items() if source is None]
-        computed = dict(zip(fresh, self._run(fresh))) if fresh else {}
-        logits = []
+        rows, logits = list(self.admitted), []
+        fresh = [row for row in rows if self.admitted[row] is None]
+        computed = iter(self._run(fresh) if fresh else ())
         for row, source in self.admitted.items():  # a prompt's first sample is before the others
             if source is None:
-                logits.append(computed[row])
+                logits.append(next(computed))
                 if not self.live[row].token_ids:
-                    self.last_logits = computed[row].clone()
+                    self.last_logits = logits[-1].clone()
             else:
                 logits.append(self.last_logits)
                 if source != row:
                     self.cache.copy(source, row)
-        rows = list(self.admitted)
         self.admitted.clear()
         return torch.stack(logits), rows
 
@@ -243,10 +229,9 @@ class _Engine:
         """The texts of these rows in one pack, through the training forward -> logits (B, V)."""
         texts = [self.live[row] for row in rows]
         lengths = [text.length for text in texts]
-        places = zip(*map(self.cache.places, rows))
-        pages, offsets = (self._tensor(np.concatenate(part)) for part in places)
         ids = np.concatenate([(*text.request.prompt_ids, *text.token_ids) for text in texts])
         positions = np.concatenate([np.arange(length) for length in lengths])
+        pages, offsets = map(self._tensor, self.cache.places(np.repeat(rows, lengths), positions))
         ends = np.cumsum(lengths)
         cu_seqlens = self._tensor(np.concatenate([[0], ends])).to(torch.int32)
 
@@ -266,13 +251,15 @@ class _Engine:
         self.usage.count_step(len(rows), bool(self.queue))
         return logits, rows
 
-    def advance(self, logits: Tensor, rows: list[int], stop_ids: set[int]) -> Iterator[Generated]:
+    def advance(
+        self, logits: Tensor, rows: list[int], sampling: Sampling, stop_ids: set[int]
+    ) -> Iterator[Generated]:
         """Draw the next token of `rows` from logits (B, V); yield the texts that are finished."""
         texts = [self.live[row] for row in rows]
         finite = torch.isfinite(logits.sum())
         keys = np.array([text.request.key for text in texts])
         positions = np.array([len(text.token_ids) for text in texts])
-        drawn = sample(logits, Draws(self.sampling.seed, keys, positions), self.sampling)
+        drawn = sample(logits, keys, positions, sampling)
         *drawn, finite = torch.cat([drawn, finite[None]]).tolist()
         if not finite:
             raise UserError("the model's logits are not finite numbers: its weights are broken")

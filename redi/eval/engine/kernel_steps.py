@@ -1,26 +1,20 @@
 """Decode steps on CUDA: attention in Triton, and small steps replayed from CUDA graphs.
 
 A step of few rows is hundreds of small kernels, which the host launches more slowly than the device
-runs them. So the launches are recorded once, as a CUDA graph, for each of a few sizes:
+runs them. So the launches are recorded as a CUDA graph for each of a few sizes:
 
     3 rows to write   tokens    7  2  9  0     one copy to the inputs of size 4, then the graph of
                       rows      0  4  1  8     size 4 is replayed, and the hidden states of its
                       lengths  31  8 64  1     first 3 rows are used
 
 A graph reads and writes fixed addresses: the weights, the pages, these inputs, and a copy of the
-cache's table of pages, updated at every step for rows with new pages. A step is padded with the
-spare row (8 above), whose one token is written to a page without a text.
-
-Only hidden states are recorded. Left out: recording steps of more than SIZES[-1] rows, whose
-kernels are long enough; steps of a model in training, since FSDP gathers its weights in hooks; and
-prefills, whose shapes never repeat.
-
-Tests replay by calling the function again, on a CPU; nothing here has run on a GPU yet.
+table of pages. A step is padded with the spare row (8 above), whose page belongs to no text.
+Never recorded: steps of more than SIZES[-1] rows, whose kernels are long enough; steps of a model
+in training, since FSDP gathers its weights in hooks; prefills, whose shapes never repeat.
 Letters: B rows, D hidden, H heads, K kv heads, d head size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -43,22 +37,18 @@ class KernelDecoder(Decoder):
         self.table = torch.from_numpy(cache.table.copy()).to(self.device)
         cache.changed.clear()
         self.sizes = () if isinstance(model, FSDPModule) else SIZES
-        self.recordings: dict[int, Recording] = {}
+        self.recordings: dict[int, Callable[[Tensor], Tensor]] = {}
 
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        self.cache.append(rows)
+        self.cache.lengthen(rows, 1)
         self._update_table()
-        count = len(rows)
+        count, hidden = len(rows), self._step_hidden
         size = next((size for size in self.sizes if size >= count), None)
-        inputs = self._padded(rows, tokens, size or count)
-        if size is None:
-            hidden = self._step_hidden(inputs)
-        else:
+        if size is not None:
             if size not in self.recordings:
-                spare = self._padded([], [], size)
-                self.recordings[size] = Recording(self._step_hidden, spare)
-            hidden = self.recordings[size](inputs)
-        return self.project(hidden[:count])
+                self.recordings[size] = recorded(hidden, self._padded([], [], size))
+            hidden = self.recordings[size]
+        return self.project(hidden(self._padded(rows, tokens, size or count))[:count])
 
     def _update_table(self) -> None:
         if rows := sorted(self.cache.changed):
@@ -88,33 +78,22 @@ class KernelDecoder(Decoder):
         return self.hidden(tokens, last, attend)
 
 
-class Recording:
-    """A function of a tensor, replayed on other numbers of the same shape."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], inputs: Tensor):
-        """Runs the function on `inputs`, and keeps them; what that run writes must do no harm."""
-        self.inputs = inputs
-        self.output, self.replay = record(partial(function, inputs), inputs.device)
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """The next call overwrites the result."""
-        self.inputs.copy_(inputs)
-        self.replay()
-        return self.output
-
-
-def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
-    """The result of `run`, and a function that computes it again into the same tensor: the replay
-    of a CUDA graph.
-
-    The first run, before the recording, compiles kernels and lets libraries choose theirs."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+def recorded(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function on tensors of this shape, replayed from a CUDA graph; every call overwrites the
+    last result. It runs on `inputs` here, so what it then writes must do no harm."""
+    stream = torch.cuda.Stream(inputs.device)
+    stream.wait_stream(torch.cuda.current_stream(inputs.device))
     with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream(device).wait_stream(stream)
+        function(inputs)  # compiles kernels, and lets libraries choose theirs
+    torch.cuda.current_stream(inputs.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Only this thread: under torchrun another one queries the device about collectives meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = run()
-    return output, graph.replay
+        output = function(inputs)
+
+    def replay(new: Tensor) -> Tensor:
+        inputs.copy_(new)
+        graph.replay()
+        return output
+
+    return replay

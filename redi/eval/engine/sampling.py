@@ -1,28 +1,21 @@
 """Drawing a next token from the nucleus: exactly, without sorting the vocabulary, and repeatably.
 
 The nucleus is defined by a sort: tokens by falling probability (the first of equals first), kept
-while the mass before them is under top_p. `by_sorting` is that definition. Its sort costs more than
-a small model's whole step; `sample` avoids it:
+while the mass before them is under top_p. A sort costs more than a small model's whole step, so:
 
     draw        a token from the whole distribution: sums of blocks, a search for the block, a
                 search in it
     accept it   if the mass before it in that order is under top_p: one comparison, one sum
     else        draw again, for refused rows only (at top_p 0.95 one in twenty, or fewer)
 
-Accepted tokens follow the nucleus distribution, because a refused draw says nothing about the next.
-Near the edge masses are summed in fp64, so no token depends on the order of additions.
-
-Worked example, probabilities 0.5, 0.3, 0.2 and top_p 0.7: the masses before are 0, 0.5, 0.8; the
-third token is refused, and the others come up as 5 to 3.
-
-Random numbers depend only on (seed, key, position, attempt): neither the other requests of the
-batch nor evictions change what a request draws.
+A refused draw says nothing about the next, so with probabilities 0.5, 0.3, 0.2 and top_p 0.7 the
+third token is refused (0.8 is before it), and the others come up as 5 to 3. Random numbers depend
+only on (seed, key, position, attempt), not on the other requests of the batch or on evictions.
 Letters: B rows, V vocabulary, N blocks of it.
 """
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,26 +37,13 @@ class Sampling:
     seed: int = 42
 
 
-@dataclass(frozen=True)
-class Draws:
-    """The random numbers of B rows at one step: row i is at positions[i] of request keys[i]."""
-
-    seed: int
-    keys: np.ndarray  # (B,) int
-    positions: np.ndarray  # (B,) int
-
-    @cached_property
-    def _state(self) -> np.ndarray:
-        # The seed is mixed first, by itself: seed ^ key is the same for many seeds and keys.
-        state = _mix(np.array([self.seed], dtype=np.uint64))
-        for word in (self.keys, self.positions):
-            state = _mix(state ^ word.astype(np.uint64))
-        return state
-
-    def uniforms(self, attempt: int) -> Tensor:
-        """(B,) fp64, inside (0, 1)."""
-        state = _mix(self._state ^ np.uint64(attempt))
-        return torch.from_numpy(((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+def random_numbers(seed: int, keys: np.ndarray, positions: np.ndarray, attempt: int = 0) -> Tensor:
+    """(B,) fp64, inside (0, 1): of the tokens at positions[i] of requests keys[i]."""
+    # The seed is mixed first, by itself: seed ^ key is the same for many seeds and keys.
+    state = _mix(np.array([seed], dtype=np.uint64))
+    for word in (keys, positions, np.array(attempt)):
+        state = _mix(state ^ word.astype(np.uint64))
+    return torch.from_numpy(((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
@@ -74,28 +54,29 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def sample(logits: Tensor, draws: Draws, sampling: Sampling) -> Tensor:
-    """Draw one token per row: logits (B, V) -> (B,). Temperature 0 takes the first of the highest.
-
-    Logits in fp32 are overwritten.
+def sample(logits: Tensor, keys: np.ndarray, positions: np.ndarray, sampling: Sampling) -> Tensor:
+    """Draw one token per row: logits (B, V) -> (B,). Row i is at positions[i] of request keys[i].
+    Temperature 0 takes the first of the highest. Logits in fp32 are overwritten.
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=1)
     weights = token_weights(logits, sampling.temperature)  # (B, V)
-    drawn = invert(weights, to_device(draws.uniforms(0), weights.device))
-    if sampling.top_p >= 1:
-        return drawn
-    left = refused(weights, drawn, sampling.top_p)  # rows without a token
-    weights = weights[left]
-    for attempt in range(1, ATTEMPTS):
-        if not len(left):
+    left = torch.arange(len(weights), device=weights.device)  # rows without a token
+    drawn = torch.empty_like(left)
+
+    def numbers(attempt: int) -> Tensor:
+        of_all = random_numbers(sampling.seed, keys, positions, attempt)
+        return to_device(of_all, weights.device)[left]
+
+    for attempt in range(ATTEMPTS):
+        tokens = drawn[left] = invert(weights, numbers(attempt))
+        if sampling.top_p >= 1:
             return drawn
-        tokens = invert(weights, to_device(draws.uniforms(attempt), weights.device)[left])
-        drawn[left] = tokens
         rows = refused(weights, tokens, sampling.top_p)
         left, weights = left[rows], weights[rows]
-    uniforms = to_device(draws.uniforms(ATTEMPTS), weights.device)[left]
-    drawn[left] = by_sorting(weights, uniforms, sampling.top_p)
+        if not len(left):
+            return drawn
+    drawn[left] = by_sorting(weights, numbers(ATTEMPTS), sampling.top_p)
     return drawn
 
 
@@ -133,8 +114,8 @@ def _passing(cumulative: Tensor, mass: Tensor) -> Tensor:
 def refused(weights: Tensor, tokens: Tensor, top_p: float) -> Tensor:
     """The rows of weights (B, V) whose token (B,) is not in the nucleus.
 
-    A sum in fp32 over all tokens as probable as it, or more, clears most rows; for the others the
-    mass before the token is summed in fp64.
+    A sum in fp32 over all tokens as probable as it, or more, clears most rows. Near the edge the
+    mass before the token is summed in fp64, so no token depends on the order of additions.
     """
     weight = weights.gather(1, tokens[:, None])
     least = torch.ge(weights, weight, out=torch.empty_like(weights)).mul_(weights).sum(dim=1)
@@ -143,25 +124,18 @@ def refused(weights: Tensor, tokens: Tensor, top_p: float) -> Tensor:
     if not len(rows):
         return rows
     wide = weights[rows].double()
-    return rows[mass_before(wide, tokens[rows]) >= top_p * wide.sum(dim=1)]
-
-
-def mass_before(weights: Tensor, tokens: Tensor) -> Tensor:
-    """weights (B, V), tokens (B,) -> (B,): the weight of all tokens that a stable sort by falling
-    weight puts before them."""
-    weight = weights.gather(1, tokens[:, None])
-    earlier = torch.arange(weights.shape[1], device=weights.device) < tokens[:, None]
-    before = (weights > weight) | ((weights == weight) & earlier)
-    return (weights * before).sum(dim=1)
+    earlier = torch.arange(weights.shape[1], device=weights.device) < tokens[rows, None]
+    weight = wide.gather(1, tokens[rows, None])
+    before = ((wide > weight) | ((wide == weight) & earlier)) * wide
+    return rows[before.sum(dim=1) >= top_p * wide.sum(dim=1)]
 
 
 def by_sorting(weights: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
-    """The definition: weights (B, V), uniforms (B,) in [0, 1) -> the token of the nucleus, in its
-    order, at which the cumulative mass passes that share of the nucleus's."""
-    weights, order = weights.double().sort(dim=1, descending=True, stable=True)
-    cumulative = weights.cumsum(dim=1)
-    before = cumulative - weights
-    kept = (before < top_p * cumulative[:, -1:]).sum(dim=1, keepdim=True)  # (B, 1)
-    kept = kept.clamp(min=1)  # the first, however small top_p is
-    drawn = _passing(cumulative, uniforms[:, None] * cumulative.gather(1, kept - 1))
-    return order.gather(1, drawn.minimum(kept - 1))[:, 0]
+    """The definition: weights (B, V), uniforms (B,) -> the token of the nucleus, in its order, at
+    which the cumulative mass passes that share of the nucleus's."""
+    ordered, order = weights.double().sort(dim=1, descending=True, stable=True)
+    cumulative = ordered.cumsum(dim=1)
+    inside = cumulative - ordered < top_p * cumulative[:, -1:]
+    last = inside.sum(dim=1, keepdim=True) - 1  # (B, 1)
+    drawn = _passing(cumulative, uniforms[:, None] * cumulative.gather(1, last))
+    return order.gather(1, drawn.minimum(last))[:, 0]

@@ -10,18 +10,16 @@ There are two graders, each a set of rules with a name:
 Where both look for the box (the authors' code has only the first rule):
 
     after_think   after the first `</think>`; a response without one has no answer
-    whole         for models that do not think: in the whole response. If there is a `</think>`,
-                  after it; a response with a `<think>` that never closes has no answer
+    whole         in the whole response, or after `</think>` if there is one; a response with a
+                  `<think>` that never closes has no answer
 
-Most answers are decided here, as text or as integers; the rest by worker processes, which may be
-killed (`workers.py`). Left out: Math-Verify's own extraction, which merges neighboring boxes.
+Most answers are decided here, as text or as integers; the rest by killable processes (workers.py).
 """
 
-import copy
 import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -72,53 +70,40 @@ def extract(
 def _last_box(text: str) -> str | None:
     r"""The content of the last balanced, non-empty `\boxed{}` or `\fbox{}`."""
     # One pass with a stack, since a looping model writes thousands of boxes that never close.
-    best_start, best, opened = -1, None, []
+    opened, boxes = [], []
     for token in _BRACES.finditer(text):
         if token[0] == "}":
             start = opened.pop() if opened else None
-            if start is not None and start > best_start:
-                content = text[start : token.start()].strip()
-                if content:
-                    best_start, best = start, content
-        elif token[0] == "{":
-            opened.append(None)
-        elif token[0].endswith("{") and len(token[0]) > 2:
-            opened.append(token.end())
-    return best
+            if start is not None:
+                boxes.append((start, token.start()))
+        elif token[0] == "{" or len(token[0]) > 2:
+            opened.append(None if token[0] == "{" else token.end())
+    contents = (text[start:end].strip() for start, end in sorted(boxes, reverse=True))
+    return next(filter(None, contents), None)
 
 
+@dataclass(eq=False)
 class Grader:
-    """One of the graders and its worker processes. A context manager: leaving it ends them.
+    """One of the graders and its worker processes. A context manager: leaving it ends them."""
 
-    processes: workers at most; limit_s: seconds for one comparison.
-    """
+    processes: int = 1  # workers at most
+    limit_s: float = 10.0  # seconds for one comparison
+    name: GraderName = "math-verify"
+    answer_from: AnswerFrom = "after_think"
+    pool: Pool | None = None  # None: a new one
 
-    def __init__(
-        self,
-        processes: int = 1,
-        limit_s: float = 10.0,
-        name: GraderName = "math-verify",
-        answer_from: AnswerFrom = "after_think",
-    ):
-        self.name, self.answer_from = name, answer_from
-        self.pool = Pool(processes, limit_s)
+    def __post_init__(self) -> None:
+        self.pool = self.pool or Pool(self.processes, self.limit_s)
 
     def named(self, choice: GraderChoice) -> list["Grader"]:
         """The grader of that name, or both; they share the workers of this one."""
         names = get_args(GraderName) if choice == "both" else [choice]
-        graders = []
-        for name in names:
-            graders.append(copy.copy(self))
-            graders[-1].name = name
-        return graders
+        return [replace(self, name=name) for name in names]
 
     def __enter__(self) -> "Grader":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         self.pool.close()
 
     def grade(self, response: str, answer: str | list[str], finish_reason: str = "stop") -> Verdict:
@@ -130,10 +115,8 @@ class Grader:
         return self.grade_all([(response, answer, finish_reason)])[0]
 
     def grade_all(self, items: Iterable[tuple[str, str | list[str], str]]) -> list[Verdict]:
-        """Verdicts on (response, answer, finish_reason) items, in their order.
-
-        An answer that occurs many times, as among the samples of one problem, is judged once.
-        """
+        """Verdicts on (response, answer, finish_reason) items, in their order. An answer that
+        occurs many times, as among the samples of one problem, is judged once."""
         return self._settle([self._decide(*item)[1] for item in items])
 
     def marks(self, test: Benchmark, completions: Iterable[Completion]) -> list[Mark]:
@@ -144,6 +127,7 @@ class Grader:
             if c.id not in answers:
                 raise UserError(f"{test.name}: holds no problem {c.id!r}")
             extracted, decision = self._decide(c.text, answers[c.id], c.finish_reason)
+            decided.append(decision)
             mark = Mark(
                 id=c.id,
                 sample=c.sample,
@@ -154,19 +138,7 @@ class Grader:
                 answer_from=self.answer_from,
             )
             marks.append(mark)
-            decided.append(decision)
         return [replace(m, verdict=verdict) for m, verdict in zip(marks, self._settle(decided))]
-
-    def unreadable(self, test: Benchmark) -> list[tuple[str, str]]:
-        """(problem's id, gold) of golds that are no mathematics to this grader: only an answer of
-        the same text will be correct. Also shows that workers can start, before hours of sampling.
-        """
-        if self.name == "paper":  # what its rules cannot read, they compare as text
-            self.pool.ask([("paper", "y+x+1", "x+1+y")])
-            return []
-        golds = [(p.id, answer) for p in test.problems for answer in p.answers]
-        replies = self.pool.ask(("readable", "", answer) for _, answer in golds)
-        return [gold for gold in golds if replies["readable", "", gold[1]] != "correct"]
 
     def _decide(
         self, response: str, answer: str | list[str], finish_reason: str
@@ -207,9 +179,16 @@ def _by_text(given: str, golds: list[str]) -> Verdict | None:
 
 
 def report_unreadable(grader: Grader, tests: list[Benchmark]) -> None:
-    """Print a line for every benchmark with golds that the grader cannot read."""
+    """Print a line for every benchmark with golds that are no mathematics to the grader: only an
+    answer of the same text will be correct. Starts a worker, so UserError comes before sampling."""
+    if grader.name == "paper":  # what its rules cannot read, they compare as text
+        grader.pool.ask([("paper", "y+x+1", "x+1+y")])
+        return
     for test in tests:
-        if found := grader.unreadable(test):
+        golds = [(p.id, answer) for p in test.problems for answer in p.answers]
+        replies = grader.pool.ask(("readable", "", answer) for _, answer in golds)
+        found = [gold for gold in golds if replies["readable", "", gold[1]] != "correct"]
+        if found:
             named = "; ".join(f"{id}: {gold!r:.60}" for id, gold in found[:NAMED_GOLDS])
             more = f"; and {len(found) - NAMED_GOLDS} more" if len(found) > NAMED_GOLDS else ""
             print(

@@ -9,15 +9,16 @@ Two answers are the same if either of two old rules says so, both written anew h
 
 Their faults are kept, since they are part of the published numbers: \frac{x+1}{2} is read as x+1/2,
 a fraction must be reduced as the gold is, capitals do not count, an exponent of several digits is
-never evaluated, a list matches in the gold's order only. `equivalence.py` is the better judge.
-sympy reads text by running it as Python, so only plain formulas are read: numbers, names, operators
-and round brackets, with two different letters at most. All else is compared as text.
-Left out: the language model that theirs could ask; the paper does not.
+never evaluated, a list matches in the gold's order only. sympy reads text by running it as Python,
+so only plain formulas are read: numbers, names, operators and round brackets, with two different
+letters at most. Left out: the language model that theirs could ask; the paper does not.
 """
 
 import re
 import unicodedata
-from collections.abc import Callable
+from contextlib import suppress
+
+from redi.eval.grading.normalize import rewrite
 
 # ---------------------------------------------------------------- which answer
 
@@ -37,15 +38,17 @@ def last_box(text: str) -> str | None:
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether either rule takes `answer` for `gold`. May run for ever or exhaust memory."""
+    """Whether either rule takes `answer` for `gold`.
+
+    May run for ever, exhaust memory or raise whatever sympy raises on what it cannot read.
+    """
     return _text_key(gold) == _text_key(answer) or _same_by_sympy(gold, answer)
 
 
 # ---------------------------------------------------------------- first rule: text
 
 _ONLY_TEXT = re.compile(r"\\text\{(.+?)\}")
-# In this order: what one step leaves, a later one reads.
-_SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+_SPELLINGS = [
     (r"\n|\\!", ""),
     (r"\\\\", r"\\"),
     (r"tfrac|dfrac", "frac"),
@@ -65,25 +68,32 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^0\.5$", r"\\frac{1}{2}"),
     (r"^(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))$", r"\\frac{\1}{\2}"),
 ]
-_COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS]
 
 
 def _text_key(latex: str) -> str:
     text = latex.strip()
     if only := _ONLY_TEXT.fullmatch(text):
         text = only[1].strip()
-    for pattern, replacement in _COMPILED:
-        text = pattern.sub(replacement, text)
-    return text
+    return rewrite(text, _SPELLINGS)
 
 
 # ---------------------------------------------------------------- second rule: sympy
 
-_UNIT = re.compile(
+_UNIT = (
     "(?:degree|centimeter|meter|cm|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)"
     r"(?:es)?s? *(?:\^[0-9]+)?"
 )
-_AMOUNTS = {"million": "*10^6", "billion": "*10^9", "trillion": "*10^12"}
+_FLATTENING = [
+    (r"\\(?=[%$])|[%$]", ""),
+    (r" (?:or|and) ", " , "),
+    ("million", "*10^6"),
+    ("billion", "*10^9"),
+    ("trillion", "*10^12"),
+    (_UNIT, ""),
+    (r"\^ *\\circ", ""),
+    (r"(?s)\A\{(.*)\}\Z", r"\1"),
+    (r",\\! *", ""),
+]
 _FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
 _NOT_EVALUATED = re.compile(r"\^\{|\^\(|\^[0-9]+\^|\^[0-9][0-9]+")  # sympy may hang on these
@@ -113,19 +123,11 @@ def _flat(latex: str) -> str:
     """An answer as lower-case text without spaces, braces, units and macros."""
     only = _ONLY_TEXT.fullmatch(latex)
     text = only[1] if only else latex
-    text = re.sub(r"\\(?=[%$])|[%$]", "", text)
-    text = re.sub(r" (?:or|and) ", " , ", text)
-    for name, power in _AMOUNTS.items():
-        text = text.replace(name, power)
-    text = re.sub(r"\^ *\\circ", "", _UNIT.sub("", text))
-    if text.startswith("{") and text.endswith("}"):
-        text = text[1:-1]
-    text = re.sub(r",\\! *", "", text)
+    text = rewrite(text, _FLATTENING)
     if "\\" in text:
         text = _without_macros(text)
-    text = re.sub(r"- *", "-", text)
-    text = re.sub(r"([0-9]) +([0-9])", r"\1+\2", text)  # 7 3/4 is a mixed number
-    text = re.sub(r"[ {}]", "", text).lower()
+    mixed = r"([0-9]) +([0-9])", r"\1+\2"  # 7 3/4
+    text = rewrite(text, [("- *", "-"), mixed, ("[ {}]", "")]).lower()
     number = _whole_number(text)
     return text if number is None else str(number)
 
@@ -159,24 +161,13 @@ def _same_element(gold: str, answer: str) -> bool:
     is_formula = _FORMULA.sub("", difference) == ""
     if not is_formula or len(letters) > 2 or _NOT_EVALUATED.search(difference):
         return False
-    return _is_zero(difference)
-
-
-def _is_zero(text: str) -> bool:
     from sympy import simplify
     from sympy.parsing import sympy_parser
 
-    reading = (
-        *sympy_parser.standard_transformations,
-        sympy_parser.implicit_multiplication_application,
-    )
-    try:
-        parsed = sympy_parser.parse_expr(text.replace("^", "**"), transformations=reading)
-        return bool(simplify(parsed) == 0)
-    except MemoryError:
-        raise
-    except Exception:
-        return False  # not an expression that sympy reads
+    reading = sympy_parser.standard_transformations
+    reading += (sympy_parser.implicit_multiplication_application,)
+    parsed = sympy_parser.parse_expr(difference.replace("^", "**"), transformations=reading)
+    return bool(simplify(parsed) == 0)
 
 
 # ---------------------------------------------------------------- LaTeX as plain text
@@ -203,13 +194,11 @@ def _without_macros(latex: str) -> str:
 
 def _read(tokens: list[re.Match[str]], end: str | None) -> str:
     """Text of the tokens (the next one last) up to `end`, or of all."""
-    text = []
-    while tokens:
-        if end is not None and tokens[-1][0] == end:
-            tokens.pop()
-            break
-        text.append(_argument(tokens))
-    return "".join(text)
+    text = ""
+    while tokens and tokens[-1][0] != end:
+        text += _argument(tokens)
+    del tokens[-1:]  # the end
+    return text
 
 
 def _argument(tokens: list[re.Match[str]]) -> str:
@@ -235,7 +224,6 @@ def _argument(tokens: list[re.Match[str]]) -> str:
 def _greek(name: str) -> str:
     size = "CAPITAL" if name[0].isupper() else "SMALL"
     spelled = name.upper().replace("LAMBDA", "LAMDA")
-    try:
+    with suppress(KeyError):
         return unicodedata.lookup(f"GREEK {size} LETTER {spelled}")
-    except KeyError:
-        return ""
+    return ""

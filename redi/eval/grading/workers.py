@@ -5,10 +5,9 @@ r"""Processes that compare answers, and may be killed while they do.
 
 Comparing two answers is algebra, which may hang, eat memory or crash. Nothing in Python can
 interrupt `5^{5^{5^{5^5}}}`, which holds the interpreter's lock, so the parent kills a worker that
-is late, replies "timeout" and starts another worker. A worker is a new program that imports what
-compares answers and nothing else. Forking a process with threads and a CUDA context is not safe,
+is late, replies "timeout" and starts another one. A worker is a new program that imports what
+compares answers and nothing else: forking a process with threads and a CUDA context is not safe,
 and the spawn method of multiprocessing would import the parent's program, and torch with it.
-Left out: Math-Verify's own timeouts, Python signal handlers that cannot interrupt a long power.
 """
 
 import contextlib
@@ -72,11 +71,16 @@ class Pool:
 
     def _ask(self, question: Question) -> Reply:
         worker: _Worker | None = getattr(self._of_thread, "worker", None)
-        if worker is None or not worker.is_alive():
+        if worker is None or worker.process.poll() is not None:
             worker = self._of_thread.worker = _Worker(self.limit_s)
             self._workers.add(worker)
-            worker.wait_until_ready()
-        worker.send(json.dumps(question))
+            if (message := worker.receive(STARTUP_S)) != READY:
+                raise UserError(
+                    "grading: the worker that runs Math-Verify did not start "
+                    f"({message or 'it died or hung'}); pip install -r requirements.txt"
+                )
+        with contextlib.suppress(OSError):  # it died just now, and `receive` will say so
+            worker.connection.send_bytes(json.dumps(question).encode())
         reply = worker.receive(self.limit_s)
         if reply is None:
             worker.kill()
@@ -90,46 +94,27 @@ class _Worker:
     """One process that runs `serve`, and the connection to it."""
 
     def __init__(self, limit_s: float):
-        self._connection, theirs = multiprocessing.connection.Pipe()
+        self.connection, theirs = multiprocessing.connection.Pipe()
         call = f"serve({theirs.fileno()}, {limit_s})"
+        path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             # -P: a file in the working folder does not stand in for a module of the same name
-            [sys.executable, "-P", "-c", f"from redi.eval.grading.workers import serve; {call}"],
+            [sys.executable, "-P", "-c", f"from {__name__} import serve; {call}"],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches only the parent, which kills its workers
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")])),
-                # sympy's order of terms follows hashes: a verdict must not change between runs
-                "PYTHONHASHSEED": "0",
-            },
+            # sympy's order of terms follows hashes: a verdict must not change between runs
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
         )
         theirs.close()
-
-    def wait_until_ready(self) -> None:
-        message = self.receive(STARTUP_S)
-        if message != READY:
-            self.kill()
-            raise UserError(
-                "grading: the worker that runs Math-Verify did not start "
-                f"({message or 'it died or hung'}); pip install -r requirements.txt"
-            )
-
-    def is_alive(self) -> bool:
-        return self.process.poll() is None
-
-    def send(self, message: str) -> None:
-        with contextlib.suppress(OSError):  # it died just now, and `receive` will say so
-            self._connection.send_bytes(message.encode())
 
     def receive(self, seconds: float) -> str | None:
         """Its next message; None if it dies, or if there is none for so many seconds."""
         with contextlib.suppress(EOFError, OSError):
-            if self._connection.poll(seconds):
-                return self._connection.recv_bytes().decode()
+            if self.connection.poll(seconds):
+                return self.connection.recv_bytes().decode()
         return None
 
     def kill(self) -> None:
