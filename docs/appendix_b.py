@@ -47,7 +47,7 @@ def cosines(config: AngleConfig) -> dict[float, float]:
         totals = data.totals(step)
         model.zero_grad()
         for batch in data.batches(step, totals):
-            data.loss(model, batch, totals).loss.backward()
+            data.objective.loss(model, batch, totals).loss.backward()
         return torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
     symmetric = gradient(make_objective("symmetric"))

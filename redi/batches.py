@@ -1,12 +1,11 @@
 """An optimizer step as packed batches.
 
-`TrainData` is rows together with the objective that weighs their tokens. It turns the sequence ids
-of a plan into packs whose token weights already contain the counts of the *whole* step, so the
-losses of the packs add up to the loss of the step:
+`TrainData` turns the sequence ids of a plan into packs whose token weights already contain the
+counts of the *whole* step, so the losses of the packs add up to the loss of the step:
 
     totals = data.totals(step)
     for batch in data.batches(step, totals):
-        loss, token_logps, entropies = data.loss(model, batch, totals)
+        loss, token_logps, entropies = data.objective.loss(model, batch, totals)
 
 Letters: N rows, S sequences of a step.
 """
@@ -20,8 +19,7 @@ from torch import Tensor
 
 from redi.data.dataset import Dataset
 from redi.distributed import World
-from redi.model import Transformer
-from redi.objectives import Objective, PackLoss, Totals
+from redi.objectives import Objective, Totals
 from redi.packing import PackedBatch, StepPlan, pack, plan
 
 
@@ -36,15 +34,8 @@ class TrainData:
     reference: Tensor | None = None  # (N, 2) float64 on the host, see checkpoint/reference.py
 
     def plan(self, rows_per_step: int, seed: int, epoch: int) -> list[StepPlan]:
-        return plan(
-            self.dataset.lengths,
-            rows_per_step,
-            self.pack_tokens,
-            self.world.world_size,
-            seed=seed,
-            epoch=epoch,
-            keep_pairs=self.objective.keep_pairs,
-        )
+        sizes = rows_per_step, self.pack_tokens, self.world.world_size
+        return plan(self.dataset.lengths, *sizes, seed, epoch, self.objective.keep_pairs)
 
     def all_rows(self) -> StepPlan:
         """All rows as one step, for passes that do not train."""
@@ -65,9 +56,6 @@ class TrainData:
             lengths = torch.tensor([s.response_length for s in sequences])
             weights = self.objective.token_weights(signs, lengths, totals)  # of each sequence
             yield pack(sequences, weights, self.reference).to(self.world.device)
-
-    def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> PackLoss:
-        return self.objective.loss(model, batch, totals)
 
 
 def sequence_ids(step: StepPlan) -> np.ndarray:

@@ -8,9 +8,6 @@ A field's help text is part of its annotation, `lr: Annotated[float, "peak learn
 subclass that restates the field with another default inherits type and help. A field's name is its
 TOML key and, with dashes, its flag. A field is a positional argument if it has no default or is
 marked `positional`. Unknown keys and flags are errors, so a typo never trains a model.
-
-`program` wraps the main of every command: code anywhere raises a mistake of the user as a
-`UserError`, and `program` prints it as one line on stderr and exits with status 2.
 Left out: nested sections, interpolation, environment variables. A recipe is a flat list of values.
 """
 
@@ -24,6 +21,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, fields
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -54,10 +52,8 @@ def require(holds: bool, name: str, value: Any, expected: str) -> None:
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a program's `main`, so that it ends in one line on stderr instead of a traceback.
-
     Exit status: 2 after a UserError or OSError, 75 after Stopped, 130 after Ctrl-C, 1 after a
-    broken pipe. All processes of a node meet the same UserError, so only local rank 0 prints it.
-    """
+    broken pipe. All processes of a node meet the same UserError, so only local rank 0 prints it."""
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -236,8 +232,6 @@ def fields_that_may_change(config_class: type) -> set[str]:
 
 def _hints(config_class: type) -> dict[str, Any]:
     """Field name -> its Annotated[type, help, ...], inherited where a subclass restates a field."""
-    found: dict[str, Any] = {}
-    for base in reversed(config_class.__mro__):
-        hints = inspect.get_annotations(base).items()
-        found |= {name: hint for name, hint in hints if get_origin(hint) is Annotated}
-    return found
+    bases = reversed(config_class.__mro__)
+    hints = chain.from_iterable(inspect.get_annotations(base).items() for base in bases)
+    return {name: hint for name, hint in hints if get_origin(hint) is Annotated}

@@ -26,10 +26,8 @@ STYLES = {"train": "-", "eval": "o", "benchmark": ".-"}  # kind of record -> lin
 
 def draw(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Write a PNG: one panel per metric that any of the runs recorded, one color per run.
-
     histories: name of a run -> its records, as in metrics.jsonl; at least one record holds a metric
-    of PANELS. Raises UserError if `path` cannot be written.
-    """
+    of PANELS. Raises UserError if `path` cannot be written."""
     recorded = {key for records in histories.values() for record in records for key in record}
     metrics = [key for key in PANELS if key in recorded]
     columns = min(3, len(metrics))

@@ -1,16 +1,15 @@
 """How a run is distributed: devices, precision, and what ranks exchange.
 
-In a step: FSDP2 all-gathers weights in the first forward pass (ZeRO-3: in every pass) and
+Under torchrun every process is a rank with one device. Weights, gradients and optimizer state are
+sharded over the ranks of a node and replicated across nodes, so all-gathers stay inside a node.
+FSDP2 all-gathers weights in the first forward pass of a step (ZeRO-3: in every pass) and
 reduce-scatters gradients in the last backward pass; clipping all-reduces the gradient's norm, and
-monitor.py the statistics. All ranks compute the same plan, so data needs no exchange.
+monitor.py the statistics. Ranks sum losses and gradients, never average them: the whole step's
+counts are in every loss. All ranks compute the same plan, so data needs no exchange.
 
 The optimizer updates fp32 weights; CUDA computes in bf16. FSDP2's mixed precision does both, also
 in a single process: it casts a block's parameters when the block runs, and reduces gradients in
 fp32. There is no autocast.
-
-Under torchrun every process is a rank with one device. Weights, gradients and optimizer state are
-sharded over the ranks of a node and replicated across nodes, so all-gathers stay inside a node.
-Ranks sum losses and gradients, never average them: the whole step's counts are in every loss.
 """
 
 import atexit
@@ -60,8 +59,7 @@ def start(timeout_minutes: float) -> World:
 
     timeout_minutes: how long a rank waits for the others before it gives up. From here on only
     rank 0 writes to stdout. Raises UserError if nodes run different numbers of processes, this node
-    runs more processes than it has GPUs, or another process does not join.
-    """
+    runs more processes than it has GPUs, or another process does not join."""
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -101,9 +99,8 @@ def start(timeout_minutes: float) -> World:
 
 def compute_dtype(name: str, world: World) -> torch.dtype:
     """The dtype of --dtype: auto is bf16 on CUDA and fp32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if world.device.type == "cuda" else "float32"
-    return DTYPES[name]
+    auto = "bfloat16" if world.device.type == "cuda" else "float32"
+    return DTYPES[auto if name == "auto" else name]
 
 
 @dataclass(frozen=True)
@@ -176,10 +173,8 @@ def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """torch.no_grad for forward passes only, after which weights are sharded again.
-
-    FSDP2 reshards in backward. Until then parameters are whole copies, which neither the optimizer
-    nor a checkpoint may use."""
+    """torch.no_grad for forward passes only, after which weights are sharded again: FSDP2 reshards
+    in backward, and neither the optimizer nor a checkpoint may use the whole copies until then."""
     with torch.no_grad():
         yield
     for module in model.modules():
@@ -220,10 +215,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def sum_over_ranks(tensor: Tensor, world: World) -> None:
-    """Sum over all ranks, in place. All ranks must call it."""
+def sum_over_ranks(tensor: Tensor, world: World, group: dist.ProcessGroup | None = None) -> None:
+    """Sum over all ranks, in place. All ranks must call it; `group` holds them all."""
     if world.world_size > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)
 
 
 def wait_for_all(world: World) -> None:
@@ -234,8 +229,7 @@ def wait_for_all(world: World) -> None:
 def all_ranks_ok(ok: bool, world: World, group: dist.ProcessGroup | None = None) -> bool:
     """Whether something succeeded on every rank. All ranks must call it; `group` holds them all."""
     failed = torch.tensor(0.0 if ok else 1.0)
-    if world.world_size > 1:
-        dist.all_reduce(failed, group=group)
+    sum_over_ranks(failed, world, group)
     return not failed
 
 
@@ -291,12 +285,11 @@ LOST = re.compile(
 def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
     """Turn the error that a rank gets when another one has died, or does not answer over gloo, into
     a RankError. While it waits for NCCL it gets none: after the timeout, torch aborts the process.
+    timeout: how long `start` lets ranks wait, in words.
 
     After the body, leave the process group: gloo's threads often abort a process that exits right
     after an exchange, and torchrun would then stop the ranks that are still working. After an error
-    only a single process leaves it: several would wait for the ranks that are gone.
-
-    timeout: how long `start` lets ranks wait, in words."""
+    only a single process leaves it: several would wait for the ranks that are gone."""
     several = world.world_size > 1
     leaving = not dist.is_initialized()  # a single process, for which `shard` creates a group
     try:

@@ -33,11 +33,9 @@ MODEL_FILES = [
 def model_folder(
     folder_or_hub_id: str | Path, made_by: str | None = None, files: list[str] = MODEL_FILES
 ) -> Path:
-    """The Hugging Face folder of a model. For a hub id, `files` are downloaded.
-
-    made_by: the command that produces the folder, for the error if it is missing.
-    Raises UserError: missing, not a folder, or not on the hub.
-    """
+    """The Hugging Face folder of a model. For a hub id, `files` are downloaded. made_by: the
+    command that produces the folder, for the error if it is missing. Raises UserError: missing, not
+    a folder, or not on the hub."""
     path = Path(folder_or_hub_id).expanduser()
     if path.is_dir():
         return path
@@ -55,9 +53,8 @@ def dataset_files(
 
     A folder: every data file directly in it, except redi.prepare's card; others are counted on
     stdout. Subfolders are not searched: they may hold models or earlier outputs. A hub id: the
-    files of one split, named after a colon or by `split`. made_by: see `model_folder`.
-    Raises UserError: missing, no data file or a broken one, or not on the hub.
-    """
+    files of one split, named after a colon or by `split`. made_by: see `model_folder`. Raises
+    UserError: missing, no data file or a broken one, or not on the hub."""
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if not file.is_dir() and file.name != CARD)

@@ -12,13 +12,13 @@ tokens in a pack:
                         blocks are checkpointed, those of the one that is being recomputed
     head or backward    the larger of what the head and what the first backward of a block needs
 
-Sharded gradients add nothing: each is created as the whole one is freed. Left out: buffers of the
-exchange between ranks, caches of libraries, and what ZeRO-3, compiled blocks and steps of a single
-pack save. bench/ranks.py and bench/gpu.py compare the formula with measured peaks.
+Sharded gradients add nothing: each is created as the whole one is freed. A checkpointed block is
+recomputed in backward, which adds a third to its compute. The first blocks are checkpointed: by the
+time they are recomputed, the activations of all later blocks have been freed.
 
-A checkpointed block keeps only its input and is recomputed in backward, which adds a third to its
-compute. We checkpoint the first blocks: by the time they are recomputed, the activations of all
-later blocks have been freed.
+bench/ranks.py and bench/gpu.py compare the formula with measured peaks. Left out: buffers of the
+exchange between ranks, caches of libraries, and what ZeRO-3, compiled blocks and steps of a single
+pack save.
 """
 
 import os

@@ -10,12 +10,9 @@ How this differs from the textbook transformer:
 - how tokens attend to each other is an argument: training passes attention within the documents of
   a pack, generation passes a KV cache
 
-Loading is strict and needs no mapping of names. config.json is read in checkpoint/config_json.py.
 Left out: dropout (0 in the published configuration), sliding windows, rotary scaling; a
-configuration that asks for them is refused by name.
-
-Letters: T packed tokens, D hidden, H heads, K kv heads, d head size, R supervised rows,
-V vocabulary.
+configuration that asks for them is refused by name (checkpoint/config_json.py). Letters: T packed
+tokens, D hidden, H heads, K kv heads, d head size, R supervised rows, V vocabulary.
 """
 
 import itertools
@@ -72,9 +69,7 @@ def rotary_tables(
     length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (length, d) of the angles position * theta^(-2i/d), the same in both halves.
-
-    Computed in fp32, and cached: every pack and every model of the same sizes shares them.
-    """
+    Computed in fp32, and cached: every pack and every model of the same sizes shares them."""
     with torch.inference_mode(False):  # inference tensors could not be used in training later
         exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
         positions = torch.arange(length, device=device).float()

@@ -24,43 +24,14 @@ from redi.objectives import PackLoss
 from redi.packing import PackedBatch, StepPlan, to_device
 
 
-@dataclass(frozen=True)
 class StepStats:
-    """A step's statistics over all ranks, on the host of each rank."""
-
-    loss: float
-    scalars: list[float]  # summed over ranks
-    ids: np.ndarray  # (S,) ascending; of pairs: chosen, rejected, chosen, ...
-    mean_logps: np.ndarray  # (S,) over the tokens of each sequence, in nats
-    mean_entropies: np.ndarray  # (S,)
-    paired: bool
-
-    def logp_summary(self) -> dict[str, float]:
-        """Mean log-prob per token of chosen and rejected traces, averaged over rows; for pairs also
-        the margin between them and the share of pairs ranked right."""
-        if not self.paired:
-            return {"chosen_logp": float(self.mean_logps.mean())}
-        chosen, rejected = self.mean_logps[0::2], self.mean_logps[1::2]
-        return {
-            "chosen_logp": float(chosen.mean()),
-            "rejected_logp": float(rejected.mean()),
-            "margin": float((chosen - rejected).mean()),
-            "ranked_right": float((chosen > rejected).mean()),
-        }
-
-    def entropy_summary(self) -> dict[str, float]:
-        """Mean entropy of the predictions of chosen and rejected traces, averaged over rows."""
-        if not self.paired:
-            return {"chosen_entropy": float(self.mean_entropies.mean())}
-        chosen, rejected = self.mean_entropies[0::2], self.mean_entropies[1::2]
-        return {"chosen_entropy": float(chosen.mean()), "rejected_entropy": float(rejected.mean())}
-
-
-class StepSums:
-    """Sums up a step's statistics on the device, pack by pack; then `gather` exchanges them."""
+    """A step's statistics: `add` sums up its packs on the device, then `gather` sums over ranks and
+    sets, on the host of each rank: loss, scalars, mean_logps and mean_entropies. Those are (S,), in
+    the order of `ids`, over the tokens of each sequence, in nats."""
 
     def __init__(self, data: TrainData, step: StepPlan):
-        self.data, self.ids, self.paired = data, sequence_ids(step), data.dataset.store.paired
+        self.data, self.paired = data, data.dataset.store.paired
+        self.ids = sequence_ids(step)  # (S,) ascending; of pairs: chosen, rejected, chosen, ...
         # Every rank fills its own places of one vector; the sum over ranks is the whole vector.
         self.sizes = [1, data.world.world_size, len(self.ids), len(self.ids)]
         self.vector = torch.zeros(sum(self.sizes), dtype=torch.float64, device=data.world.device)
@@ -80,10 +51,9 @@ class StepSums:
                 whole[where] = torch.stack(parts).double()
         largest[world.rank] = torch.maximum(largest[world.rank], result.token_logps.max())
 
-    def gather(self, scalars: Sequence[Tensor | float] = ()) -> StepStats:
-        """The sums over all ranks, on the host: one all-reduce, one wait for the device.
-
-        scalars: are summed too. Raises RuntimeError for a log-prob above 0 (a broken kernel)."""
+    def gather(self, scalars: Sequence[Tensor | float] = ()) -> None:
+        """Sum over all ranks, also `scalars`: one all-reduce, one wait for the device. Raises
+        RuntimeError for a log-prob above 0 (a broken kernel)."""
         vector = torch.cat([self.vector, self.vector.new_zeros(len(scalars))])
         for i, scalar in enumerate(scalars, start=len(self.vector)):
             vector[i].fill_(scalar)  # vector[i] = scalar would make the host wait
@@ -93,8 +63,23 @@ class StepSums:
         if largest.max() > 0:
             raise RuntimeError(f"a token has log-prob {largest.max()}: the log-probs are wrong")
         lengths = self.data.dataset.response_lengths[self.ids]
-        means = logp_sums / lengths, entropy_sums / lengths
-        return StepStats(float(loss), sums.tolist(), self.ids, *means, self.paired)
+        self.loss, self.scalars = float(loss), sums.tolist()
+        self.mean_logps, self.mean_entropies = logp_sums / lengths, entropy_sums / lengths
+
+    def summary(self, entropies: bool = True) -> dict[str, float]:
+        """The loss, and means over rows: log-prob and entropy per token of chosen and rejected
+        traces; for pairs also the log-probs' margin and the share of pairs ranked right."""
+        sides = ("chosen", "rejected") if self.paired else ("chosen",)
+        means = {"logp": self.mean_logps} | ({"entropy": self.mean_entropies} if entropies else {})
+        values = {
+            f"{side}_{name}": of_sequences[first :: len(sides)]
+            for name, of_sequences in means.items()
+            for first, side in enumerate(sides)
+        }
+        if self.paired:
+            values["margin"] = values["chosen_logp"] - values["rejected_logp"]
+            values["ranked_right"] = values["margin"] > 0
+        return {"loss": self.loss} | {name: float(value.mean()) for name, value in values.items()}
 
 
 # ---------------------------------------------------------------- the update's norm
@@ -158,11 +143,9 @@ def _squared(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor
 
 @dataclass
 class CollapseGuard:
-    """Watches the chosen traces' mean log-prob, one record per step.
-
-    threshold: nats per token below the first record. steps: consecutive steps below that before it
-    warns; after a recovery it can warn again.
-    """
+    """Watches the chosen traces' mean log-prob, one record per step. threshold: nats per token
+    below the first record. steps: consecutive steps below that before it warns; after a recovery it
+    can warn again."""
 
     threshold: float
     steps: int
@@ -178,28 +161,25 @@ class CollapseGuard:
         self.low = self.low + 1 if fell > self.threshold else 0
         if self.low != self.steps:
             return ""
-        self.warned = True
         return (
             f"collapse: chosen traces have been over {self.threshold:g} nats per token less likely "
             f"than at the start for {self.low} steps (now {fell:.2f}: {self.first:.2f} -> "
             f"{now:.2f}); a smaller --lr helps"
         )
 
-
-def watch(guard: CollapseGuard, step: int, record: dict[str, Any], checkpoints: Checkpoints) -> str:
-    """Check a step's record -> the warning, or "". While the log-prob is low, and for good after a
-    warning, the newest checkpoint from before the fall is kept."""
-    warned_before = guard.warned
-    warning = guard.check(record)
-    if not warned_before and guard.low == 1:
-        # The record is of the model before this step's update: that of step - 1 has fallen.
-        checkpoints.pin_before(step - 2)
-    elif not warned_before and not guard.low:
-        checkpoints.pinned = 0
-    if not warning:
-        return ""
-    kept = checkpoints.at(checkpoints.pinned) if checkpoints.pinned else "no checkpoint"
-    return f"step {step}: {warning}; kept from before the fall: {kept}"
+    def watch(self, step: int, record: dict[str, Any], checkpoints: Checkpoints) -> str:
+        """`check`, with the step and the checkpoint that is kept from before the fall: while the
+        log-prob is low, and for good after a warning."""
+        warning = self.check(record)
+        if self.low <= 1 and not self.warned:
+            # The record is of the model before this step's update: that of step - 1 has fallen.
+            before = [s for s in checkpoints.steps() if s <= step - 2] if self.low else []
+            checkpoints.pinned = max(before, default=0)
+        if not warning:
+            return ""
+        self.warned = True
+        kept = checkpoints.at(checkpoints.pinned) if checkpoints.pinned else "no checkpoint"
+        return f"step {step}: {warning}; kept from before the fall: {kept}"
 
 
 # ---------------------------------------------------------------- FLOPs and MFU

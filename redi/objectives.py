@@ -11,24 +11,22 @@ starts, and there are two ways to train with it:
     PairwiseObjective   any differentiable function of a pair's log-probs: two passes over the
                         vocabulary, and both traces of a pair in one pack.
 
-Nothing is averaged over packs or ranks: each pack returns its share of the step's loss, already
-divided by the counts of the whole step. Shares add up.
-To add an objective: docs/new-objective.md. Letters: P pairs, S sequences, R supervised tokens, N
-rows.
+Each pack returns its share of the step's loss, already divided by the counts of the whole step, so
+shares add up over packs and ranks. To add an objective: docs/new-objective.md. Letters: P pairs,
+S sequences, R supervised tokens.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from redi import losses, related_losses
 from redi.config import UserError
-from redi.logprobs import token_logps_and_entropies, weighted_logp_sum
+from redi.logprobs import WeightedLogpSum, token_logps_and_entropies, weighted_logp_sum
 from redi.model import Transformer
 from redi.packing import PackedBatch
 
@@ -56,10 +54,9 @@ class Totals:
     num_tokens: int  # supervised
 
 
-class PackLoss(NamedTuple):
-    loss: Tensor  # (), the pack's share of the step's loss
-    token_logps: Tensor  # (R,), detached
-    entropies: Tensor | None  # (R,), valid after backward; None where no gradient is computed
+# loss (): the pack's share of the step's loss; token_logps (R,), detached; entropies (R,), valid
+# after backward, or None where no gradient is computed.
+PackLoss = WeightedLogpSum
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,9 @@ class LinearObjective:
     needs_reference = False
 
     def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> PackLoss:
-        def head(hidden: Tensor, weight: Tensor) -> tuple:
-            return weighted_logp_sum(hidden, weight, batch.targets, batch.token_weights)
-
-        return PackLoss(*model(batch, head))
+        weights = batch.token_weights
+        head = partial(weighted_logp_sum, targets=batch.targets, token_weights=weights)
+        return model(batch, head)
 
 
 @dataclass(frozen=True)
@@ -95,9 +91,8 @@ class PairwiseObjective:
         return torch.zeros(signs.shape, dtype=torch.float64)
 
     def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> PackLoss:
-        token_logps, entropies = model(  # (R,)
-            batch, lambda h, w: token_logps_and_entropies(h, w, batch.targets)
-        )
+        head = partial(token_logps_and_entropies, targets=batch.targets)
+        token_logps, entropies = model(batch, head)  # (R,)
         if batch.row_ids:
             values = pair_arguments(token_logps, batch)
             per_pair = self.pair_loss(**{name: values[name] for name in self.arguments})  # (P,)
@@ -138,10 +133,8 @@ def sft() -> Objective:
 
 
 def make_objective(name: str, **parameters: float) -> Objective:
-    """The objective NAME of OBJECTIVES. parameters: those that `loss_parameters` lists.
-
-    Raises UserError for one of LINEAR whose loss is not linear in M_w and M_l.
-    """
+    """The objective NAME of OBJECTIVES. parameters: those that `loss_parameters` lists. Raises
+    UserError for one of LINEAR whose loss is not linear in M_w and M_l."""
     loss = partial(loss_function(name), **parameters)
     arguments = [a for a in inspect.signature(loss).parameters if a in PAIR_ARGUMENTS]
     if name not in LINEAR:
@@ -158,11 +151,9 @@ def make_objective(name: str, **parameters: float) -> Objective:
 
 
 def constant_slopes(loss: Callable[..., Tensor], arguments: list[str], name: str) -> list[float]:
-    """The derivatives of a linear loss by its arguments, taken by autograd in float64.
-
-    Raises UserError unless the loss equals slopes * point at 64 random points. A constant term is
-    refused too: it would be missing from the logged loss.
-    """
+    """The derivatives of a linear loss by its arguments, taken by autograd in float64. Raises
+    UserError unless the loss equals slopes * point at 64 random points. A constant term is refused
+    too: it would be missing from the logged loss."""
     random = torch.Generator().manual_seed(0)
     exponents = torch.rand(64, len(arguments), dtype=torch.float64, generator=random)
     points = (-1e-3 * 3e4**exponents).requires_grad_()  # log-probs from -0.001 to -30

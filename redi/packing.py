@@ -1,7 +1,7 @@
 """Which sequences share a step, a rank and a pack; and a pack as tensors.
 
-The recipe fixes the optimizer step in rows: 128 traces, or 32 pairs. Inside a step, any sequence
-can be in any pack on any rank, because losses are sums with whole-step weights. So, step by step:
+Inside a step, any sequence can be in any pack on any rank, because losses are sums with whole-step
+weights. So, step by step:
 
     1. shuffle the rows by (seed, epoch) and cut them into steps of `rows_per_step`
     2. deal the step's sequences to ranks, longest first, each to the rank with the least work
@@ -21,10 +21,9 @@ separately, unless `keep_pairs`: a sigmoid over the pair needs both in one pack.
 If a has 4 prompt tokens, its response a4 a5 a6 is predicted at rows 3, 4, 5. Targets are shifted
 within a sequence before it is packed, so no document predicts the next one's first token.
 
-`plan` is a pure function of its arguments: every rank computes the same plan, and a resumed run
-needs no saved state. Left out: packing across steps (it would change which rows share a step).
-Letters: N rows, T packed tokens, S sequences of a pack, L tokens of a sequence, R supervised
-(response) tokens.
+Every rank computes the same plan, and a resumed run needs no saved state. Left out: packing across
+steps (it would change which rows share a step). Letters: N rows, T packed tokens, S sequences of a
+pack, L tokens of a sequence, R supervised (response) tokens.
 """
 
 import bisect
@@ -58,30 +57,23 @@ def plan(
     lengths (N,): tokens of each row, whose sequence id is the row; or (N, 2): tokens of the chosen
     and the rejected sequence, with ids 2 * row and 2 * row + 1. A pack holds at most pack_tokens; a
     longer sequence (with keep_pairs: pair) gets a pack of its own. Every row is used exactly once;
-    the last step may be smaller, and some packs may be empty arrays. Raises ValueError for settings
-    that are not positive.
+    the last step may be smaller, and some packs may be empty arrays.
     """
-    if min(rows_per_step, pack_tokens, world_size) < 1:
-        raise ValueError("rows_per_step, pack_tokens and world_size must be at least 1")
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     starts = range(0, len(order), rows_per_step)
-    paired = lengths.ndim == 2
+    all_ids = np.arange(lengths.size).reshape(lengths.shape)  # (N,) or (N, 2)
     steps = []
     for start in starts:
-        rows = order[start : start + rows_per_step]
-        if not paired:
-            pieces = [(int(lengths[row]), (row,)) for row in rows]
-        elif keep_pairs:
-            pieces = [(int(lengths[row].sum()), (2 * row, 2 * row + 1)) for row in rows]
-        else:
-            pieces = [(int(lengths[row, j]), (2 * row + j,)) for row in rows for j in (0, 1)]
+        ids = all_ids[order[start : start + rows_per_step]]
+        ids = ids.reshape(len(ids) if keep_pairs else ids.size, -1)  # one piece in each row
+        sizes = lengths.reshape(-1)[ids].sum(axis=1)
         # Longest first; ties by id, so the order is unique.
-        pieces.sort(key=lambda piece: (-piece[0], piece[1]))
+        pieces = sorted(zip(sizes.tolist(), ids.tolist()), key=lambda piece: (-piece[0], piece[1]))
         steps.append(_plan_step(pieces, pack_tokens, world_size))
     return steps
 
 
-def _plan_step(pieces: list[tuple[int, tuple]], pack_tokens: int, world_size: int) -> StepPlan:
+def _plan_step(pieces: list[tuple[int, list]], pack_tokens: int, world_size: int) -> StepPlan:
     """Deal (length, sequence ids) pieces, longest first, to ranks and packs."""
     dealt: list[list] = [[] for _ in range(world_size)]
     work = [(0.0, rank) for rank in range(world_size)]  # a heap
@@ -97,7 +89,7 @@ def _plan_step(pieces: list[tuple[int, tuple]], pack_tokens: int, world_size: in
     ]
 
 
-def _best_fit(pieces: list[tuple[int, tuple]], pack_tokens: int) -> list[list]:
+def _best_fit(pieces: list[tuple[int, list]], pack_tokens: int) -> list[list]:
     """Put each piece, longest first, into the fullest pack that still has room for it."""
     packs: list[list] = []
     free: list[tuple[int, int]] = []  # (room, index), sorted: a whole epoch may be one step
@@ -158,8 +150,7 @@ class TokenSequence:
     @property
     def response_length(self) -> int:
         """|y|: supervised tokens."""
-        after = len(self.tokens) - self.prompt_length
-        return after if self.learned is None else int(self.learned.sum())
+        return len(self.supervised())
 
     def supervised(self) -> np.ndarray:
         """(|y|,) positions of the supervised tokens."""
@@ -172,32 +163,30 @@ def pack(
 ) -> PackedBatch:
     """Concatenate sequences. weights (S,): the weight of each sequence's supervised tokens.
     reference (N, 2): the reference model's log-prob sums of all pairs; then sequences are pairs.
-
     An empty list gives an empty pack: one token, not supervised. Raises ValueError for a sequence
-    without a prompt: the document before it would predict its first token.
-    """
+    without a prompt: the document before it would predict its first token."""
     if any(s.prompt_length < 1 for s in sequences):
         raise ValueError("a sequence needs a prompt of at least one token")
-    if not sequences:
-        return _empty_pack()
-    lengths = [len(s.tokens) for s in sequences]
+    tokens = [s.tokens for s in sequences] or [np.zeros(1, dtype=np.int64)]
+    lengths = [len(document) for document in tokens]
     cu_seqlens = np.cumsum([0, *lengths])
     supervised = [s.supervised() for s in sequences]
     response_lengths = [len(positions) for positions in supervised]
     rows = [start + positions - 1 for positions, start in zip(supervised, cu_seqlens)]
     targets = [s.tokens[positions] for s, positions in zip(sequences, supervised)]
     row_ids = [s.row for s in sequences]
+    repeats = torch.tensor(response_lengths, dtype=torch.int64)
     if reference is not None:
         sums = reference[row_ids[0::2]].reshape(-1)  # (S,)
-        reference = torch.stack([sums, sums / torch.tensor(response_lengths)])
+        reference = torch.stack([sums, sums / repeats])
     return PackedBatch(
-        tokens=torch.from_numpy(np.concatenate([s.tokens for s in sequences]).astype(np.int64)),
+        tokens=_concatenate(tokens),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         lengths=lengths,
-        rows=torch.from_numpy(np.concatenate(rows)),
-        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
-        token_weights=weights.repeat_interleave(torch.tensor(response_lengths)),
+        rows=_concatenate(rows),
+        targets=_concatenate(targets),
+        token_weights=weights.repeat_interleave(repeats),
         row_ids=row_ids,
         signs=[s.sign for s in sequences],
         response_lengths=response_lengths,
@@ -205,9 +194,6 @@ def pack(
     )
 
 
-def _empty_pack() -> PackedBatch:
-    none = torch.zeros(0, dtype=torch.int64)
-    one = torch.zeros(1, dtype=torch.int64)
-    cu_seqlens = torch.tensor([0, 1], dtype=torch.int32)
-    weights = torch.zeros(0, dtype=torch.float64)
-    return PackedBatch(one, one, cu_seqlens, [1], none, none, weights, [], [], [])
+def _concatenate(parts: list[np.ndarray]) -> Tensor:
+    """As int64; of no parts, an empty tensor."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))

@@ -1,7 +1,6 @@
-"""A whole run of either stage: model and data in, training, a Hugging Face folder out.
+"""A whole run of either stage: model and data in, training (train.py), a Hugging Face folder out.
 
-The programs give their stage's config and objective and call `run`. What a user can get wrong is
-found before anything is written. The loop itself is train.py. Letters: N rows.
+What a user can get wrong is found before anything is written.
 """
 
 from collections.abc import Callable
@@ -37,13 +36,10 @@ def run(
     model_made_by: str | None,
     prepare_score: Callable[[TrainConfig, Source, World], Score | None],
 ) -> None:
-    """Load, check, train, save: what train_sft.py and train_redi.py do.
-
-    paired: rows are pairs. model_made_by: the command that produces the default --model, for the
-    error if it is missing. prepare_score: returns what evaluates the model between steps. Raises
-    UserError for everything a user can fix, before anything is written to --out, and Stopped
-    after a signal.
-    """
+    """Load, check, train, save: what train_sft.py and train_redi.py do. paired: rows are pairs.
+    model_made_by: the command that produces the default --model, for the error if it is missing.
+    prepare_score: returns what evaluates the model between steps. Raises UserError for what a user
+    can fix, and Stopped after a signal."""
     world = distributed.start(config.timeout)
     with report_lost_ranks(world, f"--timeout {config.timeout:g} minutes"):
         distributed.require_same(vars(config) | {"cache": "may differ"}, world)
@@ -134,12 +130,9 @@ def _train_and_save(
 def load_data(
     path: str, config: TrainConfig, source: Source, paired: bool, verify: bool = True
 ) -> Dataset:
-    """The rows of `path`, tokenized for this model, without those over the run's limits.
-
-    verify: compare cached tokens with their sha256; once per node is enough.
-    Raises UserError for a model without a tokenizer, a limit above its context, a row that cannot
-    be trained on, and if no row is left.
-    """
+    """The rows of `path`, tokenized for this model, without those over the run's limits. verify:
+    see `load_store`. Raises UserError for a model without a tokenizer, a limit above its context, a
+    row that cannot be trained on, and if no row is left."""
     if source.chat is None:
         raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; training needs it")
     context = source.config["max_position_embeddings"]

@@ -43,8 +43,7 @@ def is_finished(out: str, config: Any) -> bool:
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run, if it has any. A last line that a kill cut short is left out; any other
-    line that is not a record raises a UserError."""
+    """The records of a run, if it has any; see `whole_lines`. Raises UserError for another line."""
     path = run / "metrics.jsonl"
     if path.is_file():
         for number, line in enumerate(whole_lines(path), start=1):

@@ -4,12 +4,10 @@
         for batch in its packs:            forward, loss, backward
         clip, exchange statistics, AdamW, log, maybe a checkpoint
 
-SFT and REDI differ in the objective and in the shape of their rows, not here. The objective returns
-each pack's share of the whole step's loss. Shares are summed, never averaged, so the result does
-not depend on how the step was cut into packs or dealt to ranks.
-
-Left out: a Trainer class, callbacks, gradient accumulation as a setting (the packs of a step simply
-follow each other). Letters: R supervised tokens.
+SFT and REDI differ in the objective and in the shape of their rows, not here. Each pack's share of
+the whole step's loss is summed, never averaged, so the result does not depend on how the step was
+cut into packs or dealt to ranks. Left out: a Trainer class, callbacks, gradient accumulation as a
+setting (the packs of a step simply follow each other).
 """
 
 import math
@@ -25,21 +23,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from redi import distributed
+from redi import distributed, monitor
 from redi.batches import TrainData
 from redi.checkpoint.resume import Checkpoints
 from redi.config import Stopped, UserError
 from redi.distributed import full_tensor, peak_memory_gib
 from redi.model import Transformer
-from redi.monitor import (
-    CollapseGuard,
-    StepStats,
-    StepSums,
-    peak_flops,
-    squared_update_norm,
-    training_flops,
-    watch,
-)
+from redi.monitor import CollapseGuard, StepStats
 from redi.packing import StepPlan
 from redi.recipe import TrainConfig
 from redi.runlog import NoLog, Progress, RunLog
@@ -92,19 +82,22 @@ def train(
     """Train `model` in place. It is distributed and has its weights already.
 
     eval_data: held-out rows, whose loss is logged. score: evaluates the model between steps.
-    history: the train records of the steps done so far; the run resumes from the checkpoint of the
-    last one. Raises Stopped after a step in which SIGTERM or Ctrl-C arrived, with a checkpoint
-    saved, and UserError for a loss or gradient that is not finite, and for a collapse if asked to.
+    history: the train records of the steps before the checkpoint to resume from. Raises Stopped
+    after a step in which SIGTERM or Ctrl-C arrived, with a checkpoint saved; UserError for a loss
+    or gradient that is not finite, and for a collapse if asked to.
     """
     optimizer = make_optimizer(model, config)
     total, begin, tokens, seconds = num_steps(data, config), len(history), 0, 0.0
     if begin:
         checkpoints.load(begin, model, optimizer)
-    guard = _replay(history, config, checkpoints)
+    guard = CollapseGuard(config.collapse_threshold, config.collapse_steps)
+    for record in history:
+        warning = guard.watch(record["step"], record, checkpoints)
+        if warning and config.collapse_stop:
+            raise UserError(f"--collapse-stop: {warning}; without the flag the run resumes")
     epochs = (data.plan(config.rows_per_step, config.seed, epoch) for epoch in range(config.epochs))
     steps = islice(chain.from_iterable(epochs), begin, total)
-    is_first = data.world.rank == 0
-    progress = Progress(total, Path(config.out).name, "step", is_first, begin)
+    progress = Progress(total, Path(config.out).name, "step", data.world.rank == 0, begin)
     with progress, StopSignals() as signals:
         for number, step in enumerate(steps, start=begin + 1):
             for group in optimizer.param_groups:
@@ -115,41 +108,27 @@ def train(
             log.record("train", number, **record)
             tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
             progress.update(_progress_values(record, tokens / seconds))
-
             # ---- once in a while: held-out loss, score, collapse warning, checkpoint
             due = number % config.eval_every == 0 or number == total
             if eval_data and due:
                 log.record("eval", number, **held_out(model, eval_data))
             if score and due:
                 log.record("benchmark", number, **score(model, number))
-            warning = watch(guard, number, record, checkpoints)
-            if warning and is_first:
+            warning = guard.watch(number, record, checkpoints)
+            if warning and data.world.rank == 0:
                 print(f"warning: {warning}", file=sys.stderr)
             if number == total:
                 return
-            stop_wanted = stats.scalars[STOP] > 0
             collapsed = warning and config.collapse_stop
-            if stop_wanted or collapsed or number % config.save_every == 0:
+            stopping = collapsed or stats.scalars[STOP] > 0
+            if stopping or number % config.save_every == 0:
                 saved = checkpoints.save(number, model, optimizer)
-            if stop_wanted or collapsed:
+            if stopping:
                 log.record("stopped", number)
-            if collapsed:
-                raise UserError(f"--collapse-stop: stopped after step {number} of {total}")
-            if stop_wanted:
+                if collapsed:
+                    raise UserError(f"--collapse-stop: stopped after step {number} of {total}")
                 kept = checkpoints.at(number) if saved else "no checkpoint (it could not be saved)"
                 raise Stopped(f"after step {number} of {total}; {kept}; the same command resumes")
-
-
-def _replay(
-    history: Sequence[dict[str, Any]], config: TrainConfig, checkpoints: Checkpoints
-) -> CollapseGuard:
-    """The collapse guard as it was after the steps in `history`."""
-    guard = CollapseGuard(config.collapse_threshold, config.collapse_steps)
-    for record in history:
-        warning = watch(guard, record["step"], record, checkpoints)
-        if warning and config.collapse_stop:
-            raise UserError(f"--collapse-stop: {warning}; without the flag the run resumes")
-    return guard
 
 
 STOP, SQUARED_UPDATE, GRAD_NORM = range(3)  # the scalars that ranks sum in a step
@@ -166,26 +145,26 @@ def train_step(
     """One optimizer step: its statistics, and its record for the log. A step whose loss or gradient
     is not finite changes no weight."""
     began = time.perf_counter()
-    world, totals, sums = data.world, data.totals(step), StepSums(data, step)
+    world, totals, stats = data.world, data.totals(step), StepStats(data, step)
 
     # ---- forward and backward, pack by pack: gradients accumulate in .grad
     num_packs = len(step[world.rank])
     for number, batch in enumerate(data.batches(step, totals), start=1):
         distributed.last_pack(model, number == num_packs, config.reshard_after_forward)
-        result = data.loss(model, batch, totals)
+        result = data.objective.loss(model, batch, totals)
         result.loss.backward()
-        sums.add(batch, result)
+        stats.add(batch, result)
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
     # Nodes hold the same weights, so each counts for its share.
-    update = squared_update_norm(optimizer) / world.num_nodes
+    update = monitor.squared_update_norm(optimizer) / world.num_nodes
 
     # ---- one all-reduce for all statistics; the host waits for the device here
     # Every rank has the whole gradient's norm, so only rank 0 contributes it.
-    stats = sums.gather([float(signals.wanted), update, grad_norm if world.rank == 0 else 0.0])
+    stats.gather([float(signals.wanted), update, grad_norm if world.rank == 0 else 0.0])
 
     # ---- update
-    record = {"loss": stats.loss, **stats.logp_summary(), **stats.entropy_summary()}
-    record |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": stats.scalars[GRAD_NORM]}
+    record = stats.summary() | {"lr": optimizer.param_groups[0]["lr"]}
+    record["grad_norm"] = stats.scalars[GRAD_NORM]
     record["update_norm"] = math.sqrt(stats.scalars[SQUARED_UPDATE])
     if math.isfinite(record["loss"] + record["grad_norm"]):
         optimizer.step()
@@ -193,8 +172,8 @@ def train_step(
 
     lengths = data.dataset.lengths.reshape(-1)[stats.ids]  # of each sequence
     seconds, record["tokens"] = time.perf_counter() - began, int(lengths.sum())
-    if peak := peak_flops(world.device):
-        flops = training_flops(model.config, lengths.tolist(), totals.num_tokens)
+    if peak := monitor.peak_flops(world.device):
+        flops = monitor.training_flops(model.config, lengths.tolist(), totals.num_tokens)
         record["mfu"] = flops / seconds / peak / world.world_size
     return stats, record | {"memory_gib": peak_memory_gib(world.device), "seconds": seconds}
 
@@ -202,12 +181,12 @@ def train_step(
 def held_out(model: Transformer, data: TrainData) -> dict[str, float]:
     """The loss over all rows of `data` as one step, and their mean log-probs."""
     step = data.all_rows()
-    totals, sums = data.totals(step), StepSums(data, step)
+    totals, stats = data.totals(step), StepStats(data, step)
     with distributed.without_gradients(model):
         for batch in data.batches(step, totals):
-            sums.add(batch, data.loss(model, batch, totals))
-    stats = sums.gather()
-    return {"loss": stats.loss, **stats.logp_summary()}
+            stats.add(batch, data.objective.loss(model, batch, totals))
+    stats.gather()
+    return stats.summary(entropies=False)
 
 
 # ---------------------------------------------------------------- when to stop

@@ -451,7 +451,7 @@ def sft_loss(model) -> torch.Tensor:
     step = data.all_rows()
     totals = data.totals(step)
     [batch] = data.batches(step, totals)
-    return data.loss(model, batch, totals).loss
+    return data.objective.loss(model, batch, totals).loss
 
 
 def test_bf16_gradients_are_fp32_close_to_those_of_fp32_not_divided_and_add_up(sharded):

@@ -17,7 +17,7 @@ LAYERS = 2
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
 
 # Every place where the host waits for the device: in training with the number of waits in a step.
-TRAINING_WAITS = {"monitor.StepSums.gather: copy to the host": 1}
+TRAINING_WAITS = {"monitor.StepStats.gather: copy to the host": 1}
 GENERATION_WAITS = {
     "kernel_steps.KernelDecoder.__init__: copy from memory that is not pinned",  # once
     "sampling.refused: nonzero()",  # per token

@@ -16,7 +16,7 @@ from small_run import HERE, REDI, assert_same_bits, redi_config, run, saved, ste
 from redi import programs
 from redi.checkpoint.resume import Checkpoints
 from redi.config import UserError
-from redi.monitor import CollapseGuard, watch
+from redi.monitor import CollapseGuard
 from redi.runlog import read_metrics
 
 # ---------------------------------------------------------------- as a function
@@ -81,7 +81,7 @@ def test_the_checkpoint_kept_from_before_the_fall(name, tmp_path):
     checkpoints = Checkpoints(tmp_path, HERE, {}, keep=1)
     guard, seen = CollapseGuard(0.5, 3), []
     for step, logp in enumerate(chosen, start=1):
-        watch(guard, step, {"chosen_logp": logp}, checkpoints)
+        guard.watch(step, {"chosen_logp": logp}, checkpoints)
         seen.append(checkpoints.pinned)
         checkpoints.at(step).mkdir(parents=True)
     assert seen == pinned

@@ -83,7 +83,7 @@ def summed(model: Transformer, data: TrainData, step: StepPlan) -> float:
     totals, loss = data.totals(step), 0.0
     assert totals == Totals(ROWS, int(data.dataset.response_lengths.sum()))
     for batch in data.batches(step, totals):
-        result = data.loss(model, batch, totals)
+        result = data.objective.loss(model, batch, totals)
         result.loss.backward()
         loss += result.loss.item()
         assert not result.token_logps.requires_grad

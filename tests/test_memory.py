@@ -31,7 +31,7 @@ def loss_and_gradients(
     step = data.all_rows()
     totals = data.totals(step)
     for batch in data.batches(step, totals):
-        part = data.loss(model, batch, totals).loss
+        part = data.objective.loss(model, batch, totals).loss
         part.backward()
         loss += part.item()
     return loss, gradients(model)

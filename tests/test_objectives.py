@@ -200,7 +200,7 @@ def test_the_gradient_of_simpo_turns_to_that_of_symmetric_as_beta_falls():
         data = replace(data_of("simpo"), objective=make_objective(name, **parameters))
         totals = data.totals(data.all_rows())
         [batch] = data.batches(data.all_rows(), totals)
-        loss = data.loss(model, batch, totals).loss
+        loss = data.objective.loss(model, batch, totals).loss
         return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, [*model.parameters()])])
 
     symmetric = gradient("symmetric")

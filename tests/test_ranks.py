@@ -26,7 +26,7 @@ from redi.batches import TrainData
 from redi.checkpoint.reference import _score as reference_logp_sums
 from redi.config import RankError, Stopped, UserError, program
 from redi.distributed import Parallelism, World, full_tensor, local_rank_zero_first, parallelize
-from redi.monitor import StepSums, squared_update_norm
+from redi.monitor import StepStats, squared_update_norm
 
 CASES = [
     (name, tied, dtype, rows)
@@ -63,18 +63,18 @@ def one_step(
         parallelize(reference, world, how)
         data = replace(data, reference=reference_logp_sums(reference, data))
     step = data.all_rows()
-    totals, sums = data.totals(step), StepSums(data, step)
+    totals, stats = data.totals(step), StepStats(data, step)
     packs = len(step[world.rank])
     for number, batch in enumerate(data.batches(step, totals), start=1):
         distributed.last_pack(model, number == packs, reshard)
-        result = data.loss(model, batch, totals)
+        result = data.objective.loss(model, batch, totals)
         result.loss.backward()
-        sums.add(batch, result)
+        stats.add(batch, result)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     update = squared_update_norm(torch.optim.AdamW(model.parameters(), lr=1e-2)) / world.num_nodes
-    stats = sums.gather([update])
+    stats.gather([update])
     grads = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
-    logged = stats.logp_summary() | stats.entropy_summary() | {"squared update": stats.scalars[0]}
+    logged = stats.summary() | {"squared update": stats.scalars[0]}
     return stats.loss, full_tensor(norm).item(), logged, grads
 
 

@@ -524,7 +524,7 @@ def test_dpo_learns_the_same_on_one_rank_and_on_two_and_in_bfloat16(here):
 
 def known_peak() -> None:
     """In the child, give the CPU a peak in FLOP/s, so that MFU is logged."""
-    train.peak_flops = lambda device: 1e9
+    train.monitor.peak_flops = lambda device: 1e9
 
 
 def test_two_nodes_log_the_update_norm_and_flops_of_one_process(here):

@@ -229,8 +229,8 @@ REFUSED = [
 FILES = [
     ("tokenizer.json", None, "no such file"),
     ("tokenizer.json", "{", "not a tokenizer"),
-    ("tokenizer_config.json", "{", "not a JSON object"),
-    ("tokenizer_config.json", "[1]", "not a JSON object"),
+    ("tokenizer_config.json", "{", "not readable as JSON"),
+    ("tokenizer_config.json", "[1]", "expected a JSON object"),
     ("tokenizer_config.json", "{}", "no chat template"),
     *(("chat_template.jinja", template, message) for template, message in REFUSED),
 ]

@@ -167,7 +167,7 @@ def test_training_equals_a_plain_loop_of_adamw_with_clipping(here, clip):
         optimizer.zero_grad()
         totals = data.totals(step)
         for batch in data.batches(step, totals):
-            data.loss(plain, batch, totals).loss.backward()
+            data.objective.loss(plain, batch, totals).loss.backward()
         norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in plain.parameters()))
         norms.append(norm)
         for parameter in plain.parameters():
@@ -256,7 +256,7 @@ def test_records_have_these_fields(here, config, sides):
 
 def test_mfu_counts_the_output_weight_on_supervised_tokens_only(here, monkeypatch):
     peak = 1e9  # FLOP/s; a CPU has none
-    monkeypatch.setattr(train, "peak_flops", lambda device: peak)
+    monkeypatch.setattr(train.monitor, "peak_flops", lambda device: peak)
     config = sft_config(rows_per_step=PAIRS)
     [record] = steps(run(config))
     model, _ = load_model("student")

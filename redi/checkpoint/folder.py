@@ -1,11 +1,9 @@
 """The Hugging Face model folder: load_model, save_model.
 
-Loading reads config.json, weights, tokenizer and generation config. The weights become fp32,
-because bf16 would lose the optimizer's updates at lr 1e-6.
-
-Saving writes the same folder again, in the source's dtype, with what training changed: weights,
-rotary base, context length and stop tokens. A model trained on chat turns must stop at the
-template's end token, so generation_config.json, config.json and tokenizer_config.json all name it.
+Loaded weights become fp32, because bf16 would lose the optimizer's updates at lr 1e-6. Saving
+writes the same folder again, in the source's dtype, with what training changed: weights, rotary
+base, context length and stop tokens. A model trained on chat turns must stop at the template's end
+token, so generation_config.json, config.json and tokenizer_config.json all name it.
 Left out: remote code.
 """
 
@@ -21,9 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from redi.checkpoint.config_json import read_config, read_rope_theta, set_rope_theta
-from redi.checkpoint.weights import INDEX, check_weights, fill, read_json
+from redi.checkpoint.weights import INDEX, check_weights, fill
 from redi.config import UserError
-from redi.data.files import folder_to_disk, to_disk
+from redi.data.files import folder_to_disk, read_json, to_disk
 from redi.data.tokenizer import ChatTokenizer
 from redi.distributed import full_tensor
 from redi.hub import TOKENIZER_FILES, model_folder
@@ -65,8 +63,8 @@ def open_model(
     """(the model on the meta device, its source). Only the headers of the weight files are read.
 
     rope_theta and max_position_embeddings override config.json, and the changes are printed.
-    made_by: see `model_folder`.
-    Raises UserError for a file that is missing, broken, of the wrong shape or not supported.
+    made_by: see `model_folder`. Raises UserError for a file that is missing, broken, of the wrong
+    shape or not supported.
     """
     folder = model_folder(folder_or_hub_id, made_by)
     path = folder / "config.json"
@@ -113,11 +111,9 @@ def save_model(
     dtype: torch.dtype | None = None,
     card: str | None = None,
 ) -> None:
-    """Write `model` as a Hugging Face folder, in the source's dtype unless another is given.
-
-    card: the text of README.md. Other files in `folder` are left alone. All ranks must call it;
-    rank 0 gathers and writes. Raises UserError if the folder cannot be written.
-    """
+    """Write `model` as a Hugging Face folder, in the source's dtype unless another is given. card:
+    the text of README.md. Other files in `folder` are left alone. All ranks must call it; rank 0
+    gathers and writes. Raises UserError if the folder cannot be written."""
     from huggingface_hub import save_torch_state_dict  # imported only where used
 
     folder, dtype = Path(folder), dtype or source.dtype
@@ -160,25 +156,22 @@ def _gather(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _write_settings(config: ModelConfig, folder: Path, source: Source, dtype: torch.dtype) -> None:
     """Write config.json in both forms and generation_config.json; name the stop token in all."""
-    name = str(dtype).removeprefix("torch.")
-    settings = {**source.config, "dtype": name, "torch_dtype": name}
+    dtype_name = str(dtype).removeprefix("torch.")
+    settings = {**source.config, "dtype": dtype_name, "torch_dtype": dtype_name}
     set_rope_theta(settings, config.rope_theta)
     generation = dict(source.generation)
     if source.stop_ids:
         settings["eos_token_id"] = source.stop_ids[0]
         generation["eos_token_id"] = source.stop_ids
+    files = {"generation_config.json": generation, "config.json": settings}
     # transformers may prefer the older special_tokens_map.json if there is one.
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        if source.chat is not None and (folder / file).is_file():
-            tokens = read_json(folder / file)
-            tokens["eos_token"] = source.chat.token(source.chat.stop_id)
-            _write_json(folder / file, tokens)
-    _write_json(folder / "generation_config.json", generation)
-    _write_json(folder / "config.json", settings)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if source.chat is not None and (folder / name).is_file():
+            stop_token = source.chat.token(source.chat.stop_id)
+            files[name] = read_json(folder / name) | {"eos_token": stop_token}
+    for name, value in files.items():
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _publish(aside: Path, folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 CACHE/reference-KEY.bin holds a sha256 and the values, (N, 2) float64: the summed log-probs of each
 row's chosen and rejected trace. KEY hashes all that they depend on, so runs with another objective,
-learning rate or number of ranks share the file. Rank 0 reads it and broadcasts the values, so all
-ranks, and a run that resumes, train on the same bytes. Left out: a limit on the cache's size.
+learning rate or number of ranks share the file. Rank 0 reads it and sends the values, so all ranks,
+and a run that resumes, train on the same bytes. Left out: a limit on the cache's size.
 """
 
 import hashlib
@@ -32,10 +32,9 @@ FORMAT = 2  # part of the key: files of other formats are not found
 def reference_logps(
     model: Transformer, data: TrainData, folder: Path, dtype: torch.dtype, cache: str
 ) -> Tensor:
-    """Summed log-probs (N, 2) float64 of each row's chosen and rejected trace, on the host.
-
-    They are read from `cache`, or computed with `model`, which holds the weights of `folder`, and
-    cached. All ranks must call this function, and all get the same values."""
+    """Summed log-probs (N, 2) float64 of each row's chosen and rejected trace, on the host: read
+    from `cache`, or computed with `model`, which holds the weights of `folder`, and cached. All
+    ranks must call this function, and all get the same values."""
     path = reference_path(cache, folder, model.config, dtype, data.dataset)
     reference = load_reference(path, len(data.dataset), data.world)
     if reference is None:
@@ -86,8 +85,7 @@ def load_reference(path: Path, num_rows: int, world: World) -> Tensor | None:
             print(f"warning: {path} is damaged; it is computed again", file=sys.stderr)
     if not all_ranks_ok(valid, world):
         return None
-    if world.world_size > 1:
-        torch.distributed.broadcast(reference, src=0)
+    sum_over_ranks(reference, world)  # the other ranks have zeros
     return reference
 
 

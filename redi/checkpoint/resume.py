@@ -6,10 +6,9 @@
 
 Every rank writes its own rows and reads its rows from the files of any number of ranks. The plan,
 the learning rate and the position in the data are functions of the step, so they are not saved. A
-checkpoint is written under another name, flushed to disk and renamed. A damaged checkpoint is
-skipped, and a failed save does not end the run: both are warnings. A second failed save in a row
-ends it. The files hold no pickles, which can run code: torch.save and torch.distributed.checkpoint
-write some. Left out: asynchronous saves. Every 200 steps, a save takes well under 1 % of the time.
+damaged checkpoint is skipped, and a failed save does not end the run: both are warnings. The files
+hold no pickles, which can run code: torch.save and torch.distributed.checkpoint write some. Left
+out: asynchronous saves. Every 200 steps, a save takes well under 1 % of the time.
 """
 
 import json
@@ -59,10 +58,6 @@ class Checkpoints:
         """Steps that have a checkpoint, newest first."""
         numbers = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
-
-    def pin_before(self, step: int) -> None:
-        """Keep the newest checkpoint up to `step`, however many are newer."""
-        self.pinned = max((s for s in self.steps() if s <= step), default=0)
 
     def remove_after(self, step: int) -> None:
         """Remove later checkpoints (damaged, or of an earlier run) and unfinished ones."""
@@ -143,11 +138,9 @@ class Checkpoints:
                 shutil.rmtree(self.at(old), ignore_errors=True)
 
     def newest_valid(self, recorded: int) -> int:
-        """The step of the newest valid checkpoint, or 0.
-
-        recorded: the steps in metrics.jsonl. Raises UserError if there are fewer than that step, if
-        nodes see different files, and for a checkpoint of another format or a run of other facts.
-        """
+        """The step of the newest valid checkpoint, or 0. recorded: the steps in metrics.jsonl.
+        Raises UserError if there are fewer than that step, if nodes see different files, and for a
+        checkpoint of another format or a run of other facts."""
         seen, _ = self._on_all_ranks(lambda: (recorded, self.steps()))
         if any(files != seen[0] for files in seen):
             raise UserError(f"--out {self.out}: expected a folder that all nodes share")

@@ -1,9 +1,5 @@
-"""Tensors in safetensors files: the weights of a Hugging Face model folder, and a rank's rows.
-
-`check_weights` reads only the headers: every tensor must be there with the right shape, and no
-other tensor. `fill` copies the numbers into a model: on every rank, the rows of its own shards.
-`write_shards` writes a checkpoint file of a rank, `read_shards` reads them on any number of ranks.
-Left out: .bin and .pt files (unpickling runs code), quantized weights.
+"""Tensors in safetensors files: the weights of a Hugging Face model folder, and a rank's rows of a
+checkpoint. Left out: .bin and .pt files (unpickling runs code), quantized weights.
 """
 
 import hashlib
@@ -19,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from redi.config import UserError
-from redi.data.files import hash_files, write_aside
+from redi.data.files import hash_files, read_json, write_aside
 from redi.distributed import first_row, local_shard
 from redi.model import Transformer
 
@@ -30,7 +26,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def check_weights(model: Transformer, folder: Path) -> torch.dtype:
-    """The dtype of the stored weights. Raises UserError if they do not fit `model`."""
+    """The dtype of the stored weights, by the headers of the files. Raises UserError unless these
+    are the tensors of `model`, all and no others, with their shapes."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     stored: dict[str, Any] = {}
     for path, name, tensor in stored_tensors(weight_files(folder)):
@@ -120,8 +117,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def stored_tensors(files: list[Path]) -> Iterator[tuple[Path, str, Any]]:
-    """Yield (file, name, tensor on disk, read when it is indexed). Raises UserError if a file is
-    broken."""
+    """(file, name, tensor on disk, read when indexed). Raises UserError if a file is broken."""
     for path in files:
         try:
             file = safe_open(path, framework="pt")
@@ -143,16 +139,3 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; expected the model's weights")
     return [folder / name for name in names]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value

@@ -4,9 +4,9 @@
                    {"problem": "2+2", ...}              ("raw.jsonl:1", {"problem": "1+1", ...})
                                                         ("raw.jsonl:2", {"problem": "2+2", ...})
 
-The first item says where the row is; every later error about the row begins with it. Teachers' data
-is tens of gigabytes, so memory holds one line or one batch of a Parquet file; only an array in a
-.json file is read as a whole. JSON may be compressed (.gz, .zst). Left out: CSV (it has no lists).
+Every later error about a row begins with the first item. Teachers' data is tens of gigabytes, so
+memory holds one line or one batch of a Parquet file; only an array in a .json file is read as a
+whole. JSON may be compressed (.gz, .zst). Left out: CSV (it has no lists).
 """
 
 import contextlib
@@ -39,8 +39,7 @@ def read_rows(
     others, such as a date after the year 9999; their value is `...`, so errors can still list them.
     where: "FILE:LINE" in JSON lines, "FILE: row ROW" in an array or a Parquet file; both from 1.
     Blank lines are skipped. Raises UserError: a file that is missing (before the first row of any
-    file), unreadable or without a row; a line that is not UTF-8, not JSON or not an object.
-    """
+    file), unreadable or without a row; a line that is not UTF-8, not JSON or not an object."""
     sources = [source] if isinstance(source, (str, Path)) else source
     for path in [file for one in sources for file in dataset_files(one)]:
         parquet = path.suffix == ".parquet"
@@ -111,6 +110,19 @@ def _parse(data: bytes, where: str) -> Any:
         raise UserError(f"{where}: not valid JSON in UTF-8 ({error})") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a Hugging Face model folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
 def is_encodable(text: str) -> bool:
     """Whether UTF-8 can hold `text`. JSON can spell half of a surrogate pair, "\\ud800"."""
     try:
@@ -125,12 +137,10 @@ def is_encodable(text: str) -> bool:
 
 @contextlib.contextmanager
 def write_aside(path: str | Path, binary: bool = False) -> Iterator[IO]:
-    """A file that gets its name `path` only if the block ends without an exception.
-
-    Until then it is NAME.PID.part, which any exception, Ctrl-C included, removes; an older file
-    stays. The data reaches the disk before the rename, so not even a power cut leaves half a file.
-    Text is UTF-8 with \\n at line ends. Raises UserError if the file cannot be written.
-    """
+    """A file that gets its name `path` only if the block ends without an exception. Until then it
+    is NAME.PID.part, which any exception, Ctrl-C included, removes; an older file stays. The data
+    reaches the disk before the rename, so not even a power cut leaves half a file. Text is UTF-8
+    with \\n at line ends. Raises UserError if the file cannot be written."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -85,10 +85,8 @@ def load_store(
     files: list[Path], chat: ChatTokenizer, paired: bool, cache: str | Path, verify: bool = True
 ) -> TokenStore:
     """The token store of these files; they are tokenized if `cache` has no valid store of them.
-
     verify: compare an existing store with its sha256; it reads all, so once per node is enough.
-    Raises UserError: a row that cannot be trained on, no row to train on, an unwritable cache.
-    """
+    Raises UserError: a row that cannot be trained on, no row to train on, an unwritable cache."""
     data_hash = hash_files(files)
     key = json.dumps([FORMAT, data_hash, chat.fingerprint, paired])
     folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -172,11 +170,9 @@ def _write_store(
 def tokenize_rows(
     chat: ChatTokenizer, examples: Iterable[NumberedExample]
 ) -> Iterator[tuple[int, list[TokenizedRow]]]:
-    """(row number, example) -> (row number, its sequences), in the same order.
-
-    Threads tokenize blocks of rows, because the tokenizer releases the GIL. Examples are read
-    ahead only so far that at most THREADS + 2 blocks are in memory.
-    """
+    """(row number, example) -> (row number, its sequences), in the same order. Threads tokenize
+    blocks of rows, because the tokenizer releases the GIL. Examples are read ahead only so far that
+    at most THREADS + 2 blocks are in memory."""
 
     def tokenize(block: list[NumberedExample]) -> list[tuple[int, list[TokenizedRow]]]:
         rows = iter(chat.encode_rows([(e.prompt, r) for _, e in block for r in e.responses]))

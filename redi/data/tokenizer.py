@@ -14,9 +14,8 @@ So the template never sees the contents:
 If no content quotes a control token, these are the ids of the whole rendered string. A training row
 is the prompt exactly as generation will see it, then the response, then the stop token: the first
 control token that the template writes after an answer. The response is encoded apart from the
-header before it: a newline at its beginning must not merge with the header's, because in generation
-it could not. Of several turns every answer is learned from, with its stop token; the turns between
-two answers are not. Masks go by position, never by token id.
+prompt: a newline at its beginning must not merge with the header's, because in generation it could
+not. Of several turns only the answers are learned from, each with its stop token.
 """
 
 import hashlib
@@ -35,6 +34,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from redi.config import UserError
+from redi.data.files import read_json
 
 Message = dict[str, str]  # role, content
 # The system prompt of Qwen2.5-Math's own template, which the paper trains with.
@@ -113,12 +113,8 @@ class ChatTokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{path}: not a tokenizer ({error})") from None
-        path, config = folder / "tokenizer_config.json", {}
-        if path.is_file():
-            try:
-                config = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{path}: not a JSON object ({error})") from None
+        path = folder / "tokenizer_config.json"
+        config = read_json(path) if path.is_file() else {}
         special = {k: v for k, v in config.items() if k.endswith("_token") and v is not None}
         special = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items()}
         template = config.get("chat_template")
@@ -143,11 +139,9 @@ class ChatTokenizer:
     def encode_rows(
         self, conversations: Sequence[tuple[Sequence[Message], Message | Sequence[Message]]]
     ) -> list[TokenizedRow]:
-        """(prompt messages, response) -> rows; many at once are encoded in parallel.
-
-        A response is an assistant's message or several messages; the assistant's are learned from.
-        Raises UserError if the template begins a written answer otherwise than a generated one.
-        """
+        """(prompt messages, response) -> rows; many at once are encoded in parallel. A response is
+        an assistant's message or several messages. Raises UserError if the template begins a
+        written answer otherwise than a generated one."""
         segments = []
         for prompt, response in conversations:
             messages = [*prompt, *([response] if isinstance(response, dict) else response)]
