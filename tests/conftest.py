@@ -5,8 +5,8 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ from hypothesis import settings
 # processes.py does through torch._dynamo.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
-from processes import child, undisturbed
+from processes import after_step, undisturbed
 from small_run import PAIRS, SFT, as_positive, conversation, run, write_jsonl
 
 from redi.checkpoint.folder import load_model
 from redi.config import Stopped
 from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.model import Transformer
-from redi.runlog import RunLog
+from redi.runlog import NoLog, RunLog
 from redi.toy import student as toy
 
 # The same examples at every run: a suite that fails by chance tells nobody which change broke it.
@@ -47,17 +47,11 @@ def save_qwen2() -> Callable:
 
     def save(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
         settings = {
-            "vocab_size": 320,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 128,
+            "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "max_position_embeddings": 128, "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "tie_word_embeddings": True,
-        }
+        }  # fmt: skip
         model = Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes})).to(dtype).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -131,19 +125,14 @@ def here(made, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def stop_at(monkeypatch) -> Callable:
+def stop_at() -> Callable:
     """stop_at(config, step): run it until SIGTERM stops it after that step."""
 
     def stop(config, step: int) -> None:
-        record = RunLog.record
-
-        def recorded(log: RunLog, kind: str, number: int, **values: Any) -> None:
-            record(log, kind, number, **values)
-            if number == step - 1:  # the next step sees it
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(RunLog, "record", recorded)
+        with pytest.MonkeyPatch.context() as patch:
+            for log in (RunLog, NoLog):  # as they are now, to be restored afterwards
+                patch.setattr(log, "record", log.record)
+            after_step(step - 1, partial(os.kill, os.getpid(), signal.SIGTERM))()
             with pytest.raises(Stopped, match=f"after step {step} of"):
                 run(config)
 
@@ -151,31 +140,28 @@ def stop_at(monkeypatch) -> Callable:
 
 
 @pytest.fixture(scope="session")
-def whole(made, tmp_path_factory) -> Path:
-    """A folder with whole/, an undisturbed run, and its cached tokens."""
-    folder = with_data(tmp_path_factory.mktemp("killed"), made)
-    child(folder, [*SFT, "--out", "whole"]).ends(0)
-    return folder
+def whole(made, tmp_path_factory) -> Callable[[int], Path]:
+    """whole(ranks): a folder with whole/, an undisturbed run on so many ranks, and its tokens."""
 
+    @cache
+    def on(num_ranks: int) -> Path:
+        folder = with_data(tmp_path_factory.mktemp("whole"), made)
+        undisturbed(folder, [*SFT, "--out", "whole"], num_ranks)
+        return folder
 
-@pytest.fixture(scope="session")
-def on_two_ranks(made, tmp_path_factory) -> Path:
-    """A folder with whole/, an undisturbed run on two ranks, and its cached tokens."""
-    folder = with_data(tmp_path_factory.mktemp("ranks"), made)
-    undisturbed(folder, [*SFT, "--out", "whole"])
-    return folder
+    return on
 
 
 @pytest.fixture
 def alone(whole, monkeypatch) -> Path:
-    """That folder as the working folder, without run/."""
-    return without_run(whole, monkeypatch)
+    """The folder of one rank as the working folder, without run/."""
+    return without_run(whole(1), monkeypatch)
 
 
 @pytest.fixture
-def together(on_two_ranks, monkeypatch) -> Path:
-    """The same on two ranks."""
-    return without_run(on_two_ranks, monkeypatch)
+def together(whole, monkeypatch) -> Path:
+    """The same of two ranks."""
+    return without_run(whole(2), monkeypatch)
 
 
 def without_run(folder: Path, monkeypatch) -> Path:

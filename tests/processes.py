@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -94,13 +94,12 @@ def wait_until(
 
 def main_in_this_process(main: Callable[[], None], *arguments: object) -> int:
     """The exit status of a program's main, called with these arguments."""
-    before, sys.argv = sys.argv, ["program", *map(str, arguments)]
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code
     return 0
 
 
@@ -117,11 +116,9 @@ class Child:
     def ends(self, status: int, seconds: float = 60) -> None:
         """Wait for it, and insist on its exit status; of a signal, that is minus its number."""
         self.process.join(seconds)
-        alive = self.process.is_alive()
-        if alive:
-            self.process.kill()
-        assert not alive, f"still there after {seconds} s: {self.shown} {self.errors}"
-        assert self.process.exitcode == status, self.errors
+        code = self.process.exitcode  # None: it is still running
+        self.process.kill()
+        assert code == status, f"after {seconds} s: {self.shown} {self.errors}"
 
     @property
     def shown(self) -> str:
@@ -203,16 +200,10 @@ def ranks(
 
 
 def undisturbed(
-    folder: Path,
-    arguments: list[str],
-    num_ranks: int = 2,
-    main: Callable[[], None] = programs.train_sft,
-    local_world_size: int | None = None,
+    folder: Path, arguments: list[str], num_ranks: int = 2, **settings: Any
 ) -> list[Child]:
     """Run a program on so many ranks, and insist that all of them end well."""
-    started = ranks(
-        folder, arguments, *[None] * num_ranks, main=main, local_world_size=local_world_size
-    )
+    started = ranks(folder, arguments, *[None] * num_ranks, **settings)
     for rank in started:
         rank.ends(0)
     return started
@@ -228,17 +219,13 @@ def after_step(step: int, do: Callable[[], None]) -> Fault:
 
 
 def _after_step(step: int, do: Callable[[], None]) -> None:
-    for log in (RunLog, NoLog):  # the first rank's, the others'
-        log.record = _then(log.record, step, do)
-
-
-def _then(record: Callable, step: int, do: Callable[[], None]) -> Callable:
-    def recorded(log: RunLog | NoLog, kind: str, number: int, **values: Any) -> None:
+    def recorded(log: RunLog | NoLog, record: Callable, kind: str, number: int, **values) -> None:
         record(log, kind, number, **values)
-        if kind == "train" and number == step:
+        if (kind, number) == ("train", step):
             do()
 
-    return recorded
+    for log in (RunLog, NoLog):  # the first rank's, the others'
+        log.record = partialmethod(recorded, log.record)
 
 
 def die_after(step: int) -> Fault:

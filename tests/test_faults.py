@@ -7,68 +7,61 @@ with real commands. A full disk is a limit on the size of files, because root wr
 Left out: NCCL, which needs several GPUs.
 """
 
+import json
 import math
 import os
 import re
 import resource
 import shutil
 import signal
-import subprocess
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from processes import Child, Fault, after_step, child, die, ranks, torchrun, wait_until
-from safetensors.torch import load_file, save_file
+from processes import ROOT, Child, Fault, after_step, child, die, ranks, torchrun, wait_until
+from safetensors.torch import save_file
 from small_run import (
+    HERE,
     MODEL_FILES,
     RUN_FILES,
     SFT,
-    as_positive,
     assert_resumes_to_the_same_bits,
-    assert_same_bits,
-    conversation,
+    flags,
+    loaded,
+    read_jsonl,
     records,
+    refusal,
     run,
     saved,
     sft_config,
     steps,
+    weights,
     write_jsonl,
 )
 from tokenizers import Tokenizer
 
 from redi import train
-from redi.batches import TrainData
 from redi.checkpoint import resume
-from redi.checkpoint.folder import open_model
 from redi.checkpoint.resume import damage
-from redi.config import UserError
 from redi.distributed import World
-from redi.objectives import sft
-from redi.run import load_data
 from redi.runlog import read_metrics
-from redi.toy import student as toy
-
-ROOT = Path(__file__).parent.parent
 
 
-def all_of(*faults: Fault) -> Fault:
-    return partial(_all_of, faults)
-
-
-def _all_of(faults: tuple[Fault, ...]) -> None:
+def all_of(*faults: Fault) -> None:
     for fault in faults:
         fault()
 
 
-def two_ranks(folder: Path, broken: int, fault: Fault, *flags: str, **settings) -> list[Child]:
-    """Start SFT on two ranks, one of them with a fault. Returns the broken one first."""
-    faults = (fault, None) if broken == 0 else (None, fault)
-    both = ranks(folder, [*SFT, *flags], *faults, **settings)
-    return [both[broken], both[1 - broken]]
+def two_ranks(folder: Path, *faults: Fault | None, more: Sequence[str] = (), **settings) -> list:
+    """Start SFT on two ranks. Returns the broken one first."""
+    both = ranks(folder, [*SFT, *more], *faults, **settings)
+    return both if faults[0] else both[::-1]
 
 
 def end(children: list[Child], status: int) -> list[str]:
@@ -78,178 +71,32 @@ def end(children: list[Child], status: int) -> list[str]:
     return [line for one in children for line in one.errors.strip().splitlines()]
 
 
-# ---------------------------------------------------------------- disks
+# ---------------------------------------------------------------- faults
 
 
-def disk_full(free: int = 0) -> None:
+def disk_full(free: int) -> None:
     """No file can be longer than `free` bytes from now on. Python ignores SIGXFSZ."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (free, resource.RLIM_INFINITY))
 
 
-DISK_FULL_FOR_TENSORS = partial(disk_full, 20_000)  # records still fit
-DISK_FREE = partial(disk_full, resource.RLIM_INFINITY)
-
-
-def test_a_full_disk_in_a_save_leaves_the_checkpoint_before_and_the_run_alive(alone):
-    full = all_of(after_step(3, DISK_FULL_FOR_TENSORS), after_step(5, die))
-    assert end([child(alone, SFT, full)], -signal.SIGKILL) == [
-        "warning: the checkpoint of step 4 could not be saved (rank 0: run/checkpoints/"
-        ".writing-000004/rank-0.safetensors: cannot be written (File too large)); newest "
-        "checkpoint: step 2; training continues"
-    ]
-    assert os.listdir("run/checkpoints") == ["step-000002"]
-    assert not damage(Path("run/checkpoints/step-000002"))
-    assert "resumes after step 2" in assert_resumes_to_the_same_bits(alone)
-
-
-def test_once_there_is_room_again_the_next_save_succeeds(alone):
-    full = all_of(after_step(1, DISK_FULL_FOR_TENSORS), after_step(3, DISK_FREE))
-    [line] = end([child(alone, SFT, full)], 0)
-    assert "step 2 could not be saved" in line
-    assert line.endswith("newest checkpoint: none; training continues")
-    assert os.listdir("run/checkpoints") == ["step-000004"]
-    assert_same_bits("run", "whole")
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_if_one_ranks_disk_is_full_no_rank_saves_and_all_continue(rank, together):
-    full = all_of(after_step(3, DISK_FULL_FOR_TENSORS), after_step(5, DISK_FREE))
-    [line] = end(two_ranks(together, rank, full), 0)
-    assert f"step 4 could not be saved (rank {rank}: run/checkpoints/.writing-000004/rank-" in line
-    assert "(File too large)" in line
-    assert os.listdir("run/checkpoints") == ["step-000002"]
-    assert_same_bits("run", "whole")
-
-
-def test_a_second_failed_save_in_a_row_ends_the_run_on_all_ranks(together):
-    # The tensors fit; what rank 0 writes last does not.
-    warning, error = end(two_ranks(together, 0, state_does_not_fit), 2)
-    cause = "(rank 0: OSError: [Errno 28] No space left on device: 'run/checkpoints/.writing-00000"
-    assert warning.startswith(f"warning: the checkpoint of step 2 could not be saved {cause}2")
-    assert error.startswith(
-        f"error: run/checkpoints: two checkpoints in a row could not be saved {cause}4"
-    )
-    assert error.endswith("; newest checkpoint: none; once that is fixed, the same command resumes")
-    assert os.listdir("run/checkpoints") == []
-    assert_resumes_to_the_same_bits(together, num_ranks=2)
-
-
-def state_does_not_fit() -> None:
-    write = resume.write_aside
-
-    def full(path: Path):
-        if path.name == resume.STATE:
-            raise OSError(28, "No space left on device", str(path))
-        return write(path)
-
-    resume.write_aside = full
-
-
-def test_nodes_that_do_not_share_out_cannot_save_or_resume(together):
-    nodes = partial(two_ranks, together, 1, node_of_its_own, local_world_size=1)
-    far, near = nodes()
-    end([far, near], 2)
-    warning, error = near.errors.splitlines()
-    cause = "FileNotFoundError: expected the files listed in state.json; all nodes must share --out"
-    assert warning.startswith(
-        f"warning: the checkpoint of step 2 could not be saved (rank 0: {cause}"
-    )
-    assert error.startswith("error: run/checkpoints: two checkpoints in a row could not be saved (")
-    assert os.listdir("run/checkpoints") == os.listdir("node/run/checkpoints") == []
-    end([child(together, SFT, after_step(3, die))], -signal.SIGKILL)  # only one has checkpoints now
-    end(nodes(), 2)
-    assert saved() == [2]
-
-
-def node_of_its_own() -> None:
-    """Change to another folder, which has the same model and data, but no run/."""
-    shutil.rmtree("node", ignore_errors=True)
-    os.mkdir("node")
-    os.chdir("node")
-    for name in ("student", "positives.jsonl", "tokens"):
-        os.symlink(f"../{name}", name)
-
-
-def test_a_bug_in_a_save_is_a_warning_and_the_second_time_a_traceback(alone):
-    lines = end([child(alone, SFT, a_bug_in_saves)], 1)
-    assert "step 2 could not be saved (rank 0: KeyError: 'exp_avg')" in lines[0]
-    assert any("redi/checkpoint/resume.py" in line for line in lines)
-    assert lines[-1] == "KeyError: 'exp_avg'"
-
-
-def a_bug_in_saves() -> None:
-    def fail(*_: object) -> None:
-        raise KeyError("exp_avg")
-
-    resume.tensors_of = fail
-
-
-def test_a_full_disk_in_the_last_save_leaves_no_model_and_the_same_command_makes_it(alone):
-    [line] = end([child(alone, SFT, after_step(6, DISK_FULL_FOR_TENSORS))], 2)
-    assert line.startswith("error: run: the model could not be saved (")
-    assert set(os.listdir("run")) == RUN_FILES
-    assert "resumes after step 4" in assert_resumes_to_the_same_bits(alone)
-
-
-def test_a_run_that_found_no_room_to_begin_begins_later(alone):
-    assert len(end([child(alone, SFT, partial(disk_full, 100))], 2)) == 1
-    assert_resumes_to_the_same_bits(alone)
-
-
-# ---------------------------------------------------------------- signals
+FULL_FOR_TENSORS = partial(disk_full, 20_000)  # records still fit
+FREE = partial(disk_full, resource.RLIM_INFINITY)
+FULL_FOR_A_WHILE = partial(all_of, after_step(3, FULL_FOR_TENSORS), after_step(5, FREE))
 
 
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-SIGTERM, SIGINT = partial(send, signal.SIGTERM), partial(send, signal.SIGINT)
+SIGTERM, SIGINT, STALL = (
+    partial(send, number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
+)
 
 
 def interrupt_twice(seconds: float) -> None:
     SIGINT()
     time.sleep(seconds)
     SIGINT()
-
-
-# How it is stopped; the exit status; the last line of stderr; the checkpoint it leaves.
-AT_STEP_3 = "stopped: after step 3 of 6; run/checkpoints/step-000003; the same command resumes"
-STOPS: dict[str, tuple[Fault, int, str, int]] = {
-    "SIGTERM": (after_step(2, SIGTERM), 75, AT_STEP_3, 3),
-    "Ctrl-C": (after_step(2, SIGINT), 75, AT_STEP_3, 3),
-    # A terminal sends it to all processes, and torchrun passes it on as well.
-    "Ctrl-C that arrives twice": (after_step(2, partial(interrupt_twice, 0.0)), 75, AT_STEP_3, 3),
-    "a second Ctrl-C": (
-        after_step(3, partial(interrupt_twice, 1.1)),
-        130,
-        "stopped: immediately; the newest checkpoint is kept",
-        2,
-    ),
-    "SIGTERM on a full disk": (
-        all_of(after_step(4, SIGTERM), after_step(5, DISK_FULL_FOR_TENSORS)),
-        75,
-        "stopped: after step 5 of 6; no checkpoint (it could not be saved); "
-        "the same command resumes",
-        4,
-    ),
-}
-
-
-@pytest.mark.parametrize("stop", STOPS)
-def test_a_signal_ends_the_run_after_this_step_with_a_checkpoint_or_at_once(stop, alone):
-    fault, status, line, checkpoint = STOPS[stop]
-    *warnings, last = end([child(alone, SFT, fault)], status)
-    assert (len(warnings), last) == ("full disk" in stop, line)
-    if line == AT_STEP_3:
-        assert list(read_metrics(Path("run")))[-1] == {"kind": "stopped", "step": 3}
-    assert saved() == [checkpoint]
-    assert set(os.listdir("run")) == RUN_FILES
-    assert_resumes_to_the_same_bits(alone)
-
-
-def test_a_signal_to_one_rank_stops_all(together):
-    assert end(two_ranks(together, 1, after_step(2, SIGTERM)), 75) == [AT_STEP_3]
-    assert_resumes_to_the_same_bits(together, num_ranks=2)
 
 
 def terminated_while_saving() -> None:
@@ -262,24 +109,165 @@ def terminated_while_saving() -> None:
     safetensors.torch.save_file = slowly
 
 
-def test_a_signal_while_the_model_is_saved_is_too_late(alone):
-    end([child(alone, SFT, terminated_while_saving)], 0)
-    assert records()[-1] == {"kind": "finished"}
-    assert_same_bits("run", "whole")
+def state_does_not_fit() -> None:
+    """The tensors fit; what rank 0 writes last does not."""
+    write = resume.write_aside
+
+    def full(path: Path):
+        if path.name == resume.STATE:
+            raise OSError(28, "No space left on device", str(path))
+        return write(path)
+
+    resume.write_aside = full
 
 
-# ---------------------------------------------------------------- ranks
+def a_bug_in_saves() -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("exp_avg")
+
+    resume.tensors_of = fail
 
 
-def stall() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
+# ---------------------------------------------------------------- disks and signals
+
+WRITING = r"run/checkpoints/\.writing-00000"
+NO_SPACE = rf"\(rank 0: OSError: \[Errno 28\] No space left on device: '{WRITING}"
+AT_STEP_3 = "stopped: after step 3 of 6; run/checkpoints/step-000003; the same command resumes"
+# The faults of the ranks; the exit status; stderr; the checkpoints that are left.
+ENDS: dict[str, tuple[tuple[Fault | None, ...], int, str, list[int]]] = {
+    "a full disk in a save": (
+        (partial(all_of, after_step(3, FULL_FOR_TENSORS), after_step(5, die)),), -signal.SIGKILL,
+        rf"warning: the checkpoint of step 4 could not be saved \(rank 0: {WRITING}4/rank-0\."
+        r"safetensors: cannot be written \(File too large\)\); newest checkpoint: step 2; "
+        "training continues",
+        [2],
+    ),
+    "a full disk that has room again": (
+        (partial(all_of, after_step(1, FULL_FOR_TENSORS), after_step(3, FREE)),), 0,
+        ".*step 2 could not be saved.*; newest checkpoint: none; training continues", [4],
+    ),
+    **{
+        f"a full disk of rank {faults.index(FULL_FOR_A_WHILE)}": (
+            faults, 0,
+            rf".*step 4 could not be saved \(rank {faults.index(FULL_FOR_A_WHILE)}: {WRITING}4/"
+            r"rank-.*\(File too large\).*",
+            [2],
+        )
+        for faults in ((FULL_FOR_A_WHILE, None), (None, FULL_FOR_A_WHILE))
+    },
+    "a full disk in the last save": (
+        (after_step(6, FULL_FOR_TENSORS),), 2,
+        r"error: run: the model could not be saved \(.*", [4],
+    ),
+    "no room to begin": ((partial(disk_full, 100),), 2, "error: .*", []),
+    "two failed saves in a row": (
+        (state_does_not_fit, None), 2,
+        f"warning: the checkpoint of step 2 could not be saved {NO_SPACE}2.*\n"
+        f"error: run/checkpoints: two checkpoints in a row could not be saved {NO_SPACE}4.*; "
+        "newest checkpoint: none; once that is fixed, the same command resumes",
+        [],
+    ),
+    "a bug in saves": (
+        (a_bug_in_saves,), 1,
+        r"(?s)warning: [^\n]* step 2 could not be saved \(rank 0: KeyError: 'exp_avg'\).*"
+        r"redi/checkpoint/resume.py.*\nKeyError: 'exp_avg'",
+        [],
+    ),
+    "SIGTERM": ((after_step(2, SIGTERM),), 75, AT_STEP_3, [3]),
+    "SIGTERM to one of two ranks": ((None, after_step(2, SIGTERM)), 75, AT_STEP_3, [3]),
+    "Ctrl-C": ((after_step(2, SIGINT),), 75, AT_STEP_3, [3]),
+    # A terminal sends it to all processes, and torchrun passes it on as well.
+    "Ctrl-C that arrives twice": (
+        (after_step(2, partial(interrupt_twice, 0.0)),), 75, AT_STEP_3, [3],
+    ),
+    "a second Ctrl-C": (
+        (after_step(3, partial(interrupt_twice, 1.1)),), 130,
+        "stopped: immediately; the newest checkpoint is kept", [2],
+    ),
+    "SIGTERM on a full disk": (
+        (partial(all_of, after_step(4, SIGTERM), after_step(5, FULL_FOR_TENSORS)),), 75,
+        r"warning: .*\nstopped: after step 5 of 6; no checkpoint \(it could not be saved\); "
+        "the same command resumes",
+        [4],
+    ),
+    "SIGTERM while the model is saved, too late": ((terminated_while_saving,), 0, "", [4]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_run_ends_in_these_lines_on_all_ranks_and_resumes_to_the_same_bits(case, request):
+    faults, status, errors, checkpoints = ENDS[case]
+    folder = request.getfixturevalue("alone" if len(faults) == 1 else "together")
+    lines = end(ranks(folder, SFT, *faults), status)
+    assert re.fullmatch(errors, "\n".join(lines)), lines
+    folders = [Path(f"run/checkpoints/step-{step:06d}") for step in checkpoints]
+    left = "step-*" if status == 1 else "*"  # only after a bug there is half a checkpoint
+    assert sorted(Path("run").glob(f"checkpoints/{left}")) == folders
+    assert not any(map(damage, folders))
+    if errors == AT_STEP_3:
+        assert list(read_metrics(Path("run")))[-1] == {"kind": "stopped", "step": 3}
+    if status != 0:
+        assert {path.name for path in Path("run").glob("*")} <= RUN_FILES
+    again = assert_resumes_to_the_same_bits(folder, len(faults))
+    if checkpoints and status != 0:
+        assert f"resumes after step {checkpoints[0]}" in again
+
+
+# ---------------------------------------------------------------- ranks and nodes
+
+
+def node_of_its_own() -> None:
+    """Change to another folder, which has the same model and data, but no run/."""
+    shutil.rmtree("node", ignore_errors=True)
+    os.mkdir("node")
+    os.chdir("node")
+    for name in ("student", "positives.jsonl", "tokens"):
+        os.symlink(f"../{name}", name)
+
+
+def test_nodes_that_do_not_share_out_cannot_save_or_resume(together):
+    nodes = partial(two_ranks, together, None, node_of_its_own, local_world_size=1)
+    far, near = nodes()
+    end([far, near], 2)
+    cause = "FileNotFoundError: expected the files listed in state.json; all nodes must share --out"
+    warning, error = near.errors.splitlines()
+    assert warning.startswith(
+        f"warning: the checkpoint of step 2 could not be saved (rank 0: {cause}"
+    )
+    assert error.startswith("error: run/checkpoints: two checkpoints in a row could not be saved (")
+    assert os.listdir("run/checkpoints") == os.listdir("node/run/checkpoints") == []
+    end([child(together, SFT, after_step(3, die))], -signal.SIGKILL)  # only one has checkpoints now
+    end(nodes(), 2)
+    assert saved() == [2]
+
+
+def other_rate() -> None:
+    sys.argv.append("--lr=0.1")
+
+
+def other_data() -> None:
+    node_of_its_own()
+    rows = read_jsonl("positives.jsonl")[1:]
+    os.unlink("positives.jsonl")
+    write_jsonl(Path("positives.jsonl"), rows)
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [(other_rate, "lr is 0.1 on rank 1, but 0.001 on rank 0"), (other_data, "data sha256 is ")],
+)
+def test_a_rank_of_other_settings_or_data_ends_all_before_they_train(fault, named, together):
+    lines = end(ranks(together, SFT, None, fault, local_world_size=1), 2)
+    assert len(lines) == 2  # one of each node
+    assert all(line.startswith(f"error: {named}") for line in lines)
+    assert not Path("run").exists()
 
 
 def test_a_rank_that_stalls_ends_the_others_at_the_timeout(together):
-    began = time.monotonic()
+    began, stalls = time.monotonic(), after_step(3, STALL)
     cases = {
-        rank: two_ranks(together, rank, after_step(3, stall), "--timeout", "0.1", "--out", out)
-        for rank, out in ((1, "run"), (0, "run0"))
+        rank: two_ranks(together, *faults, more=("--timeout", "0.1", "--out", f"run{rank}"))
+        for rank, faults in enumerate([(stalls, None), (None, stalls)])
     }
     for rank, (stalled, other) in cases.items():
         other.ends(2, seconds=30)
@@ -292,7 +280,6 @@ def test_a_rank_that_stalls_ends_the_others_at_the_timeout(together):
         assert stalled.process.is_alive()
         stalled.process.kill()
         stalled.ends(-signal.SIGKILL)
-    assert_resumes_to_the_same_bits(together, num_ranks=2)
 
 
 def break_down() -> None:
@@ -301,7 +288,9 @@ def break_down() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_breaks_says_why_first_and_the_others_end_with_it(rank, together):
-    broken, other = two_ranks(together, rank, after_step(3, break_down))
+    faults = [None, None]
+    faults[rank] = after_step(3, break_down)
+    broken, other = two_ranks(together, *faults)
     began = time.monotonic()
     assert end([broken], 1)[-1] == "MemoryError: no memory on this rank"
     [line] = end([other], 2)
@@ -311,16 +300,10 @@ def test_a_rank_that_breaks_says_why_first_and_the_others_end_with_it(rank, toge
     assert first < second
 
 
-def long_run() -> subprocess.Popen:
-    """torchrun with a long run on two ranks, once it trains."""
-    agent = torchrun(2, ROOT / "train_sft.py", *SFT, "--epochs", 1000, "--save-every", 1000)
-    wait_until(lambda: Path("run/metrics.jsonl").exists() and records(), agent)
-    return agent
-
-
 @pytest.mark.slow
 def test_torchrun_that_is_stopped_leaves_a_checkpoint(together):
-    agent = long_run()
+    agent = torchrun(2, ROOT / "train_sft.py", *SFT, "--epochs", 1000, "--save-every", 1000)
+    wait_until(lambda: Path("run/metrics.jsonl").exists() and records(), agent)
     agent.terminate()
     _, errors = agent.communicate(timeout=60)
     assert agent.returncode == 1
@@ -330,54 +313,31 @@ def test_torchrun_that_is_stopped_leaves_a_checkpoint(together):
     assert saved() == [last["step"]]
 
 
-@pytest.mark.slow
-def test_a_rank_killed_alone_takes_the_job_down_at_once(together):
-    agent = long_run()
-    pids = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    began = time.monotonic()
-    os.kill(int(pids[1]), signal.SIGKILL)
-    _, errors = agent.communicate(timeout=60)
-    assert time.monotonic() - began < 20  # --timeout is 30 minutes
-    assert agent.returncode == 1
-    root_cause = errors[errors.index("Root Cause") :]
-    assert re.search(rf"exitcode +: -9 \(pid: {pids[1]}\)", root_cause)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
 # ---------------------------------------------------------------- numbers
 
 MARKED = 3  # a row that the second of two ranks meets in step 2
 
 
-def nan_in_one_row(folder: Path) -> None:
-    """Write a student whose embedding of @ is NaN, and rows of which one has it."""
-    rows = [as_positive(conversation(number)) for number in range(10)]
+def test_a_row_that_is_not_finite_is_named_with_step_and_rank(here):
+    rows = read_jsonl("positives.jsonl")
     rows[MARKED]["prompt"][0]["content"] += " @"
-    write_jsonl(folder / "positives.jsonl", rows)
-    with pytest.MonkeyPatch.context() as patch:
-        # Untied: otherwise the head's @ would break the loss of all rows.
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-        patch.setattr(toy, "STUDENT", {**toy.STUDENT, **sizes, "tie_word_embeddings": False})
-        texts = [row["prompt"][0]["content"] for row in rows if row is not rows[MARKED]]
-        toy.make_student(folder / "student", texts, seed=0)
+    write_jsonl(here / "marked.jsonl", rows)
+    shutil.copytree("student", "broken")
+    marked = Tokenizer.from_file("broken/tokenizer.json").token_to_id("@")
+    tensors, settings = weights("student"), json.loads(Path("broken/config.json").read_text())
+    # Untied: otherwise the head's @ would break the loss of all rows.
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.embed_tokens.weight"][marked] = math.nan
+    save_file(tensors, "broken/model.safetensors", metadata={"format": "pt"})
+    Path("broken/config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}))
 
-    broken = Tokenizer.from_file("student/tokenizer.json").token_to_id("@")
-    weights = load_file("student/model.safetensors")
-    weights["model.embed_tokens.weight"][broken] = math.nan
-    save_file(weights, "student/model.safetensors", metadata={"format": "pt"})
-
-    _, source = open_model("student")
-    dataset = load_data("positives.jsonl", sft_config(), source, paired=False)
-    plan = TrainData(dataset, sft(), World(0, 2, torch.device("cpu")), 32768).plan(4, 42, 0)
+    changes = {"model": "broken", "data": "marked.jsonl", "save_every": 1}
+    _, data = loaded(sft_config(**changes))
+    plan = replace(data, world=World(0, 2, HERE.device)).plan(4, 42, epoch=0)
     assert MARKED in [int(i) for ids in plan[1][1] for i in ids]
-
-
-def test_a_row_that_is_not_finite_is_named_with_step_and_rank(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    nan_in_one_row(tmp_path)
     for _ in range(2):  # started again, it meets the same row
-        assert end(ranks(tmp_path, [*SFT, "--save-every", "1"], None, None), 2) == [
-            "error: positives.jsonl: step 2 has loss nan and gradient norm nan; the update was not "
+        assert end(ranks(here, [*SFT, *flags(changes)], None, None), 2) == [
+            "error: marked.jsonl: step 2 has loss nan and gradient norm nan; the update was not "
             f"applied; rank 1, rows {MARKED + 1}; last good checkpoint: run/checkpoints/step-000001"
         ]
         assert [record["step"] for record in steps(records())] == [1]
@@ -389,17 +349,13 @@ def test_a_row_that_is_not_finite_is_named_with_step_and_rank(tmp_path, monkeypa
     ("save_every", "kept"), [(2, "run/checkpoints/step-000002"), (3, "none yet")]
 )
 def test_a_gradient_that_is_not_finite_names_the_steps_rows(save_every, kept, here, monkeypatch):
-    clip, called = torch.nn.utils.clip_grad_norm_, []
-
-    def broken(*arguments) -> torch.Tensor:
-        called.append(arguments)
-        return clip(*arguments) if len(called) < 3 else torch.tensor(math.inf)
-
-    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", broken)
-    with pytest.raises(
-        UserError,
-        match=r"^positives.jsonl: step 3 has loss \d+\.\d+ and gradient norm inf; the update was "
-        rf"not applied; rank 0, rows \d+, \d+; last good checkpoint: {kept}$",
-    ):
-        run(sft_config(save_every=save_every))
+    norms = iter([1.0, 1.0, math.inf])
+    monkeypatch.setattr(
+        train.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms), dtype=torch.float32)
+    )
+    assert re.fullmatch(
+        r"positives.jsonl: step 3 has loss \d+\.\d+ and gradient norm inf; the update was "
+        rf"not applied; rank 0, rows \d+, \d+; last good checkpoint: {kept}",
+        refusal(run, sft_config(save_every=save_every)),
+    )
     assert not Path("run/model.safetensors").exists()

@@ -7,15 +7,26 @@ that learn far too fast.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import child
-from small_run import HERE, REDI, assert_same_bits, redi_config, run, saved, steps
+from processes import undisturbed
+from small_run import (
+    HERE,
+    REDI,
+    assert_same_bits,
+    flags,
+    records,
+    redi_config,
+    refusal,
+    run,
+    saved,
+    steps,
+)
 
 from redi import programs
 from redi.checkpoint.resume import Checkpoints
-from redi.config import UserError
 from redi.monitor import CollapseGuard
 from redi.runlog import read_metrics
 
@@ -29,7 +40,8 @@ def warnings_of(chosen: list[float], threshold: float = 0.5, in_a_row: int = 3) 
     return {step: warning for step, warning in warnings.items() if warning}
 
 
-SEQUENCES = {  # threshold 0.5, three steps in a row: log-probs, steps that warn
+FALLING = [-1 - 0.25 * number for number in range(13)]  # by 0.5 at step 3, by 3 at step 13
+SEQUENCES = {  # log-probs; steps that warn; threshold and steps in a row, if not 0.5 and 3
     "fell below": ([-1, -2, -2, -2], [4]),
     "exactly at the threshold": ([-1, -1.5, -1.5, -1.5, -1.5], []),
     "a little beyond it": ([-1, -1.5625, -1.5625, -1.5625], [4]),
@@ -40,23 +52,19 @@ SEQUENCES = {  # threshold 0.5, three steps in a row: log-probs, steps that warn
     "measured from the first record": ([-3, -1, -1, -3.25, -3.25, -3.25], []),
     "a bad beginning is not a fall": ([-9, -9, -9, -9], []),
     "rose": ([-3, -2, -1, -0.5], []),
+    "0.5 for 1 step": (FALLING, [4], 0.5, 1),
+    "0.5 for 4 steps": (FALLING, [7], 0.5, 4),
+    "1 for 1 step": (FALLING, [6], 1.0, 1),
+    "0.125 for 2 steps": (FALLING, [3], 0.125, 2),
+    "2.5 for 2 steps": (FALLING, [13], 2.5, 2),
+    "3, never exceeded": (FALLING, [], 3.0, 1),
 }
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_it_warns_at_these_steps(name):
-    chosen, due = SEQUENCES[name]
-    assert list(warnings_of(chosen)) == due
-
-
-@pytest.mark.parametrize(
-    ("threshold", "in_a_row", "due"),
-    # Chosen falls by 0.25 per step: by 0.5 at step 3, by 1 at step 5, by 3 at the last, step 13.
-    [(0.5, 1, [4]), (0.5, 4, [7]), (1.0, 1, [6]), (0.125, 2, [3]), (2.5, 2, [13]), (3.0, 1, [])],
-)
-def test_threshold_and_steps_are_the_users(threshold, in_a_row, due):
-    falling = [-1 - 0.25 * number for number in range(13)]
-    assert list(warnings_of(falling, threshold, in_a_row)) == due
+    chosen, due, *settings = SEQUENCES[name]
+    assert list(warnings_of(chosen, *settings)) == due
 
 
 def test_the_warning_says_how_far_it_fell_and_what_helps():
@@ -76,28 +84,27 @@ PINS = {
 
 
 @pytest.mark.parametrize("name", PINS)
-def test_the_checkpoint_kept_from_before_the_fall(name, tmp_path):
+def test_the_checkpoint_kept_from_before_the_fall_is_named_in_the_warning(name, tmp_path):
     chosen, pinned = PINS[name]
     checkpoints = Checkpoints(tmp_path, HERE, {}, keep=1)
     guard, seen = CollapseGuard(0.5, 3), []
     for step, logp in enumerate(chosen, start=1):
-        guard.watch(step, {"chosen_logp": logp}, checkpoints)
+        warning = guard.watch(step, {"chosen_logp": logp}, checkpoints)
         seen.append(checkpoints.pinned)
+        kept = checkpoints.at(seen[-1]) if seen[-1] else "no checkpoint"
+        assert not warning or warning.endswith(f"; kept from before the fall: {kept}")
         checkpoints.at(step).mkdir(parents=True)
     assert seen == pinned
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "expected"),
-    [
-        ("collapse_threshold", 0.0, "above 0"),
-        ("collapse_threshold", -0.5, "above 0"),
-        ("collapse_steps", 0, "at least 1"),
-    ],
+    ("name", "value"),
+    [("collapse_threshold", 0.0), ("collapse_threshold", -0.5), ("collapse_steps", 0)],
 )
-def test_settings_that_would_always_warn_are_refused(flag, value, expected):
-    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')}: expected {expected}"):
-        redi_config(**{flag: value})
+def test_settings_that_would_always_warn_are_refused(name, value):
+    expected = "at least 1" if name == "collapse_steps" else "above 0"
+    message = refusal(redi_config, **{name: value})
+    assert message.startswith(f"--{name.replace('_', '-')}: expected {expected}")
 
 
 # ---------------------------------------------------------------- in a run
@@ -127,9 +134,8 @@ def ignored(made, tmp_path_factory) -> Path:
     """A folder with whole/, a run that ignored the guard's warning and trained to its end."""
     folder = tmp_path_factory.mktemp("collapsed")
     shutil.copytree(made, folder, dirs_exist_ok=True)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()]
-    whole = child(folder, [*REDI, *flags, "--out", "whole"], main=programs.train_redi)
-    whole.ends(0)
+    fast = [*REDI, *flags(FAST), "--out", "whole"]
+    [whole] = undisturbed(folder, fast, 1, main=programs.train_redi)
     [warning] = collapse_warnings(whole.errors)
     assert warning.startswith(f"warning: step {due(folder / 'whole')}: collapse: ")
     assert 5 <= due(folder / "whole") <= 8  # there are steps before and after it
@@ -137,20 +143,22 @@ def ignored(made, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def collapsed(ignored, monkeypatch) -> None:
-    """That folder as the working folder, without run/."""
+def train_fast(ignored, monkeypatch, capsys) -> Callable:
+    """train_fast(**changes) -> the warnings of such a run in that folder, where run/ is new."""
     monkeypatch.chdir(ignored)
     shutil.rmtree("run", ignore_errors=True)
 
+    def train(**changes) -> list[str]:
+        run(redi_config(**{**FAST, **changes}))
+        return collapse_warnings(capsys.readouterr().err)
 
-def train_fast(**changes) -> list[dict]:
-    return run(redi_config(**{**FAST, **changes}))
+    return train
 
 
-def test_with_collapse_stop_the_run_ends_there_and_resumes_only_without_it(collapsed, capsys):
-    kept, step = f"run/checkpoints/step-{saved('whole')[0]:06d}", due()
-    with pytest.raises(UserError, match=f"^--collapse-stop: stopped after step {step} of 12$"):
-        train_fast(collapse_stop=True)
+def test_with_collapse_stop_the_run_ends_there_and_resumes_only_without_it(train_fast, capsys):
+    step, kept = due(), f"run/checkpoints/step-{saved('whole')[0]:06d}"
+    message = refusal(train_fast, collapse_stop=True)
+    assert message == f"--collapse-stop: stopped after step {step} of 12"
     [warning] = collapse_warnings(capsys.readouterr().err)
     assert warning.startswith(f"warning: step {step}: collapse: ")
     assert warning.endswith(f"; kept from before the fall: {kept}")
@@ -158,36 +166,35 @@ def test_with_collapse_stop_the_run_ends_there_and_resumes_only_without_it(colla
     assert saved()[-1] == step
 
     # A scheduler that starts jobs again must not train on into the collapse.
-    with pytest.raises(UserError, match=f"^--collapse-stop: step {step}: collapse: .*{kept}; with"):
-        train_fast(collapse_stop=True)
+    message = refusal(train_fast, collapse_stop=True)
+    assert message.startswith(f"--collapse-stop: step {step}: collapse: ")
+    assert f"{kept}; with" in message
     assert saved()[-1] == step
 
-    train_fast()
-    assert collapse_warnings(capsys.readouterr().err) == []
+    capsys.readouterr()
+    assert train_fast() == []
     assert saved() == saved("whole")
     assert_same_bits("run", "whole")
 
 
 @pytest.mark.parametrize("after", [-1, 3])
 def test_stopped_before_or_after_the_warning_a_run_resumes_to_the_same_warning_and_checkpoints(
-    after, collapsed, stop_at, capsys
+    after, train_fast, stop_at
 ):
     stop_at(redi_config(**FAST), due() + after)
-    train_fast()
-    [warning] = collapse_warnings(capsys.readouterr().err)
+    [warning] = train_fast()
     assert warning.startswith(f"warning: step {due()}: ")
     assert saved() == saved("whole")
     assert_same_bits("run", "whole")
 
 
-def test_at_the_last_step_there_is_nothing_to_stop(collapsed, capsys):
-    records = train_fast(collapse_steps=3 + 12 - due(), collapse_stop=True)
-    [warning] = collapse_warnings(capsys.readouterr().err)
+def test_at_the_last_step_there_is_nothing_to_stop(train_fast):
+    [warning] = train_fast(collapse_steps=3 + 12 - due(), collapse_stop=True)
     assert warning.startswith("warning: step 12: ")
-    assert records[-1] == {"kind": "finished"}
+    assert records()[-1] == {"kind": "finished"}
 
 
-def test_the_checkpoint_kept_is_the_newest_of_a_model_from_before_the_fall(collapsed):
+def test_the_checkpoint_kept_is_the_newest_from_before_the_fall_and_beyond_keep(train_fast):
     kept, *newest = saved("whole")
     assert newest == [7, 8, 9, 10, 11]
     # The record of the next step has the log-probs of a checkpoint's model.
@@ -195,20 +202,7 @@ def test_the_checkpoint_kept_is_the_newest_of_a_model_from_before_the_fall(colla
     assert first - after_step[kept - 1] <= 0.5 < first - after_step[kept]
 
 
-@pytest.mark.parametrize("changes", [{"keep": 2}, {"keep": 1, "save_every": 11}])
-def test_it_is_kept_beyond_keep_and_the_warning_says_if_there_is_none(changes, collapsed, capsys):
-    train_fast(**changes)
-    kept = f"run/checkpoints/step-{saved('whole')[0]:06d}"
-    if "save_every" in changes:
-        assert saved() == [11]
-        kept = "no checkpoint"
-    else:
-        assert saved() == [saved("whole")[0], 10, 11]
-    assert f"kept from before the fall: {kept}" in capsys.readouterr().err
-
-
-def test_a_threshold_beyond_the_fall_does_not_warn(collapsed, capsys):
-    train_fast(collapse_threshold=1000.0, collapse_stop=True)
-    assert collapse_warnings(capsys.readouterr().err) == []
+def test_a_threshold_beyond_the_fall_does_not_warn(train_fast):
+    assert train_fast(collapse_threshold=1000.0, collapse_stop=True) == []
     assert saved() == [7, 8, 9, 10, 11]  # nothing kept beyond the newest
     assert_same_bits("run", "whole")

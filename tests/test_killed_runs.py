@@ -17,12 +17,11 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import command, torchrun, wait_until
+from processes import ROOT, command, torchrun, wait_until
 from small_run import MODEL_FILES, REDI, SFT, assert_same_bits, records, saved, steps
 
 from redi.checkpoint.resume import damage
 
-ROOT = Path(__file__).parent.parent
 EPOCHS, SAVE_EVERY = 40, 5
 STEPS = EPOCHS * 3
 LONG = ("--epochs", EPOCHS, "--save-every", SAVE_EVERY, "--keep", 2, "--eval-every", SAVE_EVERY)
@@ -37,8 +36,8 @@ RUNS = [  # program, flags, number of ranks, moments of each run
 
 
 def start(program: str, flags: list[str], num_ranks: int, out: str) -> subprocess.Popen:
-    held_out = flags[flags.index("--data") + 1]
-    arguments = (ROOT / program, *flags, *LONG, "--eval-data", held_out, "--out", out)
+    [held_out] = [flag.replace("--data", "--eval-data") for flag in flags if "--data=" in flag]
+    arguments = (ROOT / program, *flags, *LONG, held_out, "--out", out)
     return command(*arguments) if num_ranks == 1 else torchrun(num_ranks, *arguments)
 
 

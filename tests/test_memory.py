@@ -23,9 +23,7 @@ QWEN = ModelConfig(
 )  # fmt: skip
 
 
-def loss_and_gradients(
-    how: Parallelism, pack_tokens: int = 40
-) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(how: Parallelism, pack_tokens: int = 40) -> tuple[float, dict]:
     model, data, loss = tiny(True, torch.float32), data_of("redi", pack_tokens=pack_tokens), 0.0
     parallelize(model, WORLD, how)
     step = data.all_rows()
@@ -37,14 +35,18 @@ def loss_and_gradients(
     return loss, gradients(model)
 
 
+def assert_as_plain(found: tuple[float, dict], within: float) -> None:
+    """Loss and gradients are those without checkpointing and compilation."""
+    loss, expected = loss_and_gradients(Parallelism())
+    assert found[0] == pytest.approx(loss, rel=within, abs=0)
+    assert found[1].keys() == expected.keys()  # the names in a checkpoint are unchanged
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=10 * within, atol=within)
+
+
 @pytest.mark.parametrize("checkpointed", [1, 2])  # of 2 blocks
 def test_checkpointed_blocks_give_the_same_bits(checkpointed):
-    loss, expected = loss_and_gradients(Parallelism())
-    other_loss, found = loss_and_gradients(Parallelism(checkpointed=checkpointed))
-    assert other_loss == loss
-    assert found.keys() == expected.keys()  # the names in a checkpoint are unchanged
-    for name, gradient in expected.items():
-        assert torch.equal(found[name], gradient), name
+    assert_as_plain(loss_and_gradients(Parallelism(checkpointed=checkpointed)), within=0)
 
 
 @pytest.mark.parametrize("checkpointed", [0, 1])
@@ -59,17 +61,11 @@ def test_compiled_blocks_compute_the_same_without_a_new_graph_for_every_pack(
 
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    loss, expected = loss_and_gradients(Parallelism(checkpointed=checkpointed))
-    assert not graphs
     compiled = Parallelism(checkpointed=checkpointed, compiled=True)
     loss_and_gradients(compiled, pack_tokens=1000)
     assert len(graphs) == 2  # before and after attention; all blocks share them
-    other_loss, found = loss_and_gradients(compiled)
+    assert_as_plain(loss_and_gradients(compiled), within=1e-6)
     assert len(graphs) == 2
-    assert other_loss == pytest.approx(loss, rel=1e-6)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_a_checkpointed_block_saves_only_what_goes_in():
@@ -79,16 +75,6 @@ def test_a_checkpointed_block_saves_only_what_goes_in():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model.model.layers[0](x, cos, cos, lambda q, k, v: q)
     assert sum(t.numel() for t in saved) <= x.numel() + 2 * cos.numel()
-
-
-def test_what_a_block_saves_grows_with_its_width_and_dtype():
-    # At least its input, the two normed inputs, q, the attention's output and gate, up, silu and
-    # their product: 5 D + 4 I numbers per token, 4 bytes each; at most twice as much.
-    config = tiny(True, torch.float32).config
-    least = (5 * 16 + 4 * 24) * 4
-    assert least <= saved_bytes_per_token(config, torch.float32) <= 2 * least
-    low = saved_bytes_per_token(config, torch.bfloat16)
-    assert low < saved_bytes_per_token(config, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +168,8 @@ PEAKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PEAKS)
-def test_the_peak_is_that_of_the_variant_and_unknown_for_a_cpu(monkeypatch, name):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda", 0)) == PEAKS[name]
+def test_the_peak_is_that_of_the_variant_and_unknown_for_a_cpu(monkeypatch):
+    for name, peak in PEAKS.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda", 0)) == peak
     assert peak_flops(CPU) is None

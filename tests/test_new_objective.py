@@ -6,15 +6,13 @@ python -m pytest tests/test_new_objective.py
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-from processes import finished
+from processes import ROOT, finished
 from small_run import REDI, Oracle, read_jsonl, records
 
 from redi.objectives import OBJECTIVES
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "new-objective.md").read_text(encoding="utf-8")
 [DIFF] = re.findall(r"^```diff\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 

@@ -1,15 +1,14 @@
 """Every recipe is one that its program accepts, and the paper's say what the paper says."""
 
-from pathlib import Path
-
 import pytest
+from processes import ROOT
 
 from redi.config import parse
 from redi.eval.protocol import EvalConfig
 from redi.recipe import REDIConfig, SFTConfig
 from redi.study.plan import read_study
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = ROOT / "recipes"
 PROGRAMS = {
     "toy_sft": SFTConfig, "sft_3_epochs": SFTConfig, "toy_redi": REDIConfig, "dpo": REDIConfig,
     "dpo_norm": REDIConfig, "simpo": REDIConfig, "symmetric": REDIConfig, "toy_eval": EvalConfig,

@@ -10,12 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ranks
-from safetensors.torch import load_file, save_file
-from small_run import HERE, redi_config, run, steps, weights
+from processes import undisturbed
+from safetensors.torch import save_file
+from small_run import (
+    HERE,
+    assert_same_bits,
+    loaded,
+    read_jsonl,
+    redi_config,
+    run,
+    weights,
+    write_jsonl,
+)
 
 from redi import distributed
-from redi import run as run_module
 from redi.checkpoint import reference
 from redi.checkpoint.folder import open_model
 from redi.checkpoint.reference import load_reference, reference_path, save_reference
@@ -45,25 +53,17 @@ def scored(monkeypatch) -> list[int]:
 # ---------------------------------------------------------------- used again
 
 
-def test_another_objective_lr_and_cut_into_packs_take_the_same(here, scored):
-    run(dpo(out="one"))
+def test_rows_are_scored_once_for_all_objectives_lrs_and_packs_and_only_if_one_needs_it(
+    here, scored
+):
+    held_out = str(write_jsonl(here / "held.jsonl", read_jsonl("pairs.jsonl")[:4]))
+    run(redi_config(out="none"))
+    assert scored == cached() == []
+    run(dpo(out="one", eval_data=held_out))
     run(redi_config(out="two", objective="ipo", beta=0.1, lr=1e-5, pack_tokens=60))
-    assert scored == [10]
-    assert len(cached()) == 1
-
-
-def test_held_out_pairs_have_their_own(here, scored):
-    rows = Path("pairs.jsonl").read_text().splitlines(keepends=True)
-    Path("held.jsonl").write_text("".join(rows[:4]))
-    run(dpo(out="one", eval_data="held.jsonl"))
-    run(dpo(out="two", eval_data="held.jsonl"))
+    run(dpo(out="three", eval_data=held_out))
     assert scored == [10, 4]
     assert len(cached()) == 2
-
-
-def test_an_objective_without_a_reference_keeps_none(here, scored):
-    run(redi_config())
-    assert scored == cached() == []
 
 
 DAMAGE = {
@@ -78,18 +78,16 @@ DAMAGE = {
 def test_a_second_run_reads_the_file_or_replaces_a_damaged_one_and_learns_the_same_bits(
     kind, here, scored, capsys
 ):
-    first = steps(run(dpo(out="one")))
+    run(dpo(out="one"))
     [path] = cached()
     whole = path.read_bytes()
     path.write_bytes(DAMAGE[kind](whole))
-    second = steps(run(dpo(out="two")))
+    run(dpo(out="two"))
     assert scored == [10] * (1 if kind == "none" else 2)
     warning = f"warning: {path} is damaged; it is computed again"
     assert (warning in capsys.readouterr().err) == (kind != "none")
     assert path.read_bytes() == whole
-    assert [record["loss"] for record in first] == [record["loss"] for record in second]
-    for name, tensor in weights("one").items():
-        assert torch.equal(tensor, weights("two")[name])
+    assert_same_bits("one", "two")
 
 
 # ---------------------------------------------------------------- what the key holds
@@ -98,8 +96,8 @@ def test_a_second_run_reads_the_file_or_replaces_a_damaged_one_and_learns_the_sa
 def path_of(dtype=torch.float32, **changes) -> Path:
     config = redi_config(**changes)
     model, source = open_model(config.model, config.rope_theta)
-    dataset = run_module.load_data(config.data, config, source, paired=True)
-    return reference_path(config.cache, source.folder, model.config, dtype, dataset)
+    _, data = loaded(config)
+    return reference_path(config.cache, source.folder, model.config, dtype, data.dataset)
 
 
 def test_another_model_template_dtype_or_selection_is_another_file(here):
@@ -107,10 +105,9 @@ def test_another_model_template_dtype_or_selection_is_another_file(here):
     Path("other.jsonl").write_text(rows.replace("Compute", "Work out"))
     for folder in ("copy", "template", "weights"):
         shutil.copytree("student", folder)
-    for file in (Path("template/tokenizer_config.json"), Path("template/chat_template.jinja")):
-        if file.is_file():
-            file.write_text(file.read_text().replace("<|im_start|>", "<|im_start|> "))
-    tensors = load_file("weights/model.safetensors")
+    template = Path("template/chat_template.jinja")
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    tensors = weights("weights")
     tensors[sorted(tensors)[len(tensors) // 2]].view(-1)[-1] += 1e-3
     save_file(tensors, "weights/model.safetensors", metadata={"format": "pt"})
 
@@ -133,6 +130,8 @@ def test_another_model_template_dtype_or_selection_is_another_file(here):
 def test_what_was_saved_is_read_back_and_nothing_half_written_is_there(tmp_path):
     path = tmp_path / "cache" / "reference-0.bin"
     assert load_reference(path, 2, HERE) is None
+    save_reference(path, SUMS, World(1, 2, HERE.device, local_world_size=2))
+    assert not path.parent.exists()  # only the first rank of a node writes
     save_reference(path, SUMS, HERE)
     assert torch.equal(load_reference(path, 2, HERE), SUMS)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -143,12 +142,6 @@ def test_a_disk_that_takes_nothing_is_a_warning(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     save_reference(tmp_path / "file" / "reference-0.bin", SUMS, HERE)
     assert "warning: reference log-probs are not cached" in capsys.readouterr().err
-
-
-def test_only_the_first_rank_of_a_node_writes(tmp_path):
-    world = World(1, 2, torch.device("cpu"), local_world_size=2)
-    save_reference(tmp_path / "reference-0.bin", SUMS, world)
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- ranks
@@ -179,10 +172,8 @@ def test_all_ranks_take_what_rank_0_reads(tmp_path, monkeypatch):
             cache_of(number, 0).write_bytes(DAMAGE["one bit"](cache_of(number, 0).read_bytes()))
         if rank_1 != "no file":
             save_reference(cache_of(number, 1), SUMS + (rank_1 == "other values"), HERE)
-    for rank in ranks(tmp_path, [], None, None, main=load_all, local_world_size=1):
-        rank.ends(0)
-    for rank in (0, 1):
-        for (rank_0, rank_1), found in zip(CASES, torch.load(f"out-{rank}.pt")):
-            expected = SUMS if rank_0 == "has the file" else None
-            assert (found is None) == (expected is None), (rank, rank_0, rank_1)
-            assert found is None or torch.equal(found, expected), (rank, rank_0, rank_1)
+    undisturbed(tmp_path, [], main=load_all, local_world_size=1)
+    for found in (torch.load(f"out-{rank}.pt") for rank in (0, 1)):
+        for case, values in zip(CASES, found):
+            is_right = values is None if case[0] != "has the file" else torch.equal(values, SUMS)
+            assert is_right, case

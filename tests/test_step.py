@@ -5,11 +5,9 @@ python -m pytest tests/test_step.py
 
 import doctest
 import re
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).parent.parent
+from processes import ROOT
 
 
 def test_one_redi_step_by_hand_is_what_the_code_computes():
