@@ -90,7 +90,7 @@ def mutated(random: Random, row: dict) -> bytes:
         elif how == "twice":
             holder[last] = [holder[last], holder[last]]
         else:
-            holder[last] = random.choice([odd_text(random), *ODD_VALUES])
+            holder[last] = copy.deepcopy(random.choice([odd_text(random), *ODD_VALUES]))
     return json.dumps(row, ensure_ascii=random.random() < 0.5).encode("utf-8", "surrogatepass")
 
 

@@ -169,7 +169,7 @@ def test_a_run_and_one_that_resumes_unpickle_nothing(here):
 UNPICKLES = (
     r"\b(_pickle|cloudpickle|dill|fromfile|joblib|marshal|pickle|read_pickle|shelve)\b|torch\.load"
     r"|multiprocessing(?!\.connection)|distributed(\.| import )checkpoint"
-    r"|np\.load\((?!.*allow_pickle=False)"
+    r"|np\.load\((?!.*allow_pickle=False)|\.(recv|send)$"  # of a multiprocessing connection
 )
 
 
@@ -181,7 +181,7 @@ def test_no_file_of_redi_uses_a_function_that_unpickles():
             if isinstance(node, ast.Call) and not text.startswith("np.load("):
                 text = ast.unparse(node.func)
             found |= {path.name} if re.search(UNPICKLES, text) else set()
-    assert found <= {"raw.py"}  # a temporary file of its own, without a name
+    assert found == set()
 
 
 # ---------------------------------------------------------------- answers
