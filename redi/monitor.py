@@ -171,10 +171,12 @@ class CollapseGuard:
         """`check`, with the step and the checkpoint that is kept from before the fall: while the
         log-prob is low, and for good after a warning."""
         warning = self.check(record)
-        if self.low <= 1 and not self.warned:
+        if self.low == 0 and not self.warned:
+            checkpoints.pinned = 0
+        elif self.low == 1 and not self.warned:
             # The record is of the model before this step's update: that of step - 1 has fallen.
-            before = [s for s in checkpoints.steps() if s <= step - 2] if self.low else []
-            checkpoints.pinned = max(before, default=0)
+            before_the_fall = [s for s in checkpoints.steps() if s <= step - 2]
+            checkpoints.pinned = max(before_the_fall, default=0)
         if not warning:
             return ""
         self.warned = True

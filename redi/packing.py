@@ -131,8 +131,8 @@ class PackedBatch:
 
 
 def to_device(values: Tensor | np.ndarray | Sequence, device: torch.device) -> Tensor:
-    """Copy values of the host to a tensor on the device. With any but pinned memory the host would
-    wait for the work that was launched before."""
+    """Copy host values to the device (a CPU shares their memory). Copying from memory that is not
+    pinned would make the host wait for all work launched before."""
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

@@ -35,7 +35,7 @@ def run(config: EvalConfig, world: World) -> None:
         tests = benchmarks.load_all(config.benchmark)
     require_same({"sha256 of --benchmark": _hash(repr(tests))}, world)
     if config.export_prompts:
-        return export(config, tests)
+        return export(config, tests) if world.rank == 0 else None
     given = None
     if config.completions:
         config.samples, given = external.read_completions(config.completions, tests)

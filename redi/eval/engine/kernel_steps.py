@@ -80,7 +80,8 @@ class KernelDecoder(Decoder):
 
 def recorded(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Callable[[Tensor], Tensor]:
     """The function on tensors of this shape, replayed from a CUDA graph; every call overwrites the
-    last result. It runs on `inputs` here, so what it then writes must do no harm."""
+    last result. `inputs` becomes the graph's input buffer. The function runs on it once before the
+    recording, so what it writes then must be harmless."""
     stream = torch.cuda.Stream(inputs.device)
     stream.wait_stream(torch.cuda.current_stream(inputs.device))
     with torch.cuda.stream(stream):

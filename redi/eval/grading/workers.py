@@ -133,7 +133,7 @@ def serve(descriptor: int, limit_s: float) -> None:
     try:
         equivalence.equivalent("x", "2x")  # imports it all, and builds the parser's tables
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        with contextlib.suppress(ValueError):  # macOS knows no such limit
+        with contextlib.suppress(ValueError):  # a hard limit below ours stays as it is
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, hard))
     except Exception as error:
         connection.send_bytes(f"{type(error).__name__}: {error}".replace("\n", " ").encode())
@@ -142,7 +142,7 @@ def serve(descriptor: int, limit_s: float) -> None:
     with contextlib.suppress(EOFError):
         while True:
             question = json.loads(connection.recv_bytes())
-            # Without a parent that kills it, as its own was killed, the kernel does.
+            # If the parent was killed, nobody enforces the limit: then this timer ends the worker.
             signal.setitimer(signal.ITIMER_REAL, limit_s + 1)
             reply = judge(*question)
             signal.setitimer(signal.ITIMER_REAL, 0)
