@@ -78,9 +78,9 @@ def read_lines(path: Path, kind: type[L]) -> Iterator[L]:
             yield kind(**json.loads(line))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `python evaluate.py` makes it") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError):
         fields = ", ".join(field.name for field in dataclasses.fields(kind))
-        raise UserError(f"{path}:{number}: expected JSON with {fields}; got {error}") from None
+        raise UserError(f"{path}:{number}: expected JSON with {fields}; got {line!r:.60}") from None
 
 
 def write_lines(path: Path, rows: Iterable[Completion | Mark]) -> None:

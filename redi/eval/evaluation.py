@@ -98,7 +98,11 @@ def evaluate(
             sample(model, source, prompted, tests, config, world)
         if not first:
             return
-        mark_run(out, graders)
+        try:
+            mark_run(out, graders)
+        except KeyboardInterrupt:
+            text = f"{out} holds all completions; the same command grades them"
+            raise KeyboardInterrupt(text) from None
     written = report.write(out)
     log.finish()
     print(tables.summary(written), f"saved {out}/report.html, .md and .json", sep="\n")

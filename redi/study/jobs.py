@@ -5,7 +5,9 @@ program resumes. When a job fails, those that need it are not run; all others ar
 prints is appended to its file in OUT/logs. Left out: several machines.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ from redi.study.commands import ROOT, Job
 from redi.train import StopSignals
 
 POLL_SECONDS = 0.1
+STOP_SECONDS = 120.0  # a program that is stopped saves a checkpoint
 
 
 def run_jobs(
@@ -92,13 +95,17 @@ def _log(job: Job, out: Path) -> Path:
 
 
 def _end(running: Iterable[subprocess.Popen]) -> None:
-    """Ask the programs to stop, and wait until they have saved their state."""
+    """Ask the programs to stop, and wait until they have saved their state. Those that have not
+    ended in STOP_SECONDS, or at a second Ctrl-C, are killed."""
     for process in running:
         process.terminate()
+    end = time.monotonic() + STOP_SECONDS
     try:
         for process in running:
-            process.wait()
-    except KeyboardInterrupt:  # a second Ctrl-C
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+    finally:
         for process in running:
-            process.kill()
-        raise
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # torchrun's ranks too
+                process.wait()

@@ -105,8 +105,15 @@ def collect(study: Study, missing: dict[str, str]) -> Results:
 
 
 def _run(study: Study, model: Model) -> Run:
-    report = json.loads((model.folder / "eval/report.json").read_text(encoding="utf-8"))
-    scores = report["benchmarks"]
+    folder = model.folder / "eval"
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        scores, mean = report["benchmarks"], report["mean_pass_at_1"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder}/report.json: not a report of evaluate.py; "
+            f"`python -m redi.eval.grade regrade {folder}` writes it again"
+        ) from None
     metrics = list(read_metrics(model.folder))
     records = [record for record in metrics if record["kind"] == "train"]
     scored = [record for record in metrics if record["kind"] == "benchmark"]
@@ -114,7 +121,7 @@ def _run(study: Study, model: Model) -> Run:
         *(model.setting, model.mislabelled, model.method, model.settings),
         seed=model.seed,
         grader=scores[0]["grader"],
-        pass_at_1=report["mean_pass_at_1"],
+        pass_at_1=mean,
         benchmarks={score["benchmark"]: score["pass_at_1"] for score in scores},
         pass_at_n=statistics.fmean(score["pass_at_k"][-1] for score in scores),
         mean_tokens=statistics.fmean(score["mean_tokens"] for score in scores),
