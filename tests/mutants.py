@@ -83,7 +83,7 @@ redi/packing.py
   positions count on over the documents of a pack
   - np.concatenate([np.arange(length) for length in lengths])
   + np.arange(sum(lengths))
-    test_packing.py::test_documents_of_5_3_and_7_tokens_begin_at_0_5_8_15_and_predict_their_own_responses
+    test_packing.py::test_documents_of_5_3_and_7_tokens_begin_at_0_5_8_15_and_predict_their_own
   every epoch has the order of the first one
   - np.random.default_rng([seed, epoch])
   + np.random.default_rng([seed, 0])

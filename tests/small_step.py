@@ -187,6 +187,6 @@ def assert_close(grads: dict[str, torch.Tensor], loss: float, wanted, tolerance:
     largest = max(grad.norm().item() for grad in wanted_grads.values())
     for name, grad in grads.items():
         size = wanted_grads[name].norm().item()
-        # A key bias moves all scores of a query alike: its gradient is zero but for rounding.
+        # A key bias shifts all scores of a query equally, so its gradient is rounding alone.
         size = largest if name.endswith("k_proj.bias") else size
         assert (grad.double() - wanted_grads[name].double()).norm().item() <= tolerance * size, name

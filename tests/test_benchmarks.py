@@ -117,7 +117,12 @@ def test_a_known_name_reads_its_split_and_reports_an_unexpected_size(write, monk
     ):  # fmt: skip
         assert capsys.readouterr().out == ""
         path = write(*({"problem": f"{k}?", "answer": k} for k in range(count)))
-        monkeypatch.setattr(benchmarks, "dataset_files", lambda *a: requests.append(a) or [path])  # noqa: B023
+
+        def dataset_files(*request, path=path):
+            requests.append(request)
+            return [path]
+
+        monkeypatch.setattr(benchmarks, "dataset_files", dataset_files)
         benchmark = load(name)
         assert (benchmark.name, len(benchmark.problems)) == (name, count)
     expected = "aime24: HuggingFaceH4/aime_2024 holds 31 problems, expected 30\n"

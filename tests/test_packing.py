@@ -176,7 +176,7 @@ THREE = [
 WEIGHTS = torch.tensor([-0.1, 0.2, -0.3], dtype=torch.float64)
 
 
-def test_documents_of_5_3_and_7_tokens_begin_at_0_5_8_15_and_predict_their_own_responses():
+def test_documents_of_5_3_and_7_tokens_begin_at_0_5_8_15_and_predict_their_own():
     batch = pack(THREE, WEIGHTS)
     assert batch.cu_seqlens.tolist() == [0, 5, 8, 15]
     assert batch.cu_seqlens.dtype == torch.int32

@@ -245,10 +245,15 @@ def one_process_group():
 
 def test_a_process_alone_has_lost_no_other_and_leaves_the_group_it_created():
     world, error = World(0, 1, CPU), dist.DistNetworkError("no NCCL here")
-    with pytest.raises(RuntimeError) as raised, distributed.report_lost_ranks(world, ""):  # noqa: PT012
-        parallelize(tiny(True, torch.float32), world, Parallelism(torch.bfloat16))
-        assert dist.is_initialized()
-        raise error
+
+    def use_a_group() -> None:
+        with distributed.report_lost_ranks(world, ""):
+            parallelize(tiny(True, torch.float32), world, Parallelism(torch.bfloat16))
+            assert dist.is_initialized()
+            raise error
+
+    with pytest.raises(RuntimeError) as raised:
+        use_a_group()
     assert raised.value is error
     assert not dist.is_initialized()
 

@@ -142,7 +142,7 @@ def store_inputs(
 
 
 def stored_benchmarks(out: Path) -> list[Benchmark]:
-    """The benchmarks of an evaluation, sorted by name. Raises UserError if the folder has none."""
+    """The benchmarks of an evaluation, sorted by name. Raises UserError if there are none."""
     files = sorted((out / "problems").glob("*.jsonl"))
     if not files:
         raise UserError(f"{out}: holds no evaluation; `python evaluate.py --out {out}` makes one")

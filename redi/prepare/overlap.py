@@ -92,9 +92,9 @@ class Index:
         for number in {number for gram in masked for number in self._where.get(gram, ())}:
             *_, known, known_masked = self._problems[number]
             same = len(known & grams) / len(known)
-            alike = len(known_masked & masked) / len(known_masked)
-            if alike >= MASKED and same < alike:
-                found[number] = ("other numbers", alike)
+            same_masked = len(known_masked & masked) / len(known_masked)
+            if same_masked >= MASKED and same < same_masked:
+                found[number] = ("other numbers", same_masked)
             elif same >= SAME:
                 found[number] = ("same text", same)
         for run in _sentences(text):
