@@ -45,7 +45,7 @@ def run(
         distributed.require_same(vars(config) | {"cache": "may differ"}, world)
         finished = not config.dry_run and is_finished(config.out, config)
         with local_rank_zero_first(world):  # downloads and tokenizes once per node
-            model, source, dataset, eval_dataset = _load(config, paired, model_made_by, world)
+            model, source, dataset, eval_dataset = _load(config, paired, model_made_by)
             score = prepare_score(config, source, world)
         facts = facts_of(source, dataset, config.data)
         if eval_dataset:
@@ -69,18 +69,17 @@ def run(
 
 
 def _load(
-    config: TrainConfig, paired: bool, model_made_by: str | None, world: World
+    config: TrainConfig, paired: bool, model_made_by: str | None
 ) -> tuple[Transformer, Source, Dataset, Dataset | None]:
     """The model, of which only the sizes are read, and the rows."""
     made_by = model_made_by if config.model == type(config).model else None
     theta, context = config.rope_theta, config.max_position_embeddings
     model, source = open_model(config.model, theta, context, made_by)
     check_blocks(config.checkpoint_blocks, model.config.num_layers)  # before hours of tokenizing
-    verify = world.is_local_rank_zero
-    dataset = load_data(config.data, config, source, paired, verify)
+    dataset = load_data(config.data, config, source, paired)
     if not config.eval_data:
         return model, source, dataset, None
-    eval_dataset = load_data(config.eval_data, config, source, paired, verify)
+    eval_dataset = load_data(config.eval_data, config, source, paired)
     print(f"held out, {config.eval_data}: {describe(eval_dataset, source.chat)}\n")
     return model, source, dataset, eval_dataset
 
@@ -127,12 +126,10 @@ def _train_and_save(
     print(f"saved {config.out}: a Hugging Face folder, config.toml, metrics.jsonl")
 
 
-def load_data(
-    path: str, config: TrainConfig, source: Source, paired: bool, verify: bool = True
-) -> Dataset:
-    """The rows of `path`, tokenized for this model, without those over the run's limits. verify:
-    see `load_store`. Raises UserError for a model without a tokenizer, a limit above its context, a
-    row that cannot be trained on, and if no row is left."""
+def load_data(path: str, config: TrainConfig, source: Source, paired: bool) -> Dataset:
+    """The rows of `path`, tokenized for this model, without those over the run's limits. Raises
+    UserError for a model without a tokenizer, a limit above its context, a row that cannot be
+    trained on, and if no row is left."""
     if source.chat is None:
         raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; training needs it")
     context = source.config["max_position_embeddings"]
@@ -144,7 +141,7 @@ def load_data(
         )
     made_by = "python -m redi.prepare" if path == type(config).data else None
     files = dataset_files(path, made_by=made_by)
-    store = load_store(files, source.chat, paired, config.cache, verify)
+    store = load_store(files, source.chat, paired, config.cache)
     limits = Limits(config.max_prompt, config.max_response, config.max_length)
     return select(store, limits, config.over_length, path)
 

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from io import StringIO
@@ -29,17 +30,6 @@ from redi.hub import CARD
 from redi.prepare import __main__ as prepare
 
 SEEDS = range(500)  # mutated files of each of four kinds
-
-
-def raw_row(number: int) -> dict:
-    return {
-        "problem": f"What is {number} + 1?", "answer": f"{number + 1}", "problem_is_valid": "Yes",
-        "source": "olympiads",
-        "generations": [f"<think>\n{number}\n</think>\n\\boxed{{{n}}}" for n in (0, number + 1)],
-        "correctness": {
-            "llama_verification": [False, True], "math_verify_reparsed_answer": [False, True],
-        },
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +111,38 @@ def rows_in(data: bytes) -> int:
 # ---------------------------------------------------------------- prepare
 
 
+def traces(number: int) -> list[str]:
+    return [f"<think>\n{number}\n</think>\n\\boxed{{{n}}}" for n in (0, number + 1)]
+
+
+def problem(number: int, **fields) -> dict:
+    return {"problem": f"What is {number} + 1?", "source": "x", "answer": f"{number + 1}", **fields}
+
+
+def openr1_math_raw(number: int) -> dict:
+    names = ("llama_verification", "math_verify_reparsed_answer")
+    labels = {"problem_is_valid": "Yes", "correctness": {name: [False, True] for name in names}}
+    return problem(number, generations=traces(number), **labels)
+
+
+def openr1_math_220k(number: int) -> dict:
+    names = ("correctness_math_verify", "correctness_llama", "is_reasoning_complete")
+    labels = {"finish_reasons": ["length", "stop"], **{name: [False, True] for name in names}}
+    return problem(number, generations=traces(number), **labels)
+
+
+def listed(number: int) -> dict:
+    given = zip(traces(number), (False, True))
+    return problem(number, traces=[{"text": text, "correct": label} for text, label in given])
+
+
+def one_trace(number: int) -> dict:
+    return problem(number, response=traces(number)[1], correct=1, finish_reason="stop")
+
+
+FORMS = (openr1_math_raw, openr1_math_220k, listed, one_trace)
+
+
 def prepared(folder: Path, data: bytes) -> tuple[int, str]:
     """Exit status and stderr of redi.prepare on these bytes."""
     (folder / "raw.jsonl").write_bytes(data)
@@ -131,19 +153,26 @@ def prepared(folder: Path, data: bytes) -> tuple[int, str]:
     return status, errors.getvalue()
 
 
-def kept_lines(folder: Path, name: str) -> list[bytes]:
-    return (folder / "out" / name).read_bytes().splitlines(keepends=True)
+def outputs(folder: Path) -> tuple[dict, dict[str, list[bytes]]]:
+    """The counts, and the lines of positives and pairs."""
+    files = {path.stem: path.read_bytes() for path in (folder / "out").glob("*.jsonl")}
+    lines = {name: data.splitlines(keepends=True) for name, data in files.items()}
+    return json.loads((folder / "out" / CARD).read_text()), lines
 
 
 @pytest.fixture(scope="module")
-def sound(folder) -> dict[str, list[bytes]]:
-    """What prepare makes of the sound rows alone."""
-    assert prepared(folder, lines_with(b"", raw_row)) == (0, "")
-    return {name: kept_lines(folder, name) for name in ("positives.jsonl", "pairs.jsonl")}
+def sound(folder) -> dict:
+    """What prepare makes of the sound rows alone, by form."""
+    made = {}
+    for form in FORMS:
+        assert prepared(folder, lines_with(b"", form)) == (0, "")
+        made[form] = outputs(folder)
+        assert made[form][0]["positives"] == 3
+    return made
 
 
-def check_prepared(folder: Path, sound: dict[str, list[bytes]], line: bytes) -> None:
-    data = lines_with(line, raw_row)
+def check_prepared(folder: Path, sound: dict, form: Callable[[int], dict], line: bytes) -> None:
+    data = lines_with(line, form)
     status, errors = prepared(folder, data)
     if status:
         assert status == 2
@@ -151,30 +180,32 @@ def check_prepared(folder: Path, sound: dict[str, list[bytes]], line: bytes) -> 
         assert error.startswith("error: ")
         assert not list((folder / "out").glob("*"))
         return
-    counts = json.loads((folder / "out" / CARD).read_text())
+    (counts, lines), (sound_counts, sound_lines) = outputs(folder), sound[form]
     assert counts["positives"] + sum(counts["no_positive"].values()) == counts["rows"]
     assert counts["pairs"] + sum(counts["no_pair"].values()) == counts["positives"]
     assert counts["rows"] == rows_in(data)
-    for name, sound_lines in sound.items():
-        kept = kept_lines(folder, name)
-        assert len(kept) == counts[name.removesuffix(".jsonl")]
-        assert [line for line in kept if line in sound_lines] == sound_lines
+    for name, kept in lines.items():
+        assert len(kept) == counts[name]
+        assert [line for line in kept if line in sound_lines[name]] == sound_lines[name]
+    for reasons in ("no_positive", "no_pair"):  # no reason that the card does not always list
+        assert counts[reasons].keys() == sound_counts[reasons].keys()
 
 
 @pytest.mark.parametrize("change", [mutated, garbled])
-def test_prepare_counts_or_refuses_a_broken_row(folder, sound, change):
+def test_prepare_counts_or_refuses_a_broken_row_of_any_form(folder, sound, change):
     for seed in SEEDS:
-        check_prepared(folder, sound, change(Random(seed), raw_row(2)))
+        form = FORMS[seed % len(FORMS)]
+        check_prepared(folder, sound, form, change(Random(seed), form(2)))
 
 
 @pytest.mark.parametrize(
     "text", ["x" * 10_000_000, "\\boxed{" * 100_000, "(" * 1_000_000, "\x00" * 1_000_000]
 )
 def test_a_row_of_megabytes_is_a_row(folder, sound, text):
-    row = raw_row(2)
+    row = openr1_math_raw(2)
     row["generations"][1] = text
-    check_prepared(folder, sound, json.dumps(row).encode())
-    assert len(kept_lines(folder, "positives.jsonl")) == 4
+    check_prepared(folder, sound, openr1_math_raw, json.dumps(row).encode())
+    assert outputs(folder)[0]["positives"] == 4
 
 
 # ---------------------------------------------------------------- the trainers' rows

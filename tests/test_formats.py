@@ -1,15 +1,14 @@
-"""redi/data/formats.py: the same training row out of every usual shape, and TRL's tokens for it."""
+"""redi/data/formats.py: the same training row out of every usual shape."""
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from small_run import assistant, refusal, run, sft_config, user, write_jsonl
 
 from redi.data.formats import Example, to_example
-from redi.data.tokenizer import ChatTokenizer, TokenizedRow, chatml
+from redi.data.tokenizer import ChatTokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = [user("1+1?")]
@@ -114,89 +113,24 @@ def test_other_rows_are_refused_in_one_line(name):
     assert re.search(expected, message)
 
 
-# ---------------------------------------------------------------- tokens, and TRL's
-
-# TRL needs to be shown where the answers are.
-GENERATION = chatml().replace(
-    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}",
-    "{%- if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}"
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{%- else %}"
-    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{%- endif %}",
-)
-ANSWERS = ["<think>\n6-1=5\n\n</think>\n\n\\boxed{2}", " leads", "trails \n\n", "é 的 🧮"]
-SINGLE = [{"prompt": [user("6-1=?\n")], "completion": [assistant(text)]} for text in ANSWERS]
-SEVERAL = [{"messages": TURNS}, {"messages": ASKED + RIGHT}]
+# ---------------------------------------------------------------- what a run learns from them
 
 
-@pytest.fixture
-def both(make_chat, tmp_path) -> tuple:
-    """(our tokenizer, transformers' own, settings of TRL's trainers)."""
-    from transformers import AutoTokenizer
-
-    ours = make_chat(tmp_path)
-    settings = {"output_dir": str(tmp_path), "max_length": None, "use_cpu": True, "bf16": False}
-    return ours, AutoTokenizer.from_pretrained(tmp_path), settings
-
-
-def encoded(chat: ChatTokenizer, row: dict, paired: bool = False) -> list[TokenizedRow]:
-    example = to_example(row, "x", paired)
-    return chat.encode_rows([(example.prompt, response) for response in example.responses])
-
-
-@pytest.mark.parametrize(("rows", "template"), [(SINGLE, None), (SEVERAL, GENERATION)])
-def test_tokens_and_mask_of_sft_are_trls(both, rows, template):
-    """TRL's own preparation of the rows, without the rest of its trainer."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    ours, theirs, settings = both
-    arguments = SFTConfig(**settings, assistant_only_loss=template is not None)
-    trainer = SimpleNamespace(
-        _tokenizer=theirs, chat_template=template, completion_only_loss=template is None
-    )
-    by_trl = SFTTrainer._prepare_dataset(
-        trainer, Dataset.from_list(rows), theirs, arguments, False, None, "train"
-    )
-    for row, expected in zip(rows, by_trl, strict=True):
-        [found] = encoded(ours, row)
-        # TRL also learns the newline after the stop token.
-        assert ours.decode(expected["input_ids"][len(found) :]) == "\n"
-        assert found.prompt_ids + found.response_ids == expected["input_ids"][: len(found)]
-        supervised = [label != -100 for label in expected["labels"][: len(found)]]
-        learned = found.learned or [True] * len(found.response_ids)
-        assert supervised == [False] * len(found.prompt_ids) + learned
-        assert (found.learned is None) == (row != SEVERAL[0])
-
-
-@pytest.mark.parametrize("name", ["message lists", "implicit prompt"])
-def test_tokens_of_pairs_are_trls(both, name):
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    ours, theirs, settings = both
-    row, trainer = PAIR_SHAPES[name], SimpleNamespace(_tokenizer=theirs)
-    [expected] = DPOTrainer._prepare_dataset(
-        trainer, Dataset.from_list([row]), theirs, DPOConfig(**settings), "train"
-    )
-    for side, found in zip(("chosen", "rejected"), encoded(ours, row, paired=True), strict=True):
-        ids = expected["prompt_ids"] + expected[f"{side}_ids"]
-        assert found.prompt_ids == expected["prompt_ids"]
-        assert found.prompt_ids + found.response_ids == ids[: len(found)]
-        assert ours.decode(ids[len(found) :]) == "\n"
-
-
-def test_several_turns_are_trained_on_as_transformers_scores_them(here):
+def test_several_turns_are_trained_on_as_transformers_scores_them(here, capsys):
     """The loss of the first step: minus the mean log-prob of the answers' tokens, with stops."""
     from transformers import AutoModelForCausalLM
 
     rows = [{"messages": TURNS}, {"messages": [*TURNS, user("1*4?"), assistant("4\n")]}]
     write_jsonl(Path("turns.jsonl"), rows)
     record = run(sft_config(data="turns.jsonl", rows_per_step=2, epochs=1))[0]
+    shown = re.findall(r"^  (\w+) *\| '", capsys.readouterr().out, re.MULTILINE)
+    assert shown == ["prompt", "response", "between", "response"]
     chat = ChatTokenizer.from_folder("student")
     model = AutoModelForCausalLM.from_pretrained("student", dtype=torch.float32)
     scores = []
     for row in rows:
-        [rendered] = encoded(chat, row)
+        example = to_example(row, "x", paired=False)
+        [rendered] = chat.encode_rows([(example.prompt, example.responses[0])])
         ids = torch.tensor([rendered.prompt_ids + rendered.response_ids])
         with torch.no_grad():
             logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]

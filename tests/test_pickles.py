@@ -94,7 +94,7 @@ def store(path: Path) -> None:
     about = {"paired": False, "data_hash": "", "skipped": {}, "tokens_hash": ""}
     (path.parent / "store.json").write_text(json.dumps(about))
     (path.parent / "tokens.bin").write_bytes(bytes(8))
-    if TokenStore.open(path.parent, verify=False) is None:
+    if TokenStore.open(path.parent) is None:
         raise UserError("invalid: tokenized again")
 
 

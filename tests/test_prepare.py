@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import resource
 import signal
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from processes import command, finished, main_in_this_process, wait_until
+from processes import command, main_in_this_process, wait_until
 from small_run import read_jsonl, write_jsonl
 
 from redi.config import UserError
@@ -88,23 +90,17 @@ def written():
 # ---------------------------------------------------------------- what is written
 
 
-def test_the_published_run_prints_the_papers_counts_beside_its_counts(capsys):
-    """A local folder of that name stands in for the dataset on the hub."""
+def test_the_published_run_prints_every_drop_and_the_papers_counts(capsys):
+    """A local folder of its name stands in for the dataset on the hub."""
     Path("open-r1/OpenR1-Math-Raw").mkdir(parents=True)
-    write_jsonl(Path("open-r1/OpenR1-Math-Raw/raw.jsonl"), ROWS)
-    paper = "the paper: 77,629 positives, and 53,175 pairs after train_redi.py's limits on length"
-    for flags, printed in ([], True), (["--reject-rule", "both"], False):
-        assert main_in_this_process(main, *flags) == 0
-        assert (paper in capsys.readouterr().out.splitlines()) == printed
-
-
-def test_one_row_per_rule_gives_exactly_the_rows_expected_with_every_drop_counted():
-    write_jsonl(Path("raw.jsonl"), ROWS)
-    status, out, errors = finished("-m", "redi.prepare", "raw.jsonl", "--out", "made")
-    assert (status, errors) == (0, "")
+    file = write_jsonl(Path("open-r1/OpenR1-Math-Raw/raw.jsonl"), ROWS)
+    assert main_in_this_process(main, "--out", "made") == 0
+    out, errors = capsys.readouterr()
     assert sorted(written()) == FILES
     assert problems() == POSITIVES
     assert texts("prompt") == ["first", "last"]
+    assert errors == ""
+    paper = "the paper: 77,629 positives, and 53,175 pairs after train_redi.py's limits on length\n"
     assert out == (
         "format: OpenR1-Math-Raw\n"
         "raw rows                   13\n"
@@ -121,17 +117,17 @@ def test_one_row_per_rule_gives_exactly_the_rows_expected_with_every_drop_counte
         "  empty rejected            1\n"
         "  chosen equals rejected    1\n"
         "pairs                       2\n"
-        "saved made/positives.jsonl, made/pairs.jsonl, made/card.json\n"
+        "saved made/positives.jsonl, made/pairs.jsonl, made/card.json\n" + paper
     )
     card = json.loads(Path("made/card.json").read_text())
-    assert (card["raw"], card["format"]) == ("raw.jsonl", "OpenR1-Math-Raw")
-    assert card["rows"] == 13 == card["positives"] + sum(card["no_positive"].values())
-    assert card["positives"] == 5 == card["pairs"] + sum(card["no_pair"].values())
+    assert (card["raw"], card["format"]) == ("open-r1/OpenR1-Math-Raw", "OpenR1-Math-Raw")
     assert card["sources"] == {"math": 5}
     assert card["rules"]["exclude_sources"] == ["cn_k12"]
-    assert card["raw_sha256"] == {"raw.jsonl": sha256("raw.jsonl")}
+    assert card["raw_sha256"] == {file.name: sha256(file)}
     names = ("positives.jsonl", "pairs.jsonl")
     assert card["sha256"] == {name: sha256(f"made/{name}") for name in names}
+    assert main_in_this_process(main, "--out", "made", "--reject-rule", "both") == 0
+    assert paper not in capsys.readouterr().out
 
 
 def test_parquet_json_lines_and_a_folder_give_the_same_bytes_and_so_does_a_second_run():
@@ -150,7 +146,7 @@ def test_one_trace_rows_are_counted_as_problems(capsys):
     rows = [{"problem": p, "response": f"{p}{c}", "correct": c} for c in (0, 1) for p in "ab"]
     write_jsonl(Path("raw.jsonl"), rows)
     first, traces, problems, *_ = shown(capsys).splitlines()
-    assert first == "format: one trace a row (problem, response, correct)"
+    assert first == "format: one trace per row (problem, response, correct)"
     assert (traces.split(), problems.split()) == (["traces", "4"], ["problems", "2"])
     assert sorted(written()) == FILES
 
@@ -176,19 +172,34 @@ def unlabelled(problem, answer, *traces):
     return listed(problem, answer, traces=[(text, None) for text in traces])
 
 
-def test_traces_without_labels_are_graded_and_only_they():
+def test_traces_without_labels_are_graded_and_only_they(monkeypatch):
+    monkeypatch.setattr("redi.prepare.__main__.Grader", partial(Grader, limit_s=2.0))
+    plain, cut = ("So \\boxed{2}.", "So \\boxed{3}."), ("1+1 \\boxed{2}", "</think> \\boxed{2}")
     rows = [
         listed("graded"),
         listed("given", labels=True),
         listed("no answer", answer=None),
         listed("given, no answer", answer=None, labels=True),
+        # After a timeout, a trace is neither correct nor incorrect.
+        unlabelled(
+            "endless", "\\frac{1}{2}", "</think>\\boxed{5^{5^{5^{5^5}}}}", "</think>\\boxed{.5}"
+        ),
+        # Traces of a teacher that does not mark its thinking are read whole.
+        unlabelled("plain", "2", *plain),
+        unlabelled("thinks", "2", *cut),
     ]
-    _, card = prepared(rows, workers=1)
-    assert card["no_positive"]["no answer to grade by"] == 1
-    assert problems() == ["graded", "given", "given, no answer"]
+    counts, card = prepared(rows, workers=1)
+    assert counts.no_positive["no answer to grade by"] == 1
+    assert counts.no_pair["no incorrect generation"] == 1
+    assert problems() == [row["problem"] for row in rows if row["problem"] != "no answer"]
     assert card["labels"] == {
-        "none": {"correct": 2, "incorrect": 1, "no_answer": 2, "truncated": 0, "timeout": 0}
+        "none": {"correct": 5, "incorrect": 2, "no_answer": 3, "truncated": 0, "timeout": 1}
     }
+    first = (TRACES[0][0], TRACES[1][0])
+    assert dict(zip(texts("prompt"), zip(texts("chosen"), texts("rejected")))) == {
+        "graded": first, "given": first, "given, no answer": first,
+        "plain": plain, "thinks": cut[::-1],
+    }  # fmt: skip
 
 
 def test_relabel_grades_every_trace_and_prints_how_far_the_labels_agree(capsys):
@@ -222,40 +233,12 @@ def test_the_bytes_are_the_same_with_any_number_of_workers():
     assert results[0] == results[1]
 
 
-def test_a_trace_whose_grading_times_out_is_neither_correct_nor_incorrect(monkeypatch):
-    monkeypatch.setattr(
-        "redi.prepare.__main__.Grader", lambda workers: Grader(workers, limit_s=2.0)
-    )
-    forever, right = "</think>\\boxed{5^{5^{5^{5^5}}}}", "</think>\\boxed{.5}"
-    counts, card = prepared([unlabelled("1+1?", "\\frac{1}{2}", forever, right)], workers=1)
-    assert counts.no_pair["no incorrect generation"] == 1
-    assert card["labels"]["none"]["timeout"] == 1
-
-
-def test_traces_of_a_teacher_that_does_not_mark_its_thinking_are_read_whole():
-    plain, cut = ("So \\boxed{2}.", "So \\boxed{3}."), ("1+1 \\boxed{2}", "</think> \\boxed{2}")
-    prepared([unlabelled("plain", "2", *plain), unlabelled("thinks", "2", *cut)], workers=1)
-    assert texts("chosen") == [plain[0], cut[1]]
-    assert texts("rejected") == [plain[1], cut[0]]
-
-
 def test_rows_of_one_problem_with_two_answers_are_each_graded_by_their_answer():
     given = [("2", "2"), ("3", "3"), ("4", "2"), ("2", None)]  # a trace's answer, its row's answer
     rows = [{"problem": "?", "response": f"\\boxed{{{x}}}", "answer": y} for x, y in given]
     _, card = prepared(rows, workers=1)
     assert card["labels"]["none"]["correct"] == 3
     assert texts("rejected") == ["\\boxed{4}"]
-
-
-def test_further_pairs_are_in_the_account_and_complete_traces_end_their_thinking_and_answer():
-    rows = [listed("a", labels=True), listed("b", labels=True, traces=TRACES[:1])]
-    complete, cut = TRACES[0][0], TRACES[2][0]
-    for require, chosen in ((False, [complete, cut]), (True, [complete])):
-        counts, _ = prepared(rows, pairs_per_problem=2, require_complete=require)
-        assert texts("chosen") == chosen
-        assert (counts.positives, counts.further, counts.pairs) == (2, len(chosen) - 1, len(chosen))
-        assert counts.no_pair["no incorrect generation"] == 1
-        assert counts.positives + counts.further == counts.pairs + counts.no_pair.total()
 
 
 def test_of_problems_that_are_the_same_the_first_that_gives_a_positive_is_kept():
@@ -304,6 +287,7 @@ def test_settings_that_make_no_sense_name_their_flag(name, value):
 
 
 GOOD, OTHER = json.dumps(raw("good")), '{"question": "1+1?"}'
+FREE = 50_000  # bytes: no file can be longer
 FAILURES = [  # {file: text}, RAW, --out, error; test_files.py has all failures of reading
     ({"a.jsonl": f"{GOOD}\n{GOOD[:50]}\n{GOOD}\n"}, "a.jsonl", "made", "a.jsonl:2: not valid JSON"),
     ({"a.jsonl": OTHER}, "a.jsonl", "made", "a.jsonl: not teacher data in a form known here"),
@@ -319,11 +303,16 @@ FAILURES = [  # {file: text}, RAW, --out, error; test_files.py has all failures 
     ),
     ({"a.jsonl": GOOD}, "a.jsonl", "a.jsonl", "a.jsonl: cannot create this folder ("),
     ({"a.jsonl": GOOD}, "a.jsonl", "a.jsonl/made", "a.jsonl/made: cannot create this folder ("),
+    # The disk fills up.
+    (
+        {"a.jsonl": f"{GOOD}\n" * 1000}, "a.jsonl", "made",
+        "made/pairs.jsonl: cannot be written (File too large)",
+    ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("files", "source", "out", "message"), FAILURES)
-def test_a_bad_input_is_one_line_that_names_it_and_an_earlier_runs_files_stay(
+def test_a_bad_input_and_a_full_disk_are_one_line_and_an_earlier_runs_files_stay(
     capsys, folder, files, source, out, message
 ):
     def everything():
@@ -333,8 +322,12 @@ def test_a_bad_input_is_one_line_that_names_it_and_an_earlier_runs_files_stay(
     for name, content in files.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(content)
-    before = everything()
-    assert main_in_this_process(main, source, "--out", out) == 2
+    before, limits = everything(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FREE, limits[1]))
+    try:
+        assert main_in_this_process(main, source, "--out", out) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     printed, errors = capsys.readouterr()
     assert (printed, errors.count("\n")) == ("", 1)
     assert errors.startswith("error: ")

@@ -7,33 +7,24 @@ import hashlib
 import json
 import shutil
 import signal
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 from processes import child, die, wait_until
-from small_run import assistant, conversation, refusal, user, write_jsonl
+from small_run import conversation, refusal, write_jsonl
 
 from redi.config import UserError
 from redi.data import store as store_module
-from redi.data.dataset import Limits, describe, select
-from redi.data.formats import Example
 from redi.data.store import TokenStore, load_store
 from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.toy.student import train_tokenizer
 
-GENEROUS = Limits(10**8, 10**8, 10**8)
-
-
 ROWS = [conversation(number) for number in range(40)]
 EQUAL = {**ROWS[5], "rejected": ROWS[5]["chosen"]}
-SYSTEM = {"role": "system", "content": "Be brief."}
-TURNS = [SYSTEM, user("1+1?"), assistant("2"), user("And <|im_end|> 2+2?"), assistant("\n4")]
 
 
 @pytest.fixture
@@ -46,9 +37,9 @@ def folder(tmp_path, monkeypatch, save_tokenizer) -> Path:
     return tmp_path
 
 
-def load(*names: str, paired: bool = True, student: str = "student", cache: str = "cache"):
+def load(*names: str, paired: bool = True, cache: str = "cache") -> TokenStore:
     files = [Path(name) for name in names or ["rows.jsonl"]]
-    return load_store(files, ChatTokenizer.from_folder(student), paired, cache)
+    return load_store(files, ChatTokenizer.from_folder("student"), paired, cache)
 
 
 def load_rows() -> None:
@@ -91,47 +82,6 @@ def test_tokens_are_the_tokenized_rows_for_any_number_of_files_and_size_of_block
     assert recorded == hashlib.sha256((store.folder / "tokens.bin").read_bytes()).hexdigest()
 
 
-def test_of_several_turns_only_answers_are_learned_and_those_between_are_shown_apart(folder):
-    single = {"prompt": ROWS[0]["prompt"], "completion": ROWS[0]["chosen"]}
-    write_jsonl(folder / "turns.jsonl", [{"messages": TURNS}, single])
-    store, chat = load("turns.jsonl", paired=False), ChatTokenizer.from_folder("student")
-    dataset = select(store, GENEROUS, "error", "turns.jsonl")
-    [rendered] = chat.encode_rows([(TURNS[:2], TURNS[2:])])
-    several, one = dataset.sequence(0), dataset.sequence(1)
-    assert one.learned is None
-    assert several.tokens.tolist() == rendered.prompt_ids + rendered.response_ids
-    assert several.learned.tolist() == rendered.learned
-    learned = several.tokens[several.prompt_length :][several.learned]
-    assert chat.decode(learned) == "2<|im_end|>\n4<|im_end|>"
-    assert several.response_length == store.response_lengths[0] == len(learned)
-    assert dataset.response_lengths.tolist() == [len(learned), one.response_length]
-    lines = describe(dataset, chat).splitlines()
-    totals = {line.split()[0]: int(line.split()[1]) for line in lines[2:5]}
-    assert list(totals) == ["prompt", "response", "between"]
-    assert totals["between"] == len(rendered.learned) - len(learned)
-    assert sum(totals.values()) == dataset.lengths.sum()
-    names = [line.split("|")[0].strip() for line in lines[-4:]]
-    assert names == ["prompt", "response", "between", "response"]
-    assert "And" in lines[-2]
-
-
-def test_no_more_than_a_few_blocks_are_read_ahead_of_what_is_written(monkeypatch):
-    monkeypatch.setattr(store_module, "BLOCK_CHARS", 1000)  # 10 rows
-    read = Counter()
-
-    def examples():
-        for number in range(1, 501):
-            read["rows"] += 1
-            yield number, Example([user("x" * 50)], [[assistant("y" * 50)]])
-
-    chat, written = SimpleNamespace(encode_rows=lambda conversations: conversations), 0
-    for number, _ in store_module.tokenize_rows(chat, examples()):
-        written += 1
-        assert number == written
-        assert read["rows"] - written <= 10 * (store_module.THREADS + 2)
-    assert written == 500
-
-
 # ---------------------------------------------------------------- tokenized once
 
 
@@ -148,30 +98,24 @@ def test_the_data_is_tokenized_once_and_read_again(folder, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-CHANGED = ["data", "template", "tokenizer", "special tokens", "format", "paired"]
-
-
-@pytest.mark.parametrize("changed", CHANGED)
-def test_a_change_makes_another_store(folder, save_tokenizer, monkeypatch, changed):
-    rows = [{**r, "completion": r["chosen"]} for r in ROWS]
-    write_jsonl(folder / "rows.jsonl", rows)
-    first = load()
-    shutil.copytree("student", "other")
-    if changed == "data":
-        write_jsonl(folder / "rows.jsonl", [*rows[:-1], conversation(50)])
-    elif changed == "template":
-        Path("other/chat_template.jinja").write_text(chatml("Be brief."))
-    elif changed == "tokenizer":
-        train_tokenizer(["other text altogether", chatml()]).save("other/tokenizer.json")
-    elif changed == "special tokens":
-        save_tokenizer(folder / "other", bos_token="<|endoftext|>")
-    elif changed == "format":
-        monkeypatch.setattr(store_module, "FORMAT", "3")
-    second = load(student="other", paired=changed != "paired")
-    assert folders() == sorted({first.folder.name, second.folder.name})
-    assert len(folders()) == 2
-    same = changed in ("special tokens", "format")
-    assert np.array_equal(second.tokens, first.tokens) == same
+def test_each_change_of_data_tokenizer_template_kind_or_format_makes_another_store(
+    folder, save_tokenizer, monkeypatch
+):
+    rows = [{**row, "completion": row["chosen"]} for row in ROWS]  # of both kinds
+    changes = [
+        lambda: write_jsonl(folder / "rows.jsonl", rows),
+        lambda: save_tokenizer(folder / "student", bos_token="<|endoftext|>"),  # templates see it
+        lambda: train_tokenizer(["other text", chatml()]).save("student/tokenizer.json"),
+        lambda: Path("student/chat_template.jinja").write_text(chatml("Be brief.")),
+        lambda: monkeypatch.setattr(store_module, "FORMAT", "3"),
+    ]
+    stores = {load().folder}
+    for change in changes:
+        change()
+        stores.add(load().folder)
+    stores.add(load(paired=False).folder)
+    assert folders() == sorted(store.name for store in stores)
+    assert len(stores) == 2 + len(changes)
 
 
 def write_slowly() -> None:
@@ -236,7 +180,6 @@ FULL = OSError(28, "No space left on device")
     ("raised", "message"),
     [
         (KeyboardInterrupt(), "while tokenizing; no tokens were kept"),
-        (SystemExit(), ""),
         (MemoryError(), ""),
         (FULL, f"--cache cache: cannot write there ({FULL})"),
     ],
@@ -279,6 +222,4 @@ def test_a_damaged_store_is_noticed_and_tokenized_again(damage, folder):
     before = contents(store)
     DAMAGES[damage](store)
     assert TokenStore.open(store) is None
-    # Without `verify`, the tokens are counted but not read.
-    assert (TokenStore.open(store, verify=False) is not None) == (damage == "a bit")
     assert contents(load().folder) == before

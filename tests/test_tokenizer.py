@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
@@ -9,17 +10,14 @@ from hypothesis import strategies as st
 from small_run import assistant, refusal, user
 from tokenizers import AddedToken, Tokenizer, normalizers, processors
 
+from redi.data.formats import to_example
 from redi.data.tokenizer import ChatTokenizer, TokenizedRow, chatml
 
-# In the manner of Qwen2.5-Math's: a system prompt of its own, tools, several kinds of turn.
-MATH_TEMPLATE = r"""{%- if tools %}
-    {{- '<|im_start|>system\n' }}{{- tools | tojson }}{{- '<|im_end|>\n' }}
+# In the manner of Qwen2.5-Math's: a system prompt of its own, several kinds of turn.
+MATH_TEMPLATE = r"""{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
 {%- else %}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
-    {%- else %}
-        {{- '<|im_start|>system\nPlease put your final answer within \\boxed{}.<|im_end|>\n' }}
-    {%- endif %}
+    {{- '<|im_start|>system\nPlease put your final answer within \\boxed{}.<|im_end|>\n' }}
 {%- endif %}
 {%- for message in messages %}
     {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
@@ -158,6 +156,72 @@ def test_a_response_that_begins_with_a_newline_does_not_merge_with_the_header(bo
     assert ours.decode(row.prompt_ids + row.response_ids) + "\n" == ours.decode(ids)
 
 
+# ---------------------------------------------------------------- TRL's ids and masks
+
+# TRL needs to be shown where the answers are.
+GENERATION = chatml().replace(
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}",
+    "{{ '<|im_start|>' + m['role'] + '\\n' }}{%- if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{%- else %}"
+    "{{ m['content'] + '<|im_end|>' }}{%- endif %}{{ '\\n' }}",
+)
+ANSWERS = ["<think>\n6-1=5\n\n</think>\n\n\\boxed{2}", " leads", "trails \n\n", "é 的 🧮"]
+SINGLE = [{"prompt": [user("6-1=?\n")], "completion": [assistant(text)]} for text in ANSWERS]
+TURNS = [user("1+1?"), assistant("2"), user("And 1 more?"), assistant("3")]
+SEVERAL = [{"messages": TURNS}, {"messages": TURNS[:2]}]
+PAIR = {"prompt": TURNS[:1], "chosen": TURNS[1:2], "rejected": TURNS[3:]}
+IMPLICIT_PAIR = {"chosen": TURNS[:2], "rejected": [TURNS[0], TURNS[3]]}
+
+
+def prepared_by_trl(folder: Path, theirs, row: dict, generation: str | None = None) -> dict:
+    """TRL's own preparation of a row, without the rest of its trainers."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    settings = {"output_dir": str(folder), "max_length": None, "use_cpu": True, "bf16": False}
+    data, trainer = Dataset.from_list([row]), SimpleNamespace(_tokenizer=theirs)
+    if "chosen" in row:
+        [found] = DPOTrainer._prepare_dataset(trainer, data, theirs, DPOConfig(**settings), "train")
+        return found
+    trainer.chat_template, trainer.completion_only_loss = generation, generation is None
+    arguments = SFTConfig(**settings, assistant_only_loss=generation is not None)
+    prepare = SFTTrainer._prepare_dataset
+    [found] = prepare(trainer, data, theirs, arguments, False, None, "train")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("template", "generation", "rows"),
+    [(chatml(), None, SINGLE), (MATH_TEMPLATE, None, SINGLE), (chatml(), GENERATION, SEVERAL)],
+)
+def test_tokens_and_mask_of_sft_are_trls(save_tokenizer, tmp_path, template, generation, rows):
+    ours, theirs = both_of(save_tokenizer(tmp_path, template))
+    for row in rows:
+        example = to_example(row, "x", paired=False)
+        [found] = ours.encode_rows([(example.prompt, example.responses[0])])
+        expected = prepared_by_trl(tmp_path, theirs, row, generation)
+        # TRL also learns the newline after the stop token.
+        assert ours.decode(expected["input_ids"][len(found) :]) == "\n"
+        assert found.prompt_ids + found.response_ids == expected["input_ids"][: len(found)]
+        supervised = [label != -100 for label in expected["labels"][: len(found)]]
+        learned = found.learned or [True] * len(found.response_ids)
+        assert supervised == [False] * len(found.prompt_ids) + learned
+        assert (found.learned is None) == (row != SEVERAL[0])
+
+
+@pytest.mark.parametrize("row", [PAIR, IMPLICIT_PAIR])
+@pytest.mark.parametrize("template", [chatml(), MATH_TEMPLATE])
+def test_tokens_of_pairs_are_trls(save_tokenizer, tmp_path, template, row):
+    ours, theirs = both_of(save_tokenizer(tmp_path, template))
+    expected, example = prepared_by_trl(tmp_path, theirs, row), to_example(row, "x", paired=True)
+    found = ours.encode_rows([(example.prompt, response) for response in example.responses])
+    for side, one in zip(("chosen", "rejected"), found, strict=True):
+        assert one.prompt_ids == expected["prompt_ids"]
+        ids = expected[f"{side}_ids"]
+        assert one.response_ids == ids[: len(one.response_ids)]
+        assert ours.decode(ids[len(one.response_ids) :]) == "\n"
+
+
 # ---------------------------------------------------------------- text stays text
 
 
@@ -268,36 +332,30 @@ def test_templates_see_the_special_tokens_and_no_tools(save_tokenizer, tmp_path,
     assert ours.decode(ids) == "<|endoftext|>user:?<|im_end|>assistant:!<|im_end|>"
 
 
-def in_a_file_too(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text(chatml(system="In the file."))
+def test_of_several_templates_the_default_one_is_used(save_tokenizer, tmp_path):
+    other = {"name": "tool_use", "template": "{{ raise_exception('not this one') }}"}
+    default = {"name": "default", "template": MATH_TEMPLATE}
+    assert_rows_are_those_of_transformers(save_tokenizer(tmp_path, [other, default]))
 
 
-def saved_by_transformers(folder: Path) -> None:
-    both_of(folder)[1].save_pretrained(folder)
-    assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
+def test_a_template_file_overrides_the_settings(save_tokenizer, tmp_path):
+    save_tokenizer(tmp_path, chatml()).joinpath("chat_template.jinja").write_text(MATH_TEMPLATE)
+    assert_rows_are_those_of_transformers(tmp_path)
 
 
-NAMED = [
-    {"name": "tool_use", "template": "{{ raise_exception('not this one') }}"},
-    {"name": "default", "template": chatml(system="Default.")},
-]
+def test_a_tokenizer_saved_by_transformers_is_read(save_tokenizer, tmp_path):
+    _, theirs = both_of(save_tokenizer(tmp_path, MATH_TEMPLATE))
+    theirs.save_pretrained(tmp_path)
+    assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert_rows_are_those_of_transformers(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("template", "change", "system"),
-    [
-        (NAMED, lambda folder: None, "Default."),
-        (chatml(system="In the settings."), in_a_file_too, "In the file."),
-        (MATH_TEMPLATE, saved_by_transformers, "Please put your final answer"),
-    ],
-    ids=["several", "a file overrides the settings", "saved by transformers"],
-)
-def test_the_template_is_that_of_transformers(save_tokenizer, tmp_path, template, change, system):
-    change(save_tokenizer(tmp_path, template))
-    ours, theirs = both_of(tmp_path)
+def assert_rows_are_those_of_transformers(folder: Path) -> None:
+    """And the template is the Math one."""
+    ours, theirs = both_of(folder)
     row, ids = row_of(ours, "6-1=?\n", "5"), whole(theirs, user("6-1=?\n"), assistant("5"))
     assert row.prompt_ids + row.response_ids == ids[: len(row)]
-    assert system in ours.decode(ids)
+    assert "Please put your final answer" in ours.decode(ids)
 
 
 # ---------------------------------------------------------------- another family of templates

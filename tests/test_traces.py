@@ -1,41 +1,68 @@
-"""redi/prepare/traces.py: one hand-made row per rule of the recipe, and an account that adds up."""
+"""redi/prepare/raw.py and traces.py: four forms of teacher data, one hand-made row per rule of the
+recipe, and an account that adds up. test_broken_data.py breaks rows at random."""
 
 import hashlib
 
 import pytest
+from small_run import refusal, write_jsonl
 
 from redi.prepare.__main__ import PrepareConfig, no_counts
-from redi.prepare.raw import FORMS, RawRow, Trace
+from redi.prepare.raw import FORMS, HEAD, RawRow, Trace, read, recognize
 from redi.prepare.traces import Rules, choose
 
 DELETE = object()
-RAW = FORMS[0]
+PROBLEM, WRONG, RIGHT = "1+1?", "It is 3.", "It is 2."
+TEXTS, LABELS = [WRONG, RIGHT, "So 2.", "So 3."], [False, True, True, False]
 
 
 def labels(llama, math_verify):
     return {"llama_verification": llama, "math_verify_reparsed_answer": math_verify}
 
 
-WRONG_RIGHT = [False, True, True, False]
-LABELS = labels(WRONG_RIGHT, WRONG_RIGHT)
+def flat_labels(llama, math_verify):
+    return {"correctness_llama": llama, "correctness_math_verify": math_verify}
 
 
-def raw(**changes):
-    """A row with a wrong, a right, another right and another wrong trace."""
-    row = {
-        "problem": "1+1?",
-        "problem_is_valid": "Yes",
-        "source": "olympiads",
-        "generations": ["It is 3.", "It is 2.", "So 2.", "So 3."],
-        "correctness": {**LABELS, "math_verify_answer": [None] * 4},
-        **changes,
-    }
-    return {name: value for name, value in row.items() if value is not DELETE}
+# The same problem with its traces in each form.
+SHARED = {"problem": PROBLEM, "source": "amc", "answer": "2"}
+VERIFIED = {**labels(LABELS, LABELS), "math_verify_answer": [None] * 4}
+RAW = {**SHARED, "problem_is_valid": "Yes", "generations": TEXTS, "correctness": VERIFIED}
+FLAT = {
+    **SHARED, **flat_labels(None, LABELS), "uuid": "u-1", "generations": TEXTS,
+    "is_reasoning_complete": [True] * 4, "finish_reasons": None,
+    "correctness_count": 2, "messages": [{"role": "user", "content": PROBLEM}],
+}  # fmt: skip
+LISTED = {
+    **SHARED, "answer": 2, "traces": [{"text": t, "correct": c} for t, c in zip(TEXTS, LABELS)],
+}  # fmt: skip
+ONE_TRACE = [
+    {"question": PROBLEM, "response": text, "is_correct": int(label), "problem_source": "amc"}
+    for text, label in zip(TEXTS, LABELS)
+]
+ONE_TRACE[-1]["expected_answer"] = "2"
+SAMPLES = {
+    "OpenR1-Math-Raw": [RAW], "OpenR1-Math-220k": [FLAT], "problem, traces": [LISTED],
+    "one trace per row (question, response, is_correct, expected_answer, problem_source)":
+        ONE_TRACE,
+}  # fmt: skip
+
+
+def rows_of(tmp_path, rows):
+    """(name of the form, the problems) of a file of `rows`."""
+    files = [write_jsonl(tmp_path / "raw.jsonl", rows)]
+    form = recognize(files)
+    return form.name, list(read(files, form, tmp_path))
+
+
+def changed(tmp_path, sample, changes):
+    """The RawRow of a changed row, in a file that begins with an unchanged one."""
+    row = {name: value for name, value in {**sample, **changes}.items() if value is not DELETE}
+    return rows_of(tmp_path, [sample, row])[1][1]
 
 
 def only(**changes):
-    """(positive, pair, reason) of a row under the paper's rules."""
-    choice = choose(RAW.read(raw(**changes)), Rules())
+    """(positive, pair, reason) of a row of OpenR1-Math-Raw under the paper's rules."""
+    choice = choose(FORMS[0].read({**RAW, **changes}), Rules())
     (reason,) = choice.no_pair or [choice.no_positive]
     (pair,) = choice.pairs or [None]
     return choice.positive, pair, reason
@@ -46,14 +73,28 @@ def text(row, side):
     return message["content"]
 
 
+def each(row, field):
+    return [getattr(trace, field) for trace in row.traces]
+
+
 # ---------------------------------------------------------------- what a row becomes
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_each_form_is_named_and_gives_the_same_training_rows(tmp_path, name):
+    found, (row,) = rows_of(tmp_path, SAMPLES[name])
+    assert found == name
+    assert (row.answer, row.flaw) == ("2", None)
+    choice = choose(row, Rules())
+    positive, pair, _ = only()
+    assert (choice.positive, choice.pairs) == (positive, [pair])
 
 
 def test_the_first_correct_trace_is_chosen_and_the_first_incorrect_one_rejected_as_they_are():
     problem, right, wrong = "  1+1?\u2028\n", "<think>\nright\n\n", "\n wrong "
     positive, pair, reason = only(problem=problem, generations=[wrong, right, "", ""])
     shared = {
-        "source": "olympiads",
+        "source": "amc",
         "id": hashlib.sha256(f"{problem}\0{right}".encode()).hexdigest()[:16],
         "prompt": [{"role": "user", "content": problem}],
     }
@@ -63,97 +104,129 @@ def test_the_first_correct_trace_is_chosen_and_the_first_incorrect_one_rejected_
     assert reason is None
 
 
-def test_a_trace_is_correct_only_when_both_verifiers_say_so():
-    split = labels([True, False, True, True], [False, True, True, False])
-    positive, pair, _ = only(correctness=split)
-    assert text(positive, "completion") == "So 2."
-    assert text(pair, "rejected") == "It is 3."
+def ends(closed, reasons):
+    return {"is_reasoning_complete": closed, "finish_reasons": reasons}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"problem_is_valid": valid} for valid in ("Yes", "yes", " YES\n")),
-        *({"source": source} for source in (None, DELETE, "cn_k12_extra")),
-    ],
-)
-def test_a_valid_problem_of_another_source_than_the_excluded_is_kept(changes):
-    assert only(**changes)[2] is None
+def two(llama, math_verify):
+    """A flat row of two traces with these labels."""
+    return {"generations": TEXTS[:2], **ends(None, None), **flat_labels(llama, math_verify)}
+
+
+FIELDS = [
+    # In the order of the verifiers; a null label is a missing vote.
+    (RAW, {"correctness": labels([True] * 4, LABELS)}, "votes", [(True, c) for c in LABELS]),
+    (FLAT, two(None, [False, True]), "votes", [(False,), (True,)]),
+    (FLAT, two([True, True], [False, True]), "votes", [(True, False), (True, True)]),
+    (FLAT, two([True, None], [False, True]), "votes", [(True, False), (True,)]),
+    (FLAT, two([False, True], None), "votes", [(False,), (True,)]),
+    (FLAT, two(None, [None, True]), "votes", [(), (True,)]),
+    (FLAT, two(None, None), "votes", [(), ()]),
+    # Either field says that a trace was truncated.
+    (FLAT, ends([True, False] * 2, None), "complete", [True, False] * 2),
+    (FLAT, ends(None, ["length", "stop"] * 2), "complete", [False, True] * 2),
+    (FLAT, ends(None, None), "complete", [True] * 4),
+    # An answer is text or a number.
+    *((LISTED, {"answer": answer}, "answer", "2") for answer in ("2", " 2 ", 2, 2.0)),
+    (LISTED, {"answer": 0.5}, "answer", "0.5"),
+    *((LISTED, {"answer": answer}, "answer", None) for answer in ("", [2], True, None)),
+]
+
+
+@pytest.mark.parametrize(("sample", "changes", "field", "value"), FIELDS)
+def test_what_a_row_says_of_its_traces_and_its_answer(tmp_path, sample, changes, field, value):
+    row = changed(tmp_path, sample, changes)
+    assert (row.answer if field == "answer" else each(row, field)) == value
 
 
 # ---------------------------------------------------------------- one row per reason
 
-ALL, NONE = [True] * 4, [False] * 4
+ALL, NONE, SIDES = [True] * 4, [False] * 4, ([True, True, False, False], [False, False, True, True])
+
+
+def changes_of(field, *values):
+    return [(RAW, {field: value}) for value in values]
+
+
+def first_traces(*texts):
+    return [*texts, *TEXTS[len(texts) :]]
+
+
 DROPPED = {
     "malformed": [
-        *({"generations": g} for g in ("It is 2.", ["It is 2.", 2, "a", "b"], {"0": "It is 2."})),
-        *({"problem": 11}, {"problem_is_valid": True}, {"source": ["olympiads"]}),
-        {"correctness": [True, True]},
-        {"correctness": {**LABELS, "llama_verification": "true"}},
-        {"correctness": {**LABELS, "math_verify_reparsed_answer": [1, 0, 1, 0]}},
-        *({"problem": "half of a pair: \ud83d"}, {"generations": ["a", "b", "c", "\udc00"]}),
+        *changes_of("generations", RIGHT, first_traces(RIGHT, 2), {"0": RIGHT}),
+        *changes_of("generations", first_traces("half of a pair: \ud83d")),
+        *changes_of("problem", 11, "half of a pair: \ud83d"),
+        *changes_of("correctness", [True, True], labels("true", ALL), labels(ALL, [1, 0, 1, 0])),
+        *((RAW, change) for change in ({"problem_is_valid": True}, {"source": ["amc"]})),
+        *((FLAT, {"generations": given}) for given in (WRONG, [1, 2, 3, 4])),
+        *((FLAT, change) for change in (flat_labels(None, [1] * 4), {"finish_reasons": ["stop"]})),
+        *((LISTED, {"traces": given}) for given in ([RIGHT], [None], {}, [{"text": 2}])),
+        (LISTED, {"traces": [{"text": RIGHT, "correct": "yes"}]}),
+        *((ONE_TRACE[0], {"is_correct": given}) for given in (0.5, "true")),
+        (ONE_TRACE[0], {"response": ["a"]}),
     ],
-    "problem not valid": [{"problem_is_valid": valid} for valid in ("No", "", None, DELETE)],
-    "source cn_k12": [{"source": "cn_k12"}],
-    "empty problem": [{"problem": problem} for problem in ("", " \n", None, DELETE)],
-    "no generations": [{"generations": generations} for generations in ([], None, DELETE)],
-    "labels missing": [
-        {"correctness": given}
-        for given in (
-            *(None, DELETE, {"llama_verification": ALL}, labels(None, ALL), labels(ALL, None)),
-            labels([True, None, True, True], ALL),
-        )
+    "problem not valid": [
+        *changes_of("problem_is_valid", "No", "", None, DELETE),
+        *((FLAT, {"problem_is_valid": valid}) for valid in ("No", None)),
     ],
+    "source cn_k12": changes_of("source", "cn_k12"),
+    "empty problem": changes_of("problem", "", " \n", None, DELETE),
+    "no generations": changes_of("generations", [], None, DELETE),
+    "labels missing": changes_of(
+        "correctness", None, DELETE, {"llama_verification": ALL}, labels(None, ALL),
+        labels(ALL, None), labels([True, None, True, True], ALL),
+    ),
     "labels misaligned": [
-        {"correctness": given}
-        for given in (labels(ALL, [True] * 3), labels([True] * 5, ALL), labels([], ALL))
+        *changes_of("correctness", labels(ALL, ALL[:3]), labels([True] * 5, ALL), labels([], ALL)),
+        *((FLAT, flat_labels(*given)) for given in ((None, [True]), ([], LABELS))),
     ],
-    "no correct generation": [
-        {"correctness": given}
-        for given in (labels(NONE, NONE), labels(ALL[:2] + NONE[:2], NONE[:2] + ALL[:2]))
-    ],
-    "empty chosen": [
-        {"generations": ["It is 3.", chosen, "So 2.", "So 3."]} for chosen in ("", " \n", None)
-    ],
-}
+    "no correct generation": changes_of("correctness", labels(NONE, NONE), labels(*SIDES)),
+    "empty chosen": changes_of("generations", *(first_traces(WRONG, t) for t in ("", " \n", None))),
+}  # fmt: skip
 UNPAIRED = {
-    "no incorrect generation": [{"correctness": labels(ALL, ALL)}],
-    "empty rejected": [
-        {"generations": [rejected, "It is 2.", "So 2.", "So 3."]} for rejected in ("", None)
-    ],
-    "chosen equals rejected": [{"generations": ["It is 2.", "It is 2.", "So 2.", "So 3."]}],
+    "no incorrect generation": changes_of("correctness", labels(ALL, ALL)),
+    "empty rejected": changes_of("generations", first_traces(""), first_traces(None)),
+    "chosen equals rejected": changes_of("generations", first_traces(RIGHT)),
 }
+# A row counts for the first rule that it breaks.
+NO_LABELS = {"correctness": labels(NONE, NONE)}
+EMPTY = {"problem": "", **NO_LABELS}
+FIRST = {
+    "problem not valid": [(RAW, {"problem_is_valid": "No", "source": "cn_k12", **EMPTY})],
+    "source cn_k12": [(RAW, {"source": "cn_k12", **EMPTY})],
+    "empty problem": [(RAW, EMPTY)],
+}
+NO_REASON = [
+    *changes_of("problem_is_valid", "yes", " YES\n"),
+    *changes_of("source", None, DELETE, "cn_k12_extra"),
+    (FLAT, {"problem_is_valid": "Yes"}),
+]
 
 
 @pytest.mark.parametrize(
-    ("reason", "changes"),
-    [(reason, row) for reason, rows in (DROPPED | UNPAIRED).items() for row in rows],
+    ("reason", "sample", "changes"),
+    [
+        (reason, *row)
+        for table in (DROPPED, UNPAIRED, FIRST, {None: NO_REASON})
+        for reason, rows in table.items()
+        for row in rows
+    ],
 )
 def test_a_row_that_breaks_a_rule_gives_nothing_and_without_a_usable_wrong_trace_no_pair(
-    reason, changes
+    tmp_path, reason, sample, changes
 ):
-    positive, pair, found = only(**changes)
-    assert (pair, found) == (None, reason)
-    assert (positive is None) == (reason in DROPPED)
+    choice = choose(changed(tmp_path, sample, changes), Rules())
+    assert [choice.no_positive, *choice.no_pair] == [
+        reason if reason in DROPPED else None, *([reason] if reason in UNPAIRED else []),
+    ]  # fmt: skip
+    assert (choice.positive is None) == (reason in DROPPED)
+    assert bool(choice.pairs) == (reason is None)
 
 
 def test_the_papers_rules_have_these_reasons_and_each_has_a_row_above():
-    counts = no_counts(PrepareConfig(), RAW)
+    counts = no_counts(PrepareConfig(), FORMS[0])
     assert (list(DROPPED), list(UNPAIRED)) == (list(counts.no_positive), list(counts.no_pair))
-
-
-def test_the_rules_are_checked_in_their_order():
-    changes = {
-        "correctness": labels(NONE, NONE), "problem_is_valid": "No", "source": "cn_k12",
-        "problem": "",
-    }  # fmt: skip
-    reasons = [only(**changes)[2]]
-    for name, value in {"problem_is_valid": "Yes", "source": "math", "problem": "1+1?"}.items():
-        changes[name] = value
-        reasons.append(only(**changes)[2])
-    assert reasons == [
-        "problem not valid", "source cn_k12", "empty problem", "no correct generation",
-    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- other rules than the paper's
@@ -220,3 +293,66 @@ def test_every_further_pair_that_is_impossible_is_counted():
     assert choice.no_pair == [
         "empty further chosen", "empty rejected", "chosen equals rejected", "same as another pair",
     ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_rows_of_a_problem_are_joined_from_anywhere_in_order_of_first_appearance(tmp_path):
+    rows = [{"prompt": p, "output": f"{p}{i}", "label": i % 2} for i, p in enumerate("babcab")]
+    rows[4]["finish_reason"] = "length"
+    rows.insert(1, {"prompt": "b", "output": 7})
+    (tmp_path / "spool").mkdir()
+    halves = {"1.jsonl": rows[:3], "2.jsonl": rows[3:]}
+    files = [write_jsonl(tmp_path / name, half) for name, half in halves.items()]
+    *joined, malformed = read(files, recognize(files), tmp_path / "spool")
+    assert [(row.problem, each(row, "text")) for row in joined] == [
+        ("b", ["b0", "b2", "b5"]), ("a", ["a1", "a4"]), ("c", ["c3"]),
+    ]  # fmt: skip
+    assert each(joined[0], "votes") == [[False], [False], [True]]
+    assert each(joined[1], "complete") == [True, False]
+    assert malformed.flaw == "malformed"
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_a_field_that_holds_no_labels_is_no_label(tmp_path):
+    rows = [{"prompt": PROBLEM, "completion": RIGHT, "label": "algebra"}]
+    name, (row,) = rows_of(tmp_path, rows)
+    assert (name, each(row, "votes")) == ("one trace per row (prompt, completion)", [[]])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": "1+1?", "answer": "2"},
+        {"prompt": [{"role": "user", "content": "1+1?"}], "completion": [{"role": "assistant"}]},
+        {"prompt": "1+1?", "chosen": "2", "rejected": "3"},
+        {"messages": []},
+    ],
+)
+def test_a_file_of_no_known_form_is_refused_with_its_fields_and_the_forms(tmp_path, row):
+    message = refusal(rows_of, tmp_path, [row])
+    assert message.startswith(f"{tmp_path}/raw.jsonl: not teacher data in a form known here")
+    assert f"its fields are {', '.join(row)};" in message
+    for name in (*list(SAMPLES)[:3], "one trace per row"):
+        assert f"{name} (" in message
+
+
+def test_the_form_is_that_of_the_first_rows_together_and_rows_are_streamed(tmp_path):
+    bare = {"problem": PROBLEM}
+    file = write_jsonl(tmp_path / "raw.jsonl", [bare] * (HEAD - 1) + [RAW])
+    with open(file, "a") as lines:
+        lines.write("{broken\n")
+    form = recognize([file])
+    assert form.name == "OpenR1-Math-Raw"
+    assert next(read([file], form, tmp_path)).flaw == "problem not valid"
+    assert "not teacher data" in refusal(rows_of, tmp_path, [bare] * HEAD + [RAW])
+
+
+def test_files_of_different_forms_are_not_mixed(tmp_path):
+    rows = {"a.jsonl": RAW, "b.jsonl": LISTED}
+    files = [write_jsonl(tmp_path / name, [row]) for name, row in rows.items()]
+    assert refusal(recognize, files) == (
+        f"{tmp_path}/b.jsonl: is in the form problem, traces, and {tmp_path}/a.jsonl in the form "
+        "OpenR1-Math-Raw; prepare them apart"
+    )

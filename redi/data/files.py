@@ -56,7 +56,7 @@ def read_rows(
 
 def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
     """One row per line or, in a .json file, one array of rows."""
-    with _open(path) as file:
+    with _open_decompressed(path) as file:
         # In bytes, a line ends at \n alone; decoded text would also break at a lone \r.
         numbered = enumerate(file, 1)
         lines = ((n, line) for n, line in numbered if line.removeprefix(BOM).strip())
@@ -91,7 +91,7 @@ def _read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[
         raise UserError(f"{path}: unreadable Parquet file after row {number} ({error})") from None
 
 
-def _open(path: Path) -> io.BufferedReader:
+def _open_decompressed(path: Path) -> io.BufferedReader:
     if path.suffix in (".gz", ".zst"):
         import pyarrow
 

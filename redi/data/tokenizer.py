@@ -130,7 +130,7 @@ class ChatTokenizer:
     def encode_prompt(self, messages: Sequence[Message], prefix: str = "") -> list[int]:
         """Token ids up to where the assistant's answer begins, then those of the text `prefix`,
         unless the template writes the prefix itself (`<think>` in some)."""
-        pieces = _fill(self._render(messages, generation=True), messages)
+        pieces = _insert_contents(self._render(messages, generation=True), messages)
         written = "".join(piece.text for piece in pieces)
         if prefix and not written.rstrip().endswith(prefix.rstrip()):
             pieces.append(Piece(prefix))
@@ -187,7 +187,7 @@ class ChatTokenizer:
                 )
             segments += [pieces[end:at], pieces[at : at + 2]]
             end = at + 2
-        return [_fill(segment, messages) for segment in segments]
+        return [_insert_contents(segment, messages) for segment in segments]
 
     def _find_stop_id(self) -> int:
         pieces = self._render([{"role": "user"}, {"role": "assistant"}], generation=False)
@@ -244,7 +244,7 @@ class ChatTokenizer:
         return [list(chain.from_iterable(map(ids, pieces))) for pieces in segments]
 
 
-def _fill(pieces: list[Piece], messages: Sequence[Message]) -> list[Piece]:
+def _insert_contents(pieces: list[Piece], messages: Sequence[Message]) -> list[Piece]:
     """Insert the contents. Texts side by side become one, because their tokens may merge."""
     filled: list[Piece] = []
     for piece in pieces:

@@ -146,10 +146,10 @@ class Overlaps:
             ours = {"row": number, "id": row.id, "problem": row.problem}
             write(found, ours | dataclasses.asdict(match))
         kinds = {match.kind for match in matches}
-        known = next((reason for kind, reason in IN_BENCHMARK.items() if kind in kinds), None)
-        if known is None and self.seen is not None:
-            return overlap.repeats(row.problem, self.seen)
-        return known
+        for kind, reason in IN_BENCHMARK.items():
+            if kind in kinds:
+                return reason
+        return None if self.seen is None else overlap.repeats(row.problem, self.seen)
 
 
 def write(file: IO, row: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ are dropped, as in the paper.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import get_args
@@ -40,31 +40,32 @@ class Labels:
         self.counts: Counter[tuple[str, Verdict]] = Counter()
 
     def add(self, rows: Iterable[RawRow]) -> Iterator[RawRow]:
-        """`rows` with our votes; with require_complete, `complete` is then decided by the texts."""
+        """`rows` with our votes. With require_complete, the texts also decide `complete`."""
         rows = iter(rows)
         while batch := list(islice(rows, BATCH_ROWS)):
             to_grade = [self._to_grade(row) for row in batch]
-            items = [item for row, some in zip(batch, to_grade) for item in _items(row, some)]
-            verdicts = iter(self.grader.grade_all(items))
-            for row, some in zip(batch, to_grade):
-                if some and row.answer is not None:
+            questions = [q for row, traces in zip(batch, to_grade) for q in _questions(row, traces)]
+            verdicts = iter(self.grader.grade_all(questions))
+            for row, traces in zip(batch, to_grade):
+                if traces and row.answer is not None:
                     row = self._with_votes(row, verdicts)
-                elif some and (self.relabel or not any(trace.votes for trace in row.traces)):
+                elif traces and (self.relabel or not any(trace.votes for trace in row.traces)):
                     row = replace(row, flaw=NO_ANSWER)
                 yield _with_complete(row) if self.rules.require_complete else row
 
     def _to_grade(self, row: RawRow) -> list[Trace]:
-        """The traces to grade: none if the row is dropped anyway."""
+        """The row's traces that get our vote: none if the row is dropped anyway."""
         if unusable(row, self.rules) or (row.flaw and not self.relabel):
             return []
         return [trace for trace in row.traces if self.relabel or not trace.votes]
 
     def _with_votes(self, row: RawRow, verdicts: Iterator[Verdict]) -> RawRow:
+        """The row with votes for its `_to_grade` traces, whose verdicts come next."""
         traces = list(row.traces)
         for index, trace in enumerate(traces):
             if self.relabel or not trace.votes:
                 verdict = next(verdicts)
-                self.counts[_given(trace.votes), verdict] += 1
+                self.counts[_label_of(trace.votes), verdict] += 1
                 votes = () if verdict == "timeout" else (verdict == "correct",)
                 traces[index] = replace(trace, votes=votes)
         return replace(row, traces=traces, flaw=None)
@@ -87,7 +88,7 @@ class Labels:
         return text_table(rows) + (line if total else "")
 
 
-def _items(row: RawRow, traces: list[Trace]) -> Iterator[tuple[str, str, str]]:
+def _questions(row: RawRow, traces: list[Trace]) -> Iterator[tuple[str, str, str]]:
     """(response, answer, finish_reason) of the traces, for the grader."""
     if row.answer is None:
         return
@@ -98,7 +99,8 @@ def _items(row: RawRow, traces: list[Trace]) -> Iterator[tuple[str, str, str]]:
         yield response, trace.answer or row.answer, "stop" if trace.complete else "length"
 
 
-def _given(votes: tuple[bool, ...]) -> str:
+def _label_of(votes: Sequence[bool]) -> str:
+    """One of GIVEN."""
     if not votes:
         return "none"
     return "correct" if all(votes) else "disputed" if any(votes) else "incorrect"

@@ -77,10 +77,10 @@ class Index:
         self._short: dict[str, list[int]] = defaultdict(list)  # masked tokens -> short problems
         for number, (benchmark, identity, text) in enumerate(problems):
             found = tokens(text)
-            grams, masked = _both_grams(found)
+            grams, masked = _word_ngrams(found)
             self._problems.append((benchmark, identity, " ".join(found), grams, masked))
-            if len(_masked(_words(found))) < 2 * N:
-                self._short[" ".join(_masked(found))].append(number)
+            if len(_mask_numbers(_words(found))) < 2 * N:
+                self._short[" ".join(_mask_numbers(found))].append(number)
             else:
                 for gram in masked:
                     self._where[gram].append(number)
@@ -88,7 +88,7 @@ class Index:
     def matches(self, text: str) -> list[Match]:
         """Every benchmark problem found in `text`, in the benchmarks' order."""
         found: dict[int, tuple[Kind, float]] = {}
-        grams, masked = _both_grams(tokens(text))
+        grams, masked = _word_ngrams(tokens(text))
         for number in {number for gram in masked for number in self._where.get(gram, ())}:
             *_, known, known_masked = self._problems[number]
             same = len(known & grams) / len(known)
@@ -97,8 +97,8 @@ class Index:
                 found[number] = ("other numbers", same_masked)
             elif same >= SAME:
                 found[number] = ("same text", same)
-        for run in _sentences(text):
-            for number in self._short.get(" ".join(_masked(run)), ()):
+        for run in _short_sentence_runs(text):
+            for number in self._short.get(" ".join(_mask_numbers(run)), ()):
                 if self._problems[number][2] == " ".join(run):
                     found[number] = ("same text", 1.0)
                 else:
@@ -116,12 +116,12 @@ def tokens(text: str) -> list[str]:
     return [token for token in _TOKEN.findall(plain) if token not in _PUNCTUATION]
 
 
-def _both_grams(found: list[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """The n-grams of the words among the tokens, and the same with masked numbers."""
+def _word_ngrams(found: list[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """The n-grams of a text's words, and the same with masked numbers."""
     words = _words(found)
     return tuple(
         frozenset(" ".join(given[i : i + N]) for i in range(len(given) - N + 1))
-        for given in (words, _masked(words))
+        for given in (words, _mask_numbers(words))
     )
 
 
@@ -130,19 +130,19 @@ def _words(found: Sequence[str]) -> list[str]:
     return [token.removeprefix("\\") for token in found if token[-1].isalnum()]
 
 
-def _masked(found: Sequence[str]) -> list[str]:
+def _mask_numbers(found: Sequence[str]) -> list[str]:
     """Each number as 0, several in a row as one: 12,000 may have become 12,1."""
     zeros = ["0" if token[0].isdigit() else token for token in found]
     return [token for i, token in enumerate(zeros) if token != "0" or zeros[i - 1 : i] != ["0"]]
 
 
-def _sentences(text: str) -> Iterator[list[str]]:
-    """The tokens of each sentence, and of each run of sentences, of fewer than 2 N words."""
+def _short_sentence_runs(text: str) -> Iterator[list[str]]:
+    """The tokens of every run of whole sentences that has fewer than 2 N words."""
     sentences = [tokens(part) for part in _SENTENCE_END.split(text)]
     for first in range(len(sentences)):
         run: list[str] = []
         for sentence in filter(None, sentences[first:]):
             run = run + sentence
-            if len(_masked(_words(run))) >= 2 * N:
+            if len(_mask_numbers(_words(run))) >= 2 * N:
                 break
             yield run

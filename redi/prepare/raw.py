@@ -1,10 +1,10 @@
 r"""Teacher data in any of four forms -> one `RawRow` per problem, streamed.
 
-    OpenR1-Math-Raw   {"problem", "problem_is_valid", "generations": [..], "correctness": {..}}
-    OpenR1-Math-220k  {"problem", "generations": [..], "correctness_math_verify": [..],
-                       "correctness_llama", "is_reasoning_complete", "finish_reasons": [..] | null}
-    problem, traces   {"problem", "answer", "traces": [{"text": "It is 2.", "correct": true}, ..]}
-    one trace a row   {"problem": "1+1?", "response": "It is 2.", "correct": true, "answer": "2"}
+    OpenR1-Math-Raw    {"problem", "problem_is_valid", "generations": [..], "correctness": {..}}
+    OpenR1-Math-220k   {"problem", "generations": [..], "correctness_math_verify": [..],
+                        "correctness_llama", "is_reasoning_complete", "finish_reasons": [..] | null}
+    problem, traces    {"problem", "answer", "traces": [{"text": "It is 2.", "correct": true}, ..]}
+    one trace per row  {"problem": "1+1?", "response": "It is 2.", "correct": true, "answer": "2"}
 
 The fields of a file's first 100 rows decide its form; a missing field counts as null. Each form may
 also have `answer`, `source` and an id (`uuid` or `id`). Fields of one trace per row have different
@@ -64,16 +64,15 @@ class Trace:
     """A teacher's trace. votes: the verifiers' labels, True for correct; () if there are none."""
 
     text: str | None
-    votes: tuple[bool, ...] = ()
+    votes: Sequence[bool] = ()
     complete: bool = True  # False where the data says that it was truncated
     answer: str | None = None  # of its own row, in data with one trace per row
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
-    """A problem and the teacher's traces of it.
-
-    flaw: why the row cannot be used: "malformed", "labels missing" or "labels misaligned".
+    """A problem and the teacher's traces of it. flaw: why the row cannot be used: "malformed",
+    "problem not valid", "labels missing" or "labels misaligned"; the last two by its labels alone.
     """
 
     problem: str | None = None
@@ -81,7 +80,6 @@ class RawRow:
     answer: str | None = None
     source: str | None = None
     id: str | None = None
-    valid: bool = True
     flaw: str | None = None
 
 
@@ -110,14 +108,14 @@ class Form:
 
 def recognize(files: Sequence[Path]) -> Form:
     """The form of all `files`. Raises UserError: a file in no known form, or files in two forms."""
-    first, *others = (_form_of(file) for file in files)
-    for file, form in zip(files[1:], others):
-        if form.name != first.name:
+    forms = [_find_form(file) for file in files]
+    for file, form in zip(files, forms):
+        if form.name != forms[0].name:
             raise UserError(
-                f"{file}: is in the form {form.name}, and {files[0]} in the form {first.name}; "
+                f"{file}: is in the form {form.name}, and {files[0]} in the form {forms[0].name}; "
                 "prepare them apart"
             )
-    return first
+    return forms[0]
 
 
 def read(files: Sequence[Path], form: Form, folder: Path) -> Iterator[RawRow]:
@@ -126,7 +124,8 @@ def read(files: Sequence[Path], form: Form, folder: Path) -> Iterator[RawRow]:
     return _joined_by_problem(rows, folder) if form.one_trace else rows
 
 
-def _form_of(file: Path) -> Form:
+def _find_form(file: Path) -> Form:
+    """The form whose fields the file's first rows have. Raises UserError if there is none."""
     seen: dict[str, Any] = {}  # field -> its first value that is not null
     for _, row in itertools.islice(read_rows(file, FIELDS), HEAD):
         for name, value in row.items():
@@ -145,11 +144,11 @@ def _form_of(file: Path) -> Form:
     if spellings["problem"] and spellings["trace"]:
         used = tuple(filter(None, spellings.values()))
         reader = functools.partial(_one_trace, spellings=spellings)
-        return Form(f"one trace a row ({', '.join(used)})", used, reader, one_trace=True)
+        return Form(f"one trace per row ({', '.join(used)})", used, reader, one_trace=True)
     known = "; ".join(f"{form.name} ({', '.join(form.fields)})" for form in FORMS)
     raise UserError(
         f"{file}: not teacher data in a form known here; its fields are "
-        f"{', '.join(list(seen)[:20]) or 'none'}; the forms are {known}; one trace a row "
+        f"{', '.join(list(seen)[:20]) or 'none'}; the forms are {known}; one trace per row "
         f"({' or '.join(SPELLINGS['problem'])}, and {' or '.join(SPELLINGS['trace'])}, as text)"
     )
 
@@ -161,8 +160,8 @@ def _openr1_math_raw(row: Row) -> RawRow:
     by_verifier = _field(row, "correctness", {})
     labels = [by_verifier.get(verifier) for verifier in VERIFIERS]
     missing = any(column is None or None in column for column in labels)
-    fields = {"valid": _is_valid(row), "flaw": "labels missing" if missing else None}
-    return _raw_row(row, _field(row, "generations", []), [] if missing else labels, **fields)
+    flaw = _flaw_of_problem(row) or ("labels missing" if missing else None)
+    return _raw_row(row, _field(row, "generations", []), [] if missing else labels, flaw=flaw)
 
 
 def _openr1_math_220k(row: Row) -> RawRow:
@@ -172,8 +171,8 @@ def _openr1_math_220k(row: Row) -> RawRow:
     if not len(closed) == len(reasons) == len(texts):
         raise _Malformed
     complete = [c is not False and reason != "length" for c, reason in zip(closed, reasons)]
-    valid = "problem_is_valid" not in row or _is_valid(row)
-    return _raw_row(row, texts, labels, complete, valid=valid)
+    flaw = _flaw_of_problem(row) if "problem_is_valid" in row else None
+    return _raw_row(row, texts, labels, complete, flaw)
 
 
 def _listed(row: Row) -> RawRow:
@@ -198,11 +197,11 @@ def _raw_row(
     texts: list[str | None],
     labels: list[list[bool | None]],
     complete: Iterable[bool] = itertools.repeat(True),
-    **fields: Any,
+    flaw: str | None = None,
 ) -> RawRow:
-    """Adds what all forms share. labels: a list per verifier, aligned with the texts."""
+    """Adds the fields that all forms share. labels: a list per verifier, aligned with the texts."""
     if any(len(column) != len(texts) for column in labels):
-        fields, labels = {**fields, "flaw": "labels misaligned"}, []
+        flaw, labels = flaw or "labels misaligned", []
     answer, identity = answer_text(row.get("answer")) or None, row.get("uuid", row.get("id"))
     return RawRow(
         problem=_field(row, "problem"),
@@ -213,22 +212,23 @@ def _raw_row(
         answer=answer,
         source=_field(row, "source"),
         id=identity if isinstance(identity, str) and is_encodable(identity) else None,
-        **fields,
+        flaw=flaw,
     )
 
 
-def _is_valid(row: Row) -> bool:
-    return _field(row, "problem_is_valid", "").strip().lower() == "yes"
+def _flaw_of_problem(row: Row) -> str | None:
+    is_valid = _field(row, "problem_is_valid", "").strip().lower() == "yes"
+    return None if is_valid else "problem not valid"
 
 
 def _field(row: Row, name: str, default: Any = None) -> Any:
-    """The value, or `default` for null. Raises _Malformed."""
-    _check(row.get(name), TYPES[name])
+    """The value, or `default` for null. Raises _Malformed if its type is not that in TYPES."""
+    _check_type(row.get(name), TYPES[name])
     return default if row.get(name) is None else row[name]
 
 
-def _check(value: Any, expected: Any) -> None:
-    """Raises _Malformed, unless the value is null or of this type (see TYPES)."""
+def _check_type(value: Any, expected: Any) -> None:
+    """expected: as in TYPES. Null has any type. Raises _Malformed."""
     if value is None:
         return
     kind = expected if isinstance(expected, type) else type(expected)
@@ -236,10 +236,10 @@ def _check(value: Any, expected: Any) -> None:
         raise _Malformed
     if kind is list:
         for item in value:
-            _check(item, expected[0])
+            _check_type(item, expected[0])
     elif kind is dict:
         for name, of_field in expected.items():
-            _check(value.get(name), of_field)
+            _check_type(value.get(name), of_field)
 
 
 FORMS = (
@@ -253,8 +253,9 @@ FORMS = (
 
 
 def _joined_by_problem(rows: Iterable[RawRow], folder: Path) -> Iterator[RawRow]:
-    """Rows of one trace -> rows of one problem, in order of first appearance; malformed ones belong
-    to none and come last. The texts wait in a temporary file; memory holds an offset per trace."""
+    """Rows of one trace -> rows of one problem, in order of first appearance. The problem's other
+    fields are those of the first row that has them. Malformed rows come last. The rows wait in a
+    temporary file; memory holds an offset per row."""
     malformed, offsets = 0, defaultdict(list)  # the problem's hash -> where its rows are stored
     with tempfile.TemporaryFile(dir=folder) as spool:
         for row in rows:
@@ -264,21 +265,11 @@ def _joined_by_problem(rows: Iterable[RawRow], folder: Path) -> Iterator[RawRow]
             offsets[hashlib.sha256((row.problem or "").encode()).digest()].append(spool.tell())
             spool.write(json.dumps(asdict(row)).encode() + b"\n")
         for of_problem in offsets.values():
-            parts = []
+            traces, fields = [], {}
             for offset in of_problem:
                 spool.seek(offset)
                 stored = json.loads(spool.readline())
-                traces = [
-                    Trace(**{**trace, "votes": tuple(trace["votes"])})
-                    for trace in stored.pop("traces")
-                ]
-                parts.append(RawRow(traces=traces, **stored))
-            # The problem's other fields are those of the first row that has them.
-            fields: dict[str, str] = {}
-            for part in reversed(parts):
-                known = {
-                    name: getattr(part, name) for name in ("problem", "answer", "source", "id")
-                }
-                fields |= {name: value for name, value in known.items() if value is not None}
-            yield RawRow(traces=[trace for part in parts for trace in part.traces], **fields)
+                traces += [Trace(**trace) for trace in stored.pop("traces")]
+                fields = stored | {k: value for k, value in fields.items() if value is not None}
+            yield RawRow(traces=traces, **fields)
     yield from [MALFORMED] * malformed

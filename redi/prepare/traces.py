@@ -77,8 +77,7 @@ class Choice:
 def unusable(row: RawRow, rules: Rules) -> str | None:
     """Why a row can give nothing, whatever its labels are, or None."""
     checks = (
-        ("malformed", row.flaw == "malformed"),
-        ("problem not valid", not row.valid),
+        (row.flaw, row.flaw in ("malformed", "problem not valid")),
         (f"source {row.source}", row.source in rules.excluded),
         ("source not asked for", rules.sources and row.source not in rules.sources),
         ("empty problem", _is_blank(row.problem)),
@@ -102,40 +101,39 @@ def choose(row: RawRow, rules: Rules) -> Choice:
     # 4. D_SFT: the first correct trace.
     if not correct:
         return Choice(no_positive="no correct generation")
-    chosen = _usable(correct, rules)
+    chosen = _texts_to_choose_from(correct, rules)
     if not chosen:
         return Choice(no_positive="no complete correct one")
     if _is_blank(chosen[0]):
         return Choice(no_positive="empty chosen")
-    positive = _example(row, [chosen[0]], completion=chosen[0])
+    positive = _training_row(row, [chosen[0]], completion=chosen[0])
 
     # 5. D_Pref: the same trace, and the first incorrect one.
     if not incorrect:
         disputed = any(not all(trace.votes) for trace in row.traces)
         reason = "none that both reject" if disputed else "no incorrect generation"
         return Choice(positive, no_pair=[reason])
-    rejected = _usable(incorrect, rules)
+    rejected = _texts_to_choose_from(incorrect, rules)
     if not rejected:
         return Choice(positive, no_pair=["no complete incorrect one"])
     pairs: dict[tuple[str, str], Row] = {}
     reasons = []
     for k, texts in enumerate(islice(zip(chosen, rejected), rules.pairs_per_problem)):
-        if reason := _unpairable(*texts, rules):
+        if reason := _reason_against_pair(*texts, rules):
             reasons.append(reason)
         elif texts in pairs:
             reasons.append("same as another pair")
         else:
             identity = [texts[0]] if k == 0 else texts
-            pairs[texts] = _example(row, identity, chosen=texts[0], rejected=texts[1])
+            pairs[texts] = _training_row(row, identity, chosen=texts[0], rejected=texts[1])
     return Choice(positive, list(pairs.values()), no_pair=reasons)
 
 
-def _usable(traces: list[Trace], rules: Rules) -> list[str | None]:
-    """The texts of those that may be chosen or rejected."""
+def _texts_to_choose_from(traces: list[Trace], rules: Rules) -> list[str | None]:
     return [trace.text for trace in traces if trace.complete or not rules.require_complete]
 
 
-def _unpairable(chosen: str | None, rejected: str | None, rules: Rules) -> str | None:
+def _reason_against_pair(chosen: str | None, rejected: str | None, rules: Rules) -> str | None:
     """Why two traces cannot be a pair, or None."""
     if _is_blank(chosen):
         return "empty further chosen"
@@ -146,7 +144,7 @@ def _unpairable(chosen: str | None, rejected: str | None, rules: Rules) -> str |
     return "rejected too short" if len(rejected) < rules.min_length_ratio * len(chosen) else None
 
 
-def _example(row: RawRow, identity: Sequence[str], **responses: str) -> Row:
+def _training_row(row: RawRow, identity: Sequence[str], **responses: str) -> Row:
     """A row to train on. identity: the traces that its id covers, beside the problem."""
     answers = {side: [{"role": "assistant", "content": r}] for side, r in responses.items()}
     return {
