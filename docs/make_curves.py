@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 
 from matplotlib.figure import Figure
 
+from redi.curves import smooth
 from redi.data.files import make_folder
 from redi.monitor import CollapseGuard
 from redi.recipe import REDIConfig
@@ -115,7 +116,9 @@ def norms(axis, run: str) -> None:
 
 def log_probs(axis, run: str, lowest: float) -> None:
     for key, color in (("chosen", "C0"), ("rejected", "C3")):
-        axis.plot(*series(run, f"{key}_logp"), color=color, lw=1.2, label=key)
+        steps, values = series(run, f"{key}_logp")
+        axis.plot(steps, values, color=color, lw=0.8, alpha=0.3)
+        axis.plot(steps, smooth(values), color=color, lw=1.5, label=key)
     if step := warned(run):
         limit = series(run, "chosen_logp")[1][0] - DEFAULTS.collapse_threshold
         axis.axhline(limit, color=GRAY, ls="--", lw=1, label="the guard's threshold")

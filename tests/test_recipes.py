@@ -1,11 +1,14 @@
 """Every recipe is one that its program accepts, and the paper's say what the paper says."""
 
+from pathlib import Path
+
 import pytest
 from processes import ROOT
 
 from redi.config import parse
 from redi.eval.protocol import EvalConfig
 from redi.recipe import REDIConfig, SFTConfig
+from redi.study.commands import jobs
 from redi.study.plan import read_study
 
 RECIPES = ROOT / "recipes"
@@ -26,7 +29,10 @@ def test_every_recipe_is_accepted():
     for name in PROGRAMS:
         load(name)
     for name in STUDIES:
-        read_study(RECIPES / f"{name}.toml")
+        words = {w for job in jobs(read_study(RECIPES / f"{name}.toml")) for w in job.command}
+        programs = {Path(word).resolve() for word in words if word.endswith(".py")}
+        assert programs == {ROOT / p for p in ("train_sft.py", "train_redi.py", "evaluate.py")}
+        assert all(program.is_file() for program in programs)
 
 
 def test_the_grid_of_the_paper_is_that_of_its_appendix_c4():

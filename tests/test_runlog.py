@@ -204,7 +204,7 @@ def test_a_tracker_gets_settings_and_records(run, monkeypatch, tracker):
 
 def test_the_curves_of_all_runs_are_drawn_into_the_first_with_a_panel_per_metric(tmp_path, capsys):
     first, second, empty = (tmp_path / name for name in ("one", "two", "empty"))
-    panels = dict.fromkeys(list(curves.PANELS)[:4], 0.1)
+    panels = dict.fromkeys(("chosen_logp", "rejected_logp", "margin", "lr"), 0.1)  # three panels
     for folder, values in ((first, {}), (second, panels)):
         folder.mkdir()
         train = [{**FIRST, "step": step, **values} for step in range(1, 6)]
@@ -223,3 +223,9 @@ def test_the_curves_of_all_runs_are_drawn_into_the_first_with_a_panel_per_metric
     assert 500 < sizes[0][1] < sizes[1][1]  # and three columns
     assert {path.name for path in first.iterdir()} == {"metrics.jsonl", "curves.png"}
     assert not (second / "curves.png").exists()
+
+
+def test_a_curve_is_smoothed_over_a_tenth_of_its_steps():
+    assert curves.smooth([0, 0, 6, 0, 0]).tolist() == [0, 0, 6, 0, 0]
+    spike = [0.0] * 9 + [6.0] + [0.0] * 9 + [6.0]  # 20 steps: the mean of three, of two at the end
+    assert curves.smooth(spike).tolist() == [0] * 8 + [2] * 3 + [0] * 7 + [2, 3]

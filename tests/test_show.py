@@ -6,18 +6,14 @@ import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import main_in_this_process
 from small_run import assistant, user, write_jsonl
 
-from redi.data.dataset import table_of_lengths
 from redi.data.tokenizer import ChatTokenizer
-from redi.packing import ATTENTION
 from redi.recipe import REDIConfig, SFTConfig
 from redi.show import __main__ as show
 from redi.show.rows import tokens_of, visible
@@ -93,7 +89,8 @@ def test_a_report_of_four_pairs(shown):
     assert (lines["a"], lines["b"]) == (["2", "50.0%"], ["1", "25.0%"])
     assert "\n(no source named)     1  25.0%\n" in report
     # The third chosen has no box, the first rejected neither; the fourth have none.
-    assert re.search(r"with </think> +75\.0% +0\.0%\nwith \\boxed\{\} +50\.0% +50\.0%\n", report)
+    assert "\n  chosen: 75.0% with </think>, 50.0% with \\boxed{}\n" in report
+    assert "\n  rejected: 0.0% with </think>, 50.0% with \\boxed{}\n" in report
     assert "prompts: 25.0% repeat an earlier one" in report
     assert "1 optimizer steps of 32 rows" in report
 
@@ -107,33 +104,15 @@ def test_a_report_of_long_names_and_many_sources_fits_a_screen(shown):
     assert max(map(len, report.splitlines())) <= 100
 
 
-def sized(lengths: list, responses: list[int], turns: int = 0) -> SimpleNamespace:
-    """What the tables need of a Dataset whose rows have so many tokens, some between answers."""
-    given, answers = np.array(lengths), np.array(responses)
-    prompts, store = given.reshape(-1) - answers - turns, SimpleNamespace(paired=given.ndim == 2)
-    parts = {"lengths": given, "prompt_lengths": prompts, "response_lengths": answers}
-    return SimpleNamespace(store=store, **parts)
-
-
-def test_token_quantiles_are_lengths_that_occur():
-    table = cells(table_of_lengths(sized([[5, 9], [6, 8], [7, 30]], [2, 6, 2, 4, 2, 25])))
+def test_token_quantiles_are_lengths_that_occur(shown):
+    """A digit is a token, and so is the stop token at the end of a response."""
+    rows = [pair("?" + "1" * n, "1", "2" * m) for n, m in ((1, 5), (2, 3), (1, 24))]
+    table = cells(shown(rows))
     #                            total  min  median  p90   p99   max
-    assert table["prompt"] == ["12", "3", "4", "5", "5", "5"]
     assert table["chosen"] == ["6", "2", "2", "2", "2", "2"]
     assert table["rejected"] == ["35", "4", "6", "25", "25", "25"]
-    # 10 tokens: a prompt of 2, and of the 8 after it 5 are learned from.
-    assert cells(table_of_lengths(sized([10], [5], turns=3)))["between"] == ["3"] * 6
-
-
-def test_a_step_of_two_ranks_is_as_balanced_as_its_work(shown):
-    """Two rows, one per rank: the mean of the work over the largest."""
-    rows = [positive("?", "1"), positive("?", "1" * 500)]
-    report = shown(rows, "--ranks", 2)
-    _, least, *_, most = (int(n) for n in cells(report)["response"])
-    prompt = int(cells(report)["prompt"][1])
-    short, long = (n + ATTENTION * n**2 for n in (prompt + least, prompt + most))
-    balance = f"{(long + short) / 2 / long:.3f}"
-    assert f"balance of 2 ranks, mean over largest work: {balance}, {balance} in" in report
+    total, least, *quantiles = map(int, table["prompt"])
+    assert (total, quantiles) == (3 * least + 1, [least, least + 1, least + 1, least + 1])
 
 
 def test_all_rows_over_a_limit_are_still_described(shown):
@@ -181,6 +160,8 @@ def test_of_several_turns_only_the_answers_are_learned_from(shown):
     text = Path("p.html").read_text(encoding="utf-8")
     captions = [text for text in Page(text).texts if ", not learned from" in text]
     assert len(captions) == 2 + 1  # two prompts, and a turn between answers
+    between = captions[1].split()[-2]  # its tokens; the second row has none
+    assert cells(report)["between"] == [between, "0", "0", *[between] * 3]
     tokens = positions(opened(text))
     assert tokens == [*range(len(tokens))]  # each once, in all four stretches
     assert report.splitlines()[-7:-1] == [
@@ -259,9 +240,9 @@ def test_the_page_loads_nothing_and_shows_every_token_with_its_position_and_id(s
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert text.count("src=") == text.count('src="data:image/png;base64,') == page.tags["img"] == 1
     assert "url(http" not in text
-    assert row.texts[0] == "Row 2, the shortest"
     captions = [re.fullmatch(r".*, (\d+) tokens", text) for text in row.texts]
     prompt, chosen, rejected = (int(found[1]) for found in captions if found)
+    assert row.texts[0] == f"Row 2, {chosen + rejected} response tokens"
     assert positions(row) == [*range(prompt + chosen), *range(prompt, prompt + rejected)]
 
 
@@ -276,14 +257,12 @@ def test_a_page_of_long_rows_stays_small_and_is_the_same_each_time(shown):
 
 # ---------------------------------------------------------------- errors
 
-RAW = [{"problem": "?", "response": "!", "correct": True}]
 FIVE = [*PAIRS, pair("?", "same", "same")]
 ERRORS = [
     ("data/pairs.jsonl", [], "`python -m redi.prepare` makes it"),
     ("rows.jsonl", [], "no such file"),
-    (RAW, [], "p.jsonl:1: fields seen: problem, response, correct; expected {prompt,"),
-    (FIVE, ["--row", 6], "--row 6: p.jsonl has 5 rows (left out: chosen equals rejected)"),
-    (FIVE, ["--row", 5], "--row 5: p.jsonl has 5 rows (left out: chosen equals rejected)"),
+    (FIVE, ["--row", 6], "--row 6: not among the 4 rows of p.jsonl that can be trained on"),
+    (FIVE, ["--row", 5], "--row 5: not among the 4 rows of p.jsonl that can be trained on"),
     (FIVE, ["--row", 0], "--row: expected at least 1"),
     (FIVE, ["--html", "nowhere/p.html"], "nowhere/p.html: cannot be written"),
     (FIVE, ["--html", "."], "--html: expected a file to write"),
@@ -297,3 +276,11 @@ def test_an_error_is_one_line_that_says_what_to_do(shown, data, flags, expected)
     assert text.startswith("error: ")
     assert text.count("\n") == 1
     assert expected in text
+
+
+def test_rows_of_no_known_form_are_refused_before_they_are_tokenized(shown):
+    error = shown([{"problem": "?", "response": "!", "correct": True}], status=2)
+    assert "p.jsonl:1: fields seen: problem, response, correct; expected " in error
+    forms = "{prompt, chosen, rejected} or {chosen, rejected} or {prompt, completion} or {messages}"
+    assert forms in error
+    assert not Path("cache").exists()

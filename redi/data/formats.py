@@ -53,10 +53,12 @@ def read_examples(
             yield number, example
 
 
-def find_format(row: Mapping[str, Any], where: str, paired: bool) -> tuple[str, ...]:
-    """The fields of the row's format. Raises UserError if no format fits."""
+def find_format(row: Mapping[str, Any], where: str, paired: bool | None) -> tuple[str, ...]:
+    """The fields of the row's format. paired: None for the formats of both stages, those of pairs
+    first. Raises UserError if no format fits."""
     present = [name for name, value in row.items() if value is not None]
-    for fields in FORMATS[paired]:
+    formats = FORMATS[True] + FORMATS[False] if paired is None else FORMATS[paired]
+    for fields in formats:
         if set(fields) <= set(present):
             return fields
     hint = ""
@@ -64,7 +66,7 @@ def find_format(row: Mapping[str, Any], where: str, paired: bool) -> tuple[str, 
         hint = "; this looks like raw teacher data: python -m redi.prepare makes rows to train on"
     elif any(set(fields) <= set(present) for fields in FORMATS[not paired]):
         hint = f"; {'train_sft.py' if paired else 'train_redi.py'} trains on such rows"
-    expected = " or ".join("{" + ", ".join(fields) + "}" for fields in FORMATS[paired])
+    expected = " or ".join("{" + ", ".join(fields) + "}" for fields in formats)
     listed = ", ".join(str(name)[:40] for name in present[:20]) or "none"
     raise UserError(f"{where}: fields seen: {listed}; expected {expected}{hint}")
 

@@ -44,12 +44,10 @@ class ShowConfig:
     max_response: Annotated[int | None, "longest response; none: as published"] = None
     max_length: Annotated[int | None, "longest of both together; none: as published"] = None
     pack_tokens: Annotated[int, "tokens in a forward pass"] = TrainConfig.pack_tokens
-    ranks: Annotated[int, "processes that share a step"] = 8
     cache: Annotated[str, "folder for tokenized data, kept"] = TrainConfig.cache
 
     def __post_init__(self) -> None:
         require(self.row is None or self.row >= 1, "row", self.row, "at least 1")
-        require(self.ranks >= 1, "ranks", self.ranks, "at least 1")
         is_folder = self.html is not None and Path(self.html).is_dir()
         require(not is_folder, "html", f"the folder {self.html}", "a file to write")
 
@@ -64,9 +62,8 @@ def find_row(dataset: Dataset, number: int, path: str) -> int:
     """The index of the row whose number in the data, from 1, is `number`."""
     found = np.flatnonzero(dataset.store.row_numbers == number)
     if not len(found):
-        total = len(dataset) + sum(dataset.store.skipped.values())
-        reasons = ", ".join(dataset.store.skipped) or "none"
-        raise UserError(f"--row {number}: {path} has {total:,} rows (left out: {reasons})")
+        usable = f"the {len(dataset):,} rows of {path} that can be trained on"
+        raise UserError(f"--row {number}: not among {usable}")
     return int(found[0])
 
 
@@ -75,12 +72,9 @@ def rows_to_draw(dataset: Dataset, chosen: int) -> dict[int, str]:
     responses."""
     responses = dataset.response_lengths.reshape(len(dataset), -1).sum(axis=1)
     order = np.argsort(responses, kind="stable").tolist()
-    captions = {chosen: f"Row {dataset.row_number(chosen):,}"}
-    picked = (0, order[0], order[len(order) // 2], order[-1])
-    for row, name in zip(picked, ("first", "shortest", "median", "longest")):
-        captions.setdefault(row, f"Row {dataset.row_number(row):,}")
-        captions[row] += f", the {name}"
-    return captions
+    rows = (chosen, 0, order[0], order[len(order) // 2], order[-1])
+    numbers = {row: dataset.row_number(row) for row in rows}
+    return {row: f"Row {n:,}, {responses[row]:,} response tokens" for row, n in numbers.items()}
 
 
 def show(config: ShowConfig) -> str | None:
@@ -94,7 +88,7 @@ def show(config: ShowConfig) -> str | None:
     every_row = select(store, NO_LIMITS, "drop", config.file)
     chosen = find_row(every_row, config.row, config.file) if config.row else 0
 
-    text = report(files, every_row, training, config.ranks)
+    text = report(files, every_row, training)
     learned = f"+ is made more likely{', - less' if paired else ''}"
     print(text, f"\nRow {every_row.row_number(chosen):,}: {learned}", sep="\n")
     print(row_as_text(stretches(every_row, chosen), chat))

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -19,11 +18,10 @@ from redi.batches import TrainData
 from redi.config import UserError, one_line
 from redi.data.dataset import Dataset, Limits, select, table_of_lengths
 from redi.data.files import read_rows
-from redi.data.formats import FIELDS, FORMATS, to_example
+from redi.data.formats import FIELDS, FORMATS, find_format, to_example
 from redi.distributed import World
 from redi.eval.grading.grader import extract
 from redi.objectives import sft
-from redi.packing import ATTENTION
 from redi.recipe import TrainConfig
 from redi.run import describe_plan
 from redi.show.rows import COLUMNS, sides, visible
@@ -31,19 +29,18 @@ from redi.tables import text_table
 
 TOP_SOURCES = 10
 LONGEST_NAME = 60  # of a source, in characters
-ENDINGS = ("</think>", "\\boxed{}")
 
 
 def holds_pairs(files: Sequence[Path]) -> bool:
-    """Whether the first row is a pair. Rows of the other stage are refused when they are read."""
-    _, row = next(read_rows(files, FIELDS))
-    present = {name for name, value in row.items() if value is not None}
-    return any(present.issuperset(fields) for fields in FORMATS[True])
+    """Whether the first row is a pair. Raises UserError for a row that neither stage trains on.
+    Rows of the other stage are refused when they are read."""
+    where, row = next(read_rows(files, FIELDS))
+    return find_format(row, where, paired=None) in FORMATS[True]
 
 
-def report(files: Sequence[Path], every_row: Dataset, config: TrainConfig, ranks: int) -> str:
-    """What the files hold and what `config` will train on, with this many processes."""
-    store, names = every_row.store, sides(every_row)
+def report(files: Sequence[Path], every_row: Dataset, config: TrainConfig) -> str:
+    """What the files hold and what `config` will train on."""
+    store = every_row.store
     stage = "pairs for train_redi.py" if store.paired else "rows for train_sft.py"
     sources, counts = count_texts(files, every_row)
     total = sources.total()
@@ -54,24 +51,22 @@ def report(files: Sequence[Path], every_row: Dataset, config: TrainConfig, ranks
         *(f"left out: {count:,} {reason}" for reason, count in store.skipped.items()),
         f"prompts: {_share(counts['repeated prompts'], total)} repeat an earlier one",
     ]
+    for side in sides(every_row):
+        thinking, boxed = (_share(counts[what, side], total) for what in ("thinking", "boxed"))
+        about_files.append(f"{side}: {thinking} with </think>, {boxed} with \\boxed{{}}")
     if store.paired:
         chosen, rejected = every_row.response_lengths.reshape(-1, 2).T
         shorter, longer = (rejected < chosen).mean(), (rejected > chosen).mean()
         about_files.append(f"rejected: {shorter:.1%} shorter than chosen, {longer:.1%} longer")
-    endings = [
-        (f"with {ending}", *(_share(counts[ending, side], total) for side in names))
-        for ending in ENDINGS
-    ]
     limits = Limits(config.max_prompt, config.max_response, config.max_length)
     try:
-        training = about_training(select(store, limits, "drop", config.data), config, ranks)
+        training = about_training(select(store, limits, "drop", config.data), config)
     except UserError as no_row_is_left:
         training = [str(no_row_is_left)]
     sections = [
         _section("File", about_files),
         table_of_sources(sources),
         table_of_lengths(every_row),
-        text_table([("Responses", *names), *endings]),
         _section("Training", training),
     ]
     return "\n\n".join(sections)
@@ -80,7 +75,7 @@ def report(files: Sequence[Path], every_row: Dataset, config: TrainConfig, ranks
 def count_texts(
     files: Sequence[Path], every_row: Dataset
 ) -> tuple[Counter[str], Counter[str | tuple[str, str]]]:
-    """(rows of each source, counts of "repeated prompts" and of (ending, side of the pair))"""
+    """(rows of each source, counts of "repeated prompts" and of ("thinking" or "boxed", side))"""
     sources, counts = Counter(), Counter()
     prompts: set[bytes] = set()  # hashes
     rows = read_rows(files, {*FIELDS, "source"})
@@ -93,8 +88,8 @@ def count_texts(
         prompts.add(prompt)
         for side, messages in zip(sides(every_row), example.responses):
             answer = messages[-1]["content"]
-            has = ("</think>" in answer, extract(answer, "whole") is not None)
-            counts.update((ending, side) for ending, found in zip(ENDINGS, has) if found)
+            counts["thinking", side] += "</think>" in answer
+            counts["boxed", side] += extract(answer, "whole") is not None
     return sources, counts
 
 
@@ -107,23 +102,16 @@ def table_of_sources(sources: Counter[str]) -> str:
     return text_table([("Sources", "rows", "share"), *cells])
 
 
-def about_training(kept: Dataset, config: TrainConfig, ranks: int) -> list[str]:
-    """What training will do with the rows, as it prints it, and how even the ranks' work is."""
+def about_training(kept: Dataset, config: TrainConfig) -> list[str]:
+    """What training will do with the rows, as it prints it."""
     kind = "pairs" if kept.store.paired else "rows"
     dropped = [f"; left out: {count:,} {reason}" for reason, count in kept.dropped.items()]
     objective = config.make_objective() if kept.store.paired else sft()
-    data = TrainData(kept, objective, World(0, ranks, torch.device("cpu")), config.pack_tokens)
-    lengths = kept.lengths.reshape(-1)
-    work = lengths + ATTENTION * lengths**2.0
-    epoch = data.plan(config.rows_per_step, config.seed, epoch=0)
-    works = np.array([[work[np.concatenate(packs)].sum() for packs in step] for step in epoch])
-    balance = works.mean(axis=1) / works.max(axis=1)
+    data = TrainData(kept, objective, World(0, 1, torch.device("cpu")), config.pack_tokens)
     return [
         f"{kind}: {len(kept):,} within the limits (prompt {config.max_prompt:,} tokens, response "
         f"{config.max_response:,}, both {config.max_length:,}){''.join(dropped)}",
         describe_plan(data, config),
-        f"balance of {ranks} ranks, mean over largest work: {balance.mean():.3f}, "
-        f"{balance.min():.3f} in the worst step",
     ]
 
 

@@ -25,7 +25,8 @@ import torch
 
 from redi.config import UserError, parse, positional, program, require
 from redi.data.files import lock, make_folder, write_aside
-from redi.study.commands import Job, jobs, refuse_changes
+from redi.runlog import is_finished
+from redi.study.commands import Job, jobs
 from redi.study.jobs import run_jobs
 from redi.study.plan import Study, read_study
 from redi.study.results import Results, collect
@@ -56,25 +57,24 @@ def main() -> None:
         return
     with claim(study, wanted) as held:
         workers = config.workers or (1 if gpus else len(os.sched_getaffinity(0)))
-        failed, not_run = run_jobs(wanted, study.out, workers, held)
-        needed = "not run, because it needs a job that failed"
-        results = collect(study, failed | dict.fromkeys(not_run, needed))
+        missing = run_jobs(wanted, study.out, workers, held)
+        results = collect(study, missing)
         write_reports(study, results)
     print(text_table(table(results, results.table)), summary(results), sep="\n")
     print(f"saved {study.out}/report.html, study.json and figures/")
-    if failed:
-        first, why = next(iter(failed.items()))
+    if missing:
+        first, why = next(iter(missing.items()))
         raise UserError(
-            f"{len(failed)} of {len(wanted)} jobs failed and {len(not_run)} that need them were "
-            f"not run; the first was {first}: {why}; run the same command to try them again"
+            f"{len(missing)} of {len(wanted)} jobs failed or need one that failed; the first was "
+            f"{first}: {why}; run the same command to try them again"
         )
 
 
 @contextmanager
 def claim(study: Study, wanted: Sequence[Job]) -> Iterator[IO]:
-    """Lock the study's folder: wait for another study there and the programs it started.
+    """Lock the study's folder, after another study there and its programs have exited.
 
-    Raises UserError if the folder holds another study. Seeds, shares, settings, methods and their
+    Raises UserError if the folder holds another study. Seeds, shares, teachers, methods and their
     values may be added and removed, because the folders of models are named after them.
     """
     make_folder(study.out)
@@ -84,7 +84,8 @@ def claim(study: Study, wanted: Sequence[Job]) -> Iterator[IO]:
             lock(file, wait=True)
         try:
             for job in wanted:
-                refuse_changes(job)
+                if job.config:
+                    is_finished(job.config.out, job.config)  # raises for other settings
         except UserError as error:
             raise UserError(f"{study.out}: holds another study: {error}") from None
         yield file

@@ -3,16 +3,13 @@
 import os
 import shlex
 import sys
-import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redi.config import UserError, load_toml, parse, to_toml
-from redi.data.files import make_folder
+from redi.config import UserError, parse
 from redi.eval.protocol import EvalConfig
 from redi.recipe import REDIConfig, SFTConfig
-from redi.runlog import is_finished
 from redi.study.plan import STAGE_1, Flags, Model, Study, as_text
 from redi.toy.student import ToyConfig
 
@@ -27,7 +24,7 @@ class Job:
     command: list[str]
     needs: list[Path]  # products of the jobs that must finish first
     product: Path
-    config: Any = None  # what the program reads from its flags
+    config: Any = None  # what the program reads from its flags, and keeps in its folder
 
     @property
     def name(self) -> str:
@@ -50,7 +47,7 @@ def jobs(study: Study, gpus: int = 0) -> list[Job]:
 
 
 def _toy(study: Study, model: Model) -> list[Job]:
-    folder, where = _data(model), f"{study.path}: toy {model.setting}".strip()
+    folder, where = _data(model), f"{study.path}: toy {model.teacher}".strip()
     fixed = {"seed": model.seed, "mislabelled_rejected": model.mislabelled}
     given = {"benchmark_seed": BENCHMARK_SEED, **model.toy}
     arguments, config = _flags(where, ToyConfig, given, fixed, str(folder))
@@ -122,20 +119,3 @@ def _flags(
         return arguments, parse(config_class, "", arguments)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def refuse_changes(job: Job) -> None:
-    """Raises UserError if the job's folder holds what was made with other settings. For redi.toy,
-    which does not keep its flags, they are kept here, in toy.toml beside the student."""
-    if not isinstance(job.config, ToyConfig):
-        if job.config:
-            is_finished(job.name, job.config)
-        return
-    path = Path(job.config.out, "toy.toml")
-    now = to_toml(replace(job.config, out=""))  # which may be relative
-    if job.product.exists() and path.is_file():
-        old, new = load_toml(path, str(path)), tomllib.loads(now)
-        if changed := [f"{k} was {old.get(k)}, now {v}" for k, v in new.items() if old.get(k) != v]:
-            raise UserError(f"{job.config.out}: holds another toy ({'; '.join(changed)})")
-    make_folder(path.parent)
-    path.write_text(now, encoding="utf-8")

@@ -1,8 +1,8 @@
 """Runs the jobs of a study, several at a time.
 
-A job is done once its product exists. Any other is started, also one that was killed before: its
-program resumes. When a job fails, those that need it are not run; all others are. What a program
-prints is appended to its file in OUT/logs. Left out: several machines.
+A job is done once its product exists. All others are started; a program that was killed before
+resumes. When a job fails, those that need it are not run; the others are. What a program prints is
+appended to its file in OUT/logs. Left out: several machines.
 """
 
 import contextlib
@@ -24,17 +24,19 @@ from redi.study.commands import ROOT, Job
 from redi.train import StopSignals
 
 POLL_SECONDS = 0.1
-STOP_SECONDS = 120.0  # a program that is stopped saves a checkpoint
+NOT_RUN = "not run, because it needs a job that failed"
+STOP_SECONDS = 120.0  # a program that is asked to stop saves a checkpoint first
 
 
 def run_jobs(
     jobs: Sequence[Job], out: Path, workers: int, held: IO | None = None
-) -> tuple[dict[str, str], list[str]]:
+) -> dict[str, str]:
     """Run the jobs that are not done, at most `workers` at a time.
 
-    held: a locked file; its lock lasts until the last program has ended, even if this process is
-    killed. Returns (name of a failed job -> why, names of those that were not run because they need
-    one that failed). Raises Stopped after a signal, when all programs have ended.
+    held: a locked file; the programs inherit it, so its lock lasts until the last one exits, even
+    if this process is killed. Returns the names of the jobs that failed and of those that need
+    them, each with the reason, the first failure first. Raises Stopped after a signal, once all
+    programs have exited.
     """
     make_folder(out / "logs")
     done = {job.product for job in jobs if job.product.exists()}
@@ -49,7 +51,7 @@ def run_jobs(
                     waiting.remove(job)
                     running[start(job, _log(job, out), workers, held)] = job
                 if not running:
-                    return failed, [job.name for job in waiting]
+                    return failed | {job.name: NOT_RUN for job in waiting}
                 time.sleep(POLL_SECONDS)
                 if signals.wanted:
                     count = f"{len(done)} of {len(jobs)} jobs are done"
@@ -59,14 +61,13 @@ def run_jobs(
                     progress.update({"job": job.name})
                     if process.returncode == 0 and job.product.exists():
                         done.add(job.product)
-                        continue
-                    path = _log(job, out)
-                    printed = path.read_text(encoding="utf-8", errors="replace").split("\n")
-                    last = next(line for line in reversed(printed) if line.strip())
-                    failed[job.name] = f"{last} (all of it: {path})"
-                    tqdm.write(f"failed: {job.name}: {failed[job.name]}", file=sys.stderr)
+                    else:
+                        log = _log(job, out)
+                        last_line = log.read_text("utf-8", errors="replace").strip().split("\n")[-1]
+                        failed[job.name] = f"{last_line} (all of it: {log})"
+                        tqdm.write(f"failed: {job.name}: {failed[job.name]}", file=sys.stderr)
         finally:
-            _end(running)
+            _stop(running)
 
 
 def start(job: Job, log: Path, workers: int, held: IO | None) -> subprocess.Popen:
@@ -86,7 +87,7 @@ def start(job: Job, log: Path, workers: int, held: IO | None) -> subprocess.Pope
             stderr=subprocess.STDOUT,
             env=os.environ | shared,
             pass_fds=[held.fileno()] if held else [],
-            start_new_session=True,  # Ctrl-C reaches only the study, which passes it on
+            start_new_session=True,  # Ctrl-C reaches only the study, which stops its programs
         )
 
 
@@ -94,16 +95,16 @@ def _log(job: Job, out: Path) -> Path:
     return out / "logs" / f"{os.path.relpath(job.name, out).replace(os.sep, '--')}.log"
 
 
-def _end(running: Iterable[subprocess.Popen]) -> None:
-    """Ask the programs to stop, and wait until they have saved their state. Those that have not
-    ended in STOP_SECONDS, or at a second Ctrl-C, are killed."""
+def _stop(running: Iterable[subprocess.Popen]) -> None:
+    """Ask the programs to save their state and exit, and wait for them. Those that still run after
+    STOP_SECONDS, or at a second Ctrl-C, are killed."""
     for process in running:
         process.terminate()
-    end = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + STOP_SECONDS
     try:
         for process in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, end - time.monotonic()))
+                process.wait(max(0.0, deadline - time.monotonic()))
     finally:
         for process in running:
             if process.poll() is None:

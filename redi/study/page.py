@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from redi import pages
 from redi.study.figures import FIGURES
-from redi.study.plan import STAGE_1, as_text
+from redi.study.plan import STAGE_1
 from redi.study.results import Results, Row
 
 NOTES = (
@@ -13,7 +13,6 @@ NOTES = (
     "over seeds, uncorrected for their number. A method's best learning rate was chosen on these "
     "very numbers. 'collapsed' counts runs in which the collapse guard would have warned."
 )
-SETTINGS = "The study's file. config.toml in the folder of every run has all of its settings."
 
 
 def page(results: Results, pictures: dict[str, bytes]) -> str:
@@ -31,30 +30,30 @@ def page(results: Results, pictures: dict[str, bytes]) -> str:
     for name, png in pictures.items():
         parts.append(pages.figure(name, png, caption=" ".join(FIGURES[name].__doc__.split())))
     parts += [element("h2", "The whole grid"), pages.table(table(results, results.grid))]
-    parts += [element("h2", "Settings"), element("p", SETTINGS)]
-    return pages.page(results.title, "\n".join([*parts, element("pre", results.study.strip())]))
+    parts += [element("h2", "The study's file"), element("pre", results.study.strip())]
+    return pages.page(results.title, "\n".join(parts))
 
 
 def summary(results: Results) -> str:
-    """A paragraph: what was run, who graded it, and where."""
+    """A sentence: what was run, and who graded it."""
     seeds = ", ".join(map(str, sorted({run.seed for run in results.runs})))
     variants = {(row.method, row.name) for row in results.grid if row.method != STAGE_1}
     methods = {method for method, _ in variants}
     graders = " and ".join(sorted({run.grader for run in results.runs}))
     return (
         f"{len(results.runs)} models: {len(methods)} methods in {len(variants)} variants, seeds "
-        f"{seeds}; graded by {graders}; {results.made_with}."
+        f"{seeds}; graded by {graders}."
     )
 
 
 def table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
-    """The paper's Table 2 with its header; setting, share of mislabelled traces and p against DPO
+    """The paper's Table 2 with its header; teacher, share of mislabelled traces and p against DPO
     are columns if they vary."""
     lines = []
     for row in rows:
         line = {"method": row.method, "variant": row.name}
-        if len({row.setting for row in rows}) > 1:
-            line["setting"] = row.setting
+        if len({row.teacher for row in rows}) > 1:
+            line["teacher"] = row.teacher
         if len({row.mislabelled for row in rows}) > 1:
             line["mislabelled"] = f"{row.mislabelled:g}"
         if len(row.benchmarks) > 1:
@@ -62,18 +61,15 @@ def table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
         error = "" if row.sem is None else f" ± {row.sem:.3f}"
         line["pass@1 ± SEM"] = f"{row.mean:.3f}{error}"
         line[f"pass@{results.samples}"] = f"{row.pass_at_n:.3f}"
-        # Adding 0.0 turns -0.0 into 0.0.
-        line["gain"] = "" if row.gain is None else f"{round(row.gain, 3) + 0.0:+.3f}"
-        line["p, stage 1"] = p_value(row.p_stage_1)
+        line["gain"] = _number(row.gain, "+.3f")
+        line["p, stage 1"] = _number(row.p_stage_1, ".2g")
         if any(row.p_dpo is not None for row in rows):
-            line["p, DPO"] = p_value(row.p_dpo)
+            line["p, DPO"] = _number(row.p_dpo, ".2g")
         line["tokens"] = f"{row.mean_tokens:.1f}"
         line |= {"collapsed": str(row.collapsed), "seeds": str(len(row.scores))}
         lines.append(line)
     return [list(lines[0]), *(list(line.values()) for line in lines)]
 
 
-def p_value(p: float | None) -> str:
-    if p is None:
-        return ""
-    return f"{p:.3f}" if p >= 0.001 else as_text(float(f"{p:.0e}"))
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

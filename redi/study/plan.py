@@ -1,11 +1,11 @@
-"""STUDY.toml -> the settings, methods and models of a study.
+"""STUDY.toml -> the models of a study.
 
     seeds = [1, 2, 3, 4, 5]            # of the shuffles and, with [toy], of data and student
     mislabelled = [0.0, 0.2, 0.4]      # with [toy]: shares of rejected traces that are right
     [toy]                              # flags of redi.toy. Without it, model and data are those of
     operations = 8                     # [stage1] and [stage2], or their defaults
-    [[setting]]                        # one of several toys: what differs from [toy]
-    name = "rambling"
+    [[teacher]]                        # with [toy]: one of several teachers, and the flags in which
+    name = "rambling"                  # its toy differs from [toy]
     rambling = 0.3
     [stage1]                           # flags of train_sft.py
     lr = 4e-3
@@ -19,7 +19,7 @@
     lr = [1e-4, 3e-4]
     beta = 0.1
 
-Stage 1 is trained once per setting and seed, and shared by all methods and shares of mislabelled
+Stage 1 is trained once per teacher and seed, and shared by all methods and shares of mislabelled
 traces, which change pairs, not positives. A toy's benchmark is the same for all seeds, so seeds
 differ only in data, data order and initialization. Left out: a search.
 """
@@ -38,7 +38,7 @@ from redi.config import UserError, check_table, load_toml
 Flags = dict[str, Any]  # of one program, without the dashes
 KEYS = {
     "seeds": list[int], "mislabelled": list[float], "toy": dict, "stage1": dict, "stage2": dict,
-    "evaluation": dict, "setting": list[dict], "method": list[dict],
+    "evaluation": dict, "teacher": list[dict], "method": list[dict],
 }  # fmt: skip
 RESERVED = {"logs", "tokens", "figures", "study.json", "study.lock", "report.html"}
 STAGE_1 = "stage 1"  # listed among the methods: the model that all of them start from
@@ -46,17 +46,17 @@ STAGE_1 = "stage 1"  # listed among the methods: the model that all of them star
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with one choice of its settings, on one toy. method: STAGE_1 or a [[method]]."""
+    """A method with one choice of its settings, on the data of one teacher."""
 
-    setting: str
+    teacher: str  # a [[teacher]]; "" if the file has none
     mislabelled: float
-    method: str
+    method: str  # STAGE_1 or a [[method]]
     settings: Flags  # of train_redi.py: objective, lr, alpha, ...; empty for stage 1
 
     @property
     def key(self) -> tuple:
         """Equal for models that differ only in their seed."""
-        return self.setting, self.mislabelled, self.method, *self.settings.items()
+        return self.teacher, self.mislabelled, self.method, *self.settings.items()
 
     @property
     def name(self) -> str:
@@ -68,7 +68,7 @@ class Variant:
 class Model(Variant):
     """One model that the study trains."""
 
-    toy: Flags | None
+    toy: Flags | None  # of redi.toy
     seed: int
     folder: Path
 
@@ -79,7 +79,7 @@ class Study:
     out: Path
     seeds: list[int]
     mislabelled: list[float]
-    toys: dict[str, Flags | None]  # name of the setting -> toy; without [toy] just "" -> None
+    toys: dict[str, Flags | None]  # teacher -> flags of redi.toy; without [toy] just "" -> None
     stage1: Flags
     stage2: Flags
     variants: dict[str, tuple[str, Flags]]  # name of the folder -> method, settings
@@ -87,14 +87,13 @@ class Study:
 
     def models(self) -> Iterator[Model]:
         """Every model of the study; the stage-1 model precedes those that start from it."""
-        for (setting, toy), seed in itertools.product(self.toys.items(), self.seeds):
-            folder = self.out / slug(setting) / f"seed-{seed}"
-            yield Model(setting, 0.0, STAGE_1, {}, toy=toy, seed=seed, folder=folder / "sft")
-            for share, (name, variant) in itertools.product(
-                self.mislabelled, self.variants.items()
-            ):
+        for (teacher, toy), seed in itertools.product(self.toys.items(), self.seeds):
+            folder = self.out / slug(teacher) / f"seed-{seed}"
+            yield Model(teacher, 0.0, STAGE_1, {}, toy=toy, seed=seed, folder=folder / "sft")
+            grid = itertools.product(self.mislabelled, self.variants.items())
+            for share, (name, (method, settings)) in grid:
                 path = folder / (name + (f"-mislabelled-{share:g}" if share else ""))
-                yield Model(setting, share, *variant, toy=toy, seed=seed, folder=path)
+                yield Model(teacher, share, method, settings, toy=toy, seed=seed, folder=path)
 
 
 # ---------------------------------------------------------------- the file
@@ -110,17 +109,16 @@ def read_study(path: str | Path, out: str | Path | None = None) -> Study:
     seeds, shares = tables.get("seeds", []), tables.get("mislabelled", [0.0])
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"{where}: key 'seeds': expected different whole numbers; got {seeds}")
-    names = {f"{share:g}" for share in shares}  # as in the names of folders
-    if not shares or len(names) < len(shares) or not all(0 <= s <= 1 for s in shares):
+    if not shares or len(set(shares)) < len(shares) or not all(0 <= s <= 1 for s in shares):
         raise UserError(f"{where}: key 'mislabelled': expected different numbers within [0, 1]")
-    if "toy" not in tables and ("setting" in tables or "mislabelled" in tables):
-        raise UserError(f"{where}: [[setting]] and 'mislabelled' need [toy]")
+    if "toy" not in tables and ("teacher" in tables or "mislabelled" in tables):
+        raise UserError(f"{where}: [[teacher]] and 'mislabelled' need [toy]")
     toys = {"": tables.get("toy")}
-    if rows := tables.get("setting"):
-        named = _by_name(rows, RESERVED, f"{where}: [[setting]]")
-        toys = {name: tables["toy"] | row for name, row in named}
+    if rows := tables.get("teacher"):
+        named = _by_name(rows, RESERVED, f"{where}: [[teacher]]")
+        toys = {name: tables["toy"] | flags for name, flags in named}
         if len(set(map(slug, toys))) < len(rows):
-            raise UserError(f"{where}: [[setting]]: expected different names")
+            raise UserError(f"{where}: [[teacher]]: expected different names")
     return Study(
         path=Path(path),
         out=Path(out or f"out/{Path(path).stem}"),
@@ -148,7 +146,7 @@ def _variants(rows: list[Flags], where: str) -> dict[str, tuple[str, Flags]]:
             name = "-".join([slug(method), *numbers])
             if name in variants:
                 raise UserError(
-                    f"{where}: {name!r} is there twice; methods that differ in their objective "
+                    f"{where}: {name!r} occurs twice; methods that differ in their objective "
                     "alone need different names"
                 )
             variants[name] = method, settings
@@ -158,7 +156,7 @@ def _variants(rows: list[Flags], where: str) -> dict[str, tuple[str, Flags]]:
 
 
 def _by_name(rows: list[Flags], taken: set[str], where: str) -> Iterator[tuple[str, Flags]]:
-    """(name, the other keys) of each table."""
+    """(name, the other keys) of each table. taken: names that no table may have."""
     for number, row in enumerate(rows, start=1):
         name = row.get("name")
         if not isinstance(name, str) or not slug(name):

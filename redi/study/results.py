@@ -1,6 +1,6 @@
 """What the runs of a study left on disk -> its numbers, as study.json holds them.
 
-For a variant (a method with its parameters and learning rate) on one setting:
+For a variant (a method with its parameters and learning rate) on one teacher's data:
 
     mean    of pass@1 over seeds; with several benchmarks, of their mean
     SEM     std (ddof 1) over seeds / sqrt(seeds): how much another set of seeds may differ. The
@@ -15,17 +15,14 @@ of tests.
 
 import json
 import math
-import os
-import statistics
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
-import torch
 from mpmath import betainc
 
-import redi
 from redi.config import UserError
 from redi.eval.protocol import EvalConfig
 from redi.monitor import CollapseGuard
@@ -73,7 +70,6 @@ class Row(Variant):
 class Results:
     title: str
     study: str  # the TOML
-    made_with: str  # machine and versions
     samples: int  # per problem in the final evaluation
     missing: dict[str, str]  # what has no result -> why
     runs: list[Run]
@@ -95,7 +91,6 @@ def collect(study: Study, missing: dict[str, str]) -> Results:
     return Results(
         title=study.path.stem,
         study=study.path.read_text(encoding="utf-8"),
-        made_with=made_with(),
         samples=study.evaluation.get("samples", EvalConfig.samples),
         missing=missing,
         runs=runs,
@@ -116,17 +111,21 @@ def _run(study: Study, model: Model) -> Run:
         ) from None
     metrics = list(read_metrics(model.folder))
     records = [record for record in metrics if record["kind"] == "train"]
-    scored = [record for record in metrics if record["kind"] == "benchmark"]
+    during = [record for record in metrics if record["kind"] == "benchmark"]
     return Run(
-        *(model.setting, model.mislabelled, model.method, model.settings),
+        teacher=model.teacher,
+        mislabelled=model.mislabelled,
+        method=model.method,
+        settings=model.settings,
         seed=model.seed,
         grader=scores[0]["grader"],
         pass_at_1=mean,
         benchmarks={score["benchmark"]: score["pass_at_1"] for score in scores},
-        pass_at_n=statistics.fmean(score["pass_at_k"][-1] for score in scores),
-        mean_tokens=statistics.fmean(score["mean_tokens"] for score in scores),
-        on_the_way=[(r["step"], r["pass_at_1"]) for r in scored[:-1]],  # the last is of the end
-        curves={key: [float(f"{r[key]:.5g}") for r in records if key in r] for key in CURVES},
+        pass_at_n=fmean(score["pass_at_k"][-1] for score in scores),
+        mean_tokens=fmean(score["mean_tokens"] for score in scores),
+        # The last score is of the end, where the final evaluation counts.
+        on_the_way=[(score["step"], score["pass_at_1"]) for score in during[:-1]],
+        curves={key: [record[key] for record in records if key in record] for key in CURVES},
         collapsed_at=_collapse(records, study.stage2 | model.settings) if model.settings else None,
     )
 
@@ -152,29 +151,27 @@ def grid_of(runs: Sequence[Run]) -> list[Row]:
 def _row(runs: list[Run], groups: Collection[list[Run]]) -> Row:
     """The row of a variant's `runs`; groups: the runs of every variant, itself included."""
     first, objective = runs[0], runs[0].settings.get("objective")
-
-    def best(belongs: Callable[[Run], bool]) -> list[Run]:
-        """The runs of the best of those variants on this setting."""
-        same = [g for g in groups if g[0].setting == first.setting and belongs(g[0])]
-        return max(same, key=lambda group: _mean(group, "pass_at_1"), default=[])
-
-    stage_1 = best(lambda run: run.method == STAGE_1)
-    dpo = best(
-        lambda run: run.settings.get("objective") == "dpo" and run.mislabelled == first.mislabelled
-    )
+    same_teacher = [group for group in groups if group[0].teacher == first.teacher]
+    stage_1 = next((group for group in same_teacher if group[0].method == STAGE_1), [])
+    same_data = [group for group in same_teacher if group[0].mislabelled == first.mislabelled]
+    dpo = [group for group in same_data if group[0].settings.get("objective") == "dpo"]
+    best_dpo = max(dpo, key=lambda group: _mean(group, "pass_at_1"), default=[])
     gains = paired_differences(runs, stage_1) if objective else []
-    over_dpo = paired_differences(runs, dpo) if objective not in (None, "dpo") else []
+    over_dpo = paired_differences(runs, best_dpo) if objective not in (None, "dpo") else []
     scores = [run.pass_at_1 for run in runs]
     return Row(
-        *(first.setting, first.mislabelled, first.method, first.settings),
+        teacher=first.teacher,
+        mislabelled=first.mislabelled,
+        method=first.method,
+        settings=first.settings,
         scores=scores,
-        mean=statistics.fmean(scores),
+        mean=fmean(scores),
         sem=sem(scores),
-        benchmarks={n: statistics.fmean(r.benchmarks[n] for r in runs) for n in first.benchmarks},
+        benchmarks={name: fmean(r.benchmarks[name] for r in runs) for name in first.benchmarks},
         pass_at_n=_mean(runs, "pass_at_n"),
         mean_tokens=_mean(runs, "mean_tokens"),
         gains=gains,
-        gain=statistics.fmean(gains) if gains else None,
+        gain=fmean(gains) if gains else None,
         p_stage_1=paired_t_test(gains),
         p_dpo=paired_t_test(over_dpo),
         collapsed=sum(run.collapsed_at is not None for run in runs),
@@ -182,17 +179,17 @@ def _row(runs: list[Run], groups: Collection[list[Run]]) -> Row:
 
 
 def best_of(grid: Sequence[Row]) -> list[Row]:
-    """The row with the highest mean for each method on each setting; stage 1 first."""
+    """For each teacher, share and method the row with the highest mean, in the grid's order."""
     best: dict[tuple, Row] = {}
     for row in grid:
-        key = row.key[:3]  # without the settings
-        if key not in best or row.mean > best[key].mean:
-            best[key] = row
+        same_method = row.key[:3]
+        if same_method not in best or row.mean > best[same_method].mean:
+            best[same_method] = row
     return list(best.values())
 
 
 def _mean(runs: Sequence[Run], name: str) -> float:
-    return statistics.fmean(getattr(run, name) for run in runs)
+    return fmean(getattr(run, name) for run in runs)
 
 
 def paired_differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[float]:
@@ -203,7 +200,7 @@ def paired_differences(ours: Sequence[Run], theirs: Sequence[Run]) -> list[float
 
 def sem(values: Sequence[float]) -> float | None:
     """Standard error of the mean (ddof 1); None for fewer than two values."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def paired_t_test(differences: Sequence[float]) -> float | None:
@@ -211,17 +208,9 @@ def paired_t_test(differences: Sequence[float]) -> float | None:
     error = sem(differences)
     if error is None or error < ROUNDING:
         return None
-    return t_tail(statistics.fmean(differences) / error, len(differences) - 1)
+    return t_tail(fmean(differences) / error, len(differences) - 1)
 
 
 def t_tail(t: float, df: int) -> float:
     """P(|T| > |t|) of Student's distribution with `df` degrees of freedom."""
     return float(betainc(df / 2, 0.5, 0, df / (df + t * t), regularized=True))
-
-
-def made_with() -> str:
-    """The machine and the versions, in words."""
-    machine = f"{len(os.sched_getaffinity(0))} CPU cores"
-    if torch.cuda.is_available():
-        machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"on {machine}, with redi {redi.__version__} and torch {torch.__version__}"

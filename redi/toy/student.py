@@ -3,6 +3,7 @@
     python -m redi.toy OUT       OUT/raw.parquet      teacher traces, with OpenR1-Math-Raw's fields
                                  OUT/student/         an untrained model, a Hugging Face folder
                                  OUT/benchmark.jsonl  problems that no trace is about
+                                 OUT/config.toml      the flags
 
 The teacher (teacher.py) sometimes guesses, and rejection sampling keeps its lucky guesses. So the
 student, a Qwen2 of 0.4 M parameters with its byte-level BPE and ChatML, learns to guess, and only
@@ -20,7 +21,7 @@ from torch import nn
 
 from redi.checkpoint.config_json import read_config
 from redi.checkpoint.folder import Source, save_model
-from redi.config import UserError, parse, program, require
+from redi.config import UserError, may_change, parse, program, require, to_toml
 from redi.data.files import make_folder, write_aside
 from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.model import Transformer
@@ -44,7 +45,7 @@ STUDENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig(Faults):
-    out: Annotated[str, "folder to write"]
+    out: Annotated[str, "folder to write", may_change]
     problems: Annotated[int, "problems given to the teacher"] = 5000
     benchmark: Annotated[int, "problems kept for evaluation"] = 300
     operations: Annotated[int, "in a problem"] = 6
@@ -128,6 +129,8 @@ def main() -> None:
 
     out = Path(config.out)
     make_folder(out)
+    with write_aside(out / "config.toml") as file:
+        file.write(to_toml(config))
     with write_aside(out / "raw.parquet", binary=True) as file:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     with write_aside(out / "benchmark.jsonl") as file:
@@ -143,7 +146,3 @@ def main() -> None:
         f"{out}: raw.parquet ({len(rows):,} problems, {traces:,} traces, {right:.0%} right at the "
         f"first try), student/, benchmark.jsonl ({config.benchmark:,} problems)"
     )
-
-
-if __name__ == "__main__":
-    main()
