@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from small_run import write_jsonl
 
 from redi.config import UserError
 from redi.eval.benchmarks import Benchmark, Problem
@@ -82,9 +81,6 @@ def test_a_completion_survives_its_line(tmp_path):
     write_lines(tmp_path / "x.jsonl", [original])
     assert (tmp_path / "x.jsonl").read_bytes().count(b"\n") == 1
     assert list(read_lines(tmp_path / "x.jsonl", Completion)) == [original]
-    row = {"id": "x", "sample": 0, "verdict": "correct", "extracted": "2", "num_tokens": 1}
-    path = write_jsonl(tmp_path / "older.jsonl", [{**row, "loops": False}])
-    assert next(read_lines(path, Mark)).answer_from == "after_think"  # the only rule then
 
 
 @pytest.mark.parametrize("line", ["{}", "{", "[]", json.dumps({**vars(ALL[0]), "score": 1})])

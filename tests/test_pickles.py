@@ -34,7 +34,8 @@ from redi.data.files import hash_files, read_rows
 from redi.data.store import TokenStore
 from redi.eval import benchmarks
 from redi.eval.completions import Completion, read_lines
-from redi.eval.grade import Grader
+from redi.eval.grading.grader import Grader, grader_names
+from redi.eval.grading.workers import Pool
 from redi.runlog import read_metrics
 from redi.study.plan import read_study
 
@@ -217,11 +218,11 @@ HOSTILE = [
 
 def test_no_answer_and_no_gold_runs_code_in_a_grader(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with Grader() as both:
+    with Pool() as pool:
         for hostile in HOSTILE:
             plain = r"(1, \sqrt{2})" if hostile.startswith("(") else r"\sqrt{2}"
             pairs = (hostile, plain), (plain, hostile)
             items = [(rf"</think> \boxed{{{answer}}}", gold, "stop") for answer, gold in pairs]
-            for grader in both.named("both"):
-                assert grader.grade_all(items) == ["incorrect"] * 2
-                assert not Path("ran").exists(), f"{grader.name}: {hostile}"
+            for name in grader_names("both"):
+                assert Grader(pool, name).grade_all(items) == ["incorrect"] * 2
+                assert not Path("ran").exists(), f"{name}: {hostile}"

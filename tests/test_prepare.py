@@ -14,7 +14,7 @@ from processes import command, main_in_this_process, wait_until
 from small_run import read_jsonl, write_jsonl
 
 from redi.config import UserError
-from redi.eval.grade import Grader
+from redi.eval.grading.workers import Pool
 from redi.prepare.__main__ import PrepareConfig, main, prepare
 
 BOTH = [False, True, True]
@@ -173,7 +173,7 @@ def unlabelled(problem, answer, *traces):
 
 
 def test_traces_without_labels_are_graded_and_only_they(monkeypatch):
-    monkeypatch.setattr("redi.prepare.__main__.Grader", partial(Grader, limit_s=2.0))
+    monkeypatch.setattr("redi.prepare.__main__.Pool", partial(Pool, limit_s=2.0))
     plain, cut = ("So \\boxed{2}.", "So \\boxed{3}."), ("1+1 \\boxed{2}", "</think> \\boxed{2}")
     rows = [
         listed("graded"),

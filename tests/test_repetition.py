@@ -3,7 +3,7 @@
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from redi.eval.grading.repetition import period
+from redi.eval.grading.repetition import repeats
 
 ROUND = "Wait, 4 + 4 = 8. "  # 17 characters
 PARAGRAPH = "".join(chr(0x4E00 + i) for i in range(120))  # no character twice
@@ -24,12 +24,12 @@ PARAGRAPH = "".join(chr(0x4E00 + i) for i in range(120))  # no character twice
 @example("so ", PARAGRAPH, 3, PARAGRAPH[:-1])
 @example("so ", PARAGRAPH, 4, "")
 @example("", "x" * 90 + "y", 4, "")  # inner repeats do not hide the block
-def test_period_is_the_shortest_block_that_a_text_ends_in_copies_of(start, block, copies, more):
+def test_a_text_repeats_if_it_ends_in_four_copies_and_200_characters(start, block, copies, more):
     text = start + block * copies + more
 
-    def loops(size: int) -> bool:
+    def ends_in_copies(size: int) -> bool:
         ending = text[-max(4 * size, 200) :]
         long_enough = len(ending) == max(4 * size, 200)
         return long_enough and all(a == b for a, b in zip(ending, ending[size:]))
 
-    assert period(text) == next((size for size in range(1, len(text) + 1) if loops(size)), 0)
+    assert repeats(text) == any(map(ends_in_copies, range(1, len(text) + 1)))

@@ -54,7 +54,7 @@ class Mark(_Sample):
     extracted: str | None  # the boxed answer
     num_tokens: int | None
     loops: bool  # the text ends in repetition (repetition.py)
-    answer_from: str = "after_think"  # where the grader looked; missing in older files
+    answer_from: str  # where the grader looked: after_think or whole
 
 
 L = TypeVar("L", Completion, Mark)

@@ -19,9 +19,9 @@ from redi.eval import benchmarks, external, report
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Completion, Store, store_inputs
 from redi.eval.engine.complete import complete
-from redi.eval.grading.grader import Grader, answer_rule, mark_run, report_unreadable
+from redi.eval.grading.grader import answer_rule, grade_evaluation, report_unreadable
+from redi.eval.grading.workers import Pool
 from redi.eval.protocol import EvalConfig, PromptedSample, check_limit, prompt_samples
-from redi.eval.reporting import tables
 from redi.hub import is_hub_id
 from redi.model import Transformer
 from redi.runlog import NoLog, RunLog, is_finished, read_facts
@@ -82,12 +82,9 @@ def evaluate(
     if given is None:
         prompted = prompt_samples(tests, source, config)
         check_limit(prompted, source, config)
-    rule = answer_rule(config.prefix)
-    with Grader(config.graders, config.grade_seconds, answer_from=rule) as grader:
-        graders = grader.named(config.grader)
+    with Pool(config.graders, config.grade_seconds) as pool:
         if first:
-            for one in graders:
-                report_unreadable(one, tests)  # now, not after hours of sampling
+            report_unreadable(pool, tests)  # now, not after hours of sampling
         with local_rank_zero_first(world):
             log = RunLog(config.out, config) if first else NoLog()
             log.start(facts)
@@ -99,13 +96,13 @@ def evaluate(
         if not first:
             return
         try:
-            mark_run(out, graders)
+            grade_evaluation(out, config.grader, answer_rule(config.prefix), pool)
         except KeyboardInterrupt:
             text = f"{out} holds all completions; the same command grades them"
             raise KeyboardInterrupt(text) from None
     written = report.write(out)
     log.finish()
-    print(tables.summary(written), f"saved {out}/report.html, .md and .json", sep="\n")
+    print(written)
 
 
 def load_unchanged(

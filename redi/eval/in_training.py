@@ -21,6 +21,7 @@ from redi.distributed import World, gathered, sum_over_ranks
 from redi.eval.benchmarks import load
 from redi.eval.engine.complete import complete
 from redi.eval.grading.grader import Grader, report_unreadable
+from redi.eval.grading.workers import Pool
 from redi.eval.protocol import EvalConfig, prompt_samples
 from redi.model import Transformer
 from redi.recipe import TrainConfig
@@ -40,8 +41,8 @@ def prepare(config: TrainConfig, source: Source, world: World) -> Score:
     )
     test = load(config.eval_benchmark)
     if world.rank == 0:
-        with Grader(settings.graders, settings.grade_seconds) as grader:
-            report_unreadable(grader, [test])
+        with Pool(settings.graders, settings.grade_seconds) as pool:
+            report_unreadable(pool, [test])
     prompted = prompt_samples([test], source, settings)
 
     def score(model: Transformer, step: int) -> dict[str, float]:
@@ -50,8 +51,8 @@ def prepare(config: TrainConfig, source: Source, world: World) -> Score:
         name = f"{test.name} after step {step}"
         with memory_lent(world.device), gathered(model, config.reshard_after_forward):
             completions = [c for _, c in complete(model, source, prompted, settings, world, name)]
-        with Grader(settings.graders, settings.grade_seconds) as grader:
-            marks = grader.marks(test, completions)
+        with Pool(settings.graders, settings.grade_seconds) as pool:
+            marks = Grader(pool).marks(test, completions)
         verdicts = Counter(mark.verdict for mark in marks)
         counts = [verdicts[name] for name in ("correct", "truncated", "no_answer")]
         totals = torch.tensor([*counts, sum(m.num_tokens for m in marks)], dtype=torch.float64)

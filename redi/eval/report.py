@@ -14,24 +14,30 @@ from typing import Annotated, Any
 
 from redi.config import UserError, parse, program
 from redi.data.files import make_folder, write_aside
-from redi.eval.grading.grader import GraderName
-from redi.eval.reporting import compare, paper_results, tables
+from redi.eval.grading.grader import GraderChoice, GraderName
+from redi.eval.reporting import paper_results, scores, tables
+from redi.eval.reporting.compare import compare
 from redi.eval.reporting.page import evaluation_page
-from redi.eval.reporting.scores import Report, Score
-from redi.eval.reporting.stored import folder, read, run_names
+from redi.eval.reporting.scores import BenchmarkScore
+from redi.eval.reporting.stored import load, run_names
 from redi.tables import markdown_table
 
 
-def write(out: Path, grader: str | None = None) -> Report:
-    """Write report.json, report.md and report.html of an evaluation's verdicts. Raises UserError as
-    `read`."""
-    report = read(out, grader)
-    target = folder(out, report.grader)
-    make_folder(target)
-    _write(target / "report.json", json.dumps(asdict(report), indent=2) + "\n")
-    _write(target / "report.md", tables.markdown(report))
-    _write(target / "report.html", evaluation_page([out], report.grader))
-    return report
+def write(out: Path, grader: GraderChoice | None = None) -> str:
+    """Write report.json, report.md and report.html, of the verdicts that the run's settings name,
+    or of another grader beside its verdicts. Returns what to print: the score table, and what was
+    saved. Raises UserError as `load`."""
+    evaluation = load(out, grader)
+    is_own = evaluation.grader == evaluation.settings["grader"]
+    folder = out if is_own else out / "verdicts" / evaluation.grader
+    report = scores.report(evaluation)
+    table = tables.score_table(report)
+    make_folder(folder)
+    _write(folder / "report.json", json.dumps(asdict(report), indent=2) + "\n")
+    _write(folder / "report.md", tables.markdown(report))
+    # The page moves with its folder, so it names the model instead.
+    _write(folder / "report.html", evaluation_page({report.model: evaluation}, table))
+    return f"{markdown_table(table)}\nsaved {folder}/report.html, .md and .json"
 
 
 def _write(path: str | Path, content: str) -> None:
@@ -54,24 +60,29 @@ def main() -> None:
     for flag, path in (("--out", config.out), ("--page", config.page)):
         if path and any(run.resolve() in Path(path).resolve().parents for run in runs):
             raise UserError(f"{flag} {path}: expected a file outside the evaluations")
-    names, reports = run_names(runs), [read(run, config.grader) for run in runs]
-    scores = [(name, score) for name, report in zip(names, reports) for score in report.benchmarks]
-    print(tables.side_by_side(scores))
-    if comparisons := compare.compare(runs, config.grader):
+    evaluations = dict(zip(run_names(runs), (load(run, config.grader) for run in runs)))
+    comparisons = compare(evaluations)
+    reports = {name: scores.report(evaluation) for name, evaluation in evaluations.items()}
+    rows = [(name, score) for name, report in reports.items() for score in report.benchmarks]
+    table = tables.side_by_side(reports)
+    print(markdown_table(table))
+    if comparisons:
         print("", *(comparison.sentence() for comparison in comparisons), sep="\n")
-    if published := paper_results.rows([score.benchmark for _, score in scores]):
+    if published := paper_results.rows([score.benchmark for _, score in rows]):
         print("", tables.PUBLISHED, "", markdown_table(published), sep="\n")
     if config.out:
-        rows = [_row(name, score) for name, score in scores]
-        content = {"rows": rows, "paired": [asdict(c) for c in comparisons]}
+        content = {
+            "rows": [_row(name, score) for name, score in rows],
+            "paired": [asdict(comparison) for comparison in comparisons],
+        }
         _write(config.out, json.dumps(content, indent=2) + "\n")
         print(f"\nsaved {config.out}")
     if config.page:
-        _write(config.page, evaluation_page(runs, config.grader))
+        _write(config.page, evaluation_page(evaluations, table))
         print(f"saved {config.page}")
 
 
-def _row(model: str, score: Score) -> dict[str, Any]:
+def _row(model: str, score: BenchmarkScore) -> dict[str, Any]:
     return {
         "model": model,
         "benchmark": score.benchmark,

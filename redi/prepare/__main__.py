@@ -35,6 +35,7 @@ from redi.config import UserError, parse, positional, program, require
 from redi.data.files import hash_files, make_folder, to_disk, write_aside
 from redi.eval import benchmarks
 from redi.eval.grading.grader import Grader
+from redi.eval.grading.workers import Pool
 from redi.hub import CARD, dataset_files
 from redi.prepare import overlap, raw, traces
 from redi.prepare.labels import NO_ANSWER, Labels
@@ -171,7 +172,8 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, Labels]:
         # They are renamed in reverse order, so card.json last.
         card = opened.enter_context(write_aside(out / CARD))
         written = {name: opened.enter_context(write_aside(out / name)) for name in names}
-        labels = Labels(opened.enter_context(Grader(config.workers)), config, config.relabel)
+        grader = Grader(opened.enter_context(Pool(config.workers)))
+        labels = Labels(grader, config, config.relabel)
         hashes = _hashes(files)
         rows, total = labels.add(raw.read(files, form, out)), _number_of_rows(files, form)
         bar = tqdm(rows, desc="prepare", unit=" rows", disable=None, total=total)

@@ -16,7 +16,7 @@ from redi.distributed import World
 from redi.eval.completions import Completion
 from redi.eval.engine.generate import Request, Usage, generate
 from redi.eval.engine.sampling import Sampling
-from redi.eval.grading.repetition import period
+from redi.eval.grading.repetition import repeats
 from redi.eval.protocol import EvalConfig, PromptedSample
 from redi.model import Transformer
 from redi.runlog import Progress
@@ -61,7 +61,7 @@ def complete(
             )
             yield one.benchmark, completion
             tokens = counters.add("tokens", result.num_tokens)
-            loops = counters.add("loops", int(period(completion.text) > 0))
+            loops = counters.add("loops", int(repeats(completion.text)))
             done = counters.add("completions", 1)
             speed = f"{tokens / (time.monotonic() - began):,.0f}"
             for _ in range(done - shown):  # those of other ranks too

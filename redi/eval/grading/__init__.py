@@ -1,9 +1,10 @@
-"""A response -> a verdict.
+"""A response -> a verdict: correct, incorrect, no_answer, truncated or timeout. A mark is a stored
+completion's verdict with what else a report needs of it.
 
 grader.py         which answer a response gives, and the verdict on it
 normalize.py      one spelling for answers that only typography tells apart
 equivalence.py    whether two answers are the same mathematics, around Math-Verify
 paper_grader.py   the paper's own rules
 workers.py        processes that compare answers and may be killed
-repetition.py     whether a text ends by repeating itself
+repetition.py     whether a text ends in repetition
 """

@@ -1,18 +1,20 @@
 r"""Whether two written answers are the same answer: `\frac{1}{2}`, `1/2` and `0.5`.
 
-An answer is cleaned (typography only), cut at its top-level commas into the several answers it may
-hold, and compared part by part: by text, then by Math-Verify, the verifier behind the paper's
-labels. These rules it lacks or gets wrong (how many of 14,000 verdicts change without each):
+Both answers are cleaned (normalize.py); equal texts are equal answers. Otherwise each is cut at its
+top-level commas: `(1, 2)` has two parts and brackets, `5` is one part. Parts are compared one by
+one, by Math-Verify, the verifier behind the paper's labels. What it lacks or gets wrong is decided
+here. In brackets: how many of 14,000 verdicts change without the rule.
 
-    any order, 76        of a bare list or {set}; a (tuple) or [interval) has its own order, and an
-                         interval may be an inequality, 66; brackets count, 225
-    names, 153           x = 5 for 5
-    percent, 147         10% is 0.1 and, as problems often name the unit, 10; 0.5% is not 0.5
-    words, 64            \text{east} is compared as text; as algebra it is e*a*s*t, equal to "seat"
-    symbols, 52          it reads R and r, \Delta and \delta, x' and x as one: capitals 8, primes
-                         31, derivatives 13
-    bases, 8             52_8 is not 52_9
-    small numbers, 6     it rounds at 6 decimals, so 8e-19 equals 3e-19: 5 digits must agree as well
+    brackets (225)       (3,4] is not [3,4]
+    names (153)          x = 5 is 5
+    percent (147)        10% is 0.1 and, as problems often name the unit, 10; 0.5% is not 0.5
+    any order (76)       the parts of a list or {set} match in any order; of a (tuple) in its own
+    intervals (66)       (2, 5) is 2 < x < 5
+    words (64)           \text{east} is compared as text; as algebra it is e*a*s*t, equal to "seat"
+    symbols (52)         R is not r, \Delta not \delta, x' not x: they are renamed for Math-Verify
+    bases (8)            52_8 is not 52_9
+    small numbers (6)    Math-Verify rounds at 6 decimals, so 8e-19 would be 3e-19: five digits must
+                         agree as well
 
 Units are dropped, not compared, as in every published grader: 5 cm and 5 m are the same answer.
 Left out: tolerance for a differently rounded decimal, since the published scores have none.
@@ -96,9 +98,7 @@ def equivalent(gold: str, answer: str) -> bool:
 
     gold_brackets, golds = _parts(gold)
     answer_brackets, answers = _parts(answer)
-    if len(golds) != len(answers):  # a point said twice is one point; a number may be a double root
-        golds, answers = _distinct_points(golds), _distinct_points(answers)
-    if len(golds) == len(answers) == 1 and golds[0] == gold and answers[0] == answer:
+    if (golds, answers) == ([gold], [answer]):
         return _same_value(gold, answer)
     if len(golds) != len(answers):
         # an interval may be written as an inequality: (2, 5) and 2 < x < 5
@@ -128,10 +128,6 @@ def _without_thousands(text: str, other: str) -> str:
     """1,234 as 1234, unless the other has commas as well."""
     grouped = "," not in other and _THOUSANDS.fullmatch(text)
     return text.replace(",", "") if grouped else text
-
-
-def _distinct_points(parts: list[str]) -> list[str]:
-    return list({text_key(p) if p[0] == "(" else n: p for n, p in enumerate(parts)}.values())
 
 
 def _without_name(text: str, other: str) -> str:

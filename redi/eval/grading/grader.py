@@ -13,13 +13,13 @@ Where both look for the box (the authors' code has only the first rule):
     whole         in the whole response, or after `</think>` if there is one; a response with a
                   `<think>` that never closes has no answer
 
-Most answers are decided here, as text or as integers; the rest by killable processes (workers.py).
+Equal texts and integers are decided here, all other answers by killable processes (workers.py).
 """
 
 import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -37,7 +37,7 @@ from redi.eval.completions import (
 )
 from redi.eval.grading import paper_grader
 from redi.eval.grading.normalize import LONGEST_ANSWER, as_integer, text_key
-from redi.eval.grading.repetition import period
+from redi.eval.grading.repetition import repeats
 from redi.eval.grading.workers import Pool, Question
 
 Verdict = Literal["correct", "incorrect", "no_answer", "truncated", "timeout"]
@@ -82,41 +82,25 @@ def _last_box(text: str) -> str | None:
     return next(filter(None, contents), None)
 
 
-@dataclass(eq=False)
-class Grader:
-    """One of the graders and its worker processes. A context manager: leaving it ends them."""
+def grader_names(choice: GraderChoice) -> list[GraderName]:
+    return list(get_args(GraderName)) if choice == "both" else [choice]
 
-    processes: int = 1  # workers at most
-    limit_s: float = 10.0  # seconds for one comparison
+
+@dataclass(frozen=True)
+class Grader:
+    """One of the graders. Graders may share a pool of workers."""
+
+    pool: Pool
     name: GraderName = "math-verify"
     answer_from: AnswerFrom = "after_think"
-    pool: Pool | None = None  # None: a new one
-
-    def __post_init__(self) -> None:
-        self.pool = self.pool or Pool(self.processes, self.limit_s)
-
-    def named(self, choice: GraderChoice) -> list["Grader"]:
-        """The grader of that name, or both; they share the workers of this one."""
-        names = get_args(GraderName) if choice == "both" else [choice]
-        return [replace(self, name=name) for name in names]
-
-    def __enter__(self) -> "Grader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.close()
-
-    def grade(self, response: str, answer: str | list[str], finish_reason: str = "stop") -> Verdict:
-        """The verdict on one response. `answer`: the gold, or several, any of which suffices.
-
-        finish_reason "length" means that generation stopped at its limit of tokens. Raises
-        UserError if the worker cannot start (Math-Verify is not installed).
-        """
-        return self.grade_all([(response, answer, finish_reason)])[0]
 
     def grade_all(self, items: Iterable[tuple[str, str | list[str], str]]) -> list[Verdict]:
-        """Verdicts on (response, answer, finish_reason) items, in their order. An answer that
-        occurs many times, as among the samples of one problem, is judged once."""
+        """Verdicts on (response, answer, finish_reason) items, in their order.
+
+        answer: the gold, or several, any of which suffices. finish_reason "length" means that
+        generation stopped at its limit of tokens. An answer that occurs many times, as among the
+        samples of one problem, is judged once. Raises UserError if a worker cannot start.
+        """
         return self._settle([self._decide(*item)[1] for item in items])
 
     def marks(self, test: Benchmark, completions: Iterable[Completion]) -> list[Mark]:
@@ -128,17 +112,12 @@ class Grader:
                 raise UserError(f"{test.name}: holds no problem {c.id!r}")
             extracted, decision = self._decide(c.text, answers[c.id], c.finish_reason)
             decided.append(decision)
-            mark = Mark(
-                id=c.id,
-                sample=c.sample,
-                verdict="",  # set below
-                extracted=extracted,
-                num_tokens=c.num_tokens,
-                loops=period(c.text) > 0,
-                answer_from=self.answer_from,
-            )
-            marks.append(mark)
-        return [replace(m, verdict=verdict) for m, verdict in zip(marks, self._settle(decided))]
+            facts = {"id": c.id, "sample": c.sample, "num_tokens": c.num_tokens}
+            marks.append(facts | {"extracted": extracted, "loops": repeats(c.text)})
+        return [
+            Mark(**facts, verdict=verdict, answer_from=self.answer_from)
+            for facts, verdict in zip(marks, self._settle(decided))
+        ]
 
     def _decide(
         self, response: str, answer: str | list[str], finish_reason: str
@@ -167,26 +146,21 @@ class Grader:
 
 
 def _by_text(given: str, golds: list[str]) -> Verdict | None:
-    """The verdict where equal text or two integers decide it."""
-    key = text_key(given)
-    if any(text_key(gold) == key for gold in golds):
+    """The verdict where equal text or integers decide it."""
+    if text_key(given) in map(text_key, golds):
         return "correct"
-    number = as_integer(given)
-    numbers = [as_integer(gold) for gold in golds]
-    if number is not None and None not in numbers:
-        return "correct" if number in numbers else "incorrect"
-    return None
+    number, *numbers = map(as_integer, (given, *golds))
+    if number is None or None in numbers:
+        return None
+    return "correct" if number in numbers else "incorrect"
 
 
-def report_unreadable(grader: Grader, tests: list[Benchmark]) -> None:
-    """Print a line for every benchmark with golds that are no mathematics to the grader: only an
-    answer of the same text will be correct. Starts a worker, so UserError comes before sampling."""
-    if grader.name == "paper":  # what its rules cannot read, they compare as text
-        grader.pool.ask([("paper", "y+x+1", "x+1+y")])
-        return
+def report_unreadable(pool: Pool, tests: list[Benchmark]) -> None:
+    """Print a line for every benchmark with golds that Math-Verify cannot read: only an answer of
+    the same text will be correct. Starts a worker, so its UserError comes before sampling."""
     for test in tests:
         golds = [(p.id, answer) for p in test.problems for answer in p.answers]
-        replies = grader.pool.ask(("readable", "", answer) for _, answer in golds)
+        replies = pool.ask(("readable", "", answer) for _, answer in golds)
         found = [gold for gold in golds if replies["readable", "", gold[1]] != "correct"]
         if found:
             named = "; ".join(f"{id}: {gold!r:.60}" for id, gold in found[:NAMED_GOLDS])
@@ -197,13 +171,14 @@ def report_unreadable(grader: Grader, tests: list[Benchmark]) -> None:
             )
 
 
-def mark_run(out: Path, graders: list[Grader]) -> None:
-    """Grade every stored completion of an evaluation. Raises UserError if some are missing,
+def grade_evaluation(out: Path, choice: GraderChoice, answer_from: AnswerFrom, pool: Pool) -> None:
+    """Grade every stored completion by one grader or both. Raises UserError if some are missing,
     before it changes any verdict on disk."""
     graded: dict[Path, list[Mark]] = {}
-    for test, grader in itertools.product(stored_benchmarks(out), graders):
-        marks = grader.marks(test, read_lines(completions_file(out, test.name), Completion))
+    for test, name in itertools.product(stored_benchmarks(out), grader_names(choice)):
+        completions = read_lines(completions_file(out, test.name), Completion)
+        marks = Grader(pool, name, answer_from).marks(test, completions)
         by_problem(test, marks)  # raises if one is missing
-        graded[marks_file(out, grader.name, test.name)] = marks
+        graded[marks_file(out, name, test.name)] = marks
     for path, marks in graded.items():
         write_lines(path, marks)

@@ -42,18 +42,21 @@ STARTUP_S = 120.0  # importing sympy takes 0.5 s, a minute on a busy network fil
 READY = "ready"
 
 
-class Pool:
-    """Workers, started as they are needed. Threads may share a pool.
+class Pool(contextlib.AbstractContextManager):
+    """Workers, started as they are needed. Threads may share a pool. A context manager: leaving it
+    ends the workers.
 
     processes: workers at most; limit_s: seconds for one question.
     """
 
-    def __init__(self, processes: int, limit_s: float):
-        assert limit_s > 0, f"limit_s={limit_s}"
+    def __init__(self, processes: int = 1, limit_s: float = 10.0):
         self.limit_s = limit_s
         self._threads = ThreadPoolExecutor(processes)  # each waits for its own worker
         self._of_thread = threading.local()
         self._workers: set[_Worker] = set()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the workers. The pool starts new ones if it is used again."""

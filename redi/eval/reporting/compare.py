@@ -1,23 +1,17 @@
 r"""Whether two evaluations differ by more than chance.
 
 Two runs on the same problems are compared problem by problem: most of a score's uncertainty comes
-from hard and easy problems, which are the same for both.
-
-    one sample per problem  McNemar's exact test on the numbers of problems that only one of the two
-                            runs solves
-    several                 the mean over problems of the difference of their pass@1; interval and
-                            p-value by resampling problems
-Left out: a correction for comparing many runs; each p-value is that of a single comparison.
+from hard and easy problems, which are the same for both. Left out: a correction for comparing many
+runs; each p-value is that of a single comparison.
 """
 
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 from redi.config import UserError
 from redi.eval.completions import by_problem
-from redi.eval.reporting.statistics import bootstrap_p_value, interval, mcnemar
-from redi.eval.reporting.stored import Graded, load, run_names
+from redi.eval.reporting.statistics import interval, permutation_p_value
+from redi.eval.reporting.stored import Evaluation, GradedBenchmark
 from redi.eval.reporting.tables import ANSWER_FROM
 
 SIGNIFICANT = 0.05  # a p-value below this is called a difference
@@ -36,7 +30,7 @@ class Comparison:
     won: int  # problems on which the second run has the larger share of correct samples
     lost: int
     p_value: float
-    test: str
+    test: str = "exact permutation test"
 
     def sentence(self) -> str:
         points = 100 * self.difference
@@ -53,44 +47,43 @@ class Comparison:
         )
 
 
-def compare(runs: list[Path], grader: str | None = None) -> list[Comparison]:
-    """Every two runs, on every benchmark of both. Raises UserError: two benchmarks of one name with
-    different problems; verdicts of two graders, or of answers from two places."""
-    loaded = {name: load(run, grader) for name, run in zip(run_names(runs), runs)}
+def compare(evaluations: dict[str, Evaluation]) -> list[Comparison]:
+    """Every two runs, by name, on every benchmark of both. Raises UserError: two benchmarks of one
+    name with different problems; verdicts of two graders, or of answers from two places."""
     return [
-        _paired(first, second, loaded[first][benchmark], loaded[second][benchmark])
-        for first, second in combinations(loaded, 2)
-        for benchmark in loaded[first]
-        if benchmark in loaded[second]
+        _paired(first, second, old.benchmarks[benchmark], new.benchmarks[benchmark])
+        for (first, old), (second, new) in combinations(evaluations.items(), 2)
+        for benchmark in old.benchmarks
+        if benchmark in new.benchmarks
     ]
 
 
-def _paired(first: str, second: str, before: Graded, after: Graded) -> Comparison:
-    name, problems = before.test.name, before.test.problems
-    rules = [f"by {g.grader} {ANSWER_FROM[g.marks[0].answer_from]}" for g in (before, after)]
+def _paired(first: str, second: str, old: GradedBenchmark, new: GradedBenchmark) -> Comparison:
+    name, problems = old.test.name, old.test.problems
+    rules = [f"by {g.grader} {ANSWER_FROM[g.marks[0].answer_from]}" for g in (old, new)]
     if rules[0] != rules[1]:
         raise UserError(
             f"{name}: {first} is graded {rules[0]}, {second} {rules[1]}; choose one --grader, or "
             "one --answer-from for `python -m redi.eval.grade regrade RUN`"
         )
-    if problems != after.test.problems:
+    if problems != new.test.problems:
         raise UserError(f"{name}: {first} and {second} have different problems")
-    shares = [
-        [sum(mark.verdict == "correct" for mark in row) / len(row) for row in by_problem(*graded)]
-        for graded in ((before.test, before.marks), (after.test, after.marks))
-    ]
-    differences = [new - old for old, new in zip(*shares)]
-    won, lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    single = len(before.marks) == len(after.marks) == len(problems)
+    old_counts, new_counts = (
+        [sum(mark.verdict == "correct" for mark in row) for row in by_problem(g.test, g.marks)]
+        for g in (old, new)
+    )
+    old_samples, new_samples = (len(g.marks) // len(problems) for g in (old, new))
+    # of the shares of correct samples, in units of 1 / (old_samples * new_samples)
+    differences = [n * old_samples - o * new_samples for o, n in zip(old_counts, new_counts)]
+    fractions = [difference / (old_samples * new_samples) for difference in differences]
     return Comparison(
         benchmark=name,
         first=first,
         second=second,
         num_problems=len(problems),
-        difference=sum(differences) / len(differences),
-        interval=interval(differences),
-        won=won,
-        lost=lost,
-        p_value=mcnemar(won, lost) if single else bootstrap_p_value(differences),
-        test="McNemar's exact test" if single else "bootstrap over problems",
+        difference=sum(fractions) / len(problems),
+        interval=interval(fractions),
+        won=sum(difference > 0 for difference in differences),
+        lost=sum(difference < 0 for difference in differences),
+        p_value=permutation_p_value(differences),
     )

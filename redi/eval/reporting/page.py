@@ -1,88 +1,153 @@
 r"""Evaluations as one HTML page, to filter problems and read completions side by side.
 
-The page is one file: no server, no network, nothing to install. Its content is one JSON text in a
-script element that is never run, and page.js shows it. Completions are a model's, so they never
-become markup: the JSON escapes every <, > and &, and the script inserts text as text.
+The page is one file: no server, no network, nothing to install. It begins with the score table.
+Below, each problem opens to its completions, one column per run, and each of these opens to its
+text. The script only hides the problems that the filters leave out.
 
 A browser can open a page of some 50 million characters, of which each completion has an equal
 share. A longer one is shortened in the middle, and the page says so. Left out: typeset formulas.
 """
 
-import html
 import json
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from html import escape
 
 from redi import pages
-from redi.config import UserError
-from redi.eval.completions import Completion, completions_file, read_lines
-from redi.eval.reporting.stored import Graded, load, run_names, settings_of
-from redi.eval.reporting.tables import ANSWER_FROM
+from redi.eval.benchmarks import Problem
+from redi.eval.completions import Completion, Mark, completions_file, read_lines
+from redi.eval.reporting.stored import Evaluation
+from redi.tables import Cells
 
 CHARACTERS = 50_000_000  # of all completions together
-SHORTENED = "long completions are shortened; completions/ holds all of their text"
-BODY = """\
-<header><h1>{title}</h1>
-<label>benchmark <select id="benchmark"></select></label>
-<label>verdicts <select id="verdict"></select></label>
-<label>subject <select id="subject"></select></label>
-<label>difficulty <select id="difficulty"></select></label>
-<input type="search" id="words" placeholder="words of problem, answer, id">
-<label><input type="checkbox" id="deep"> and in completions</label>
-<span class="faint" id="count"></span><span class="faint">{note}</span></header>
-<nav id="list" aria-label="problems"></nav>
-<main><section id="question"></section><section id="panes"></section></main>
-<script type="application/json" id="data">{data}</script>"""
+SHORTENED = "Long completions are shortened; completions/ holds all of their text."
+SYMBOLS = {"correct": "✓", "incorrect": "✗", "no_answer": "∅", "truncated": "…", "timeout": "⧗"}
+STYLE = """
+body { max-width: 100rem; } select, input { font: inherit; max-width: 14rem; }
+.filters { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1rem 0; align-items: center; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+.problem { border-top: 1px solid var(--line); padding: .4rem 0; }
+.question { white-space: pre-wrap; overflow-wrap: anywhere; }
+.runs { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 1rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.correct { color: var(--up); } .incorrect, .no_answer, .truncated, .timeout { color: var(--down); }
+@media (max-width: 50rem) { .runs { grid-auto-flow: row; } }
+"""
+SCRIPT = """\
+"use strict";
+const problems = [...document.querySelectorAll(".problem")];
+const selects = [...document.querySelectorAll("select")];
+const byId = id => document.getElementById(id);
+function refresh() {
+  const words = byId("words").value.toLowerCase().split(/\\s+/);
+  for (const problem of problems) {
+    const tags = JSON.parse(problem.dataset.tags);
+    const searched = byId("deep").checked ? problem : problem.querySelector(".about");
+    const text = searched.textContent.toLowerCase();
+    problem.hidden = !selects.every(s => s.value === "" || tags[s.name].includes(s.value)) ||
+      !words.every(word => text.includes(word));
+  }
+  const count = problems.filter(problem => !problem.hidden).length;
+  byId("count").textContent = `${count} of ${problems.length} problems`;
+}
+for (const input of document.querySelectorAll("select, input"))
+  input.addEventListener("input", refresh);
+refresh();
+"""
+
+Samples = dict[str, list[tuple[Mark, str]]]  # run -> marks and completions, the latter as HTML
 
 
-def evaluation_page(runs: list[Path], grader: str | None = None) -> str:
-    """The page of one or several evaluations. Raises UserError as `load`, and if two have different
-    problems of one name."""
-    loaded = [load(run, grader) for run in runs]
-    count = sum(len(graded.marks) for one in loaded for graded in one.values())
-    limit, longest = CHARACTERS // count, 0
-    benchmarks: dict[str, dict[str, dict[str, Any]]] = {}  # name -> problem's id -> its row
-    for number, (run, one) in enumerate(zip(runs, loaded)):
-        for name, graded in one.items():
-            rows = benchmarks.setdefault(name, {})
-            for problem in graded.test.problems:
-                row = {**asdict(problem), "runs": [[] for _ in runs]}
-                known = rows.setdefault(problem.id, row)
-                if any(known[field] != row[field] for field in ("problem", "answers")):
-                    raise UserError(f"{name}: problem {problem.id!r} is not the same in all runs")
+def evaluation_page(evaluations: dict[str, Evaluation], scores: Cells) -> str:
+    """The page of one evaluation or several, by name, that `compare` accepts. scores: the table
+    that the page begins with."""
+    tests = [graded for one in evaluations.values() for graded in one.benchmarks.values()]
+    limit, longest = CHARACTERS // sum(len(graded.marks) for graded in tests), 0
+    problems = {(g.test.name, problem.id): problem for g in tests for problem in g.test.problems}
+    samples: dict[tuple[str, str], Samples] = {key: {} for key in problems}
+    for run, evaluation in evaluations.items():
+        for name, graded in evaluation.benchmarks.items():
             marks = {mark.key: mark for mark in graded.marks}
-            for completion in read_lines(completions_file(run, name), Completion):
+            for completion in read_lines(completions_file(evaluation.out, name), Completion):
                 longest = max(longest, len(completion.text))
                 mark = marks[completion.key]
-                sample = {
-                    "sample": completion.sample,
-                    "verdict": mark.verdict,
-                    "extracted": mark.extracted,
-                    "tokens": completion.num_tokens,
-                    "finish": completion.finish_reason,
-                    "text": _shortened(completion.text, limit),
-                }
-                rows[completion.id]["runs"][number].append(sample)
-    models = [str(settings_of(run).get("model", run)) for run in runs]
-    content = {
-        # The page of a single run moves with its folder, so it does not name the folder.
-        "runs": run_names(runs) if len(runs) > 1 else models,
-        "benchmarks": [{"name": n, "problems": [*rows.values()]} for n, rows in benchmarks.items()],
+                shown = _completion(completion, mark, limit)
+                samples[name, completion.id].setdefault(run, []).append((mark, shown))
+    tags = [_tags(name, problem, samples[name, id]) for (name, id), problem in problems.items()]
+    difficulties = sorted({problem.difficulty for problem in problems.values()} - {None})
+    options = {
+        "benchmark": list(dict.fromkeys(name for name, _ in problems)),
+        "subject": sorted({problem.subject for problem in problems.values()} - {None}),
+        "difficulty": [f"{difficulty:g}" for difficulty in difficulties],
+        "verdicts": sorted({verdict for one in tags for verdict in one["verdicts"]}),
     }
-    title = " | ".join(map(_title, models, loaded))
-    note = SHORTENED if longest > limit else ""
-    style, script = (
-        Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js")
+    title = " | ".join(evaluations)
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        pages.table(scores),
+        '<div class="filters">',
+        *(_select(name, values) for name, values in options.items() if len(values) > 1),
+        '<input type="search" id="words" placeholder="words of the problem">',
+        '<label><input type="checkbox" id="deep"> and of completions</label>',
+        f'<span class="faint" id="count"></span> {SHORTENED if longest > limit else ""}</div>',
+        *map(_problem, problems, problems.values(), samples.values(), tags),
+    ]
+    return pages.page(title, "\n".join(body), STYLE, SCRIPT)
+
+
+def _tags(name: str, problem: Problem, samples: Samples) -> dict[str, list[str]]:
+    """What the filters know of a problem; the keys are the filters' names."""
+    verdicts = [mark.verdict for run in samples.values() for mark, _ in run]
+    correct = verdicts.count("correct")
+    some = "all" if correct == len(verdicts) else "some" if correct else "none"
+    found = [f"{some} correct", *(f"has {v.replace('_', ' ')}" for v in sorted(set(verdicts)))]
+    if len(samples) == 2:
+        (one, p), (other, q) = ((run, _share(marks)) for run, marks in samples.items())
+        found += [f"{one} is ahead"] * (p > q) + [f"{other} is ahead"] * (q > p)
+    return {
+        "benchmark": [name],
+        "subject": [problem.subject or ""],
+        "difficulty": ["" if problem.difficulty is None else f"{problem.difficulty:g}"],
+        "verdicts": found,
+    }
+
+
+def _share(run: list[tuple[Mark, str]]) -> float:
+    return sum(mark.verdict == "correct" for mark, _ in run) / len(run)
+
+
+def _select(name: str, values: list[str]) -> str:
+    options = "".join(f"<option>{escape(value)}</option>" for value in values)
+    options = f'<option value="">all</option>{options}'
+    return f'<label>{name} <select name="{name}">{options}</select></label>'
+
+
+def _problem(
+    key: tuple[str, str], problem: Problem, samples: Samples, tags: dict[str, list[str]]
+) -> str:
+    about = [*key, *tags["subject"], *(f"difficulty {d}" for d in tags["difficulty"] if d)]
+    marks, columns = [], []
+    for run, row in samples.items():
+        symbols = (f'<span class="{m.verdict}">{SYMBOLS[m.verdict]}</span>' for m, _ in row)
+        marks.append(f"{escape(run)} {''.join(symbols)}" if len(samples) > 1 else "".join(symbols))
+        columns.append(f"<div><b>{escape(run)}</b>{''.join(shown for _, shown in row)}</div>")
+    return (
+        f'<details class="problem" data-tags="{escape(json.dumps(tags))}"><summary class="about">'
+        f'<span class="faint">{escape(" · ".join(filter(None, about)))}</span> {" ".join(marks)}'
+        f'<div class="question">{escape(problem.problem)}</div>'
+        f"<div>gold: {escape(' or '.join(problem.answers))}</div></summary>"
+        f'<div class="runs">{"".join(columns)}</div></details>'
     )
-    body = BODY.format(title=html.escape(title), note=note, data=_in_script(content))
-    return pages.page(title, body, style, script)
 
 
-def _title(model: str, graded: dict[str, Graded]) -> str:
-    graders = dict.fromkeys(one.grader for one in graded.values())
-    rules = dict.fromkeys(ANSWER_FROM[one.marks[0].answer_from] for one in graded.values())
-    return f"{model}, graded by {', '.join(graders)}, answers read {', '.join(rules)}"
+def _completion(completion: Completion, mark: Mark, limit: int) -> str:
+    tokens = "" if mark.num_tokens is None else f" · {mark.num_tokens} tokens"
+    answer = "none" if mark.extracted is None else f"{mark.extracted:.200}"
+    facts = f"answer {answer}{tokens} · ended by {completion.finish_reason}"
+    verdict = f"{SYMBOLS[mark.verdict]} {mark.verdict.replace('_', ' ')}"
+    return (
+        f'<details><summary>{mark.sample} <b class="{mark.verdict}">{verdict}</b> '
+        f'<span class="faint">{escape(facts)}</span></summary>'
+        f"<pre>{escape(_shortened(completion.text, limit))}</pre></details>"
+    )
 
 
 def _shortened(text: str, limit: int) -> str:
@@ -91,9 +156,3 @@ def _shortened(text: str, limit: int) -> str:
         return text
     head, tail = limit // 3, limit - limit // 3
     return f"{text[:head]}\n\n[... {len(text) - limit:,} characters left out ...]\n\n{text[-tail:]}"
-
-
-def _in_script(content: Any) -> str:
-    """JSON that cannot end the script element around it, nor begin anything else there."""
-    text = json.dumps(content)  # ASCII alone: line separators and halves of pairs are escapes
-    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")

@@ -7,19 +7,25 @@ or likelihood.
 
 import math
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Mark, by_problem
-from redi.eval.grading.normalize import LONGEST_ANSWER, text_key
+from redi.eval.grading.normalize import text_key
 from redi.eval.reporting.statistics import interval, majority, pass_at_k, sem
+from redi.eval.reporting.stored import Evaluation, GradedBenchmark
 
 OTHERS = "not said"  # the group of problems without a subject or difficulty
+# Settings that describe what was measured. Of another program's completions only the first three
+# are known.
+REPORTED = (
+    "benchmark", "samples", "completions", "user_prompt", "prefix", "temperature", "top_p",
+    "max_new_tokens", "seed", "dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +40,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class BenchmarkScore:
     """One benchmark's results. Scores and shares are fractions of 1; tokens are per completion."""
 
     benchmark: str
@@ -65,28 +71,43 @@ class Report:
     grader: str  # math-verify, paper or both
     settings: dict[str, Any]
     mean_pass_at_1: float  # of `benchmarks`
-    benchmarks: list[Score]
-    other_grader: list[Score]  # of the second grader, if there are two
+    benchmarks: list[BenchmarkScore]
+    other_grader: list[BenchmarkScore]  # of the second grader, if there are two
 
 
-def mean_pass_at_1(scores: Sequence[Score]) -> float:
+def report(evaluation: Evaluation) -> Report:
+    """The numbers of an evaluation. Raises UserError as `by_problem`."""
+    settings = evaluation.settings
+    reported = REPORTED[:3] if "completions" in settings else REPORTED
+    scores = [score(graded) for graded in evaluation.benchmarks.values()]
+    return Report(
+        model=settings["model"],
+        grader=evaluation.grader,
+        settings={name: settings[name] for name in reported if name in settings},
+        mean_pass_at_1=mean_pass_at_1(scores),
+        benchmarks=scores,
+        other_grader=[score(graded) for graded in evaluation.other_grader],
+    )
+
+
+def mean_pass_at_1(scores: Sequence[BenchmarkScore]) -> float:
     """The paper's "avg": every benchmark counts the same, however many problems it has."""
     return statistics.fmean(score.pass_at_1 for score in scores)
 
 
-def score(test: Benchmark, marks: Sequence[Mark], grader: str) -> Score:
+def score(graded: GradedBenchmark) -> BenchmarkScore:
     """The numbers of one benchmark; marks in any order. Raises UserError as `by_problem`."""
-    rows = by_problem(test, marks)
+    problems, marks = graded.test.problems, graded.marks
+    rows = by_problem(graded.test, marks)
     correct = np.array([[mark.verdict == "correct" for mark in row] for row in rows], float)
     n = correct.shape[1]  # of (P, n)
-    verdicts = Counter(mark.verdict for mark in marks)
-    return Score(
-        benchmark=test.name,
-        grader=grader,
+    return BenchmarkScore(
+        benchmark=graded.test.name,
+        grader=graded.grader,
         num_problems=len(rows),
         answer_from=marks[0].answer_from,
         num_samples=n,
-        pass_at_1=float(correct.mean()),
+        pass_at_1=_share(marks, "correct"),
         sem=sem(correct),
         interval=interval(correct.mean(axis=1)),
         pass_at_k=[
@@ -96,13 +117,17 @@ def score(test: Benchmark, marks: Sequence[Mark], grader: str) -> Score:
         majority=statistics.fmean(majority(_votes(row)) for row in rows),
         mean_tokens=_of_tokens(statistics.fmean, marks),
         median_tokens=_of_tokens(statistics.median, marks),
-        truncated=verdicts["truncated"] / len(marks),
-        no_answer=verdicts["no_answer"] / len(marks),
-        timeout=verdicts["timeout"] / len(marks),
+        truncated=_share(marks, "truncated"),
+        no_answer=_share(marks, "no_answer"),
+        timeout=_share(marks, "timeout"),
         loops=statistics.fmean(mark.loops for mark in marks),
-        by_difficulty=_groups([_difficulty(p.difficulty) for p in test.problems], rows),
-        by_subject=_groups([p.subject for p in test.problems], rows),
+        by_difficulty=_groups([_whole_numbers(p.difficulty) for p in problems], rows),
+        by_subject=_groups([p.subject and (p.subject,) for p in problems], rows),
     )
+
+
+def _share(marks: Sequence[Mark], verdict: str) -> float:
+    return statistics.fmean(mark.verdict == verdict for mark in marks)
 
 
 def _of_tokens(mean: Callable[[list[int]], float], marks: Sequence[Mark]) -> float | None:
@@ -113,40 +138,31 @@ def _of_tokens(mean: Callable[[list[int]], float], marks: Sequence[Mark]) -> flo
 
 def _votes(row: list[Mark]) -> list[tuple[str, bool]]:
     """Of the samples that finished with an answer. Only equal texts count as one answer."""
-
-    def key(answer: str) -> str:  # normalizing an answer as long as a loop's would take minutes
-        return text_key(answer) if len(answer) <= LONGEST_ANSWER else answer
-
     voters = [m for m in row if m.extracted is not None and m.verdict != "truncated"]
-    return [(key(m.extracted), m.verdict == "correct") for m in voters]
+    return [(text_key(m.extracted), m.verdict == "correct") for m in voters]
 
 
-def _difficulty(number: float | None) -> str | None:
-    """4 for 4, and "4 to 5" for what is between."""
-    if number is None:
+def _whole_numbers(difficulty: float | None) -> tuple[int, ...] | None:
+    """(4,) for 4, and (4, 5) for what is between."""
+    if difficulty is None:
         return None
-    below, above = math.floor(number), math.ceil(number)
-    return f"{below}" if below == above else f"{below} to {above}"
+    return tuple(dict.fromkeys((math.floor(difficulty), math.ceil(difficulty))))
 
 
-def _groups(names: list[str | None], rows: list[list[Mark]]) -> list[Group]:
-    """names: each problem's group. Sorted, numbers first; [] if all problems are in the same."""
-    members: dict[str, list[Mark]] = defaultdict(list)
-    for name, row in zip(names, rows):
-        members[name or OTHERS] += row
-
-    def order(name: str) -> tuple[bool, float, str]:
-        first = name.split()[0]
-        return name == OTHERS, float(first) if first.isdigit() else math.inf, name
-
+def _groups(keys: Sequence[tuple | None], rows: list[list[Mark]]) -> list[Group]:
+    """Sorted; [] if all problems are in the same. keys: each problem's group, ("Algebra",) or
+    (4, 5) or, where the benchmark does not say, None."""
+    members: dict[tuple | None, list[Mark]] = defaultdict(list)
+    for key, row in zip(keys, rows):
+        members[key] += row
     groups = [
         Group(
-            name=name,
-            num_problems=len(members[name]) // len(rows[0]),
-            pass_at_1=statistics.fmean(mark.verdict == "correct" for mark in members[name]),
-            mean_tokens=_of_tokens(statistics.fmean, members[name]),
-            truncated=statistics.fmean(mark.verdict == "truncated" for mark in members[name]),
+            name=OTHERS if key is None else " to ".join(map(str, key)),
+            num_problems=len(members[key]) // len(rows[0]),
+            pass_at_1=_share(members[key], "correct"),
+            mean_tokens=_of_tokens(statistics.fmean, members[key]),
+            truncated=_share(members[key], "truncated"),
         )
-        for name in sorted(members, key=order)
+        for key in sorted(members, key=lambda key: (key is None, key))
     ]
     return groups if len(groups) > 1 else []

@@ -39,14 +39,11 @@ def sem(correct: np.ndarray) -> float | None:
 def interval(scores: Sequence[float]) -> tuple[float, float]:
     """The bootstrap's interval of the mean of problems' `scores` (P,)."""
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(_resampled_means(np.asarray(scores, float)), [tail, 1 - tail])
+    scores, count = np.asarray(scores, float), len(scores)
+    random = np.random.default_rng(42)
+    means = [scores[random.integers(0, count, count)].mean() for _ in range(DRAWS)]
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _resampled_means(scores: np.ndarray) -> np.ndarray:
-    """Means (DRAWS,) of len(scores) scores, drawn with replacement."""
-    random, count = np.random.default_rng(42), len(scores)
-    return np.array([scores[random.integers(0, count, count)].mean() for _ in range(DRAWS)])
 
 
 def majority(votes: Sequence[tuple[str, bool]]) -> float:
@@ -61,22 +58,20 @@ def majority(votes: Sequence[tuple[str, bool]]) -> float:
     return sum(winners) / len(winners) if winners else 0.0
 
 
-def mcnemar(won: int, lost: int) -> float:
-    """The exact two-sided p-value of McNemar's test: `won` problems that only the second run
-    solves, `lost` that only the first solves; by chance, both are equally likely."""
-    total = won + lost
-    tail = sum(math.comb(total, k) for k in range(min(won, lost) + 1)) / 2**total
-    return min(1.0, 2 * tail)
+def permutation_p_value(differences: Sequence[int]) -> float:
+    """The exact two-sided p-value of the paired permutation test.
 
-
-def bootstrap_p_value(differences: Sequence[float]) -> float:
-    """How often chance would give a mean as far from 0 as that of the problems' differences (P,).
-
-    The differences are shifted to a mean of 0 and resampled; (r + 1) / (DRAWS + 1), never 0.
+    differences (P,): of two runs, per problem, in any unit in which they are whole. If the runs are
+    equally good, each difference is as likely to have the other sign: the p-value is the share of
+    all 2^P choices of signs whose sum is at least as far from 0 as the observed one. With a single
+    sample per problem, this is McNemar's exact test.
     """
-    differences = np.asarray(differences, float)
-    observed = abs(differences.mean())
-    means = np.abs(_resampled_means(differences - differences.mean()))
-    # Slightly below, since sums of the same differences in another order round differently.
-    extreme = int((means >= observed * (1 - 1e-9)).sum()) if observed > 0 else DRAWS
-    return (extreme + 1) / (DRAWS + 1)
+    unit = math.gcd(*differences) or 1
+    steps = [abs(difference) // unit for difference in differences if difference]
+    zero = sum(steps)
+    chances = np.zeros(2 * zero + 1)  # of the sums -zero .. zero
+    chances[zero] = 1
+    for step in steps:
+        chances = (np.roll(chances, step) + np.roll(chances, -step)) / 2
+    distance = abs(np.arange(-zero, zero + 1))
+    return min(1.0, float(chances[distance >= abs(sum(differences)) // unit].sum()))

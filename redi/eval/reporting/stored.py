@@ -1,4 +1,4 @@
-"""What an evaluation's folder holds: settings, marks, and the report of them."""
+"""What an evaluation's folder holds: settings, and marks by one grader or both."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,64 +7,62 @@ from typing import Any
 from redi.config import UserError, load_toml
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Mark, marks_file, read_lines, stored_benchmarks
+from redi.eval.grading.grader import GraderChoice, grader_names
 from redi.eval.reporting import paper_results
-from redi.eval.reporting.scores import Report, mean_pass_at_1, score
-
-# Settings that describe what was measured. Of another program's completions only the first three
-# are known.
-REPORTED = (
-    "benchmark", "samples", "completions", "user_prompt", "prefix", "temperature", "top_p",
-    "max_new_tokens", "seed", "dtype",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Graded:
-    """A benchmark of an evaluation, and a grader's marks of its completions.
-
-    Where both graders judged them, this one leads and has the score: the paper's for the paper's
-    benchmarks, Math-Verify's for all others."""
+class GradedBenchmark:
+    """A benchmark, and one grader's marks of an evaluation's completions."""
 
     test: Benchmark
     grader: str
     marks: list[Mark]
-    other: "Graded | None" = None  # the same by the other grader
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation, as it is on disk. Where both graders judged the completions, the paper's leads
+    for the paper's benchmarks, Math-Verify's for all others."""
+
+    out: Path
+    settings: dict[str, Any]  # of evaluate.py
+    grader: GraderChoice
+    benchmarks: dict[str, GradedBenchmark]  # by name, in the order of --benchmark
+    other_grader: list[GradedBenchmark]  # by the grader that does not lead, if both judged
 
 
 def settings_of(out: Path) -> dict[str, Any]:
-    """The settings of evaluate.py; {} if the folder has no config.toml."""
-    path = out / "config.toml"
-    return load_toml(path, str(path)) if path.is_file() else {}
+    """The settings of evaluate.py. Raises UserError if the folder holds no evaluation."""
+    stored_benchmarks(out)  # its message says what makes one
+    return load_toml(out / "config.toml", f"{out}/config.toml")
 
 
-def own_grader(out: Path) -> str:
-    """The grader of the run's settings: a name, or "both"."""
-    return settings_of(out).get("grader", "math-verify")
+def load(out: Path, grader: GraderChoice | None = None) -> Evaluation:
+    """Read an evaluation. grader: whose verdicts; None: those of its settings. Raises UserError: no
+    evaluation, no such verdicts."""
+    settings = settings_of(out)
+    grader = grader or settings["grader"]
+    names = [Path(name).stem for name in settings["benchmark"]]
+    benchmarks, other_grader = {}, []
+    for test in sorted(stored_benchmarks(out), key=lambda test: names.index(test.name)):
+        graders = grader_names(grader)
+        if test.name in paper_results.BENCHMARKS:
+            graders.reverse()
+        first, *others = [GradedBenchmark(test, g, _marks(out, g, test.name)) for g in graders]
+        benchmarks[test.name] = first
+        other_grader += others
+    return Evaluation(out, settings, grader, benchmarks, other_grader)
 
 
-def load(out: Path, grader: str | None = None) -> dict[str, Graded]:
-    """Each benchmark with its marks, by name, in the order of the run's --benchmark.
-
-    grader: a name, "both", or None for own_grader. Raises UserError: no evaluation, no such marks.
-    """
-    grader = grader or own_grader(out)
-    names = [Path(name).stem for name in settings_of(out).get("benchmark", [])]
-    graded = {}
-    for test in sorted(stored_benchmarks(out), key=lambda t: [*names, t.name].index(t.name)):
-        graders = ["math-verify", "paper"] if grader == "both" else [grader]
-        if test.name not in paper_results.BENCHMARKS:
-            graders.reverse()  # the last one leads
-        one = None
-        for name in graders:
-            path = marks_file(out, name, test.name)
-            if not path.is_file():
-                raise UserError(
-                    f"{out}: {test.name} is not graded by {name}; "
-                    f"`python -m redi.eval.grade regrade {out} --grader {name}` does it"
-                )
-            one = Graded(test, name, list(read_lines(path, Mark)), other=one)
-        graded[test.name] = one
-    return graded
+def _marks(out: Path, grader: str, benchmark: str) -> list[Mark]:
+    path = marks_file(out, grader, benchmark)
+    if not path.is_file():
+        raise UserError(
+            f"{out}: {benchmark} is not graded by {grader}; "
+            f"`python -m redi.eval.grade regrade {out} --grader {grader}` does it"
+        )
+    return list(read_lines(path, Mark))
 
 
 def run_names(runs: list[Path]) -> list[str]:
@@ -75,24 +73,3 @@ def run_names(runs: list[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise UserError(f"{runs[0]}: one run is named twice; name each run once")
-
-
-def read(out: Path, grader: str | None = None) -> Report:
-    """The report of an evaluation's marks. Raises UserError as `load` and `score`."""
-    settings, graded = settings_of(out), load(out, grader).values()
-    reported = REPORTED[:3] if "completions" in settings else REPORTED
-    scores = [score(g.test, g.marks, g.grader) for g in graded]
-    return Report(
-        model=str(settings.get("model", out)),
-        grader=grader or own_grader(out),
-        settings={name: settings[name] for name in reported if name in settings},
-        mean_pass_at_1=mean_pass_at_1(scores),
-        benchmarks=scores,
-        other_grader=[score(g.test, g.other.marks, g.other.grader) for g in graded if g.other],
-    )
-
-
-def folder(out: Path, grader: str) -> Path:
-    """Where a report is written: beside the completions, or, for a grader that is not the run's
-    own, beside that grader's verdicts."""
-    return out if grader == own_grader(out) else out / "verdicts" / grader

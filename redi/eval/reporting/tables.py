@@ -1,14 +1,15 @@
 """A report as Markdown that also reads well in a terminal; scores and shares are percentages."""
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
 from redi.eval.reporting import paper_results
-from redi.eval.reporting.scores import Report, Score, mean_pass_at_1
-from redi.tables import markdown_table
+from redi.eval.reporting.scores import BenchmarkScore, Report, mean_pass_at_1
+from redi.tables import Cells, markdown_table
 
-SUMMARY = (
+SCORES = (
     "benchmark", "grader", "problems", "pass@1 ± SEM", "95 % interval", "pass@n", "majority",
-    "tokens mean", "median", "truncated", "no answer", "timeout", "loops",
+    "tokens mean", "median", "truncated", "no answer", "timeout", "loops", "answer read",
 )  # fmt: skip
 NOTES = """\
 pass@1 is the mean over all samples; SEM is the paper's, the spread between repeated runs; the
@@ -25,9 +26,9 @@ ANSWER_FROM = {"after_think": "after </think>", "whole": "in the whole response"
 
 def markdown(report: Report) -> str:
     """The whole report.md."""
-    settings = {**report.settings, "graded by": report.grader, "answers are read": _rules(report)}
+    settings = {**report.settings, "graded by": report.grader}
     described = ", ".join(f"{name} {_shown(value)}" for name, value in settings.items())
-    parts = [f"# {report.model}", described, summary(report), NOTES]
+    parts = [f"# {report.model}", described, markdown_table(score_table(report)), NOTES]
     names = {f"{score.benchmark} ({score.grader})": score for score in report.benchmarks}
     columns = [map(percent, score.pass_at_k) for score in report.benchmarks]
     most = max(score.num_samples for score in report.benchmarks)
@@ -47,39 +48,33 @@ def markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _rules(report: Report) -> list[str]:
-    """Where the graders looked for answers; which grader where, if they looked in two places."""
-    scores = [*report.benchmarks, *report.other_grader]
-    rules = {score.grader: ANSWER_FROM[score.answer_from] for score in scores}
-    if len({*rules.values()}) == 1:
-        return [rules[scores[0].grader]]
-    return [f"{rule} by {grader}" for grader, rule in rules.items()]
-
-
 def _shown(value: object) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return repr(text) if "\n" in text or not text else text
 
 
-def summary(report: Report) -> str:
-    """One row per benchmark and their mean if there are several; then the same for the second
+def score_table(report: Report) -> Cells:
+    """A row per benchmark and their mean if there are several; then the same for the second
     grader, if there are two."""
-    rows = [SUMMARY]
-    for scores in filter(None, (report.benchmarks, report.other_grader)):
-        rows += map(_row, scores)
-        if len(scores) > 1:
-            graders = ", ".join(dict.fromkeys(score.grader for score in scores))
-            mean = percent(mean_pass_at_1(scores))
-            rows.append(("mean", graders, "", mean, *[""] * (len(SUMMARY) - 4)))
-    return markdown_table(rows)
+    return [SCORES, *_rows(report.benchmarks), *_rows(report.other_grader)]
 
 
-def side_by_side(scores: list[tuple[str, Score]]) -> str:
-    """A row per run, named in front, and benchmark."""
-    return markdown_table([("model", *SUMMARY), *((name, *_row(s)) for name, s in scores)])
+def side_by_side(reports: dict[str, Report]) -> Cells:
+    """The scores of several runs, by name; of two graders, those of the one that leads."""
+    rows = [(name, *row) for name, report in reports.items() for row in _rows(report.benchmarks)]
+    return [("model", *SCORES), *rows]
 
 
-def _row(score: Score) -> tuple[str, ...]:
+def _rows(scores: Sequence[BenchmarkScore]) -> list[tuple[str, ...]]:
+    rows = [_row(score) for score in scores]
+    if len(scores) > 1:
+        graders = ", ".join(dict.fromkeys(score.grader for score in scores))
+        mean = percent(mean_pass_at_1(scores))
+        rows.append(("mean", graders, "", mean, *[""] * (len(SCORES) - 4)))
+    return rows
+
+
+def _row(score: BenchmarkScore) -> tuple[str, ...]:
     low, high = map(percent, score.interval)
     shares = (score.truncated, score.no_answer, score.timeout, score.loops)
     return (
@@ -93,6 +88,7 @@ def _row(score: Score) -> tuple[str, ...]:
         count(score.mean_tokens),
         count(score.median_tokens),
         *map(percent, shares),
+        ANSWER_FROM[score.answer_from],
     )
 
 
