@@ -31,7 +31,7 @@ class TrainData:
     objective: Objective
     world: World
     pack_tokens: int
-    reference: Tensor | None = None  # (N, 2) float64 on the host, see checkpoint/reference.py
+    reference: Tensor | None = None  # (N, 2) float64 sums on the host: checkpoint/reference.py
 
     def plan(self, rows_per_step: int, seed: int, epoch: int) -> list[StepPlan]:
         sizes = rows_per_step, self.pack_tokens, self.world.world_size

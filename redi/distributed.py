@@ -4,8 +4,7 @@ Under torchrun every process is a rank with one device. Weights, gradients and o
 sharded over the ranks of a node and replicated across nodes, so all-gathers stay inside a node.
 FSDP2 all-gathers weights in the first forward pass of a step (ZeRO-3: in every pass) and
 reduce-scatters gradients in the last backward pass; clipping all-reduces the gradient's norm, and
-monitor.py the statistics. Ranks sum losses and gradients, never average them: the whole step's
-counts are in every loss. All ranks compute the same plan, so data needs no exchange.
+monitor.py the statistics. Ranks sum losses and gradients, never average them.
 
 The optimizer updates fp32 weights; CUDA computes in bf16. FSDP2's mixed precision does both, also
 in a single process: it casts a block's parameters when the block runs, and reduces gradients in

@@ -57,7 +57,7 @@ MIN_EXPONENT = -50.0
 class WeightedLogpSum(NamedTuple):
     loss: Tensor  # (), sum_t token_weights[t] * token_logps[t]
     token_logps: Tensor  # (R,), detached
-    entropies: Tensor | None  # (R,), in nats; None where the gradient by hidden is not computed
+    entropies: Tensor | None  # (R,), in nats; None where no gradient is computed
 
 
 def reference_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     hidden (R, D), weight (V, D), targets (R,) int64 in [0, V) -> (R,), at least fp32.
     """
-    return _TokenLogps.apply(hidden, weight, targets, False)[0]
+    return token_logps_and_entropies(hidden, weight, targets)[0]
 
 
 def token_logps_and_entropies(
@@ -80,11 +80,12 @@ def token_logps_and_entropies(
 ) -> tuple[Tensor, Tensor | None]:
     """`token_logps`, and the entropy (R,) of each prediction in nats, detached.
 
-    The entropies are computed with the gradient by hidden: their values are valid after backward.
-    Where no such gradient will be computed, None.
+    The entropies are computed with the gradient: their values are valid after backward. Where no
+    gradient will be computed, None.
     """
-    with_entropies = torch.is_grad_enabled() and hidden.requires_grad
-    return _TokenLogps.apply(hidden, weight, targets, with_entropies)
+    if not _needs_gradient(hidden, weight):
+        return _token_logps(hidden, weight, targets), None
+    return _TwoPasses.apply(hidden, weight, targets)
 
 
 def weighted_logp_sum(
@@ -95,118 +96,112 @@ def weighted_logp_sum(
     hidden (R, D), weight (V, D), targets (R,) int64, token_weights (R,) of either sign. The
     gradient is computed here, not in backward, so token_weights are constants.
     """
-    with_grad = torch.is_grad_enabled()  # inside `apply` it never is
-    outputs = _WeightedLogpSum.apply(hidden, weight, targets, token_weights, with_grad)
-    return WeightedLogpSum(*outputs)
+    if _needs_gradient(hidden, weight):
+        return WeightedLogpSum(*_OnePass.apply(hidden, weight, targets, token_weights))
+    logps = _token_logps(hidden, weight, targets)
+    return WeightedLogpSum(logps @ token_weights.to(logps.dtype), logps, None)
 
 
 def accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-# ---------------------------------------------------------------- two passes
+def _needs_gradient(hidden: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
 
-class _TokenLogps(torch.autograd.Function):
+# ---------------------------------------------------------------- for autograd
+
+
+class _TwoPasses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_entropies: bool):
-        head = _Head(hidden, weight)
-        logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
-        for rows in head.chunks:
-            logps[rows] = target_logps_(head.logits(rows), targets[rows])
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor):
+        logps = _token_logps(hidden, weight, targets)
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.entropies = torch.zeros_like(logps) if with_entropies else None
-        if with_entropies:
-            ctx.mark_non_differentiable(ctx.entropies)
+        ctx.entropies = torch.zeros_like(logps)
+        ctx.mark_non_differentiable(ctx.entropies)
         return logps, ctx.entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps: Tensor, _):
         hidden, weight, targets = ctx.saved_tensors
-        gradients = _gradients(hidden, weight, targets, grad_logps, *ctx.needs_input_grad[:2])
-        if ctx.entropies is not None and gradients.entropies is not None:
-            ctx.entropies.copy_(gradients.entropies)
-        d_hidden, d_weight = (
-            None if gradient is None else gradient.to(operand.dtype)
-            for gradient, operand in ((gradients.hidden, hidden), (gradients.weight, weight))
-        )
-        return d_hidden, d_weight, None, None
+        gradients = _gradients(hidden, weight, targets, grad_logps)
+        ctx.entropies.copy_(gradients.entropies)
+        return gradients.hidden.to(hidden.dtype), gradients.weight.to(weight.dtype), None
 
 
-# ---------------------------------------------------------------- one pass
-
-
-class _WeightedLogpSum(torch.autograd.Function):
+class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, token_weights, with_grad: bool):
-        needed = [with_grad and needs for needs in ctx.needs_input_grad[:2]]
-        gradients = _gradients(hidden, weight, targets, token_weights, *needed)
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
+        gradients = _gradients(hidden, weight, targets, token_weights)
         ctx.save_for_backward(gradients.hidden, gradients.weight)
         ctx.dtypes = hidden.dtype, weight.dtype
-        outputs = gradients.token_logps, gradients.entropies
-        ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
-        return gradients.token_logps @ token_weights.to(gradients.token_logps.dtype), *outputs
+        logps, entropies = gradients.token_logps, gradients.entropies
+        ctx.mark_non_differentiable(logps, entropies)
+        return logps @ token_weights.to(logps.dtype), logps, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, *_):
         # Into new tensors: a second backward must find the saved ones intact.
         scaled = (
-            None if grad is None else torch.mul(grad, grad_loss, out=grad.new_empty(0, dtype=dtype))
+            torch.mul(grad, grad_loss, out=grad.new_empty(0, dtype=dtype))
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         )
-        return *scaled, None, None, None
+        return *scaled, None, None
 
 
-# ---------------------------------------------------------------- shared by both
+# ---------------------------------------------------------------- the passes over all chunks
+
+
+def _token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs (R,), without a gradient."""
+    head = _Head(hidden, weight)
+    logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
+    for rows in head.chunks:
+        logps[rows] = target_logps_(head.logits(rows), targets[rows])
+    return logps
 
 
 class _Gradients(NamedTuple):
     """Of sum_t token_weights[t] * token_logps[t]."""
 
-    hidden: Tensor | None  # (R, D)
-    weight: Tensor | None  # (V, D)
+    hidden: Tensor  # (R, D)
+    weight: Tensor  # (V, D)
     token_logps: Tensor  # (R,)
-    entropies: Tensor | None  # (R,), with the gradient by hidden
+    entropies: Tensor  # (R,)
 
 
 def _gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor,
-    for_hidden: bool, for_weight: bool,
-) -> _Gradients:  # fmt: skip
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
+) -> _Gradients:
     head = _Head(hidden, weight)
     token_weights = token_weights.to(head.dtype)
     logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
-    entropies = torch.empty_like(logps) if for_hidden else None
-    d_hidden = torch.empty_like(head.hidden) if for_hidden else None
-    d_weight = torch.zeros_like(head.weight, dtype=head.dtype) if for_weight else None
+    entropies = torch.empty_like(logps)
+    d_hidden = torch.empty_like(head.hidden)
+    d_weight = torch.zeros_like(head.weight, dtype=head.dtype)
     for rows in head.chunks:
         part, weights = head.hidden[rows], token_weights[rows]  # (C, D), (C,)
         logits = head.logits(rows)  # (C, V)
         if _in_triton(logits):
             from redi import kernels  # triton is installed with torch for CUDA
 
-            chunk, logps[rows], entropy = kernels.softmax_gradient_(
+            chunk, logps[rows], entropies[rows] = kernels.softmax_gradient_(
                 logits, targets[rows], weights, part.dtype
             )
-            if for_hidden:
-                torch.mm(chunk, head.weight, out=d_hidden[rows])
-                entropies[rows] = entropy
+            torch.mm(chunk, head.weight, out=d_hidden[rows])
         else:
             logps[rows], others, total = _exponentials_(logits, targets[rows])
             chunk = logits.scatter_(1, targets[rows, None], -others)  # (softmax - onehot) * total
             scale = -weights[:, None] / total  # (C, 1)
-            if for_hidden:
-                d_part = torch.mm(chunk, head.weight, out=d_hidden[rows])  # (C, D)
-                entropies[rows] = -logps[rows] - torch.linalg.vecdot(part, d_part) / total[:, 0]
-                d_part.mul_(scale)
+            d_part = torch.mm(chunk, head.weight, out=d_hidden[rows])  # (C, D)
+            entropies[rows] = -logps[rows] - torch.linalg.vecdot(part, d_part) / total[:, 0]
+            d_part.mul_(scale)
             part = part * scale
-        if for_weight:
-            torch.addmm(d_weight, chunk.T, part, out=d_weight, **head.into_wide)
-    if for_hidden:
-        entropies.clamp_(min=0.0)  # rounding
-    return _Gradients(d_hidden, d_weight, logps, entropies)
+        torch.addmm(d_weight, chunk.T, part, out=d_weight, **head.into_wide)
+    return _Gradients(d_hidden, d_weight, logps, entropies.clamp_(min=0.0))  # rounding
 
 
 def target_logps_(logits: Tensor, targets: Tensor) -> Tensor:

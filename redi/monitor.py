@@ -1,6 +1,6 @@
 """What is watched while training.
 
-    StepStats           mean log-probs and entropies of chosen and rejected traces, over all ranks
+    StepSums, StepStats mean log-probs and entropies of chosen and rejected traces, over all ranks
     squared_update_norm how far an optimizer step will move the weights
     CollapseGuard       warns when the chosen traces' log-prob falls with the rejected ones'
     training_flops      model FLOPs of a step, for the share of the GPU's peak (MFU)
@@ -24,14 +24,38 @@ from redi.objectives import PackLoss
 from redi.packing import PackedBatch, StepPlan, to_device
 
 
+@dataclass(frozen=True)
 class StepStats:
-    """A step's statistics: `add` sums up its packs on the device, then `gather` sums over ranks and
-    sets, on the host of each rank: loss, scalars, mean_logps and mean_entropies. Those are (S,), in
-    the order of `ids`, over the tokens of each sequence, in nats."""
+    """A step over all packs and ranks. Means are over the tokens of a sequence, in nats."""
+
+    ids: np.ndarray  # (S,) sequences, ascending; of pairs: chosen, rejected, chosen, ...
+    paired: bool
+    loss: float
+    scalars: list[float]  # those given to `StepSums.gather`, summed over ranks
+    mean_logps: np.ndarray  # (S,)
+    mean_entropies: np.ndarray  # (S,)
+
+    def summary(self, entropies: bool = True) -> dict[str, float]:
+        """The loss, and means over rows: log-prob and entropy per token of chosen and rejected
+        traces; for pairs also the log-probs' margin and the share of pairs ranked right."""
+        sides = ("chosen", "rejected") if self.paired else ("chosen",)
+        means = {"logp": self.mean_logps} | ({"entropy": self.mean_entropies} if entropies else {})
+        values = {
+            f"{side}_{name}": of_sequences[first :: len(sides)]
+            for name, of_sequences in means.items()
+            for first, side in enumerate(sides)
+        }
+        if self.paired:
+            values["margin"] = values["chosen_logp"] - values["rejected_logp"]
+            values["ranked_right"] = values["margin"] > 0
+        return {"loss": self.loss} | {name: float(value.mean()) for name, value in values.items()}
+
+
+class StepSums:
+    """Sums over the packs of a step, on the device of each rank."""
 
     def __init__(self, data: TrainData, step: StepPlan):
-        self.data, self.paired = data, data.dataset.store.paired
-        self.ids = sequence_ids(step)  # (S,) ascending; of pairs: chosen, rejected, chosen, ...
+        self.data, self.paired, self.ids = data, data.dataset.store.paired, sequence_ids(step)
         # Every rank fills its own places of one vector; the sum over ranks is the whole vector.
         self.sizes = [1, data.world.world_size, len(self.ids), len(self.ids)]
         self.vector = torch.zeros(sum(self.sizes), dtype=torch.float64, device=data.world.device)
@@ -51,7 +75,7 @@ class StepStats:
                 whole[where] = torch.stack(parts).double()
         largest[world.rank] = torch.maximum(largest[world.rank], result.token_logps.max())
 
-    def gather(self, scalars: Sequence[Tensor | float] = ()) -> None:
+    def gather(self, scalars: Sequence[Tensor | float] = ()) -> StepStats:
         """Sum over all ranks, also `scalars`: one all-reduce, one wait for the device. Raises
         RuntimeError for a log-prob above 0 (a broken kernel)."""
         vector = torch.cat([self.vector, self.vector.new_zeros(len(scalars))])
@@ -63,33 +87,18 @@ class StepStats:
         if largest.max() > 0:
             raise RuntimeError(f"a token has log-prob {largest.max()}: the log-probs are wrong")
         lengths = self.data.dataset.response_lengths[self.ids]
-        self.loss, self.scalars = float(loss), sums.tolist()
-        self.mean_logps, self.mean_entropies = logp_sums / lengths, entropy_sums / lengths
-
-    def summary(self, entropies: bool = True) -> dict[str, float]:
-        """The loss, and means over rows: log-prob and entropy per token of chosen and rejected
-        traces; for pairs also the log-probs' margin and the share of pairs ranked right."""
-        sides = ("chosen", "rejected") if self.paired else ("chosen",)
-        means = {"logp": self.mean_logps} | ({"entropy": self.mean_entropies} if entropies else {})
-        values = {
-            f"{side}_{name}": of_sequences[first :: len(sides)]
-            for name, of_sequences in means.items()
-            for first, side in enumerate(sides)
-        }
-        if self.paired:
-            values["margin"] = values["chosen_logp"] - values["rejected_logp"]
-            values["ranked_right"] = values["margin"] > 0
-        return {"loss": self.loss} | {name: float(value.mean()) for name, value in values.items()}
+        means = logp_sums / lengths, entropy_sums / lengths
+        return StepStats(self.ids, self.paired, float(loss), sums.tolist(), *means)
 
 
 # ---------------------------------------------------------------- the update's norm
 #
-#     delta = -lr * (m / (1 - beta1^k) / (sqrt(v / (1 - beta2^k)) + eps) + decay * weight)
+#     delta = -lr * (m / (sqrt(v) + eps r) * r / (1 - beta1^k) + decay * weight)
 #
-# with m and v AdamW's moments after the gradient of step k. The norm of delta over all weights is
-# the update norm of the paper's Figures 4 and 5. It spikes when a run collapses; the norm of a
-# clipped gradient does not. Computing it from the moments needs no copy of the weights, and
-# computing it before the step lets it share the all-reduce of the step's statistics.
+# with m and v AdamW's moments after the gradient of step k, and r = sqrt(1 - beta2^k). The norm of
+# delta over all weights is the update norm of the paper's Figures 4 and 5. It spikes when a run
+# collapses; the norm of a clipped gradient does not. Computing it from the moments needs no copy of
+# the weights; computing it before the step lets it share the all-reduce of the step's statistics.
 
 BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # weights at a time; on a CPU they stay in the cache
 
@@ -99,7 +108,7 @@ def squared_update_norm(optimizer: torch.optim.AdamW) -> Tensor:
     """() float64: sum of squares of what the next `optimizer.step()` will add to this rank's
     weights. Gradients must be clipped already. Exact up to the rounding of the addition."""
     parts = [
-        group["lr"] ** 2 * _squared(parameter, optimizer.state[parameter], group)
+        group["lr"] ** 2 * _squared_direction(parameter, optimizer.state[parameter], group)
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None
@@ -107,8 +116,8 @@ def squared_update_norm(optimizer: torch.optim.AdamW) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def _squared(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor:
-    """Sum of squares of one parameter's update at learning rate 1."""
+def _squared_direction(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor:
+    """() float64: sum of squares of this rank's part of delta / lr, for one parameter."""
     beta1, beta2 = group["betas"]
     weight, gradient = (local_shard(t.detach()).reshape(-1) for t in (parameter, parameter.grad))
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
@@ -116,8 +125,8 @@ def _squared(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor
     moments = (state.get(name, zeros) for name in ("exp_avg", "exp_avg_sq"))
     mean, square = (local_shard(moment).reshape(-1) for moment in moments)
     step = state.get("step", torch.zeros_like(total)).double() + 1.0
-    root = (1.0 - beta2**step).sqrt()  # a tensor: the host does not wait for the device
-    eps, times = group["eps"] * root, root / (1.0 - beta1**step)
+    r = (1.0 - beta2**step).sqrt()  # a tensor: the host does not wait for the device
+    eps, times = group["eps"] * r, r / (1.0 - beta1**step)
     size = BLOCK[weight.device.type]
     buffers = torch.empty_like(weight[:size]), torch.empty_like(weight[:size])  # for all blocks
     for w, g, m, v in zip(*(t.split(size) for t in (weight, gradient, mean, square))):

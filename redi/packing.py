@@ -57,8 +57,11 @@ def plan(
     lengths (N,): tokens of each row, whose sequence id is the row; or (N, 2): tokens of the chosen
     and the rejected sequence, with ids 2 * row and 2 * row + 1. A pack holds at most pack_tokens; a
     longer sequence (with keep_pairs: pair) gets a pack of its own. Every row is used exactly once;
-    the last step may be smaller, and some packs may be empty arrays.
+    the last step may be smaller, and some packs may be empty arrays. Raises ValueError for a size
+    below 1.
     """
+    if min(rows_per_step, pack_tokens, world_size) < 1:
+        raise ValueError("rows_per_step, pack_tokens and world_size must be at least 1")
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     starts = range(0, len(order), rows_per_step)
     all_ids = np.arange(lengths.size).reshape(lengths.shape)  # (N,) or (N, 2)
@@ -126,6 +129,7 @@ class PackedBatch:
     reference: Tensor | None = None  # (2, S) float64: the reference model's log-prob sums and means
 
     def to(self, device: torch.device) -> "PackedBatch":
+        """The same pack with its tensors on `device`."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: to_device(value, device) for name, value in tensors.items()})
 
@@ -159,12 +163,13 @@ class TokenSequence:
 
 
 def pack(
-    sequences: list[TokenSequence], weights: Tensor, reference: Tensor | None = None
+    sequences: list[TokenSequence], weights: Tensor, reference_sums: Tensor | None = None
 ) -> PackedBatch:
     """Concatenate sequences. weights (S,): the weight of each sequence's supervised tokens.
-    reference (N, 2): the reference model's log-prob sums of all pairs; then sequences are pairs.
-    An empty list gives an empty pack: one token, not supervised. Raises ValueError for a sequence
-    without a prompt: the document before it would predict its first token."""
+    reference_sums (N, 2): the reference model's log-prob sums of all N pairs; then sequences are
+    whole pairs, and the pack's `reference` is their sums and means, (2, S). An empty list gives an
+    empty pack: one token, not supervised. Raises ValueError for a sequence without a prompt: the
+    document before it would predict its first token."""
     if any(s.prompt_length < 1 for s in sequences):
         raise ValueError("a sequence needs a prompt of at least one token")
     tokens = [s.tokens for s in sequences] or [np.zeros(1, dtype=np.int64)]
@@ -176,8 +181,9 @@ def pack(
     targets = [s.tokens[positions] for s, positions in zip(sequences, supervised)]
     row_ids = [s.row for s in sequences]
     repeats = torch.tensor(response_lengths, dtype=torch.int64)
-    if reference is not None:
-        sums = reference[row_ids[0::2]].reshape(-1)  # (S,)
+    reference = None
+    if reference_sums is not None:
+        sums = reference_sums[row_ids[0::2]].reshape(-1)  # (S,)
         reference = torch.stack([sums, sums / repeats])
     return PackedBatch(
         tokens=_concatenate(tokens),

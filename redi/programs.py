@@ -12,7 +12,7 @@ from redi.distributed import World
 from redi.objectives import sft
 from redi.recipe import REDIConfig, SFTConfig, TrainConfig
 from redi.run import run
-from redi.train import Score
+from redi.train import Scorer
 
 # Ranks of an evaluation end hours apart. torchrun stops the others when one dies.
 WEEK = 60.0 * 24 * 7  # minutes
@@ -31,7 +31,7 @@ def train_redi() -> None:
     run(config, objective, paired=True, model_made_by=made_by, prepare_score=prepare_score)
 
 
-def prepare_score(config: TrainConfig, source: Source, world: World) -> Score | None:
+def prepare_score(config: TrainConfig, source: Source, world: World) -> Scorer | None:
     """What scores the model between training steps, if --eval-benchmark asks for it."""
     if not config.eval_benchmark:
         return None

@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 from redi.config import UserError, may_change, require
 from redi.objectives import OBJECTIVES, Objective, loss_parameters, make_objective
 
-# Values suggested when a flag is missing: the paper's, and those of each other objective's own
-# paper, where it recommends one.
-PUBLISHED = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.001}, "simpo": {"beta": 2.0, "gamma": 1.0}}
-SOURCES = {
+# Values suggested when a flag is missing: those of REDI's paper (redi, dpo, simpo), and of each
+# other objective's own paper, where it recommends one.
+PUBLISHED = {
+    "redi": {"alpha": 0.8}, "dpo": {"beta": 0.001}, "simpo": {"beta": 2.0, "gamma": 1.0},
     "dpo_norm": {"beta": 5.0}, "irpo": {"beta": 0.1, "alpha": 1.0}, "orpo": {"alpha": 0.1},
     "dpop": {"beta": 0.3, "alpha": 50.0}, "npo": {"beta": 0.1, "alpha": 1.0},
 }  # fmt: skip
@@ -56,9 +56,6 @@ class TrainConfig:
     reshard_after_forward: Annotated[bool, "free weights after use (ZeRO-3)", may_change] = False
     checkpoint_blocks: Annotated[str, "recompute auto, all, none or N blocks", may_change] = "auto"
     compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
-    save_dtype: Annotated[
-        Literal["source", "float32", "bfloat16", "float16"], "dtype of the saved weights"
-    ] = "source"
     save_every: Annotated[int, "optimizer steps between checkpoints", may_change] = 200
     keep: Annotated[int | Literal["all"], "newest checkpoints to keep", may_change] = 2
     resume: Annotated[Literal["auto", "never"], "resume if unfinished", may_change] = "auto"
@@ -136,25 +133,24 @@ class REDIConfig(TrainConfig):
         if self.objective == "redi" and self.alpha is None:
             self.alpha = PUBLISHED["redi"]["alpha"]
         taken = loss_parameters(self.objective)
+        for name in set(taken) - set(PARAMETERS):
+            raise UserError(
+                f"{self.objective}_loss: its parameter {name} has no flag; add the field {name} to "
+                "REDIConfig and PARAMETERS, both in redi/recipe.py"
+            )
         for name in PARAMETERS:
             value = getattr(self, name)
             require(name in taken or value is None, name, value, f"none with {self.objective}")
             if name in taken and value is None:
-                raise UserError(
-                    f"--{name} is missing: {self.objective} needs it{self._suggestion(name)}"
-                )
+                published = PUBLISHED.get(self.objective, {}).get(name)
+                hint = f" (published: {published:g})" if published else ""
+                raise UserError(f"--{name} is missing: {self.objective} needs it{hint}")
         if self.alpha is not None:
             # Above 1, the rejected trace would weigh more than the chosen one.
             is_share = self.objective in ("redi", "redi_weighted")
             expected = "within [0, 1]" if is_share else "at least 0"
             require(0 <= self.alpha <= (1 if is_share else math.inf), "alpha", self.alpha, expected)
         require(self.beta is None or self.beta > 0, "beta", self.beta, "above 0")
-
-    def _suggestion(self, name: str) -> str:
-        for whose, values in (("the paper's", PUBLISHED), ("its own paper's", SOURCES)):
-            if name in values.get(self.objective, {}):
-                return f" ({whose} is {values[self.objective][name]:g})"
-        return ""
 
     def make_objective(self) -> Objective:
         parameters = {name: getattr(self, name) for name in loss_parameters(self.objective)}

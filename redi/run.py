@@ -19,14 +19,14 @@ from redi.config import UserError, to_toml
 from redi.data.dataset import Dataset, Limits, describe, select
 from redi.data.files import hash_files
 from redi.data.store import load_store
-from redi.distributed import DTYPES, Parallelism, World, local_rank_zero_first, report_lost_ranks
+from redi.distributed import Parallelism, World, local_rank_zero_first, report_lost_ranks
 from redi.hub import CARD, dataset_files, is_hub_id
 from redi.memory import blocks_to_checkpoint, check_blocks, step_memory
 from redi.model import Transformer
 from redi.objectives import Objective
 from redi.recipe import TrainConfig
 from redi.runlog import NoLog, RunLog, is_finished, read_facts, read_metrics
-from redi.train import Score, StopSignals, num_steps, train
+from redi.train import Scorer, StopSignals, num_steps, train
 
 
 def run(
@@ -34,7 +34,7 @@ def run(
     objective: Objective,
     paired: bool,
     model_made_by: str | None,
-    prepare_score: Callable[[TrainConfig, Source, World], Score | None],
+    prepare_score: Callable[[TrainConfig, Source, World], Scorer | None],
 ) -> None:
     """Load, check, train, save: what train_sft.py and train_redi.py do. paired: rows are pairs.
     model_made_by: the command that produces the default --model, for the error if it is missing.
@@ -91,16 +91,13 @@ def _train_and_save(
     data: TrainData,
     eval_data: TrainData | None,
     how: Parallelism,
-    score: Score | None,
+    score: Scorer | None,
     facts: dict[str, str],
 ) -> None:
     world, folder, cache = data.world, source.folder, config.cache
     with local_rank_zero_first(world):
         # Held from here on: another process could remove the checkpoint that is chosen below.
         log = NoLog() if world.rank else RunLog(config.out, config, config.tracker)
-    if is_finished(config.out, config):  # by another process, since `run` looked
-        print(f"{config.out} is finished: nothing to do")
-        return
     checkpoints = Checkpoints(Path(config.out), world, facts, config.keep)
     history = [r for r in read_metrics(Path(config.out)) if r["kind"] == "train"]
     begin = checkpoints.newest_valid(len(history)) if config.resume == "auto" else 0
@@ -118,8 +115,7 @@ def _train_and_save(
     train(model, data, config, log, checkpoints, eval_data, score, history[:begin])
     try:
         with StopSignals():  # a stop is too late now: saving finishes
-            dtype = DTYPES.get(config.save_dtype, source.dtype)
-            save_model(model, config.out, source, dtype, model_card(config, facts))
+            save_model(model, config.out, source, card=model_card(config, facts))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"while saving; {config.out} holds no whole model") from None
     log.finish()

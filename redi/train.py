@@ -4,10 +4,8 @@
         for batch in its packs:            forward, loss, backward
         clip, exchange statistics, AdamW, log, maybe a checkpoint
 
-SFT and REDI differ in the objective and in the shape of their rows, not here. Each pack's share of
-the whole step's loss is summed, never averaged, so the result does not depend on how the step was
-cut into packs or dealt to ranks. Left out: a Trainer class, callbacks, gradient accumulation as a
-setting (the packs of a step simply follow each other).
+SFT and REDI differ in the objective and in the shape of their rows, not here. Left out: a Trainer
+class, callbacks, gradient accumulation as a setting (the packs of a step simply follow each other).
 """
 
 import math
@@ -29,7 +27,7 @@ from redi.checkpoint.resume import Checkpoints
 from redi.config import Stopped, UserError
 from redi.distributed import full_tensor, peak_memory_gib
 from redi.model import Transformer
-from redi.monitor import CollapseGuard, StepStats
+from redi.monitor import CollapseGuard, StepStats, StepSums
 from redi.packing import StepPlan
 from redi.recipe import TrainConfig
 from redi.runlog import NoLog, Progress, RunLog
@@ -37,7 +35,7 @@ from redi.runlog import NoLog, Progress, RunLog
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, and the paper's
 WARMUP = 0.1  # share of the steps over which the learning rate rises
 
-Score = Callable[[Transformer, int], dict[str, float]]  # (model, step) -> what is logged
+Scorer = Callable[[Transformer, int], dict[str, float]]  # (model, step) -> a "benchmark" record
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -76,7 +74,7 @@ def train(
     log: RunLog | NoLog,
     checkpoints: Checkpoints,
     eval_data: TrainData | None = None,
-    score: Score | None = None,
+    score: Scorer | None = None,
     history: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Train `model` in place. It is distributed and has its weights already.
@@ -145,7 +143,7 @@ def train_step(
     """One optimizer step: its statistics, and its record for the log. A step whose loss or gradient
     is not finite changes no weight."""
     began = time.perf_counter()
-    world, totals, stats = data.world, data.totals(step), StepStats(data, step)
+    world, totals, sums = data.world, data.totals(step), StepSums(data, step)
 
     # ---- forward and backward, pack by pack: gradients accumulate in .grad
     num_packs = len(step[world.rank])
@@ -153,14 +151,14 @@ def train_step(
         distributed.last_pack(model, number == num_packs, config.reshard_after_forward)
         result = data.objective.loss(model, batch, totals)
         result.loss.backward()
-        stats.add(batch, result)
+        sums.add(batch, result)
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
     # Nodes hold the same weights, so each counts for its share.
     update = monitor.squared_update_norm(optimizer) / world.num_nodes
 
     # ---- one all-reduce for all statistics; the host waits for the device here
     # Every rank has the whole gradient's norm, so only rank 0 contributes it.
-    stats.gather([float(signals.wanted), update, grad_norm if world.rank == 0 else 0.0])
+    stats = sums.gather([float(signals.wanted), update, grad_norm if world.rank == 0 else 0.0])
 
     # ---- update
     record = stats.summary() | {"lr": optimizer.param_groups[0]["lr"]}
@@ -181,12 +179,11 @@ def train_step(
 def held_out(model: Transformer, data: TrainData) -> dict[str, float]:
     """The loss over all rows of `data` as one step, and their mean log-probs."""
     step = data.all_rows()
-    totals, stats = data.totals(step), StepStats(data, step)
+    totals, sums = data.totals(step), StepSums(data, step)
     with distributed.without_gradients(model):
         for batch in data.batches(step, totals):
-            stats.add(batch, data.objective.loss(model, batch, totals))
-    stats.gather()
-    return stats.summary(entropies=False)
+            sums.add(batch, data.objective.loss(model, batch, totals))
+    return sums.gather().summary(entropies=False)
 
 
 # ---------------------------------------------------------------- when to stop

@@ -17,7 +17,7 @@ from hypothesis import settings
 # processes.py does through torch._dynamo.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
-from processes import after_step, undisturbed
+from processes import after_step, run_ranks
 from small_run import PAIRS, SFT, as_positive, conversation, run, write_jsonl
 
 from redi.checkpoint.folder import load_model
@@ -147,7 +147,7 @@ def whole(made, tmp_path_factory) -> Callable[[int], Path]:
     @cache
     def on(num_ranks: int) -> Path:
         folder = with_data(tmp_path_factory.mktemp("whole"), made)
-        undisturbed(folder, [*SFT, "--out", "whole"], num_ranks)
+        run_ranks(folder, [*SFT, "--out", "whole"], num_ranks)
         return folder
 
     return on

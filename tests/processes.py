@@ -43,7 +43,7 @@ def command(*arguments: object, **environment: object) -> subprocess.Popen:
     )
 
 
-def finished(
+def run_command(
     *arguments: object, seconds: float = 120, **environment: object
 ) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of such a command."""
@@ -78,18 +78,14 @@ def free_port() -> int:
 
 
 def wait_until(
-    happened: Callable[[], Any],
-    process: subprocess.Popen | None = None,
-    seconds: float = 60,
-    poll: float = 0.02,
+    happened: Callable[[], Any], process: subprocess.Popen | None = None, seconds: float = 60
 ) -> None:
-    """Wait for a fact, and look every `poll` seconds. It fails when the process ends first, or
-    when the time is over."""
+    """Wait for a fact. It fails when the process ends first, or when the time is over."""
     end = time.monotonic() + seconds
     while not happened():
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(poll)
+        time.sleep(0.02)
 
 
 def main_in_this_process(main: Callable[[], None], *arguments: object) -> int:
@@ -199,7 +195,7 @@ def ranks(
     return started
 
 
-def undisturbed(
+def run_ranks(
     folder: Path, arguments: list[str], num_ranks: int = 2, **settings: Any
 ) -> list[Child]:
     """Run a program on so many ranks, and insist that all of them end well."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import undisturbed
+from processes import run_ranks
 from safetensors.torch import load_file
 
 from redi import programs, recipe
@@ -203,7 +203,7 @@ def refusal(call: Callable, *arguments: Any, **settings: Any) -> str:
 
 def assert_resumes_to_the_same_bits(folder: Path, num_ranks: int = 1) -> str:
     """Start the command SFT again: run/ ends with the bits of whole/. Returns what it printed."""
-    again, *_ = undisturbed(folder, SFT, num_ranks)
+    again, *_ = run_ranks(folder, SFT, num_ranks)
     assert_same_bits(folder / "run", folder / "whole")
     return again.shown
 

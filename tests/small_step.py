@@ -13,7 +13,7 @@ from redi.batches import TrainData
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
 from redi.objectives import OBJECTIVES, loss_parameters, make_objective, sft
-from redi.packing import TokenSequence
+from redi.packing import StepPlan, TokenSequence
 
 TO_ORACLE = {torch.float64: 1e-12, torch.float32: 5e-6}  # tolerances, of the norm
 BETWEEN_CUTS = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -70,6 +70,17 @@ def objective_of(name: str):
 def data_of(name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000) -> TrainData:
     world = World(rank, world_size, torch.device("cpu"))
     return TrainData(Rows(paired=name != "sft"), objective_of(name), world, pack_tokens)
+
+
+def backward(model: Transformer, data: TrainData, step: StepPlan | None = None) -> float:
+    """The loss of a step, by default over all rows, whose gradients are added to the model's."""
+    step, loss = step or data.all_rows(), 0.0
+    totals = data.totals(step)
+    for batch in data.batches(step, totals):
+        part = data.objective.loss(model, batch, totals).loss
+        part.backward()
+        loss += part.item()
+    return loss
 
 
 def row_logps(model: Transformer, sequence: TokenSequence) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from processes import child, die, main_in_this_process
 from safetensors.torch import load_file, save_file
 from small_run import HERE, files_in, refusal, sft_config
-from small_step import data_of
+from small_step import backward, data_of
 from tokenizers import Tokenizer
 
 from redi.checkpoint import __main__ as exporting
@@ -105,12 +105,6 @@ def put(changes: dict[str, torch.Tensor]) -> Change:
     return change
 
 
-def store_the_norm_twice(folder: Path) -> None:
-    save_file({NORM: torch.ones(32)}, folder / "norm.safetensors")
-    index = {"weight_map": {"model.embed_tokens.weight": WEIGHTS, NORM: "norm.safetensors"}}
-    (folder / INDEX).write_text(json.dumps(index))
-
-
 def add_token_320(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([f"<|{i}|>" for i in range(tokenizer.get_vocab_size(), 321)])
@@ -194,6 +188,9 @@ def test_an_older_config_json_and_overrides_are_saved_in_both_forms(folder, tmp_
     edit("config.json", rope_theta=300_000.0)(folder)
     assert torch.equal(logits(out), logits(folder))
     assert not torch.equal(logits(out), before)
+    save_model(model, out, source, dtype=torch.bfloat16)  # another dtype than the source's
+    assert {tensor.dtype for tensor in stored(out).values()} == {torch.bfloat16}
+    assert read_json(out / "config.json")["dtype"] == "bfloat16"
 
 
 def test_saving_over_a_model_replaces_it_and_leaves_other_files(folder, tmp_path, monkeypatch):
@@ -265,23 +262,18 @@ def test_files_are_flushed_inside_the_folder_before_they_get_their_names_and_con
     """After a power cut, a folder with a config.json is complete. A rename cannot cross from one
     file system to another, so nothing is written outside of the folder, which may be a mount."""
     model, source = load_model(folder)
-    events, fsync, replace = [], os.fsync, os.replace
-    out = tmp_path / "out"
+    flushed, renamed, out = os.fsync, os.replace, tmp_path / "out"
     out.mkdir()
     monkeypatch.chdir(out)
-
-    def flushed(descriptor):
-        events.append(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
-
-    def renamed(old, new):
-        assert out in Path(old).absolute().parents
-        events.append(Path(new).name)
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", flushed)
-    monkeypatch.setattr(os, "replace", renamed)
+    events, sources = [], []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (events.append(os.fstat(file).st_ino), flushed(file))
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (sources.append(a), events.append(b.name), renamed(a, b))
+    )
     save_model(model, ".", source, card="# A model")
+    assert all(out in path.absolute().parents for path in sources)
     names = {path.name for path in out.iterdir()}
     assert names == {event for event in events if isinstance(event, str)}
     for name in names:
@@ -337,18 +329,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_model_whole(folder, mon
     assert files_in(folder.parent) == before
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(folder):
-    message = refusal(load_and_save, folder, folder / "config.json" / "out")
-    assert "could not be saved" in message
-
-
 # ---------------------------------------------------------------- broken folders
 
 LOST = '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'
 BROKEN = [  # what is done to a folder; what the error says
     (remove("config.json"), ["config.json: no such file"]),
     (write("config.json", '{"model_type": "qw'), ["config.json: not readable as JSON"]),
-    (write("config.json", "[]"), ["config.json: expected a JSON object"]),
     (
         edit("config.json", max_position_embeddings=10**12),
         ["max_position_embeddings is 1000000000000; expected 1 to 2097152"],
@@ -361,13 +347,8 @@ BROKEN = [  # what is done to a folder; what the error says
         lambda folder: os.truncate(folder / WEIGHTS, 10_000),
         ["model.safetensors: not a complete safetensors file"],
     ),
-    (write(WEIGHTS, ""), ["model.safetensors: not a complete safetensors file"]),
     (write(INDEX, LOST), ["model-00001-of-00002.safetensors: no such file"]),
     (write(INDEX, '{"weight_map": 3}'), [INDEX, "weight_map"]),
-    (
-        store_the_norm_twice,
-        ["norm.safetensors: model.norm.weight is stored in another file too"],
-    ),
     (put({NORM: torch.ones(31)}), ["model.norm.weight has shape [31]", "[32]"]),
     (put({NORM: torch.ones(32, dtype=torch.int8)}), ["model.norm.weight is I8"]),
     (
@@ -446,23 +427,10 @@ def sharded(save_qwen2, tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def sft_loss(model) -> torch.Tensor:
-    data = data_of("sft")
-    step = data.all_rows()
-    totals = data.totals(step)
-    [batch] = data.batches(step, totals)
-    return data.objective.loss(model, batch, totals).loss
-
-
 def test_bf16_gradients_are_fp32_close_to_those_of_fp32_not_divided_and_add_up(sharded):
     _, plain, mixed = sharded
-    losses = []
-    for model in (plain, mixed):
-        model.zero_grad()
-        losses.append(sft_loss(model))
-        losses[-1].backward()
-    assert abs(losses[1].item() - losses[0].item()) < 0.02 * losses[0].item()
-    assert losses[1].item() != losses[0].item()  # it did compute in bf16
+    exact, rounded = (backward(model, data_of("sft")) for model in (plain, mixed))
+    assert 0 < abs(rounded - exact) < 0.02 * exact  # it did compute in bf16
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
     errors = {}
     for name, parameter in mixed.named_parameters():
@@ -473,7 +441,7 @@ def test_bf16_gradients_are_fp32_close_to_those_of_fp32_not_divided_and_add_up(s
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     assert torch.stack(list(errors.values())).norm() < 0.05 * norm
     once = mixed.model.norm.weight.grad.full_tensor().clone()
-    sft_loss(mixed).backward()
+    backward(mixed, data_of("sft"))
     torch.testing.assert_close(mixed.model.norm.weight.grad.full_tensor(), 2 * once)
 
 
@@ -484,7 +452,7 @@ def test_a_step_of_1e_6_moves_the_master_weights_and_they_are_what_is_saved(shar
     assert bits(tmp_path / "before") == bits(folder)
 
     mixed.zero_grad()
-    sft_loss(mixed).backward()
+    backward(mixed, data_of("sft"))
     torch.optim.AdamW(mixed.parameters(), lr=1e-6, weight_decay=0.0).step()
     save_model(mixed, tmp_path / "after", source)
     before, after = stored(tmp_path / "before"), stored(tmp_path / "after")
@@ -500,36 +468,27 @@ STEP = Path("run/checkpoints/step-000002")
 
 
 @pytest.fixture
-def stop(here, stop_at) -> Callable[[str], None]:
-    """stop(save_dtype) leaves the checkpoint STEP of a run that starts from parent/."""
+def stopped(here, stop_at) -> Path:
+    """The working folder, with the checkpoint STEP of a run that started from parent/."""
     shutil.copytree("student", "parent")
-    config = partial(sft_config, model=str(here / "parent"), rope_theta=5e5)
-    return lambda save_dtype="source": stop_at(config(save_dtype=save_dtype), 2)
+    stop_at(sft_config(model=str(here / "parent"), rope_theta=5e5), 2)
+    return here
 
 
 def export(*arguments: object) -> int:
     return main_in_this_process(exporting.main, "export", *arguments)
 
 
-@pytest.mark.parametrize(
-    ("save_dtype", "dtype"), [("source", torch.float32), ("bfloat16", torch.bfloat16)]
-)
-def test_an_exported_checkpoint_is_a_model_folder_with_its_weights_in_the_runs_dtype(
-    here, stop, monkeypatch, capsys, save_dtype, dtype
-):
-    stop(save_dtype)
+def test_an_exported_checkpoint_is_a_model_folder_with_its_weights(stopped, monkeypatch, capsys):
     monkeypatch.chdir(STEP.parent)  # it may be named from within the run
-    assert export(STEP.name, "--out", here / "exported") == 0
-    assert f"{STEP.name} of {here / 'run'}" in capsys.readouterr().out
-    trained, out = load_file(f"{STEP.name}/rank-0.safetensors"), stored(here / "exported")
-    for name, before in stored(here / "parent").items():
-        assert torch.equal(out[name], trained[f"model.{name}"].to(dtype))
-        assert not torch.equal(trained[f"model.{name}"], before)
-    config = read_json(here / "exported" / "config.json")
-    assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
-    assert load_model(here / "exported")[1].dtype == dtype
-    assert read_rope_theta(config, "") == 5e5
-    assert logits(here / "exported").isfinite().all()
+    assert export(STEP.name, "--out", stopped / "exported") == 0
+    assert f"{STEP.name} of {stopped / 'run'}" in capsys.readouterr().out
+    trained, out = load_file(f"{STEP.name}/rank-0.safetensors"), stored(stopped / "exported")
+    for name, before in stored(stopped / "parent").items():
+        assert torch.equal(out[name], trained[f"model.{name}"])
+        assert not torch.equal(out[name], before)
+    assert read_rope_theta(read_json(stopped / "exported" / "config.json"), "") == 5e5
+    assert logits(stopped / "exported").isfinite().all()
 
 
 NOT_EXPORTED = {  # message -> what is done to the folder of run/ and parent/
@@ -544,9 +503,8 @@ NOT_EXPORTED = {  # message -> what is done to the folder of run/ and parent/
 
 
 @pytest.mark.parametrize("message", NOT_EXPORTED)
-def test_what_cannot_be_exported_is_one_line(message, here, stop, capsys):
-    stop()
-    NOT_EXPORTED[message](here)
+def test_what_cannot_be_exported_is_one_line(message, stopped, capsys):
+    NOT_EXPORTED[message](stopped)
     capsys.readouterr()
     assert export(STEP, "--out", "exported") == 2
     [line] = capsys.readouterr().err.splitlines()

@@ -7,10 +7,11 @@ one error and an interrupted start are real commands. Left out: what the tests o
 for every kind of broken model, data, recipe and flag.
 """
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from processes import ROOT, finished, main_in_this_process
+from processes import ROOT, main_in_this_process, run_command
 from safetensors.torch import save_file
 from small_run import OF_REDI, OF_SFT, files_in, flags, weights, write_jsonl
 
@@ -31,16 +32,9 @@ def inputs(here) -> None:
     Path("broken.jsonl").write_text("\n".join([*lines[:6], '{"prompt": [', *lines[7:]]))
 
 
-def sft(*more: str) -> int:
-    return main_in_this_process(programs.train_sft, *flags(OF_SFT), *more)
-
-
-def redi(*more: str) -> int:
-    return main_in_this_process(programs.train_redi, *flags(OF_REDI), *more)
-
-
-def evaluate(*more: str) -> int:
-    return main_in_this_process(programs.evaluate, *flags(EVALUATION), *more)
+sft = partial(main_in_this_process, programs.train_sft, *flags(OF_SFT))
+redi = partial(main_in_this_process, programs.train_redi, *flags(OF_REDI))
+evaluate = partial(main_in_this_process, programs.evaluate, *flags(EVALUATION))
 
 
 def files_outside_the_cache() -> set[Path]:
@@ -127,7 +121,7 @@ def test_help_fits_a_screen_and_states_defaults(capsys):
 
 
 def test_an_error_of_a_real_command_is_one_line_on_stderr():
-    status, _, errors = finished(ROOT / "train_sft.py", "--model", "nowhere")
+    status, _, errors = run_command(ROOT / "train_sft.py", "--model", "nowhere")
     assert status == 2
     [line] = errors.splitlines()
     assert line.startswith("error: nowhere: ")
@@ -136,5 +130,5 @@ def test_an_error_of_a_real_command_is_one_line_on_stderr():
 @pytest.mark.parametrize("program", ["train_sft.py", "train_redi.py", "evaluate.py"])
 def test_ctrl_c_while_torch_is_imported_shows_no_traceback(program, tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    status, _, errors = finished(ROOT / program, PYTHONPATH=tmp_path)
+    status, _, errors = run_command(ROOT / program, PYTHONPATH=tmp_path)
     assert (status, errors) == (130, "")

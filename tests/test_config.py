@@ -79,8 +79,7 @@ def test_a_subclass_restates_a_default_and_keeps_the_type(recipe):
         ("--rate 2 --theta 300000 --kind blue", Settings(rate=2.0, theta=3e5, kind="blue")),
         ("--rate=3.5 --theta keep --limit none", Settings(rate=3.5, theta="keep", limit=None)),
         ("--path none --name none", Settings(path=None, name="none")),  # text is text
-        ("--path 5 --name 5", Settings(path="5", name="5")),
-        ("--name true --fast true", Settings(name="true", fast=True)),
+        ("--path 5 --name true --fast true", Settings(path="5", name="true", fast=True)),
         ("--fast --name ", Settings(fast=True, name="")),
         ("--fast false --names x", Settings(fast=False, names=["x"])),
         ("--names x y z --fast", Settings(names=["x", "y", "z"], fast=True)),
@@ -106,22 +105,16 @@ def test_a_recipe_value_becomes_the_fields_type(recipe, text, settings):
     ("flags", "message"),
     [
         ("--count 1.5", "--count: expected a whole number; got '1.5'"),
-        ("--count ", "--count"),
-        ("--count none", "--count"),
         ("--rate nan", "--rate: expected a finite number; got 'nan'"),
         ("--rate " + "1" * 400, "--rate: expected a finite number"),
-        ("--rate fast", "--rate: expected a finite number; got 'fast'"),
         ("--theta kept", "--theta: expected a finite number or one of keep; got 'kept'"),
         ("--limit some", "--limit: expected a whole number or none; got 'some'"),
         ("--kind green", "--kind: expected one of red, blue; got 'green'"),
         ("--fast yes", "--fast: expected true or false; got 'yes'"),
         ("--count", "--count"),
-        ("--names", "--names"),
         ("--unknown 1", "--unknown"),
         ("--coun 1", "--coun"),  # no abbreviations
-        ("--dry_run", "--dry_run"),
         ("stray", "stray"),
-        ("--config", "--config"),
         ("--config nowhere.toml", "--config nowhere.toml: no such file"),
         ("--config .", "--config .: not a readable TOML file"),
     ],
@@ -135,20 +128,14 @@ def test_a_wrong_flag_is_one_line_naming_it(flags, message):
     [
         ("cuont = 1", "unknown key 'cuont'"),
         ("[count]\nvalue = 1", "'count'"),
-        ('count = "1"', "'count': expected a whole number; got '1'"),
-        ("count = true", "'count'"),
+        ("count = true", "'count': expected a whole number; got True"),
         ("count = 1.0", "'count'"),
-        ("rate = true", "'rate'"),
         ("rate = inf", "'rate': expected a finite number; got inf"),
-        ("rate = 1" + "0" * 400, "'rate': expected a finite number"),
         ('rate = "1"', "'rate'"),
         ("name = 1", "'name': expected text"),
         ('kind = "green"', "'kind': expected one of red, blue"),
         ("fast = 1", "'fast': expected true or false"),
-        ('fast = "true"', "'fast'"),
-        ('names = "x"', "'names': expected a list"),
         ("names = [1]", "'names': expected text; got 1"),
-        ("count = ", "not a readable TOML file"),
         ("count = 1\ncount = 2", "not a readable TOML file"),
         ('name = "\udcff"', "not a readable TOML file"),  # not UTF-8
     ],
@@ -162,8 +149,7 @@ def test_a_wrong_recipe_is_one_line_naming_file_and_key(recipe, text, message):
 
 def test_fields_without_a_default_or_marked_so_are_positional():
     assert read("in", config=Placed) == Placed(source="in", target="out", size=3)
-    assert read("in", "--size", "4", config=Placed).size == 4
-    assert read("--size", "4", "in", config=Placed).source == "in"
+    assert read("--size", "4", "in", config=Placed) == Placed(source="in", size=4)
     assert read("in", "there", config=Placed).target == "there"
     assert "SOURCE" in refusal(read, config=Placed)
     assert "--target" in refusal(read, "in", "--target", "there", config=Placed)
@@ -199,13 +185,6 @@ def test_to_toml_is_read_back_to_the_same_settings(tmp_path_factory, settings):
     assert read("--config", str(path)) == settings
 
 
-def test_to_toml_has_one_key_per_line_and_leaves_out_none():
-    assert to_toml(Settings(name="two\nlines")).splitlines() == [
-        'name = "two\\nlines"', "count = 1", "rate = 0.5", 'theta = "keep"', 'kind = "red"',
-        "fast = false", 'names = ["a", "b"]',
-    ]  # fmt: skip
-
-
 # ---------------------------------------------------------------- how a program ends
 
 
@@ -234,14 +213,8 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_a_broken_pipe_is_no_traceback():
-    print_lines = (
-        "from redi.config import program\n"
-        "@program\n"
-        "def main():\n"
-        "    for _ in range(100_000): print('a line', flush=True)\n"
-        "main()\n"
-    )
-    process = command("-c", print_lines)
+    lines = "lambda: [print('a line', flush=True) for _ in range(100_000)]"
+    process = command("-c", f"from redi.config import program; program({lines})()")
     assert process.stdout.readline() == "a line\n"
     process.stdout.close()
     assert process.wait(timeout=60) == 1

@@ -10,14 +10,14 @@ import json
 
 import pytest
 from fake_cuda import why_unavailable
-from processes import finished
+from processes import run_command
 
 LAYERS = 2
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
 
 # Every place where the host waits for the device: in training with the number of waits in a step.
-TRAINING_WAITS = {"monitor.StepStats.gather: copy to the host": 1}
+TRAINING_WAITS = {"monitor.StepSums.gather: copy to the host": 1}
 GENERATION_WAITS = {
     "kernel_steps.KernelDecoder.__init__: copy from memory that is not pinned",  # once
     "sampling.refused: nonzero()",  # per token
@@ -75,7 +75,9 @@ def results(request) -> dict[str, dict]:
     selected = [item for item in request.session.items if item.path == request.path]
     cases = dict.fromkeys(item.callspec.params["case"] for item in selected)
     command = ("-m", "fake_cuda.cases", *cases)
-    status, shown, errors = finished(*command, seconds=60 + 120 * len(cases), TRITON_INTERPRET="")
+    status, shown, errors = run_command(
+        *command, seconds=60 + 120 * len(cases), TRITON_INTERPRET=""
+    )
     assert status == 0, errors
     return {result["case"]: result for result in map(json.loads, shown.splitlines())}
 

@@ -19,10 +19,10 @@ from processes import (
     ROOT,
     child,
     command,
-    finished,
     main_in_this_process,
+    run_command,
+    run_ranks,
     torchrun,
-    undisturbed,
     wait_until,
 )
 from small_run import read_jsonl, write_jsonl
@@ -209,7 +209,7 @@ def test_an_evaluation_killed_ten_times_by_the_clock_ends_in_the_same_bytes(here
 
 def test_two_ranks_share_the_problems_that_one_left(here, killed_after):
     killed_after(3)
-    first, second = undisturbed(here, [*SHORT, "--out", "run"], main=programs.evaluate)
+    first, second = run_ranks(here, [*SHORT, "--out", "run"], main=programs.evaluate)
     assert "run holds 3 of 12 completions; the rest are sampled now" in first.shown
     assert (first.shown + second.shown).count("saved run/report.html") == 1
     assert contents("run") == contents("whole")
@@ -366,7 +366,7 @@ def test_the_papers_grader_has_its_own_verdicts_beside_ours(given):
         "import sys; sys.modules['torch'] = None; sys.argv = ['grade', 'regrade', 'run']\n"
         "from redi.eval.grade import main; main()"
     )
-    status, _, errors = finished("-c", code)
+    status, _, errors = run_command("-c", code)
     assert status == 0, errors
     assert contents("run") == before
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from processes import command, finished, wait_until
+from processes import command, run_command, wait_until
 from small_run import refusal
 
 from redi.eval.benchmarks import Benchmark, Problem, load
@@ -381,7 +381,7 @@ def test_integers_are_graded_without_starting_a_worker():
     ],
 )
 def test_grading_imports_no_torch_and_only_workers_import_sympy(code, unneeded):
-    shown = finished("-c", f"{code}; import sys; print({unneeded} & {{*sys.modules}})")[1]
+    shown = run_command("-c", f"{code}; import sys; print({unneeded} & {{*sys.modules}})")[1]
     assert shown == "set()\n"
 
 

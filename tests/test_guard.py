@@ -2,8 +2,7 @@
 
     python -m pytest tests/test_guard.py
 
-First as a function of chosen log-probs worked out by hand (all exact in binary), then in real runs
-that learn far too fast.
+First as a function of chosen log-probs worked out by hand, then in runs that learn far too fast.
 """
 
 import shutil
@@ -11,19 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import undisturbed
-from small_run import (
-    HERE,
-    REDI,
-    assert_same_bits,
-    flags,
-    records,
-    redi_config,
-    refusal,
-    run,
-    saved,
-    steps,
-)
+from processes import run_ranks
+from small_run import HERE, REDI, assert_same_bits, flags, redi_config, refusal, run, saved, steps
 
 from redi import programs
 from redi.checkpoint.resume import Checkpoints
@@ -32,55 +20,31 @@ from redi.runlog import read_metrics
 
 # ---------------------------------------------------------------- as a function
 
-
-def warnings_of(chosen: list[float], threshold: float = 0.5, in_a_row: int = 3) -> dict[int, str]:
-    """Step -> warning, for a run with these chosen log-probs."""
-    guard = CollapseGuard(threshold, in_a_row)
-    warnings = {step: guard.check({"chosen_logp": c}) for step, c in enumerate(chosen, start=1)}
-    return {step: warning for step, warning in warnings.items() if warning}
-
-
-FALLING = [-1 - 0.25 * number for number in range(13)]  # by 0.5 at step 3, by 3 at step 13
-SEQUENCES = {  # log-probs; steps that warn; threshold and steps in a row, if not 0.5 and 3
+SEQUENCES = {  # log-probs; steps that warn, with threshold 0.5 and three steps in a row
     "fell below": ([-1, -2, -2, -2], [4]),
     "exactly at the threshold": ([-1, -1.5, -1.5, -1.5, -1.5], []),
-    "a little beyond it": ([-1, -1.5625, -1.5625, -1.5625], [4]),
     "stayed one step too short": ([-1, -2, -2, -1], []),
     "counts from 0 after a step above": ([-1, -2, -2, -1.5, -2, -2, -2], [7]),
     "once, however long it stays": ([-1] + [-2] * 20, [4]),
     "again after it came back": ([-1, -2, -2, -2, -1, -2, -2, -2], [4, 8]),
     "measured from the first record": ([-3, -1, -1, -3.25, -3.25, -3.25], []),
-    "a bad beginning is not a fall": ([-9, -9, -9, -9], []),
     "rose": ([-3, -2, -1, -0.5], []),
-    "0.5 for 1 step": (FALLING, [4], 0.5, 1),
-    "0.5 for 4 steps": (FALLING, [7], 0.5, 4),
-    "1 for 1 step": (FALLING, [6], 1.0, 1),
-    "0.125 for 2 steps": (FALLING, [3], 0.125, 2),
-    "2.5 for 2 steps": (FALLING, [13], 2.5, 2),
-    "3, never exceeded": (FALLING, [], 3.0, 1),
 }
-
-
-@pytest.mark.parametrize("name", SEQUENCES)
-def test_it_warns_at_these_steps(name):
-    chosen, due, *settings = SEQUENCES[name]
-    assert list(warnings_of(chosen, *settings)) == due
-
-
-def test_the_warning_says_how_far_it_fell_and_what_helps():
-    [warning] = warnings_of([-0.25, -1.0, -1.25, -1.5]).values()
-    assert "over 0.5 nats per token less likely than at the start for 3 steps" in warning
-    assert "now 1.25: -0.25 -> -1.50" in warning
-    assert "smaller --lr" in warning
-
-
-# Checkpoints after every step, three in a row to warn: log-probs, then the step pinned after each.
+# Checkpoints after every step: log-probs, then the step of the one that is kept after each.
 PINS = {
     "until it recovers": ([-1, -1, -2, -2, -1, -1], [0, 0, 1, 1, 0, 0]),
     "the second fall's": ([-1, -1, -2, -1, -1, -2, -2, -2], [0, 0, 1, 0, 0, 4, 4, 4]),
     "once it warned, for good": ([-1, -1, -1, -2, -2, -2, -1, -2], [0, 0, 0, 2, 2, 2, 2, 2]),
     "nothing is from before the fall": ([-1, -2, -2, -2], [0, 0, 0, 0]),
 }
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_it_warns_at_these_steps(name):
+    chosen, due = SEQUENCES[name]
+    guard = CollapseGuard(threshold=0.5, steps=3)
+    warnings = [guard.check({"chosen_logp": logp}) for logp in chosen]
+    assert [step for step, warning in enumerate(warnings, start=1) if warning] == due
 
 
 @pytest.mark.parametrize("name", PINS)
@@ -92,19 +56,14 @@ def test_the_checkpoint_kept_from_before_the_fall_is_named_in_the_warning(name, 
         warning = guard.watch(step, {"chosen_logp": logp}, checkpoints)
         seen.append(checkpoints.pinned)
         kept = checkpoints.at(seen[-1]) if seen[-1] else "no checkpoint"
-        assert not warning or warning.endswith(f"; kept from before the fall: {kept}")
+        assert warning in (
+            "",
+            f"step {step}: collapse: chosen traces have been over 0.5 nats per token less likely "
+            f"than at the start for 3 steps (now 1.00: -1.00 -> -2.00); a smaller --lr helps; kept "
+            f"from before the fall: {kept}",
+        )
         checkpoints.at(step).mkdir(parents=True)
     assert seen == pinned
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("collapse_threshold", 0.0), ("collapse_threshold", -0.5), ("collapse_steps", 0)],
-)
-def test_settings_that_would_always_warn_are_refused(name, value):
-    expected = "at least 1" if name == "collapse_steps" else "above 0"
-    message = refusal(redi_config, **{name: value})
-    assert message.startswith(f"--{name.replace('_', '-')}: expected {expected}")
 
 
 # ---------------------------------------------------------------- in a run
@@ -135,7 +94,7 @@ def ignored(made, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("collapsed")
     shutil.copytree(made, folder, dirs_exist_ok=True)
     fast = [*REDI, *flags(FAST), "--out", "whole"]
-    [whole] = undisturbed(folder, fast, 1, main=programs.train_redi)
+    [whole] = run_ranks(folder, fast, 1, main=programs.train_redi)
     [warning] = collapse_warnings(whole.errors)
     assert warning.startswith(f"warning: step {due(folder / 'whole')}: collapse: ")
     assert 5 <= due(folder / "whole") <= 8  # there are steps before and after it
@@ -186,12 +145,6 @@ def test_stopped_before_or_after_the_warning_a_run_resumes_to_the_same_warning_a
     assert warning.startswith(f"warning: step {due()}: ")
     assert saved() == saved("whole")
     assert_same_bits("run", "whole")
-
-
-def test_at_the_last_step_there_is_nothing_to_stop(train_fast):
-    [warning] = train_fast(collapse_steps=3 + 12 - due(), collapse_stop=True)
-    assert warning.startswith("warning: step 12: ")
-    assert records()[-1] == {"kind": "finished"}
 
 
 def test_the_checkpoint_kept_is_the_newest_from_before_the_fall_and_beyond_keep(train_fast):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from processes import finished
+from processes import run_command
 from small_run import refusal
 
 from redi.hub import dataset_files, model_folder
@@ -138,7 +138,7 @@ def test_a_dataset_without_the_split_and_a_failed_download_are_one_line(hub):
 
 def test_the_real_client_without_a_network_is_one_line(tmp_path):
     code = "import redi.hub as h; h.model_folder('org/model')"
-    _, _, errors = finished("-c", code, HF_HOME=tmp_path)
+    _, _, errors = run_command("-c", code, HF_HOME=tmp_path)
     last = errors.splitlines()[-1]
     assert last.startswith("redi.config.UserError: org/model: no such local path, and downloading")
     assert "LocalEntryNotFoundError" in last
@@ -151,4 +151,4 @@ def test_local_json_lines_import_neither_the_hub_client_nor_pyarrow(tmp_path):
         "assert [row for _, row in read_rows(sys.argv[1])] == [{}];"
         "print(sorted({'pyarrow', 'huggingface_hub', 'torch', 'numpy'} & set(sys.modules)))"
     )
-    assert finished("-c", code, tmp_path / "rows.jsonl") == (0, "[]\n", "")
+    assert run_command("-c", code, tmp_path / "rows.jsonl") == (0, "[]\n", "")

@@ -6,7 +6,7 @@ from unittest.mock import Mock, call
 
 import pytest
 import torch
-from processes import main_in_this_process, undisturbed
+from processes import main_in_this_process, run_ranks
 from small_run import SFT, records, run, sft_config, steps, weights, write_jsonl
 
 from redi import programs
@@ -51,7 +51,7 @@ def test_two_ranks_score_and_train_as_without_a_benchmark_or_a_second_rank(probl
     for reshard in ("false", "true"):
         for out, more in (("scored", FLAGS), ("plain", [])):
             flags = ["--out", f"{out} {reshard}", "--reshard-after-forward", reshard, *more]
-            undisturbed(problems, [*SFT, *flags])
+            run_ranks(problems, [*SFT, *flags])
         together = records(f"scored {reshard}")
         assert steps(together) == steps(records(f"plain {reshard}"))
         for one, other in zip(steps(together, "benchmark"), alone, strict=True):

@@ -19,6 +19,7 @@ from small_step import (
     TO_ORACLE,
     Rows,
     assert_close,
+    backward,
     data_of,
     gradients,
     objective_of,
@@ -30,7 +31,7 @@ from small_step import (
 from redi.batches import TrainData
 from redi.checkpoint.reference import _score as reference_logp_sums
 from redi.model import Transformer
-from redi.objectives import OBJECTIVES, Totals
+from redi.objectives import OBJECTIVES
 from redi.packing import StepPlan
 from redi.train import held_out
 
@@ -80,16 +81,7 @@ def summed(model: Transformer, data: TrainData, step: StepPlan) -> float:
     if data.objective.needs_reference:
         reference = reference_sums(model.config.tied, model.output_weight.dtype)
         data = replace(data, reference=reference)
-    totals, loss = data.totals(step), 0.0
-    assert totals == Totals(ROWS, int(data.dataset.response_lengths.sum()))
-    for batch in data.batches(step, totals):
-        result = data.objective.loss(model, batch, totals)
-        result.loss.backward()
-        loss += result.loss.item()
-        assert not result.token_logps.requires_grad
-        assert result.token_logps.shape == batch.targets.shape
-        assert (result.token_logps < 0).all()
-    return loss
+    return backward(model, data, step)
 
 
 every_precision = pytest.mark.parametrize("dtype", TO_ORACLE, ids=str)
@@ -117,17 +109,6 @@ def test_any_plan_gives_the_papers_loss_and_gradients(name, tied, dtype, ranks_a
 def test_other_objectives_cut_into_packs_on_two_ranks(name, dtype):
     model = tiny(True, dtype)
     assert_invariant(name, model, on_ranks(name, model, 2, 30))
-
-
-def test_the_plans_above_have_split_pairs_ragged_packs_and_ranks_without_work():
-    steps = {name: data_of("redi", 0, *plan).all_rows() for name, plan in PLANS.items()}
-    assert len(steps["one pack"][0]) == 1 < len(steps["packs"][0]) < 2 * ROWS
-    assert len(steps["a pack per piece"][0]) == 2 * ROWS
-    assert any(len(packs[-1]) == 0 for packs in steps["20 ranks"])
-    ranks = enumerate(steps["2 ranks packs"])
-    rank_of = {int(i): rank for rank, packs in ranks for ids in packs for i in ids}
-    assert any(rank_of[2 * row] != rank_of[2 * row + 1] for row in range(ROWS))
-    assert len({len(ids) for packs in steps["3 ranks"] for ids in packs}) > 1
 
 
 @every_precision

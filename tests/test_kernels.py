@@ -100,10 +100,7 @@ def test_logprobs_is_as_right_with_the_kernels_as_with_torch(rows, monkeypatch):
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     one_pass = weighted_logp_sum(*leaves, targets, upstream)
     logps, two_pass_entropies = token_logps_and_entropies(*leaves, targets)
-    for loss, ours in (
-        (one_pass.loss, one_pass.entropies),
-        (logps @ upstream, two_pass_entropies),
-    ):
+    for loss, ours in ((one_pass.loss, one_pass.entropies), (logps @ upstream, two_pass_entropies)):
         found = torch.autograd.grad(loss, leaves)
         for actual, right in zip((*found, logps, ours), (*expected, right_logps, entropies)):
             torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=1e-6)

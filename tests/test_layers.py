@@ -6,7 +6,7 @@ python -m pytest tests/test_layers.py -s      prints the line counts
 import ast
 import graphlib
 
-from processes import ROOT, finished
+from processes import ROOT, run_command
 from small_run import SFT
 
 METHOD = (
@@ -50,7 +50,7 @@ def test_training_without_a_benchmark_loads_no_tool(here):
         "import sys; from redi.programs import train_sft; train_sft()\n"
         "print(*(name for name in sys.modules if name.startswith('redi.')))"
     )
-    status, out, errors = finished("-c", code, *SFT)
+    status, out, errors = run_command("-c", code, *SFT)
     assert status == 0, errors
     loaded = out.splitlines()[-1].split()
     assert "redi.train" in loaded

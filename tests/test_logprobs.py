@@ -15,12 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from redi import logprobs
-from redi.logprobs import (
-    reference_token_logps,
-    token_logps,
-    token_logps_and_entropies,
-    weighted_logp_sum,
-)
+from redi.logprobs import reference_token_logps, token_logps_and_entropies, weighted_logp_sum
 
 D, V = 6, 37
 LOW_PRECISION = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -31,8 +26,8 @@ class Results(NamedTuple):
 
     loss: Tensor
     logps: Tensor  # (R,)
-    d_hidden: Tensor | None  # (R, D)
-    d_weight: Tensor | None  # (V, D)
+    d_hidden: Tensor  # (R, D)
+    d_weight: Tensor  # (V, D)
     entropies: Tensor | None  # (R,)
 
 
@@ -71,12 +66,10 @@ KERNELS = {"one pass": weighted_logp_sum, "two passes": two_passes}
 kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 
 
-def results(kernel, hidden, weight, targets, upstream, learned: str = "hidden weight") -> Results:
-    hidden = hidden.detach().requires_grad_("hidden" in learned)
-    weight = weight.detach().requires_grad_("weight" in learned)
+def results(kernel, hidden, weight, targets, upstream) -> Results:
+    hidden, weight = (t.detach().requires_grad_() for t in (hidden, weight))
     loss, logps, entropies = kernel(hidden, weight, targets, upstream)
-    if learned:
-        loss.backward()  # after it, entropies are valid
+    loss.backward()  # after it, entropies are valid
     assert not logps.requires_grad
     assert entropies is None or not entropies.requires_grad
     return Results(loss.detach(), logps, hidden.grad, weight.grad, entropies)
@@ -196,7 +189,6 @@ def test_backward_scales_with_the_upstream_gradient_and_may_run_again():
 
 HARD = {  # inputs, and the error allowed in loss and gradients
     "ordinary": (lambda: problem(20, torch.float32), 1e-6),
-    "logits of 100": (lambda: logits_of(1e2), 1e-6),
     "logits of 10000": (lambda: logits_of(1e4), 1e-6),
     "wide logits": (wide_logits, 1e-5),
 }
@@ -292,27 +284,13 @@ def test_entropy_in_low_precision_is_right_to_a_ten_thousandth_of_a_nat(kernel, 
 
 @kernels
 def test_entropy_of_a_certain_prediction_is_0_and_never_below_and_log_probs_never_above(kernel):
-    hidden, weight, _, upstream = problem(50, torch.float32, scale=100.0)
+    hidden, weight, _, upstream = problem(50, torch.float32, scale=100.0)  # logits of a thousand
     inputs = hidden, weight, F.linear(hidden, weight).argmax(1), upstream
     found, right = results(kernel, *inputs), oracle(*inputs).entropies
     assert (right < 1e-6).any()
     assert (found.entropies >= 0).all()
     assert (found.logps <= 0).all()
-    # The logits are about a thousand.
     torch.testing.assert_close(found.entropies.double(), right, rtol=0, atol=5e-4)
-
-
-def test_entropies_come_with_the_gradient_by_hidden_and_change_no_bit_of_the_rest():
-    inputs = problem(20, torch.float32)
-    without = results(weighted(lambda *given: (token_logps(*given), None)), *inputs)
-    for one, other in zip(without[:4], results(two_passes, *inputs)):
-        assert torch.equal(one, other)
-    for kernel in KERNELS.values():
-        for learned in ("", "weight"):
-            found = results(kernel, *inputs, learned=learned)
-            assert found.entropies is None
-            assert torch.equal(found.logps, without.logps)
-            assert found.loss.item() == pytest.approx(without.loss.item())
 
 
 # ---------------------------------------------------------------- memory and work
@@ -348,24 +326,17 @@ def test_nothing_the_size_of_a_chunk_is_alive_between_forward_and_backward(dtype
 
 
 @kernels
-@pytest.mark.parametrize(
-    ("learned", "products"), [("hidden weight", 3), ("hidden", 2), ("weight", 2), ("", 1)]
-)
-def test_a_frozen_input_costs_no_matrix_product_and_gets_no_gradient(kernel, learned, products):
+def test_matrix_products_with_gradients_and_without(kernel):
     inputs = problem(8)
     with Recorder() as recorder:
-        found = results(kernel, *inputs, learned=learned)
+        results(kernel, *inputs)
     # The two-pass kernel computes the logits again in backward.
-    assert recorder.products == products + (kernel is two_passes and bool(learned))
-    expected = oracle(*inputs)
-    for name, ours, right in zip(("hidden", "weight"), found[2:4], expected[2:4]):
-        if name in learned:
-            torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)
-        else:
-            assert ours is None
+    assert recorder.products == 3 + (kernel is two_passes)
     with torch.no_grad(), Recorder() as recorder:
-        kernel(inputs[0].requires_grad_(), *inputs[1:])
+        found = kernel(inputs[0].requires_grad_(), *inputs[1:])
     assert recorder.products == 1
+    assert found[2] is None  # no entropies
+    torch.testing.assert_close(found[1], oracle(*inputs).logps, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.cuda

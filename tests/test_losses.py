@@ -44,9 +44,6 @@ ODDS = math.log(P_W / (1 - P_W)) - math.log(P_L / (1 - P_L))  # 3.362359
 WORKED = [
     # .2 + .8 * -2; gradients are constants: -1/|y_w| = -1/3, alpha/|y_l| = .8/2
     Worked("redi", {"alpha": 0.8}, -1.4, -1 / 3, 0.4),
-    Worked("redi", {"alpha": 0.5}, -0.8, -1 / 3, 0.25),
-    Worked("redi", {"alpha": 0.0}, 0.2, -1 / 3, 0.0),
-    Worked("redi", {"alpha": 1.0}, -1.8, -1 / 3, 0.5),
     Worked("symmetric", {}, -1.8, -1 / 3, 0.5),
     Worked("positives", {}, 0.2, -1 / 3, 0.0),
     # margin (-.6 + .9) - (-4 + 3.5) = .3 + .5 = .8; -log sigmoid(.1 * .8) = log(1 + e^-.08)
@@ -88,8 +85,6 @@ WORKED = [
     Worked("dft", {}, 0.158825, [-math.exp(x) / 3 for x in (-0.1, -0.2, -0.3)], 0.0),
     # .2 + .8 * e^-2 * -2 = .2 - 1.6 * 0.135335; alpha e^-2 (1 - 2) / 2: it pulls up below M_l = -1
     Worked("redi_weighted", {"alpha": 0.8, "gamma": 1.0}, -0.016536, -1 / 3, -0.4 * P_L),
-    # .2 + .8 * e^-.6 * -2 = .2 - 1.6 * 0.548812; .8 e^-.6 (1 - .6) / 2
-    Worked("redi_weighted", {"alpha": 0.8, "gamma": 0.3}, -0.678099, -1 / 3, 0.16 * math.exp(-0.6)),
 ]  # fmt: skip
 
 

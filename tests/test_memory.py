@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_step import data_of, gradients, tiny
+from small_step import backward, data_of, gradients, tiny
 
 from redi import memory
 from redi.config import UserError
@@ -24,20 +24,14 @@ QWEN = ModelConfig(
 
 
 def loss_and_gradients(how: Parallelism, pack_tokens: int = 40) -> tuple[float, dict]:
-    model, data, loss = tiny(True, torch.float32), data_of("redi", pack_tokens=pack_tokens), 0.0
+    model = tiny(True, torch.float32)
     parallelize(model, WORLD, how)
-    step = data.all_rows()
-    totals = data.totals(step)
-    for batch in data.batches(step, totals):
-        part = data.objective.loss(model, batch, totals).loss
-        part.backward()
-        loss += part.item()
-    return loss, gradients(model)
+    return backward(model, data_of("redi", pack_tokens=pack_tokens)), gradients(model)
 
 
-def assert_as_plain(found: tuple[float, dict], within: float) -> None:
+def assert_as_plain(how: Parallelism, within: float) -> None:
     """Loss and gradients are those without checkpointing and compilation."""
-    loss, expected = loss_and_gradients(Parallelism())
+    found, (loss, expected) = loss_and_gradients(how), loss_and_gradients(Parallelism())
     assert found[0] == pytest.approx(loss, rel=within, abs=0)
     assert found[1].keys() == expected.keys()  # the names in a checkpoint are unchanged
     for name, gradient in expected.items():
@@ -46,7 +40,7 @@ def assert_as_plain(found: tuple[float, dict], within: float) -> None:
 
 @pytest.mark.parametrize("checkpointed", [1, 2])  # of 2 blocks
 def test_checkpointed_blocks_give_the_same_bits(checkpointed):
-    assert_as_plain(loss_and_gradients(Parallelism(checkpointed=checkpointed)), within=0)
+    assert_as_plain(Parallelism(checkpointed=checkpointed), within=0)
 
 
 @pytest.mark.parametrize("checkpointed", [0, 1])
@@ -64,7 +58,7 @@ def test_compiled_blocks_compute_the_same_without_a_new_graph_for_every_pack(
     compiled = Parallelism(checkpointed=checkpointed, compiled=True)
     loss_and_gradients(compiled, pack_tokens=1000)
     assert len(graphs) == 2  # before and after attention; all blocks share them
-    assert_as_plain(loss_and_gradients(compiled), within=1e-6)
+    assert_as_plain(compiled, within=1e-6)
     assert len(graphs) == 2
 
 
@@ -125,16 +119,10 @@ def test_bytes_of_a_step_of_the_published_model_by_hand(qwen):
     two_nodes = World(3, 16, CPU, 8)  # of 8 ranks: sharded inside a node
     many = step_memory(qwen, t, two_nodes, torch.bfloat16)
     assert many.total(28) == pytest.approx(alone - 12 * n * 7 / 8 + t * saved)
-
-
-def test_one_process_in_fp32_has_no_second_copy_of_the_weights():
-    model = tiny(True, torch.float32)
-    n = sum(p.numel() for p in model.parameters())
-    fixed = step_memory(model, 100, WORLD, torch.float32).fixed
-    assert [*fixed.values()][:3] == [12 * n, 4 * n, 2 * 100 * 16 * 4]
-    copy = "whole weights in the compute dtype"
-    assert step_memory(model, 100, WORLD, torch.bfloat16).fixed[copy] == 2 * n
-    assert step_memory(model, 100, World(0, 2, CPU, 2), torch.float32).fixed[copy] == 4 * n
+    # One process in fp32 has no second copy of the weights.
+    in_fp32 = [step_memory(qwen, t, world, torch.float32).fixed for world in (WORLD, two_nodes)]
+    copies = [fixed.get("whole weights in the compute dtype") for fixed in in_fp32]
+    assert copies == [None, 4 * n]
 
 
 def test_a_setting_is_all_none_or_a_number_of_blocks(qwen):
@@ -162,14 +150,9 @@ def test_flops_of_the_published_model_by_hand_with_attention_by_document():
     assert whole - cut == pytest.approx(6 * 28 * 1536 * (4096**2 - 4 * 1024**2))
 
 
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA GeForce RTX 4090": None,
-}  # fmt: skip
-
-
 def test_the_peak_is_that_of_the_variant_and_unknown_for_a_cpu(monkeypatch):
-    for name, peak in PEAKS.items():
+    peaks = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "GeForce RTX 4090": None}
+    for name, peak in peaks.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda", 0)) == peak
     assert peak_flops(CPU) is None

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from processes import ROOT, finished
+from processes import ROOT, run_command
 from small_run import REDI, Oracle, read_jsonl, records
 
 from redi.objectives import OBJECTIVES
@@ -32,7 +32,7 @@ def test_the_new_objective_trains_by_its_flag_and_has_the_loss_that_the_document
 
     new = ("--objective", "unlikelihood", "--alpha", 0.5, "--rows-per-step", 10)
     # As from a shell: redi is imported from the folder of the program.
-    status, _, errors = finished("train_redi.py", *REDI, *new, PYTHONPATH="")
+    status, _, errors = run_command("train_redi.py", *REDI, *new, PYTHONPATH="")
     assert status == 0, errors
     first, second, finished_record = records()
     assert finished_record["kind"] == "finished"

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from redi.batches import TrainData
 from redi.checkpoint.reference import _score as reference_logp_sums
 from redi.config import RankError, Stopped, UserError, program
 from redi.distributed import Parallelism, World, full_tensor, local_rank_zero_first, parallelize
-from redi.monitor import StepStats, squared_update_norm
+from redi.train import train_step
 
 CASES = [
     (name, tied, dtype, rows)
@@ -44,9 +45,16 @@ CPU = torch.device("cpu")
 # ---------------------------------------------------------------- what a rank does
 
 
+class KeepsGradients(torch.optim.AdamW):
+    """Keeps the whole gradients instead of a step."""
+
+    def step(self) -> None:
+        [group] = self.param_groups
+        self.gradients = [full_tensor(parameter.grad) for parameter in group["params"]]
+
+
 def one_step(case: tuple, world: World, pack_tokens: int = 1000, reshard: bool = False) -> tuple:
-    """Loss, gradient norm, statistics and whole gradients of a step over all rows, dealt to the
-    ranks."""
+    """What train_step returns for a step over all rows, dealt to the ranks, and the gradients."""
     name, tied, dtype, rows = case
     model, how = tiny(tied, dtype), Parallelism(dtype, 1, reshard_after_forward=reshard)
     parallelize(model, world, how)
@@ -55,20 +63,13 @@ def one_step(case: tuple, world: World, pack_tokens: int = 1000, reshard: bool =
         reference = tiny(tied, dtype, seed=9)
         parallelize(reference, world, how)
         data = replace(data, reference=reference_logp_sums(reference, data))
-    step = data.all_rows()
-    totals, stats = data.totals(step), StepStats(data, step)
-    packs = len(step[world.rank])
-    for number, batch in enumerate(data.batches(step, totals), start=1):
-        distributed.last_pack(model, number == packs, reshard)
-        result = data.objective.loss(model, batch, totals)
-        result.loss.backward()
-        stats.add(batch, result)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
-    update = squared_update_norm(torch.optim.AdamW(model.parameters(), lr=1e-2)) / world.num_nodes
-    stats.gather([update])
-    grads = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
-    logged = stats.summary() | {"squared update": stats.scalars[0]}
-    return stats.loss, full_tensor(norm).item(), logged, grads
+    optimizer = KeepsGradients(model.parameters(), lr=1e-2)
+    config = SimpleNamespace(clip=1e9, reshard_after_forward=reshard)
+    signals = SimpleNamespace(wanted=False)
+    stats, record = train_step(model, optimizer, data, data.all_rows(), config, signals)
+    logged = stats.summary() | {"squared update": record["update_norm"] ** 2}
+    names = [name for name, _ in model.named_parameters()]
+    return record["loss"], record["grad_norm"], logged, dict(zip(names, optimizer.gradients))
 
 
 def in_turn(world: World, failing: int | None) -> str:
@@ -150,14 +151,14 @@ def test_two_nodes_of_two_ranks_give_the_loss_and_gradients_of_one_alone(on_two_
 
 
 def assert_as_alone(results: dict, case: tuple) -> None:
-    loss, norm, summary, gradients = one_step(case, World(0, 1, CPU))
+    loss, norm, logged, gradients = one_step(case, World(0, 1, CPU))
     within = BETWEEN_CUTS[case[2]]
     for cut in CUTS:
         together = results[case, cut]
         assert_close(together[3], together[0], (loss, gradients), within)
         assert together[1] == pytest.approx(norm, rel=within)
         # The margin is a small difference of two log-probs: as exact as those.
-        assert together[2] == pytest.approx(summary, rel=within, abs=5 * within)
+        assert together[2] == pytest.approx(logged, rel=within, abs=5 * within)
 
 
 def test_the_first_rank_of_each_node_runs_first_and_takes_the_others_down_if_it_fails(

@@ -51,11 +51,6 @@ def finished(folder: Path) -> None:
     log.finish()
 
 
-def without_metrics(folder: Path) -> None:
-    killed(folder)
-    (folder / "metrics.jsonl").unlink()
-
-
 # ---------------------------------------------------------------- which run a folder holds
 
 
@@ -63,9 +58,7 @@ def without_metrics(folder: Path) -> None:
     ("make", "now", "records"),
     [
         (lambda folder: None, Settings(), []),
-        (Path.mkdir, Settings(), []),
         (killed, Settings(), [FIRST]),
-        (without_metrics, Settings(), []),
         (finished, Settings(), [FIRST, LAST]),
         (finished, Settings(tracker="wandb", dry_run=True), [FIRST, LAST]),  # same result
     ],
@@ -86,14 +79,7 @@ def test_a_run_is_finished_or_may_be_started(run, make, now, records):
         (Path.touch, {}, Settings(), "is a file"),
         (Path.mkdir, {"thesis.tex": b""}, Settings(), "holds files but no run"),
         (finished, {"config.toml": b"lr = \xff"}, Settings(), "config.toml: not a readable TOML"),
-        (
-            finished,
-            {"config.toml": b"a = 1"},
-            Settings(),
-            "(a was 1, now None; lr was None,",
-        ),
         (killed, {}, Settings(lr=0.25), "(lr was 0.5, now 0.25); choose another folder"),
-        (finished, {}, Settings(name="b"), "(name was 'a', now 'b'); choose another folder"),
         (finished, {}, Settings(limit=3), "(limit was None, now 3); choose another folder"),
     ],
 )
@@ -140,14 +126,12 @@ def test_a_last_line_cut_short_is_left_out_and_any_other_damaged_line_is_named(r
     finished(run)
     path = run / "metrics.jsonl"
     whole = path.read_text()
-    for cut in (1, 5, 20):
-        path.write_text(whole[:-cut])
-        assert list(read_metrics(run)) == [FIRST]
-        assert not is_finished(str(run), Settings())
+    path.write_text(whole[:-5])
+    assert list(read_metrics(run)) == [FIRST]
+    assert not is_finished(str(run), Settings())
     for damaged in ("{" + whole, "[" * 200_000 + "\n"):
         path.write_text(damaged)
-        message = refusal(lambda: list(read_metrics(run)))
-        assert message == f"{path}:1: not a record of a run"
+        assert refusal(lambda: list(read_metrics(run))) == f"{path}:1: not a record of a run"
 
 
 def test_progress_without_a_terminal_is_a_line_every_few_seconds(capsys, monkeypatch):
@@ -187,7 +171,6 @@ def test_a_tracker_gets_settings_and_records(run, monkeypatch, tracker):
     log = RunLog(str(run), Settings(), tracker)
     assert not is_finished(str(run), Settings())  # only held, it is free to start
     log.record("train", 3, loss=0.5)
-    assert list(read_metrics(run)) == [{"kind": "train", "step": 3, "loss": 0.5}]
     if tracker == "wandb":
         [created] = module.init.call_args_list
         assert (created.kwargs["name"], created.kwargs["config"]["lr"]) == ("run", 0.5)

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from processes import command, finished, wait_until
+from processes import command, run_command, wait_until
 from small_run import refusal
 
 from redi.config import Stopped, to_toml
@@ -420,7 +420,7 @@ def test_a_small_study_from_end_to_end(write_study, tmp_path):
         if signal_number == signal.SIGINT:
             assert process.returncode == 75
             assert "jobs are done; the same command resumes the others" in message
-    status, shown, errors = finished(*start, seconds=300)
+    status, shown, errors = run_command(*start, seconds=300)
     assert status == 0, errors
     assert "REDI" in shown
 
@@ -441,7 +441,7 @@ def test_a_small_study_from_end_to_end(write_study, tmp_path):
     logs = {log: log.stat().st_size for log in (out / "logs").iterdir()}
     more = '[[method]]\nname = "none left"\nobjective = "redi"\nlr = 1e-4\nmax_response = 2\n'
     write_study(("lr = [1e-4, 1e-3]", "lr = [1e-4, 2e-3]"), more=more)
-    status, _, errors = finished(*start, seconds=300)
+    status, _, errors = run_command(*start, seconds=300)
     assert status == 2
     assert "4 of 20 jobs failed or need one that failed; the first was" in errors
     assert logs == {log: log.stat().st_size for log in logs}

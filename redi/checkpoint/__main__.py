@@ -8,10 +8,9 @@ from redi.checkpoint.folder import open_model, save_model
 from redi.checkpoint.resume import load_weights, read_state
 from redi.checkpoint.weights import weights_hash
 from redi.config import UserError, check_table, load_toml, parse, program, types_of
-from redi.distributed import DTYPES
 from redi.recipe import TrainConfig
 
-USED = {"model", "rope_theta", "max_position_embeddings", "save_dtype"}  # of config.toml
+USED = {"model", "rope_theta", "max_position_embeddings"}  # of config.toml
 
 
 @dataclass(kw_only=True)
@@ -40,7 +39,7 @@ def main() -> None:
     parent = read_state(folder)["facts"].get("parent's weights sha256")
     if parent != weights_hash(source.folder):
         raise UserError(f"{run['model']}: has changed since {recorded.parent} was trained from it")
-    save_model(model, out, source, DTYPES.get(run["save_dtype"]))
+    save_model(model, out, source)
     print(f"saved {out}: a Hugging Face folder, {folder.name} of {recorded.parent}")
 
 

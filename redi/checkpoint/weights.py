@@ -29,11 +29,7 @@ def check_weights(model: Transformer, folder: Path) -> torch.dtype:
     """The dtype of the stored weights, by the headers of the files. Raises UserError unless these
     are the tensors of `model`, all and no others, with their shapes."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored: dict[str, Any] = {}
-    for path, name, tensor in stored_tensors(weight_files(folder)):
-        if name in stored:
-            raise UserError(f"{path}: {name} is stored in another file too")
-        stored[name] = tensor
+    stored = dict(stored_tensors(weight_files(folder)))
     if model.config.tied and HEAD in stored:
         shapes[HEAD] = list(model.output_weight.shape)  # `fill` compares the two
     missing = [name for name in shapes if name not in stored]
@@ -59,7 +55,7 @@ def fill(model: Transformer, folder: Path) -> None:
     UserError if the model is tied, but the stored output weight is not the embedding."""
     files = weight_files(folder)
     read_shards(files, dict(model.named_parameters()))
-    if model.config.tied and any(name == HEAD for _, name, _ in stored_tensors(files)):
+    if model.config.tied and HEAD in dict(stored_tensors(files)):
         head = torch.empty_like(model.output_weight)
         read_shards(files, {HEAD: head})
         if not torch.equal(local_shard(head), local_shard(model.output_weight)):
@@ -74,7 +70,7 @@ def read_shards(files: list[Path], tensors: dict[str, Tensor]) -> None:
     """Fill this rank's rows of `tensors`. The rows of a tensor may lie in several files, in order.
     Raises UserError if a file is broken or a tensor is not complete."""
     seen = dict.fromkeys(tensors, 0)  # rows
-    for _, name, stored in stored_tensors(files):
+    for name, stored in stored_tensors(files):
         if name in tensors:
             shard, rows = local_shard(tensors[name]), stored.get_shape()[0]
             # Where the file's rows begin, counted from the first row of the shard.
@@ -116,15 +112,15 @@ def weights_hash(folder: Path) -> str:
     return hash_files(weight_files(folder))[:16]
 
 
-def stored_tensors(files: list[Path]) -> Iterator[tuple[Path, str, Any]]:
-    """(file, name, tensor on disk, read when indexed). Raises UserError if a file is broken."""
+def stored_tensors(files: list[Path]) -> Iterator[tuple[str, Any]]:
+    """(name, tensor on disk, read when indexed). Raises UserError if a file is broken."""
     for path in files:
         try:
             file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: not a complete safetensors file ({error})") from None
         for name in file.keys():  # noqa: SIM118 (not a dict)
-            yield path, name, file.get_slice(name)  # keeps the file open
+            yield name, file.get_slice(name)  # keeps the file open
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -25,10 +25,10 @@ from redi.eval.grading.workers import Pool
 from redi.eval.protocol import EvalConfig, prompt_samples
 from redi.model import Transformer
 from redi.recipe import TrainConfig
-from redi.train import Score
+from redi.train import Scorer
 
 
-def prepare(config: TrainConfig, source: Source, world: World) -> Score:
+def prepare(config: TrainConfig, source: Source, world: World) -> Scorer:
     """The function that evaluates a model on --eval-benchmark; all ranks must call it. Raises
     UserError: no such benchmark, a broken row, a prompt that fills the context."""
     settings = EvalConfig(

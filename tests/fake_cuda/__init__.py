@@ -3,7 +3,7 @@
 guard.cpp, guard.py   torch's C++ side believes in a CUDA device
 fake.py               FakeCuda: tensors without numbers, ranks without processes
 aot.py                Triton kernels compiled for a GPU that is not there
-cases.py, bench_part.py   what test_cuda_without_a_gpu.py and test_bench_gpu.py run
+cases.py              what test_cuda_without_a_gpu.py and test_bench_gpu.py run
 """
 
 import importlib.util

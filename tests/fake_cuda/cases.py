@@ -1,4 +1,4 @@
-"""Cases of tests/test_cuda_without_a_gpu.py: python -m fake_cuda.cases CASE [CASE ...]
+"""Cases of two tests of CUDA without a GPU: python -m fake_cuda.cases CASE [CASE ...]
 
 A case names a function of this file and its arguments: "train-step objective=dpo world_size=8".
 Each prints a line of JSON: {"case", "seconds"} and its result, or {"error": traceback}.
@@ -13,12 +13,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
+from bench import gpu, measure
 from bench.inputs import QWEN, RandomRows
 from redi import distributed, kernels, memory, train
 from redi.batches import TrainData
@@ -39,6 +42,11 @@ LAYERS = 2  # of most cases
 SHAPE = replace(QWEN, num_layers=LAYERS, max_positions=32_768)
 PACK_TOKENS, DOCUMENTS = 32_768, 4  # of a pack
 PROMPT = 120  # tokens
+BENCH_SIZES = gpu.Sizes(
+    model=SHAPE, train_steps=2, head_rows=4096, rounds=1,
+    checked=replace(gpu.CHECKED, num_layers=2), checked_lengths=(41, 130, 50, 100), answers=5,
+    texts=8, contexts=(4096,), decode_steps=9, slice_seconds=0.2,
+)  # fmt: skip
 PARAMETERS = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.1}, "simpo": {"beta": 2.0, "gamma": 1.0}}
 
 
@@ -150,6 +158,14 @@ def compile_kernels(
         return {"kernels": [asdict(kernel) for kernel in compiled]}
 
 
+def bench_part(name: str, folder: str) -> dict[str, Any]:
+    """A part of bench.gpu, which writes folder/gpu.json."""
+    results = mock.patch.object(measure, "RESULTS", Path(folder))
+    with results, FakeCuda(memory=150e9, name="NVIDIA H200"):
+        gpu.run_part(name, torch.device("cuda", 0), BENCH_SIZES)
+    return {}
+
+
 def waits(fake: FakeCuda) -> dict[str, int]:
     """How often the host waits, by function and cause."""
     return Counter(f"{wait.function}: {wait.cause}" for wait in fake.waits)
@@ -157,7 +173,7 @@ def waits(fake: FakeCuda) -> dict[str, int]:
 
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "train-step": train_step, "between-steps": between_steps, "generate": generate_answers,
-    "compile": compile_kernels,
+    "compile": compile_kernels, "bench-part": bench_part,
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from processes import child, finished, ranks
+from processes import child, ranks, run_command
 from safetensors.torch import save_file
 from small_run import read_jsonl, steps
 from small_step import row_logps
@@ -171,7 +171,7 @@ def prepared(folder: Path) -> dict[str, dict[str, Any]]:
         if flags and flags[-1] == "--decontaminate":
             flags = [*flags, folder / "benchmark.jsonl"]
         program = ("-m", "redi.prepare", folder / "raw.jsonl", "--out", out)
-        status, _, errors = finished(*program, *flags, seconds=300)
+        status, _, errors = run_command(*program, *flags, seconds=300)
         assert status == 0, errors
         # Not splitlines, which also splits at \u2028.
         lines = {
