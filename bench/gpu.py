@@ -376,8 +376,7 @@ class StepTimes(Usage):
     times: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
 
-    def count_step(self, rows: int, full: bool) -> None:
-        super().count_step(rows, full)
+    def count_step(self, rows: int, queued: bool) -> None:
         self.times.append(time.perf_counter())
         self.rows.append(rows)
 

@@ -17,7 +17,9 @@ from redi.eval.completions import (
     write_lines,
 )
 
-TEST = Benchmark("b", [Problem("x", "1+1?", ["2"], "Algebra", 2.5), Problem("y", "2+2?", ["4"])])
+BENCHMARK = Benchmark(
+    "b", [Problem("x", "1+1?", ["2"], "Algebra", 2.5), Problem("y", "2+2?", ["4"])]
+)
 
 
 def completion(id="x", sample=0, text="…", num_tokens=3) -> Completion:
@@ -32,7 +34,7 @@ def unfinished(out, rank=0):
 
 
 def stored(out, rank=0, completions=()) -> Store:
-    store = Store(out, TEST, samples=2, rank=rank)
+    store = Store(out, BENCHMARK, samples=2, rank=rank)
     for c in completions:
         store.append(c)
     return store
@@ -94,12 +96,19 @@ def test_a_broken_line_and_a_missing_file_are_named(tmp_path, line):
         list(read_lines(tmp_path / "x.jsonl", Mark))
 
 
-def test_problems_are_stored_as_a_benchmark_and_other_problems_are_refused(tmp_path):
+def test_a_finished_file_that_is_cut_short_is_named_with_its_line(tmp_path):
+    path = tmp_path / "b.jsonl"
+    write_lines(path, ALL)
+    whole = path.read_bytes()
+    for lost in range(2, len(whole.splitlines()[-1])):
+        path.write_bytes(whole[:-lost])
+        with pytest.raises(UserError, match=r"b\.jsonl:4: .*; the file is cut short after b'{"):
+            list(read_lines(path, Completion))
+
+
+def test_problems_are_stored_as_a_benchmark(tmp_path):
     with pytest.raises(UserError, match="holds no evaluation"):
         stored_benchmarks(tmp_path)
-    store_inputs(tmp_path, [TEST])
-    store_inputs(tmp_path, [TEST])
-    assert stored_benchmarks(tmp_path) == [TEST]
-    changed = Benchmark("b", [TEST.problems[0], Problem("y", "2+2?", ["5"])])
-    with pytest.raises(UserError, match="b: its problems have changed"):
-        store_inputs(tmp_path, [changed])
+    for _ in range(2):
+        store_inputs(tmp_path, [BENCHMARK])
+    assert stored_benchmarks(tmp_path) == [BENCHMARK]

@@ -4,6 +4,7 @@ completions of another program. Greedy and short, so that a run takes seconds.
 python -m pytest tests/test_evaluate.py -m slow      kills an evaluation ten times
 """
 
+import html
 import json
 import os
 import random
@@ -16,36 +17,32 @@ from pathlib import Path
 import pytest
 import torch
 from processes import (
-    ROOT,
+    Child,
     child,
-    command,
     main_in_this_process,
+    ranks,
     run_command,
     run_ranks,
-    torchrun,
     wait_until,
 )
-from small_run import read_jsonl, write_jsonl
+from small_run import files_in, read_jsonl, write_jsonl
 
 from redi import programs
 from redi.checkpoint.folder import load_model
 from redi.data.files import whole_lines
 from redi.distributed import World
-from redi.eval import evaluation, grade
+from redi.eval import evaluation, grade, report
 from redi.eval.benchmarks import Problem
-from redi.eval.engine import complete
+from redi.eval.engine import complete, generate
 from redi.eval.engine.generate import Request
 from redi.eval.engine.sampling import Sampling
 from redi.eval.protocol import PromptedSample
 from redi.toy import student as toy
 
-PROBLEMS, SAMPLES = 6, 2
-FILES = ["report.json", "report.md", "report.html", "completions/benchmark.jsonl",
-         "problems/benchmark.jsonl", "verdicts/math-verify/benchmark.jsonl",
-         "verdicts/paper/benchmark.jsonl"]  # fmt: skip
+PROBLEMS = 6
 SAMPLING = ["--model", "toy/student", "--benchmark", "toy/benchmark.jsonl", "--temperature", "0",
             "--user-prompt", "plain", "--slots", "2"]  # fmt: skip
-SHORT = [*SAMPLING, "--samples", str(SAMPLES), "--max-new-tokens", "24"]
+SHORT = [*SAMPLING, "--samples", "2", "--max-new-tokens", "24"]
 LONG = [*SAMPLING, "--samples", "40", "--max-new-tokens", "90"]
 EXTERNAL = [  # text and finish_reason of another program's completions; A stands for the gold
     ("</think> \\boxed{A}", "stop"),
@@ -55,7 +52,7 @@ EXTERNAL = [  # text and finish_reason of another program's completions; A stand
     ("</think> \\boxed{A} then \\boxed{", None),
     ("</think> \\boxed{0A}", "stop"),
 ]
-GIVEN = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "run"]
+GIVEN = ["--completions", "made.jsonl", "--benchmark", "toy/benchmark.jsonl", "--out", "given"]
 
 
 def evaluated(out: str, *more) -> int:
@@ -63,25 +60,27 @@ def evaluated(out: str, *more) -> int:
 
 
 def graded(*more) -> int:
-    """made.jsonl, in run/."""
+    """made.jsonl, in given/."""
     return main_in_this_process(programs.evaluate, *GIVEN, *more)
 
 
-def regraded(*more) -> int:
-    return main_in_this_process(grade.main, "regrade", "run", *more)
+def regraded(out: str, *more) -> int:
+    return main_in_this_process(grade.main, "regrade", out, *more)
 
 
 def contents(out: str) -> dict[str, bytes]:
-    return {name: Path(out, name).read_bytes() for name in FILES}
+    """Problems, completions, verdicts and reports: what a kill and a resumption do not change."""
+    files = {str(path.relative_to(out)): content for path, content in files_in(out).items()}
+    return {name: files[name] for name in files.keys() - {"config.toml", "metrics.jsonl"}}
 
 
-def report(out: str) -> dict:
+def report_json(out: str) -> dict:
     return json.loads(Path(out, "report.json").read_text())
 
 
 def verdicts(grader: str) -> str:
-    """The verdicts' initials: "c i n t" for correct, incorrect, no_answer, truncated."""
-    rows = read_jsonl(f"run/verdicts/{grader}/benchmark.jsonl")
+    """The initials of those on made.jsonl: correct, incorrect, no_answer, truncated."""
+    rows = read_jsonl(f"given/verdicts/{grader}/benchmark.jsonl")
     return " ".join(row["verdict"][0] for row in rows)
 
 
@@ -92,7 +91,7 @@ def unfinished(out: str) -> list[bytes]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Path:
-    """toy/ with student/ and benchmark.jsonl; made.jsonl; whole/ and run/, two evaluations."""
+    """toy/ with student/ and benchmark.jsonl; made.jsonl; whole/ and given/, evaluations."""
     folder = tmp_path_factory.mktemp("evaluate")
     arguments = [folder / "toy", "--problems", 20, "--benchmark", PROBLEMS]
     assert main_in_this_process(toy.main, *arguments) == 0
@@ -110,18 +109,10 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(made, tmp_path, monkeypatch) -> Path:
-    """A working folder with toy/, made.jsonl and whole/."""
-    for name in ("toy", "whole"):
-        shutil.copytree(made / name, tmp_path / name)
-    shutil.copy(made / "made.jsonl", tmp_path)
+    """A working folder with all of these."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def given(made, here) -> None:
-    """The same with run/, the evaluation of made.jsonl."""
-    shutil.copytree(made / "run", "run")
 
 
 class Killed(Exception):
@@ -134,10 +125,10 @@ def killed_after(monkeypatch):
     keys of these. What is evaluated later is not killed."""
 
     def killed_after(count: int, *flags: str, out: str = "run") -> list:
-        keys, generate = [], complete.generate
+        keys, generating = [], complete.generate
 
-        def dying(*given):
-            for result in generate(*given):
+        def dying(*given, **settings):
+            for result in generating(*given, **settings):
                 if len(keys) == count:
                     raise Killed
                 keys.append(result.key)
@@ -163,7 +154,7 @@ def test_a_killed_evaluation_resumes_and_ends_in_the_same_bytes(
     for number in (3, 0, 5):
         keys += killed_after(number)
         assert len(unfinished("run")) == len(keys)
-    assert regraded("--grader", "paper") == 2
+    assert regraded("run", "--grader", "paper") == 2
     assert "completions/benchmark.jsonl: no such file" in capsys.readouterr().err
     assert not Path("run/verdicts").exists()
 
@@ -174,37 +165,55 @@ def test_a_killed_evaluation_resumes_and_ends_in_the_same_bytes(
     assert "run holds 8 of 12 completions" in capsys.readouterr().out
     assert len(set(keys)) == 8  # none is sampled twice
     assert not Path("run/report.json").exists()
-    monkeypatch.setattr(complete, "generate", lambda *given: iter(()))  # samples nothing
+    monkeypatch.setattr(complete, "generate", lambda *_, **__: iter(()))  # samples nothing
     assert evaluated("run") == 0
     assert contents("run") == contents("whole")
+    assert len(contents("run")) == 7  # no file of unfinished completions is left
+
+
+def count_tokens() -> None:
+    """In a child: a character per token drawn is appended to tokens.txt."""
+    sample = generate.sample
+
+    def counted(logits, *given):
+        with open("tokens.txt", "a") as file:
+            file.write("." * len(logits))
+        return sample(logits, *given)
+
+    generate.sample = counted
 
 
 @pytest.mark.slow
 def test_an_evaluation_killed_ten_times_by_the_clock_ends_in_the_same_bytes(here):
     """At random moments, on one rank or two. What is on disk is never sampled again: a kill costs
-    the answers that were being written."""
+    the answers that were being written, and ten of them less than a tenth of all tokens."""
 
-    def start(out: str, ranks: int = 1):
-        program = [ROOT / "evaluate.py", *LONG, "--out", out]
-        return command(*program) if ranks == 1 else torchrun(ranks, *program)
+    def start(out: str, num_ranks: int = 1) -> list[Child]:
+        faults = [count_tokens] * num_ranks
+        return ranks(here, [*LONG, "--out", out], *faults, main=programs.evaluate)
 
-    assert start("long").wait() == 0
+    start("long")[0].ends(0, 300)
+    undisturbed_tokens = Path("tokens.txt").stat().st_size
+    Path("tokens.txt").unlink()
     draw, kept = random.Random(1), []
     for number, target in enumerate(sorted(draw.sample(range(PROBLEMS * 40 - 10), 10))):
-        running = start("run", ranks=2 if number in (3, 7) else 1)
-        wait_until(lambda: len(unfinished("run")) >= target, running, 300)  # noqa: B023
+        running = start("run", num_ranks=2 if number in (3, 7) else 1)
+        wait_until(lambda: len(unfinished("run")) >= target, seconds=300)  # noqa: B023
         time.sleep(draw.uniform(0, 0.05))
-        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        for pid in [*children, running.pid]:
-            os.kill(int(pid), signal.SIGKILL)
-        running.communicate()
+        for rank in running:
+            os.kill(rank.process.pid, signal.SIGKILL)
+        for rank in running:
+            rank.ends(-signal.SIGKILL)
         assert not Path("run/report.json").exists()
         sampled = [(row["id"], row["sample"]) for row in map(json.loads, unfinished("run"))]
         assert len(set(sampled)) == len(sampled)
         assert set(kept) <= set(sampled)
         kept = sampled
-    assert start("run").wait() == 0
+    start("run")[0].ends(0, 300)
     assert contents("run") == contents("long")
+    tokens = Path("tokens.txt").stat().st_size
+    print(f"ten kills: {tokens / undisturbed_tokens:.3f} times the tokens")
+    assert undisturbed_tokens < tokens <= 1.1 * undisturbed_tokens
 
 
 def test_two_ranks_share_the_problems_that_one_left(here, killed_after):
@@ -221,38 +230,26 @@ def test_ranks_take_whole_problems_as_their_rows_become_free(here):
     requests = [Request(key, (1 + key // 2, 2, 3), 8) for key in range(12)]
     prompted = [PromptedSample("b", problems[r.key // 2], r.key % 2, r) for r in requests]
     counters = complete.shared_counters(World(0, 1, torch.device("cpu")))
-    ranks = [complete.take_problems(prompted, counters) for _ in range(2)]
-    assert [next(ranks[rank])[0].key for rank in (0, 1, 1)] == [0, 2, 4]
+    lists = [complete.take_problems(prompted, counters) for _ in range(2)]
+    assert [next(lists[rank])[0].key for rank in (0, 1, 1)] == [0, 2, 4]
     model, _ = load_model("toy/student")
-    results = complete.generate(model, requests, [], Sampling(0, 1, 0), 2, taken=ranks[0])
+    results = complete.generate(model, requests, [], Sampling(0, 1, 0), 2, groups=lists[0])
     done = [next(results).key]
-    assert next(ranks[1])[0].key == 8  # the first rank has not taken it
+    assert next(lists[1])[0].key == 8  # the first rank has not taken it
     done += [result.key for result in results]
     assert sorted(done) == [6, 7, 10, 11]
 
 
-def test_a_real_kill_a_second_process_and_ctrl_c(here):
-    def start(number: int = 0):
-        """Returns when the folder holds this number of completions."""
-        running = child(here, [*LONG, "--out", "run"], main=programs.evaluate)
-        wait_until(lambda: len(unfinished("run")) >= number or running.process.exitcode is not None)
-        assert running.process.exitcode is None, running.errors
-        return running
-
-    first, second = start(1), start()
+def test_a_second_process_is_refused_and_ctrl_c_says_how_to_resume(here):
+    running = child(here, [*LONG, "--out", "run"], main=programs.evaluate)
+    wait_until(lambda: unfinished("run"))
+    second = child(here, [*LONG, "--out", "run"], main=programs.evaluate)
     second.ends(2)
     assert second.errors.splitlines() == ["error: --out run: another process is running there"]
-    os.kill(first.process.pid, signal.SIGKILL)
-    first.ends(-signal.SIGKILL)
-    kept = unfinished("run")
-
-    third = start(len(kept) + 1)
-    os.kill(third.process.pid, signal.SIGINT)
-    third.ends(130)
+    os.kill(running.process.pid, signal.SIGINT)
+    running.ends(130)
     held = f"run holds {len(unfinished('run'))} of {PROBLEMS * 40} completions"
-    line = [line for line in third.errors.splitlines() if line][-1]
-    assert line == f"stopped: {held}; the same command resumes"
-    assert set(kept) <= set(unfinished("run"))
+    assert running.errors.rstrip().endswith(f"\nstopped: {held}; the same command resumes")
 
 
 CHANGES = [  # a file of toy/, what replaces what in it, the words of the refusal
@@ -316,15 +313,15 @@ def test_a_gold_that_cannot_be_read_is_reported_before_sampling(here, killed_aft
     assert "benchmark: 1 gold answers cannot be read" in capsys.readouterr().out
 
 
-def test_completions_of_another_program_are_graded_and_reported_like_our_own(given, capsys):
+def test_completions_of_another_program_are_graded_and_reported_like_our_own(here, capsys):
     assert verdicts("math-verify") == "c t n i c c"
-    found = report("run")
+    found = report_json("given")
     assert found["model"] == "made.jsonl"
     assert found["settings"]["samples"] == 1
     assert "temperature" not in found["settings"]  # unknown
     [score] = found["benchmarks"]
     assert (score["pass_at_1"], score["mean_tokens"]) == (0.5, None)
-    assert contents("run")
+    assert contents("given")
     assert graded() == 0
     assert "is finished" in capsys.readouterr().out
     rows = read_jsonl("made.jsonl")
@@ -333,7 +330,7 @@ def test_completions_of_another_program_are_graded_and_reported_like_our_own(giv
     assert "holds other completions; choose another --out" in capsys.readouterr().err
     write_jsonl(Path("made.jsonl"), rows[:-1])
     assert graded("--out", "new") == 2
-    assert "problem '5' has samples []" in capsys.readouterr().err
+    assert "problem '5' has 0 samples, expected 0 to 0, once each" in capsys.readouterr().err
     assert not Path("new").exists()
 
 
@@ -346,57 +343,65 @@ def test_exported_prompts_answered_by_another_program_score_as_our_own(here):
     answers = [own[prompt["id"], k] for prompt in prompts for k in range(prompt["samples"])]
     write_jsonl(Path("made.jsonl"), answers)
     assert evaluated("made", "--completions", "made.jsonl") == 0
-    assert report("whole")["benchmarks"] == report("made")["benchmarks"]
+    assert report_json("whole")["benchmarks"] == report_json("made")["benchmarks"]
 
 
-def test_the_papers_grader_has_its_own_verdicts_beside_ours(given):
-    before = contents("run")
+def test_the_papers_grader_has_its_own_verdicts_beside_ours(here):
+    before = contents("given")
     assert verdicts("paper") == "c c n i n c"
-    both = report("run")
+    both = report_json("given")
     assert (both["grader"], both["mean_pass_at_1"]) == ("both", 3 / 6)
     graders = [score["grader"] for score in both["benchmarks"] + both["other_grader"]]
     assert graders == ["math-verify", "paper"]
-    assert regraded("--grader", "paper") == 0
-    assert contents("run") == before
-    alone = report("run/verdicts/paper")
+    assert regraded("given", "--grader", "paper") == 0
+    assert contents("given").items() >= before.items()
+    alone = report_json("given/verdicts/paper")
     assert (alone["grader"], alone["other_grader"]) == ("paper", [])
     assert alone["benchmarks"] == both["other_grader"]
     # Grading again needs neither torch nor a model.
     code = (
-        "import sys; sys.modules['torch'] = None; sys.argv = ['grade', 'regrade', 'run']\n"
+        "import sys; sys.modules['torch'] = None; sys.argv = ['grade', 'regrade', 'given']\n"
         "from redi.eval.grade import main; main()"
     )
     status, _, errors = run_command("-c", code)
     assert status == 0, errors
-    assert contents("run") == before
+    assert contents("given").items() >= before.items()
 
 
 def test_a_model_that_does_not_think_is_graded_by_its_whole_responses(here):
+    shutil.rmtree("given")
     assert graded("--prefix", "") == 0
     for flags, rule, words, expected in (
         (None, "whole", "in the whole response", "c t c i c c"),
         (["--answer-from", "after_think"], "after_think", "after </think>", "c t n i c c"),
         ([], "whole", "in the whole response", "c t c i c c"),  # the rule of the run
     ):
-        assert flags is None or regraded(*flags) == 0
+        assert flags is None or regraded("given", *flags) == 0
         assert verdicts("math-verify") == expected
-        assert report("run")["benchmarks"][0]["answer_from"] == rule
-        assert words in Path("run/report.md").read_text()
-        assert words in Path("run/report.html").read_text().replace("&lt;", "<").replace(
-            "&gt;", ">"
-        )
+        assert report_json("given")["benchmarks"][0]["answer_from"] == rule
+        for name in ("report.md", "report.html"):
+            assert words in html.unescape(Path("given", name).read_text())
 
 
-def test_grading_again_keeps_the_verdicts_where_a_completion_is_lost(given, capsys):
-    before = {name: content for name, content in contents("run").items() if "comp" not in name}
-    path = Path("run/completions/benchmark.jsonl")
+def test_grading_again_keeps_the_verdicts_where_a_completion_is_lost(here, capsys):
+    before = {name: content for name, content in contents("given").items() if "comp" not in name}
+    path = Path("given/completions/benchmark.jsonl")
     first, *others = path.read_text().splitlines(keepends=True)
     unknown = first.replace('"id": "0"', '"id": "none"')
     for lines, message in (
-        (others, r"problem '0' has samples \[\]"),
+        (others, "problem '0' has 0 samples, expected 0 to 0, .* unexpected: 0$"),
         ([unknown, *others], "holds no problem 'none'"),
+        ([*others, first[:-9]], r"benchmark\.jsonl:6: .*; the file is cut short after b'"),
     ):
         path.write_text("".join(lines))
-        assert regraded() == 2
-        assert re.search(message, capsys.readouterr().err)
-        assert {name: Path("run", name).read_bytes() for name in before} == before
+        assert regraded("given") == 2
+        assert re.search(message, capsys.readouterr().err, re.MULTILINE)
+        assert contents("given").items() >= before.items()
+
+
+def test_a_setting_of_the_wrong_type_is_named_with_its_file(here, capsys):
+    path = Path("given/config.toml")
+    path.write_text(re.sub("(?m)^benchmark = .*", "benchmark = 3", path.read_text()))
+    assert regraded("given") == main_in_this_process(report.main, "given") == 2
+    line = "error: given/config.toml: key 'benchmark': expected a list; got 3"
+    assert capsys.readouterr().err.splitlines() == [line, line]

@@ -1,22 +1,20 @@
-"""Completions of another program: the prompts for it, and the checks of its answers."""
+"""Completions of another program: what is read, and the checks of it."""
 
 import pytest
-from small_run import read_jsonl, write_jsonl
+from small_run import write_jsonl
 
-from redi.checkpoint.folder import open_model
 from redi.config import UserError
 from redi.eval.benchmarks import Benchmark, Problem
-from redi.eval.external import export_prompts, read_completions
-from redi.eval.protocol import PAPER_PROMPT, EvalConfig, prompt_samples
+from redi.eval.external import read_completions
 
-TESTS = [Benchmark("b", [Problem("x", "1+1?", ["2"]), Problem("7", "2+2?", ["4"])])]
-BOTH = [*TESTS, Benchmark("c", [Problem("x", "3+3?", ["6"])])]
+ONE = [Benchmark("b", [Problem("x", "1+1?", ["2"]), Problem("7", "2+2?", ["4"])])]
+BOTH = [*ONE, Benchmark("c", [Problem("x", "3+3?", ["6"])])]
 
 
 @pytest.fixture
 def read(tmp_path):
-    def read(*rows: dict, tests=TESTS):
-        return read_completions(write_jsonl(tmp_path / "made.jsonl", list(rows)), tests)
+    def read(*rows: dict, benchmarks=ONE):
+        return read_completions(write_jsonl(tmp_path / "made.jsonl", list(rows)), benchmarks)
 
     return read
 
@@ -45,22 +43,28 @@ THREE = [row(benchmark="b"), row("7", benchmark="b"), row(benchmark="c")]
 
 
 def test_each_row_names_its_benchmark_if_there_are_several(read):
-    _, found = read(*THREE, tests=BOTH)
+    _, found = read(*THREE, benchmarks=BOTH)
     assert [len(found[name]) for name in ("b", "c")] == [2, 1]
     for rows, message in (
-        ([row()], r"made\.jsonl:1: no benchmark; expected b or c"),
-        ([row(benchmark="d")], r"benchmark 'd'; expected b or c"),
+        ([row()], r"made\.jsonl:1: field 'benchmark': expected b or c, got nothing"),
+        ([row(benchmark="d")], r"field 'benchmark': expected b or c, got 'd'"),
+        ([row(benchmark=["b"])], r"field 'benchmark': expected b or c, got \['b'\]"),
         ([*THREE, row(sample=1, benchmark="c")], r"each benchmark, got {'b': 1, 'c': 2}"),
     ):
         with pytest.raises(UserError, match=message):
-            read(*rows, tests=BOTH)
+            read(*rows, benchmarks=BOTH)
 
 
+MANY = [row(id, sample) for id in ("x", "7") for sample in range(16)]
 BROKEN = [  # rows, the one line of the error
-    ([row(), row("7"), row()], r"made\.jsonl: b: problem 'x' has samples \[0, 0\], expected 0 to"),
-    ([row()], r"problem '7' has samples \[\], expected 0 to 0"),
-    ([row(sample=10**9), row("7")], r"problem 'x' has samples \[1000000000\], expected 0 to 0"),
-    ([row("9")], r"made\.jsonl: b: holds no problem '9'"),
+    (
+        [row(), row("7"), row()],
+        r"made\.jsonl:3: field 'sample': expected a number .*, got 0$",
+    ),
+    ([row()], r"made\.jsonl: b: problem '7' has 0 samples, expected 0 to 0, once each; .*: 0$"),
+    ([row(sample=10**9), row("7")], r"problem 'x' has 1 samples, expected 0 to 0, .*: 0$"),
+    (MANY[:18], r"problem '7' has 2 samples, expected 0 to 15, once each; .* missing, .*: 2$"),
+    ([row("9")], r"made\.jsonl:1: field 'id': expected a problem of b, got '9'"),
     ([{"id": "x", "sample": 0}], r"made\.jsonl:1: field 'text': expected .*, got nothing"),
     ([row(text=None)], r"field 'text'"),
     ([row(text="\ud800")], r"field 'text'"),
@@ -71,7 +75,7 @@ BROKEN = [  # rows, the one line of the error
     ([row(finish_reason=3)], r"field 'finish_reason'"),
     ([row(finish_reason="abort")], r"'finish_reason': expected one of stop, .*length.*got 'abort'"),
     ([row(finish_reason="\ud800")], r"field 'finish_reason': .* got '\\ud800'"),
-    ([row("\ud800")], r"made\.jsonl: b: holds no problem '\\ud800'"),
+    ([row("\ud800")], r"field 'id': expected a problem of b, got '\\ud800'"),
     ([row(num_tokens="3")], r"field 'num_tokens'"),
     ([row(num_tokens=-5)], r"field 'num_tokens': expected a whole number from 0 .*, got -5"),
     ([row(num_tokens=10**400)], r"field 'num_tokens': expected .*, got 10000"),
@@ -83,22 +87,3 @@ def test_a_broken_file_is_refused_in_one_line(read, rows, message):
     with pytest.raises(UserError, match=message) as caught:
         read(*rows)
     assert "\n" not in str(caught.value)
-
-
-def test_exported_prompts_are_what_our_own_sampling_reads(save_qwen2, save_tokenizer, tmp_path):
-    save_qwen2(tmp_path, max_position_embeddings=1024)
-    source = open_model(save_tokenizer(tmp_path))[1]
-    config = EvalConfig(samples=3, max_new_tokens=100)
-    prompted, path = prompt_samples(TESTS, source, config), tmp_path / "prompts.jsonl"
-    export_prompts(path, prompted, source, config)
-    rows = read_jsonl(path)
-    requests = [one.request for one in prompted[::3]]
-    assert [tuple(row.pop("prompt_token_ids")) for row in rows] == [r.prompt_ids for r in requests]
-    assert rows[0].pop("prompt").endswith("<|im_start|>assistant\n<think>\n")
-    assert rows[0].pop("messages") == [{"role": "user", "content": PAPER_PROMPT + "1+1?"}]
-    assert rows[0] == {
-        "benchmark": "b", "id": "x", "samples": 3, "temperature": 0.6, "top_p": 0.95,
-        "max_tokens": 100, "stop_token_ids": source.stop_ids,
-    }  # fmt: skip
-    assert rows[1]["id"] == "7"
-    assert source.stop_ids

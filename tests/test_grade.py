@@ -306,7 +306,7 @@ def test_a_worker_that_dies_is_replaced_and_its_question_is_a_timeout():
         assert graded(pool, ("1/2", "0.5")) == ["correct"]
         [first] = workers_of(os.getpid()) - before
         os.kill(first, signal.SIGKILL)  # while it has nothing to do
-        wait_until(lambda: workers_of(os.getpid()) == before)
+        os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
         assert graded(pool, ("1/4", "0.25")) == ["correct"]
         [second] = workers_of(os.getpid()) - before
         verdicts = thread.submit(graded, pool, (ENDLESS, "1"))

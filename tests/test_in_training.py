@@ -40,9 +40,9 @@ def test_scores_are_those_of_evaluate_and_training_does_not_notice(problems):
     flags = ["--model", "scored", "--benchmark", "benchmark.jsonl", "--samples", 3,
              "--temperature", 0.8, "--user-prompt", "plain", "--max-new-tokens", 100]  # fmt: skip
     assert main_in_this_process(programs.evaluate, *flags) == 0
-    [of_saved] = json.loads(Path("scored/eval/report.json").read_text())["benchmarks"]
+    [score] = json.loads(Path("scored/eval/report.json").read_text())["benchmarks"]
     for name in ("pass_at_1", "mean_tokens", "truncated", "no_answer"):
-        assert scores[-1][name] == pytest.approx(of_saved[name], abs=1e-12)
+        assert scores[-1][name] == pytest.approx(score[name], abs=1e-12)
 
 
 def test_two_ranks_score_and_train_as_without_a_benchmark_or_a_second_rank(problems):
@@ -60,10 +60,10 @@ def test_two_ranks_score_and_train_as_without_a_benchmark_or_a_second_rank(probl
 
 def test_training_gets_its_memory_back_and_logs_its_own_peak(monkeypatch):
     monkeypatch.setattr(torch, "cuda", Mock())
-    with in_training.memory_lent(torch.device("cpu")):
+    with in_training.allocator_emptied(torch.device("cpu")):
         assert torch.cuda.mock_calls == []
     cuda = torch.device("cuda", 0)
-    with in_training.memory_lent(cuda):
+    with in_training.allocator_emptied(cuda):
         torch.cuda.evaluate()
     around = [call.empty_cache(), call.evaluate(), call.empty_cache()]
     assert torch.cuda.mock_calls == [*around, call.reset_peak_memory_stats(cuda)]

@@ -1,59 +1,61 @@
-"""The paper's prompt, answers that the context ends, the two presets."""
+"""The paper's prompt, also as exported; answers that the context ends; the two presets."""
 
 from pathlib import Path
 
 import pytest
+from small_run import read_jsonl
 
 from redi.checkpoint.folder import open_model
 from redi.config import UserError, parse
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
-from redi.eval.protocol import EvalConfig, PromptedSample, check_limit, prompt_samples
+from redi.eval.external import export_prompts
+from redi.eval.protocol import PAPER_PROMPT, EvalConfig, PromptedSample, prompt_samples
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-TEST = Benchmark("b", [Problem("short", "1+1?", ["2"]), Problem("long", "1+1?" * 20, ["2"])])
+BENCHMARK = Benchmark("b", [Problem("short", "1+1?", ["2"]), Problem("long", "1+1?" * 20, ["2"])])
 
 
 @pytest.fixture
-def prompted(save_qwen2, save_tokenizer, tmp_path):
-    """prompted(**settings): a sample of each problem, for a model with a context of 512 tokens."""
+def source(save_qwen2, save_tokenizer, tmp_path):
+    """Of a model with a context of 512 tokens."""
     save_qwen2(tmp_path, max_position_embeddings=512)
-    source = open_model(save_tokenizer(tmp_path))[1]
+    return open_model(save_tokenizer(tmp_path))[1]
+
+
+@pytest.fixture
+def prompted(source):
+    """prompted(**settings): the first of two samples of each problem."""
 
     def prompted(**settings) -> list[PromptedSample]:
         config = EvalConfig(**{"user_prompt": "plain", "samples": 2, **settings})
-        samples = prompt_samples([TEST], source, config)
-        check_limit(samples, source, config)
-        return samples[::2]
+        return prompt_samples([BENCHMARK], source, config)[::2]
 
-    prompted.source = source
     return prompted
 
 
 def test_an_answer_may_use_what_the_context_leaves(prompted, capsys):
     """Prompts that leave less than the limit are counted in one line."""
     first, second = prompted()
-    assert "behind 2 of 2 prompts" in capsys.readouterr().out
+    assert "2 of 2 prompts leave less" in capsys.readouterr().out
     left = [512 - len(one.request.prompt_ids) for one in (first, second)]
     assert [one.request.max_new_tokens for one in (first, second)] == left
     for limit, shown in (
         (left[1], ""),
-        (left[1] + 1, f"the context of 512 tokens leaves less than --max-new-tokens {left[1] + 1} "
-                      f"behind 1 of 2 prompts: {left[1]} at least\n"),
+        (left[1] + 1, f"1 of 2 prompts leave less than the limit of {left[1] + 1} tokens for an "
+                      f"answer in the model's context of 512: {left[1]} or more\n"),
     ):  # fmt: skip
         rooms = [one.request.max_new_tokens for one in prompted(max_new_tokens=limit)]
         assert rooms == [limit, left[1]]
         assert capsys.readouterr().out == shown
 
 
-def test_a_limit_beyond_the_context_is_refused_unless_it_is_the_default(prompted):
-    with pytest.raises(UserError, match=r"^--max-new-tokens: expected at most 512, .*; got 513$"):
-        prompted(max_new_tokens=513)
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(source):
     long = Benchmark("c", [Problem("7", "1+1?" * 400, ["2"])])
     for settings, hint in (({"user_prompt": "plain"}, "out$"), ({}, "out or choose --user-prompt")):
         with pytest.raises(
             UserError, match=rf"^c: the prompt of problem 7 is \d+ .* 512; .*{hint}"
         ):
-            prompt_samples([long], prompted.source, EvalConfig(**settings))
+            prompt_samples([long], source, EvalConfig(**settings))
 
 
 def test_the_presets_are_the_papers_protocols():
@@ -68,9 +70,9 @@ def test_the_presets_are_the_papers_protocols():
         assert found == (0.6, 0.95, "paper", "<think>\n")
 
 
-def test_the_prompt_is_the_papers_word_for_word(prompted):
+def test_the_prompt_is_the_papers_word_for_word(prompted, source):
     first, _ = prompted(user_prompt="paper", max_new_tokens=1)
-    decode = prompted.source.chat.tokenizer.decode
+    decode = source.chat.tokenizer.decode
     assert decode(first.request.prompt_ids, skip_special_tokens=False) == (
         "<|im_start|>system\n"
         "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
@@ -84,3 +86,20 @@ def test_the_prompt_is_the_papers_word_for_word(prompted):
         "<|im_start|>assistant\n"
         "<think>\n"
     )
+
+
+def test_exported_prompts_are_what_our_own_sampling_reads(source, tmp_path):
+    config, path = EvalConfig(samples=3, max_new_tokens=100), tmp_path / "prompts.jsonl"
+    prompted = prompt_samples([BENCHMARK], source, config)
+    export_prompts(path, prompted, source, config)
+    rows = read_jsonl(path)
+    requests = [one.request for one in prompted[::3]]
+    assert [tuple(row.pop("prompt_token_ids")) for row in rows] == [r.prompt_ids for r in requests]
+    assert rows[0].pop("prompt").endswith("<|im_start|>assistant\n<think>\n")
+    assert rows[0].pop("messages") == [{"role": "user", "content": PAPER_PROMPT + "1+1?"}]
+    assert rows[0] == {
+        "benchmark": "b", "id": "short", "samples": 3, "temperature": 0.6, "top_p": 0.95,
+        "max_tokens": 100, "stop_token_ids": source.stop_ids,
+    }  # fmt: skip
+    assert rows[1]["id"] == "long"
+    assert source.stop_ids

@@ -12,6 +12,7 @@ is text, a number, or a list of which any entry suffices; one text may itself ho
 import math
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -83,11 +84,11 @@ def load(name_or_path: str | Path) -> Benchmark:
 
 def load_all(names: list[str]) -> list[Benchmark]:
     """Several, as `load`. Raises UserError if two have the same name."""
-    loaded = [load(name) for name in names]
-    for benchmark in loaded:
-        if [b.name for b in loaded].count(benchmark.name) > 1:
-            raise UserError(f"--benchmark: two have the name {benchmark.name!r}; rename a file")
-    return loaded
+    benchmarks = [load(name) for name in names]
+    for name, count in Counter(benchmark.name for benchmark in benchmarks).items():
+        if count > 1:
+            raise UserError(f"--benchmark: {count} have the name {name!r}; rename a file")
+    return benchmarks
 
 
 def _problems(source: Path | list[Path]) -> list[Problem]:
@@ -112,8 +113,10 @@ def _problem(row: dict[str, Any], number: int, where: str) -> Problem:
         if fields[kind] is None:
             names = " or ".join(map(repr, FIELDS[kind]))
             raise UserError(f"{where}: no {kind}; expected a field {names}")
-    problem, answer, id, subject, difficulty = map(row.get, fields.values())
-    answers = [answer_text(entry) for entry in (answer if isinstance(answer, list) else [answer])]
+    value = {kind: row.get(field) for kind, field in fields.items()}
+    id, problem, subject = value["id"], value["problem"], value["subject"]
+    given = value["answer"] if isinstance(value["answer"], list) else [value["answer"]]
+    answers = [answer_text(answer) for answer in given]
     are_answers = answers != [] and all(map(is_text, answers))
     check_fields(
         row,
@@ -129,7 +132,7 @@ def _problem(row: dict[str, Any], number: int, where: str) -> Problem:
         problem=f"{context}\n{problem}" if is_text(context) else problem,
         answers=list(dict.fromkeys(answers)),
         subject=subject.strip() if is_text(subject) else None,
-        difficulty=_difficulty(difficulty),
+        difficulty=_difficulty(value["difficulty"]),
     )
 
 

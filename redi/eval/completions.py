@@ -14,6 +14,7 @@ a completion; checks of the types of fields, since only redi writes these files.
 import dataclasses
 import glob
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -68,19 +69,22 @@ def marks_file(out: Path, grader: str, name: str) -> Path:
     return out / "verdicts" / grader / f"{name}.jsonl"
 
 
-def read_lines(path: Path, kind: type[L]) -> Iterator[L]:
-    """The rows of a file, without a last line that was cut short. Raises UserError: no such file, a
-    line that is not JSON, missing or unknown fields."""
-    number = 0
-    try:
-        for line in whole_lines(path):
-            number += 1
-            yield kind(**json.loads(line))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `python evaluate.py` makes it") from None
-    except (ValueError, TypeError):
-        fields = ", ".join(field.name for field in dataclasses.fields(kind))
-        raise UserError(f"{path}:{number}: expected JSON with {fields}; got {line!r:.60}") from None
+def read_lines(path: Path, kind: type[L], unfinished: bool = False) -> Iterator[L]:
+    """The rows of a file. unfinished: leave out a last line that was cut short. Raises UserError:
+    no such file, a line that is cut short or not JSON, missing or unknown fields."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `python evaluate.py` makes it")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            is_whole = line.endswith(b"\n")
+            if unfinished and not is_whole:
+                return
+            try:
+                yield kind(**json.loads(line))
+            except (ValueError, TypeError):
+                fields = ", ".join(field.name for field in dataclasses.fields(kind))
+                got = f"{'got' if is_whole else 'the file is cut short after'} {line!r:.60}"
+                raise UserError(f"{path}:{number}: expected JSON with {fields}; {got}") from None
 
 
 def write_lines(path: Path, rows: Iterable[Completion | Mark]) -> None:
@@ -93,20 +97,21 @@ def to_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def by_problem(test: Benchmark, rows: Sequence[L]) -> list[list[L]]:
+def by_problem(benchmark: Benchmark, rows: Sequence[L]) -> list[list[L]]:
     """Each problem's completions or marks, by sample. Raises UserError: an unknown problem, a
     sample that occurs twice or is missing, for then neither the SEM nor pass@k is defined."""
-    found: dict[str, list[L]] = {problem.id: [] for problem in test.problems}
+    found: dict[str, list[L]] = {problem.id: [] for problem in benchmark.problems}
     for row in sorted(rows, key=lambda row: row.sample):
         if row.id not in found:
-            raise UserError(f"{test.name}: holds no problem {row.id!r}")
+            raise UserError(f"{benchmark.name}: holds no problem {row.id!r}")
         found[row.id].append(row)
     n = max(1, *(len({row.sample for row in samples}) for samples in found.values()))
     for id, samples in found.items():
-        numbers = [row.sample for row in samples]
-        if numbers != list(range(n)):
+        counts = Counter(row.sample for row in samples)
+        if wrong := [k for k in sorted({*range(n), *counts}) if counts[k] != (k < n)]:
             raise UserError(
-                f"{test.name}: problem {id!r} has samples {numbers}, expected 0 to {n - 1}"
+                f"{benchmark.name}: problem {id!r} has {len(samples)} samples, expected 0 to "
+                f"{n - 1}, once each; the first one missing, repeated or unexpected: {wrong[0]}"
             )
     return list(found.values())
 
@@ -115,29 +120,31 @@ def by_problem(test: Benchmark, rows: Sequence[L]) -> list[list[L]]:
 
 
 def store_inputs(
-    out: Path, tests: Sequence[Benchmark], given: dict[str, list[Completion]] | None = None
+    out: Path,
+    benchmarks: Sequence[Benchmark],
+    completions: dict[str, list[Completion]] | None = None,
 ) -> None:
     """Write the problems, and another program's completions by benchmark. Raises UserError if the
     folder holds others: they have changed since the evaluation began."""
-    for test in tests:
-        path = out / "problems" / f"{test.name}.jsonl"
+    for benchmark in benchmarks:
+        path = out / "problems" / f"{benchmark.name}.jsonl"
         if not path.is_file():
             make_folder(path.parent)
             with write_aside(path) as file:
-                for problem in test.problems:
+                for problem in benchmark.problems:
                     row = asdict(problem)
                     row["answer"] = row.pop("answers")
                     file.write(to_line(row))
-        elif load(path).problems != test.problems:
+        elif load(path).problems != benchmark.problems:
             raise UserError(
-                f"--benchmark {test.name}: its problems have changed since {path} was written; "
-                "choose another --out"
+                f"--benchmark {benchmark.name}: its problems have changed since {path} was "
+                "written; choose another --out"
             )
-    for name, completions in (given or {}).items():
+    for name, rows in (completions or {}).items():
         path = completions_file(out, name)
         if not path.is_file():
-            write_lines(path, completions)
-        elif list(read_lines(path, Completion)) != completions:
+            write_lines(path, rows)
+        elif list(read_lines(path, Completion)) != rows:
             raise UserError(f"{path}: holds other completions; choose another --out")
 
 
@@ -153,13 +160,13 @@ class Store:
     """One benchmark's completions while they are sampled; `done` holds the keys of those on disk.
     Each rank appends to a file of its own."""
 
-    def __init__(self, out: Path, test: Benchmark, samples: int, rank: int = 0):
-        self.path = completions_file(out, test.name)
-        self._expected = [(p.id, sample) for p in test.problems for sample in range(samples)]
+    def __init__(self, out: Path, benchmark: Benchmark, samples: int, rank: int = 0):
+        self.path = completions_file(out, benchmark.name)
+        self._expected = [(p.id, sample) for p in benchmark.problems for sample in range(samples)]
         make_folder(self.path.parent)
         is_complete = self.path.is_file()
         self.done = set(self._expected if is_complete else (c.key for c in self._unfinished()))
-        part = self.path.with_name(f"{test.name}.unfinished-{rank}.jsonl")
+        part = self.path.with_name(f"{benchmark.name}.unfinished-{rank}.jsonl")
         self._file = open(part, "ab", buffering=0)  # noqa: SIM115 (until `finish`)
         self._file.truncate(sum(map(len, whole_lines(part))))
 
@@ -188,4 +195,5 @@ class Store:
 
     def _unfinished(self) -> Iterator[Completion]:
         """What all ranks have sampled so far."""
-        return chain.from_iterable(read_lines(part, Completion) for part in self._parts())
+        files = (read_lines(part, Completion, unfinished=True) for part in self._parts())
+        return chain.from_iterable(files)

@@ -6,6 +6,7 @@ grades them and writes the report. Sampling takes hours, so user errors are foun
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from redi.checkpoint.folder import Source, load_model, open_model
 from redi.checkpoint.weights import weights_hash
 from redi.config import UserError
 from redi.distributed import World, local_rank_zero_first, require_same, wait_for_all
-from redi.eval import benchmarks, external, report
-from redi.eval.benchmarks import Benchmark
+from redi.eval import external, report
+from redi.eval.benchmarks import Benchmark, load_all
 from redi.eval.completions import Completion, Store, store_inputs
 from redi.eval.engine.complete import complete
 from redi.eval.grading.grader import answer_rule, grade_evaluation, report_unreadable
 from redi.eval.grading.workers import Pool
-from redi.eval.protocol import EvalConfig, PromptedSample, check_limit, prompt_samples
+from redi.eval.protocol import EvalConfig, PromptedSample, prompt_samples
 from redi.hub import is_hub_id
 from redi.model import Transformer
 from redi.runlog import NoLog, RunLog, is_finished, read_facts
@@ -32,29 +33,27 @@ def run(config: EvalConfig, world: World) -> None:
     per_node = dict.fromkeys(("slots", "cache_gib", "graders"))  # may differ, as the machines do
     require_same(vars(config) | per_node, world)
     with local_rank_zero_first(world):  # one download per node
-        tests = benchmarks.load_all(config.benchmark)
-    require_same({"sha256 of --benchmark": _hash(repr(tests))}, world)
+        benchmarks = load_all(config.benchmark)
+    require_same({"sha256 of --benchmark": _hash(repr(benchmarks))}, world)
     if config.export_prompts:
-        return export(config, tests) if world.rank == 0 else None
-    given = None
+        return export(config, benchmarks) if world.rank == 0 else None
+    model, samples, completions = config.model, config.samples, None
+    out = f"out/eval/{model}" if is_hub_id(model) else f"{model}/eval"
     if config.completions:
-        config.samples, given = external.read_completions(config.completions, tests)
-        config.out = config.out or f"out/eval/{Path(config.completions).stem}"
-        if config.model == EvalConfig.model:  # the user did not name the model that made them
-            config.model = config.completions
-    elif config.out is None:
-        hub = is_hub_id(config.model)
-        config.out = f"out/eval/{config.model}" if hub else f"{config.model}/eval"
-    evaluate(config, world, tests, given)
+        samples, completions = external.read_completions(config.completions, benchmarks)
+        out = f"out/eval/{Path(config.completions).stem}"
+        if model == EvalConfig.model:  # the user did not name the model that made them
+            model = config.completions
+    config = replace(config, model=model, samples=samples, out=config.out or out)
+    evaluate(config, world, benchmarks, completions)
 
 
-def export(config: EvalConfig, tests: list[Benchmark]) -> None:
+def export(config: EvalConfig, benchmarks: list[Benchmark]) -> None:
     """Write the prompts for another program."""
     if config.completions:
         raise UserError("--export-prompts: expected without --completions, which come later")
     _, source = open_model(config.model, made_by=_made_by(config))
-    prompted = prompt_samples(tests, source, config)
-    check_limit(prompted, source, config)
+    prompted = prompt_samples(benchmarks, source, config)
     external.export_prompts(config.export_prompts, prompted, source, config)
     count = len(prompted) // config.samples
     print(f"saved {config.export_prompts}: {count} prompts, {config.samples} samples of each")
@@ -63,36 +62,35 @@ def export(config: EvalConfig, tests: list[Benchmark]) -> None:
 def evaluate(
     config: EvalConfig,
     world: World,
-    tests: list[Benchmark],
-    given: dict[str, list[Completion]] | None,
+    benchmarks: list[Benchmark],
+    completions: dict[str, list[Completion]] | None,
 ) -> None:
-    """Sample, grade and report into config.out; existing completions are kept. given: another
-    program's completions by benchmark, instead of sampling."""
+    """Sample, grade and report into config.out; existing completions are kept. completions: another
+    program's, by benchmark; they are graded instead of sampled ones."""
     out, first = Path(config.out), world.rank == 0
     finished = is_finished(config.out, config)
     facts = {"torch": torch.__version__}
-    if given is None:
+    if completions is None:
         model, source, contents = load_unchanged(config, world, finished)
         facts |= {"model": source.name, **contents}
     if finished:
-        store_inputs(out, tests, given)
+        store_inputs(out, benchmarks, completions)
         print((out / "report.md").read_text(), f"{out} is finished: nothing to do", sep="\n")
         return
 
-    if given is None:
-        prompted = prompt_samples(tests, source, config)
-        check_limit(prompted, source, config)
+    if completions is None:
+        prompted = prompt_samples(benchmarks, source, config)
     with Pool(config.graders, config.grade_seconds) as pool:
         if first:
-            report_unreadable(pool, tests)  # now, not after hours of sampling
+            report_unreadable(pool, benchmarks)  # now, not after hours of sampling
         with local_rank_zero_first(world):
             log = RunLog(config.out, config) if first else NoLog()
             log.start(facts)
-            store_inputs(out, tests, given)
-        if given is None:
+            store_inputs(out, benchmarks, completions)
+        if completions is None:
             model.to(world.device, distributed.compute_dtype(config.dtype, world))
             model.requires_grad_(False)
-            sample(model, source, prompted, tests, config, world)
+            sample(model, source, prompted, benchmarks, config, world)
         if not first:
             return
         try:
@@ -145,18 +143,18 @@ def sample(
     model: Transformer,
     source: Source,
     prompted: list[PromptedSample],
-    tests: list[Benchmark],
+    benchmarks: list[Benchmark],
     config: EvalConfig,
     world: World,
 ) -> None:
     """Sample every completion that is not on disk yet; each is written when it is finished."""
     out = Path(config.out)
-    stores = {test.name: Store(out, test, config.samples, world.rank) for test in tests}
+    stores = {b.name: Store(out, b, config.samples, world.rank) for b in benchmarks}
     left = [p for p in prompted if (p.problem.id, p.sample) not in stores[p.benchmark].done]
     wait_for_all(world)  # before a rank appends to what another still reads
     if done := len(prompted) - len(left):
         print(f"{out} holds {done} of {len(prompted)} completions; the rest are sampled now")
-    name = tests[0].name if len(tests) == 1 else f"{len(tests)} benchmarks"
+    name = benchmarks[0].name if len(benchmarks) == 1 else f"{len(benchmarks)} benchmarks"
     try:
         for benchmark, completion in complete(model, source, left, config, world, name):
             stores[benchmark].append(completion)

@@ -21,7 +21,7 @@ from redi.checkpoint.folder import Source
 from redi.config import UserError
 from redi.data.files import is_encodable, read_rows, write_aside
 from redi.eval.benchmarks import Benchmark, check_fields
-from redi.eval.completions import Completion, by_problem, to_line
+from redi.eval.completions import Completion, Key, by_problem, to_line
 from redi.eval.protocol import EvalConfig, PromptedSample, user_message
 
 # Of vLLM, SGLang, TGI, llama.cpp and the APIs of OpenAI, Anthropic and Google, in lower case.
@@ -56,22 +56,30 @@ def export_prompts(
 
 
 def read_completions(
-    path: str | Path, tests: list[Benchmark]
+    path: str | Path, benchmarks: list[Benchmark]
 ) -> tuple[int, dict[str, list[Completion]]]:
     """(samples per problem, benchmark's name -> completions in order) of a file of rows.
 
-    Raises UserError that names the row or the problem: a field missing or of another type, an
-    unknown problem, a sample that occurs twice or not at all.
+    Raises UserError that names file, line, field and what was expected: a missing field or another
+    type, an unknown benchmark or problem, a sample that occurs twice; the problem of a sample that
+    is missing.
     """
-    found: dict[str, list[Completion]] = {test.name: [] for test in tests}
+    names = [benchmark.name for benchmark in benchmarks]
+    ids = {benchmark.name: {p.id for p in benchmark.problems} for benchmark in benchmarks}
+    found: dict[str, dict[Key, Completion]] = {name: {} for name in names}
     for where, row in read_rows(path, FIELDS):
-        name = row.get("benchmark", tests[0].name if len(tests) == 1 else None)
-        if name not in [*found]:
-            got = "no benchmark" if name is None else f"benchmark {name!r:.60}"
-            raise UserError(f"{where}: {got}; expected {' or '.join(found)}")
-        found[name].append(_completion(row, where))
+        name = row.get("benchmark", names[0] if len(names) == 1 else None)
+        check_fields(row, where, ("benchmark", name in names, " or ".join(names)))
+        completion = _completion(row, where)
+        check_fields(
+            row,
+            where,
+            ("id", completion.id in ids[name], f"a problem of {name}"),
+            ("sample", completion.key not in found[name], "a number that no earlier row has"),
+        )
+        found[name][completion.key] = completion
     try:
-        rows = {test.name: by_problem(test, found[test.name]) for test in tests}
+        rows = {b.name: by_problem(b, list(found[b.name].values())) for b in benchmarks}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     samples = {name: len(problems[0]) for name, problems in rows.items()}

@@ -39,20 +39,20 @@ def prepare(config: TrainConfig, source: Source, world: World) -> Scorer:
         max_new_tokens=config.max_response,
         seed=config.seed,
     )
-    test = load(config.eval_benchmark)
+    benchmark = load(config.eval_benchmark)
     if world.rank == 0:
         with Pool(settings.graders, settings.grade_seconds) as pool:
-            report_unreadable(pool, [test])
-    prompted = prompt_samples([test], source, settings)
+            report_unreadable(pool, [benchmark])
+    prompted = prompt_samples([benchmark], source, settings)
 
     def score(model: Transformer, step: int) -> dict[str, float]:
         """pass@1 and failures as fractions, tokens per completion, seconds."""
         began = time.perf_counter()
-        name = f"{test.name} after step {step}"
-        with memory_lent(world.device), gathered(model, config.reshard_after_forward):
+        name = f"{benchmark.name} after step {step}"
+        with allocator_emptied(world.device), gathered(model, config.reshard_after_forward):
             completions = [c for _, c in complete(model, source, prompted, settings, world, name)]
         with Pool(settings.graders, settings.grade_seconds) as pool:
-            marks = Grader(pool).marks(test, completions)
+            marks = Grader(pool).marks(benchmark, completions)
         verdicts = Counter(mark.verdict for mark in marks)
         counts = [verdicts[name] for name in ("correct", "truncated", "no_answer")]
         totals = torch.tensor([*counts, sum(m.num_tokens for m in marks)], dtype=torch.float64)
@@ -70,7 +70,7 @@ def prepare(config: TrainConfig, source: Source, world: World) -> Scorer:
 
 
 @contextmanager
-def memory_lent(device: torch.device) -> Iterator[None]:
+def allocator_emptied(device: torch.device) -> Iterator[None]:
     """Free what torch's allocator caches between steps, so that the body has room for keys and
     values. Afterwards free these too, and leave them out of the peak that training logs."""
     if device.type != "cuda":

@@ -84,18 +84,19 @@ class PromptedSample:
 
 
 def prompt_samples(
-    tests: Sequence[Benchmark], source: Source, config: EvalConfig
+    benchmarks: Sequence[Benchmark], source: Source, config: EvalConfig
 ) -> list[PromptedSample]:
-    """Every sample of every problem, those of a problem in a row. Raises UserError if a prompt
-    leaves no room in the context."""
+    """Every sample of every problem, those of a problem in a row. Prints one line if the context
+    ends answers before max_new_tokens. Raises UserError if a prompt leaves no room for an answer.
+    """
     if source.chat is None:
         raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; evaluation needs it")
-    context = source.config["max_position_embeddings"]
-    prompted = []
-    for name, problem in ((test.name, problem) for test in tests for problem in test.problems):
+    context, limit = source.config["max_position_embeddings"], config.max_new_tokens
+    prompted, rooms = [], []
+    for name, problem in ((b.name, problem) for b in benchmarks for problem in b.problems):
         prompt = tuple(source.chat.encode_prompt([user_message(problem, config)], config.prefix))
-        room = min(config.max_new_tokens, context - len(prompt))
-        if room < 1:
+        rooms.append(min(limit, context - len(prompt)))
+        if rooms[-1] < 1:
             shorter = "" if config.user_prompt == "plain" else " or choose --user-prompt plain"
             raise UserError(
                 f"{name}: the prompt of problem {problem.id} is {len(prompt)} tokens and leaves no "
@@ -103,8 +104,13 @@ def prompt_samples(
                 f"{shorter}"
             )
         for sample in range(config.samples):
-            request = Request(request_key(name, problem.id, sample), prompt, room)
+            request = Request(request_key(name, problem.id, sample), prompt, rooms[-1])
             prompted.append(PromptedSample(name, problem, sample, request))
+    if shorter := [room for room in rooms if room < limit]:
+        print(
+            f"{len(shorter)} of {len(rooms)} prompts leave less than the limit of {limit} tokens "
+            f"for an answer in the model's context of {context}: {min(shorter)} or more"
+        )
     return prompted
 
 
@@ -116,18 +122,3 @@ def request_key(benchmark: str, id: str, sample: int) -> int:
     """63 bits that identify a sample and seed it, whatever else is sampled in the same run."""
     name = repr((benchmark, id, sample)).encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
-
-
-def check_limit(prompted: Sequence[PromptedSample], source: Source, config: EvalConfig) -> None:
-    """Print one line if the context ends answers before max_new_tokens. Raises UserError if a
-    max_new_tokens other than the default exceeds the context."""
-    context, limit = source.config["max_position_embeddings"], config.max_new_tokens
-    if limit != EvalConfig.max_new_tokens:
-        expected = f"at most {context}, the model's context"
-        require(limit <= context, "max_new_tokens", limit, expected)
-    rooms = [one.request.max_new_tokens for one in prompted[:: config.samples]]
-    if shorter := [room for room in rooms if room < limit]:
-        print(
-            f"the context of {context} tokens leaves less than --max-new-tokens {limit} behind "
-            f"{len(shorter)} of {len(rooms)} prompts: {min(shorter)} at least"
-        )

@@ -76,16 +76,17 @@ class Cache:
         shape = (num_pages + self.with_kernel, *shape)  # the last page is the spare row's
         self.keys = [_allocate(shape, like) for _ in range(config.num_layers)]
         self.values = [_allocate(shape, like) for _ in range(config.num_layers)]
-        self.num_pages, self.spare_row = num_pages, rows
+        self.spare_row = rows
         self.free = list(range(num_pages))  # a heap
         self.table = np.full((rows + 1, pages_for(longest)), num_pages)
-        self.changed: set[int] = set()  # rows whose new pages kernel_steps.py has not seen
+        self.changed_rows: set[int] = set()  # whose new pages kernel_steps.py has not copied yet
         self.lengths = np.zeros(rows, dtype=np.int64)  # tokens
 
-    def pages_of(self, row: int) -> np.ndarray:
+    def row_pages(self, row: int) -> np.ndarray:
+        """The numbers of the row's pages, in the order of its tokens."""
         return self.table[row, : pages_for(self.lengths[row])]
 
-    def places(self, rows: Sequence[int], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, rows: Sequence[int], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The page of the token at positions[i] of rows[i], and its offset in that page."""
         return self.table[rows, positions // PAGE], positions % PAGE
 
@@ -96,26 +97,27 @@ class Cache:
         for i in np.flatnonzero(first < last):
             for number in range(first[i], last[i]):
                 self.table[rows[i], number] = heapq.heappop(self.free)
-            self.changed.add(rows[i])
+            self.changed_rows.add(rows[i])
         self.lengths[rows] += tokens
 
     def shorten(self, row: int, tokens: int) -> None:
         """Keep the first `tokens` tokens of the row, and free the pages after them."""
-        for page in self.pages_of(row)[pages_for(tokens) :].tolist():
+        for page in self.row_pages(row)[pages_for(tokens) :].tolist():
             heapq.heappush(self.free, page)
         self.lengths[row] = tokens
 
-    def missing(self, rows: list[int]) -> int:
+    def pages_to_append(self, rows: list[int]) -> int:
         """How many free pages it takes to append one token to each row."""
         return int((self.lengths[rows] % PAGE == 0).sum())
 
-    def copy(self, row: int, to: int) -> None:
-        """Copy the keys and values of the first tokens of `row` into all pages of the row `to`."""
-        target = self.pages_of(to)
-        source = self.table[row, : len(target)]
-        source, target = (to_device(pages, self.keys[0].device) for pages in (source, target))
+    def copy_prompt(self, source: int, target: int) -> None:
+        """Fill all pages of the row `target` with the first keys and values of the row `source`."""
+        target_pages = self.row_pages(target)
+        source_pages = self.table[source, : len(target_pages)]
+        device = self.keys[0].device
+        source_pages, target_pages = (to_device(p, device) for p in (source_pages, target_pages))
         for tensor in (*self.keys, *self.values):
-            tensor[target] = tensor[source]
+            tensor[target_pages] = tensor[source_pages]
 
     def write(self, layer: int, pages: Tensor, offsets: Tensor, key: Tensor, value: Tensor) -> None:
         """Store key and value (n, K, d) of n tokens at (pages[i], offsets[i])."""

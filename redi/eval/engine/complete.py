@@ -37,17 +37,18 @@ def complete(
     Raises UserError as `generate` does."""
     counters = shared_counters(world)
     by_key = {one.request.key: one for one in prompted}
-    fair_share = -(-len(prompted) // world.world_size)  # or the first rank would take all of a few
+    # With more slots than this, the first rank would take all problems of a short list.
+    fair_share = -(-len(prompted) // world.world_size)
     usage, began, shown = Usage(), time.monotonic(), 0
     results = generate(
         model,
         [one.request for one in prompted],
         source.stop_ids,
         Sampling(config.temperature, config.top_p, config.seed),
-        min(config.slots, fair_share),
-        None if config.cache_gib is None else int(config.cache_gib * 2**30),
-        usage,
-        take_problems(prompted, counters),
+        slots=min(config.slots, fair_share),
+        cache_bytes=None if config.cache_gib is None else int(config.cache_gib * 2**30),
+        usage=usage,
+        groups=take_problems(prompted, counters),
     )
     with Progress(len(prompted), name, unit="response", shown=world.rank == 0) as progress:
         for result in results:
@@ -64,11 +65,11 @@ def complete(
             loops = counters.add("loops", int(repeats(completion.text)))
             done = counters.add("completions", 1)
             speed = f"{tokens / (time.monotonic() - began):,.0f}"
-            for _ in range(done - shown):  # those of other ranks too
+            for _ in range(done - shown):  # those of all ranks
                 progress.update({"tok/s": speed, "loops": str(loops)})
             shown = done
     if usage.evictions:
-        print(f"{name}: set aside {usage.evictions} times for want of memory; see --cache-gib")
+        print(f"{name}: evicted {usage.evictions} times for lack of memory; see --cache-gib")
 
 
 def shared_counters(world: World) -> dist.Store:

@@ -59,8 +59,9 @@ def decode_attention(
         num_stages=2 if query.element_size() <= 2 else 1,
     )
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    most = triton.next_power_of_2(splits)
     _add_up[(batch * heads,)](
-        parts, log_sums, out, splits, SIZE=size, WIDTH=width, CHUNK=16, num_warps=4
+        parts, log_sums, out, splits, SPLITS=most, SIZE=size, WIDTH=width, num_warps=4
     )
     return out
 
@@ -86,11 +87,12 @@ def _split(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
 ):
+    """One split of a row, for the queries of a kv head: mean of its values, log of its mass."""
     row = tl.program_id(0).to(tl.int64)
     kv_head, split = tl.program_id(1), tl.program_id(2)
-    members, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    head = row * KV_HEADS * GROUP + kv_head * GROUP + members  # of all rows
-    inside = (members[:, None] < GROUP) & (columns[None, :] < SIZE)
+    member, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)  # member: query head of the group
+    head = (row * KV_HEADS + kv_head) * GROUP + member  # index into (B, H)
+    inside = (member[:, None] < GROUP) & (columns[None, :] < SIZE)
     q = tl.load(query + head[:, None] * SIZE + columns[None, :], mask=inside, other=0.0)
     row_pages = table + tl.load(rows + row) * table_width
 
@@ -103,54 +105,41 @@ def _split(
     summed = tl.zeros((ROWS, WIDTH), tl.float32)
     for first in range(start, end, TILE):
         token = first + tl.arange(0, TILE)
-        seen = token < end
-        page = tl.load(row_pages + token // PAGE, mask=seen, other=0).to(tl.int64)
-        place = ((page * KV_HEADS + kv_head) * PAGE + token % PAGE) * SIZE
-        inside_tile = seen[:, None] & (columns[None, :] < SIZE)
-        k = tl.load(keys + place[:, None] + columns[None, :], mask=inside_tile, other=0.0)
-        v = tl.load(values + place[:, None] + columns[None, :], mask=inside_tile, other=0.0)
+        exists = token < end
+        page = tl.load(row_pages + token // PAGE, mask=exists, other=0).to(tl.int64)
+        token_index = (page * KV_HEADS + kv_head) * PAGE + token % PAGE  # into (N, K, PAGE)
+        offsets = token_index[:, None] * SIZE + columns[None, :]
+        inside_tile = exists[:, None] & (columns[None, :] < SIZE)
+        k = tl.load(keys + offsets, mask=inside_tile, other=0.0)
+        v = tl.load(values + offsets, mask=inside_tile, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (ROWS, TILE)
-        scores = tl.where(seen[None, :], scores, -float("inf"))
-        larger = tl.maximum(maximum, tl.max(scores, 1))  # finite: a tile begins with a seen token
+        scores = tl.where(exists[None, :], scores, -float("inf"))
+        larger = tl.maximum(maximum, tl.max(scores, 1))  # finite: the tile's first token exists
         shrink, weights = tl.exp(maximum - larger), tl.exp(scores - larger[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        part = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        summed = summed * shrink[:, None] + part
+        summed = summed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         maximum = larger
 
     # ---- a split past the end of the row has a log-sum of -inf and writes no part
-    place = head * splits + split
+    index = head * splits + split  # into (B, H, S)
     if start < length:
-        tl.store(log_sums + place, maximum + tl.log(total), mask=members < GROUP)
-        part = summed / total[:, None]
-        tl.store(parts + place[:, None] * SIZE + columns[None, :], part, mask=inside)
+        tl.store(log_sums + index, maximum + tl.log(total), mask=member < GROUP)
+        tl.store(parts + index[:, None] * SIZE + columns[None, :], summed / total[:, None], inside)
     else:
-        tl.store(log_sums + place, tl.full((ROWS,), -float("inf"), tl.float32), members < GROUP)
+        tl.store(log_sums + index, tl.full((ROWS,), -float("inf"), tl.float32), member < GROUP)
 
 
 @triton.jit
 def _add_up(
-    parts, log_sums, out, splits, SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
+    parts, log_sums, out, splits, SPLITS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr
 ):
     """The parts of a head of a row, weighted by the softmax mass of each."""
     head = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, WIDTH)
-    maximum = tl.load(log_sums + head * splits)  # the first split has tokens
-    for first in range(0, splits, CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        log_sum = tl.load(log_sums + head * splits + split, mask=split < splits, other=-1e38)
-        maximum = tl.maximum(maximum, tl.max(log_sum, 0))
-    total = 0.0
-    summed = tl.zeros((WIDTH,), tl.float32)
-    for first in range(0, splits, CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        inside = split < splits
-        log_sum = tl.load(log_sums + head * splits + split, mask=inside, other=-float("inf"))
-        mass = tl.exp(log_sum - maximum)  # 0 where there is no part
-        total += tl.sum(mass, 0)
-        place = (head * splits + split)[:, None] * SIZE + columns[None, :]
-        written = (mass > 0.0)[:, None] & (columns[None, :] < SIZE)
-        part = tl.load(parts + place, mask=written, other=0.0)
-        summed += tl.sum(part * mass[:, None], 0)
-    value = (summed / total).to(out.dtype.element_ty)
-    tl.store(out + head * SIZE + columns, value, mask=columns < SIZE)
+    split, columns = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    index = head * splits + split
+    log_sum = tl.load(log_sums + index, mask=split < splits, other=-float("inf"))
+    mass = tl.exp(log_sum - tl.max(log_sum, 0))  # 0 where there is no part; the first split has one
+    written = (mass > 0.0)[:, None] & (columns[None, :] < SIZE)
+    part = tl.load(parts + index[:, None] * SIZE + columns[None, :], mask=written, other=0.0)
+    value = tl.sum(part * mass[:, None], 0) / tl.sum(mass, 0)
+    tl.store(out + head * SIZE + columns, value.to(out.dtype.element_ty), mask=columns < SIZE)

@@ -29,27 +29,29 @@ Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 # With 24 rows on one CPU core, MKL multiplies by 1,024 rows of Qwen2.5-0.5B's output weight at a
 # time in two thirds of the time that it takes for all 151,936 at once.
 HEAD_CHUNK = 1024
-HIDDEN = -1e30  # added to scores; infinity would give inf - inf where no token of a page is seen
+MASKED = -1e30  # added to scores; infinity would give inf - inf where all tokens are masked
 
 
 class Decoder:
+    """The model's decode steps over the pages of a cache."""
+
     def __init__(self, model: Transformer, cache: Cache):
         self.model, self.cache = model, cache
 
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Append tokens[i] to rows[i] of the cache -> logits (B, V) of the tokens after them.
 
-        Enough pages must be free (Cache.missing).
+        Enough pages must be free (Cache.pages_to_append).
         """
         cache = self.cache
         cache.lengthen(rows, 1)
         last = cache.lengths[rows] - 1
-        pages, offsets = map(torch.from_numpy, cache.places(rows, last))
-        owners = PageOwners.of(cache, rows)
+        pages, offsets = map(torch.from_numpy, cache.locate(rows, last))
+        owned = page_owners(cache, rows)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
             cache.write(layer, pages, offsets, key, value)
-            return page_attention(query, cache.keys[layer], cache.values[layer], owners)
+            return page_attention(query, cache.keys[layer], cache.values[layer], owned)
 
         return self.project(self.hidden(torch.tensor(tokens), torch.from_numpy(last), attend))
 
@@ -61,12 +63,10 @@ class Decoder:
     def project(self, hidden: Tensor) -> Tensor:
         """hidden (R, D) -> logits (R, V), in fp32 or wider."""
         weight, dtype = self.model.output_weight, accumulation_dtype(hidden)
-        if not hidden.is_cuda:
-            hidden = hidden.to(dtype)
-            return torch.cat([hidden @ w.to(dtype).T for w in weight.split(HEAD_CHUNK)], dim=1)
-        if hidden.dtype == weight.dtype != dtype:
+        if hidden.is_cuda and hidden.dtype == weight.dtype != dtype:
             return torch.mm(hidden, weight.T, out_dtype=dtype)
-        return hidden.to(dtype) @ weight.to(dtype).T
+        hidden = hidden.to(dtype)
+        return torch.cat([hidden @ w.to(dtype).T for w in weight.split(HEAD_CHUNK)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -75,42 +75,45 @@ class PageOwners:
 
     pages: slice | Tensor  # P page numbers
     owners: Tensor  # (P,) int64; any row for a page that no row owns
-    bias: Tensor  # (P K, 1, PAGE): 0 for tokens that the owner sees, else HIDDEN; fp32 or wider
-
-    @classmethod
-    def of(cls, cache: Cache, rows: Sequence[int]) -> "PageOwners":
-        _, kv_heads, page_tokens, _ = cache.keys[0].shape
-        lengths = cache.lengths[rows]
-        counts = pages_for(lengths)
-        owner, number = np.nonzero(np.arange(counts.max()) < counts[:, None])
-        owned = cache.table[rows][owner, number]
-        if owned.max() < 2 * len(owned):
-            count, places = owned.max() + 1, owned
-            pages = slice(count)
-        else:  # rows have ended, and most pages up to the last are free: copying is less work
-            count, places = len(owned), np.arange(len(owned))
-            pages = torch.from_numpy(owned)
-        owners, seen = np.zeros((2, count), dtype=np.int64)
-        owners[places], seen[places] = owner, lengths[owner] - number * page_tokens
-        hidden = torch.from_numpy(np.arange(page_tokens) >= seen[:, None])[:, None]
-        dtype = torch.promote_types(cache.keys[0].dtype, torch.float32)
-        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, HIDDEN)
-        return cls(pages, torch.from_numpy(owners), bias.repeat_interleave(kv_heads, dim=0))
+    bias: Tensor  # (P K, 1, PAGE): 0 for tokens of the owner, else MASKED; fp32 or wider
 
 
-def page_attention(query: Tensor, keys: Tensor, values: Tensor, step: PageOwners) -> Tensor:
+def page_owners(cache: Cache, rows: Sequence[int]) -> PageOwners:
+    """What a decode step of these rows reads, at their present lengths."""
+    _, kv_heads, page_tokens, _ = cache.keys[0].shape
+    lengths = cache.lengths[rows]
+    counts = pages_for(lengths)
+    # One entry per owned page: its row, as an index into `rows`, and its number within that row.
+    owner, number = np.nonzero(np.arange(counts.max()) < counts[:, None])
+    owned = cache.table[rows][owner, number]
+    if owned.max() < 2 * len(owned):
+        count, index = owned.max() + 1, owned
+        pages = slice(count)  # a view; a copy would make the step 1.1 to 5 times as long
+    else:  # rows have ended, and most pages up to the last are free: copying is less work
+        count, index = len(owned), np.arange(len(owned))
+        pages = torch.from_numpy(owned)
+    owners, filled = np.zeros((2, count), dtype=np.int64)
+    owners[index], filled[index] = owner, lengths[owner] - number * page_tokens
+    masked = torch.from_numpy(np.arange(page_tokens) >= filled[:, None])[:, None]
+    dtype = torch.promote_types(cache.keys[0].dtype, torch.float32)
+    bias = torch.zeros(masked.shape, dtype=dtype).masked_fill_(masked, MASKED)
+    return PageOwners(pages, torch.from_numpy(owners), bias.repeat_interleave(kv_heads, dim=0))
+
+
+def page_attention(query: Tensor, keys: Tensor, values: Tensor, owned: PageOwners) -> Tensor:
     """query (B, H, d); keys, values (N, K, PAGE, d) -> (B, H, d), computed in fp32 or wider.
 
     Scores are scaled by d ** -0.5.
     """
     batch, heads, size = query.shape
-    owners, wide = step.owners, step.bias.dtype
-    keys, values = (t[step.pages].to(wide).flatten(0, 1) for t in (keys, values))  # (P K, PAGE, d)
+    owners, wide = owned.owners, owned.bias.dtype
+    keys, values = (t[owned.pages].to(wide).flatten(0, 1) for t in (keys, values))
+    # keys, values (P K, PAGE, d)
     grouped = query.to(wide).flatten(1).index_select(0, owners).view(len(keys), -1, size)
-    scores = torch.baddbmm(step.bias, grouped, keys.transpose(1, 2), alpha=size**-0.5)
+    scores = torch.baddbmm(owned.bias, grouped, keys.transpose(1, 2), alpha=size**-0.5)
     # (P K, G, PAGE), from here on less the highest score of the row
     peaks = scores.amax(dim=2).view(-1, heads)
-    highest = peaks.new_full((batch, heads), HIDDEN)
+    highest = peaks.new_full((batch, heads), MASKED)
     highest.scatter_reduce_(0, owners[:, None].expand_as(peaks), peaks, "amax")
     scores.sub_(highest.index_select(0, owners).view(len(keys), -1, 1)).exp_()
     # The parts of the pages, added to those of their rows

@@ -60,8 +60,8 @@ class Usage:
     evictions: int = 0
 
     def count_step(self, rows: int, queued: bool) -> None:
-        """Called when a decode step of that many rows has been launched; queued: whether requests
-        wait. For subclasses that measure."""
+        """Called when a decode step of so many rows has been launched. queued: whether requests
+        wait for a row. For subclasses that measure."""
 
 
 @dataclass
@@ -85,13 +85,13 @@ def generate(
     slots: int,
     cache_bytes: int | None = None,
     usage: Usage | None = None,
-    taken: Iterable[Sequence[Request]] | None = None,
+    groups: Iterable[Sequence[Request]] | None = None,
 ) -> Iterator[Generated]:
     """Complete every request, up to `slots` at once; results come as they finish, in any order.
 
     cache_bytes: the most that keys and values may take; None: as much as the slots can need, if the
-    machine has it. taken: for ranks that share `requests`, the groups of them that this rank
-    completes; the next group is taken when rows are free. None: all requests.
+    machine has it. groups: for ranks that share `requests`, the groups of them that this rank
+    completes; it takes the next group when rows are free. None: all requests.
     Raises ValueError if a request's prompt and max_new_tokens, at least 1 each, do not fit the
     model's context, UserError if they do not fit the cache.
     """
@@ -107,8 +107,8 @@ def generate(
         return
     slots = min(slots, len(requests))
     engine = _Engine(model, requests, slots, cache_bytes, usage or Usage())
-    groups = iter([requests] if taken is None else taken)
-    while engine.take(groups) or engine.live:
+    remaining = iter([requests] if groups is None else groups)
+    while engine.take(remaining) or engine.live:
         engine.admit()
         logits, rows = engine.prefill() if engine.admitted else engine.decode()
         yield from engine.advance(logits, rows, sampling, set(stop_ids))
@@ -137,7 +137,7 @@ class _Engine:
 
             self.decoder = KernelDecoder(model, self.cache)
         self.queue: deque[_Text] = deque()
-        self.few = max(1, slots // 32)  # rows that are worth a prefill
+        self.least_admitted = max(1, slots // 32)  # texts that are worth a prefill
         self.live: dict[int, _Text] = {}  # row -> text, in the order of admission
         self.free_rows = list(range(slots))[::-1]
         # Rows of the next prefill -> the row whose prompt each shares; None: it runs its own text.
@@ -149,7 +149,7 @@ class _Engine:
 
     def take(self, groups: Iterator[Sequence[Request]]) -> bool:
         """Queue further groups while rows are free for them. Whether any text is queued."""
-        while self.free_rows and len(self.queue) < max(self.few, len(self.free_rows)):
+        while self.free_rows and len(self.queue) < max(self.least_admitted, len(self.free_rows)):
             group = next(groups, None)
             if group is None:
                 break
@@ -159,7 +159,7 @@ class _Engine:
     def admit(self) -> None:
         """Texts start or continue. With many rows several are admitted at once, since a pass over
         one prompt costs as much as a step."""
-        if self.live and len(self.free_rows) < min(len(self.queue), self.few):
+        if self.live and len(self.free_rows) < min(len(self.queue), self.least_admitted):
             return
         tokens = 0
         while self.queue and self.free_rows:
@@ -221,7 +221,7 @@ class _Engine:
             else:
                 logits.append(self.last_logits)
                 if source != row:
-                    self.cache.copy(source, row)
+                    self.cache.copy_prompt(source, row)
         self.admitted.clear()
         return torch.stack(logits), rows
 
@@ -231,7 +231,7 @@ class _Engine:
         lengths = [text.length for text in texts]
         ids = np.concatenate([(*text.request.prompt_ids, *text.token_ids) for text in texts])
         positions = np.concatenate([np.arange(length) for length in lengths])
-        pages, offsets = map(self._tensor, self.cache.places(np.repeat(rows, lengths), positions))
+        pages, offsets = map(self._tensor, self.cache.locate(np.repeat(rows, lengths), positions))
         ends = np.cumsum(lengths)
         cu_seqlens = self._tensor(np.concatenate([[0], ends])).to(torch.int32)
 
@@ -244,7 +244,7 @@ class _Engine:
 
     def decode(self) -> tuple[Tensor, list[int]]:
         """One more token for every row: logits (B, V), and the rows."""
-        while self.cache.missing(list(self.live)) > len(self.cache.free):
+        while self.cache.pages_to_append(list(self.live)) > len(self.cache.free):
             self._evict()
         rows = list(self.live)
         logits = self.decoder.step(rows, [text.token_ids[-1] for text in self.live.values()])

@@ -31,33 +31,35 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a recorded step
 
 
 class KernelDecoder(Decoder):
+    """The same steps on CUDA; the table of pages is kept on the device."""
+
     def __init__(self, model: Transformer, cache: Cache):
         super().__init__(model, cache)
         self.device = cache.keys[0].device
         self.table = torch.from_numpy(cache.table.copy()).to(self.device)
-        cache.changed.clear()
+        cache.changed_rows.clear()
         self.sizes = () if isinstance(model, FSDPModule) else SIZES
         self.recordings: dict[int, Callable[[Tensor], Tensor]] = {}
 
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         self.cache.lengthen(rows, 1)
         self._update_table()
-        count, hidden = len(rows), self._step_hidden
-        size = next((size for size in self.sizes if size >= count), None)
-        if size is not None:
-            if size not in self.recordings:
-                self.recordings[size] = recorded(hidden, self._padded([], [], size))
-            hidden = self.recordings[size]
-        return self.project(hidden(self._padded(rows, tokens, size or count))[:count])
+        size = next((size for size in self.sizes if size >= len(rows)), None)
+        if size is None:
+            return self.project(self._step_hidden(self._inputs(rows, tokens, len(rows))))
+        if size not in self.recordings:  # with spare rows alone, since the first run writes, too
+            self.recordings[size] = recorded(self._step_hidden, self._inputs([], [], size))
+        hidden = self.recordings[size](self._inputs(rows, tokens, size))
+        return self.project(hidden[: len(rows)])
 
     def _update_table(self) -> None:
-        if rows := sorted(self.cache.changed):
+        if rows := sorted(self.cache.changed_rows):
             pages = to_device(self.cache.table[rows], self.device)
             self.table.index_copy_(0, to_device(rows, self.device), pages)
-            self.cache.changed.clear()
+            self.cache.changed_rows.clear()
 
-    def _padded(self, rows: Sequence[int], tokens: Sequence[int], size: int) -> Tensor:
-        """(3, size): tokens, rows, lengths; the spare row fills the places after the given rows."""
+    def _inputs(self, rows: Sequence[int], tokens: Sequence[int], size: int) -> Tensor:
+        """(3, size): tokens, rows, lengths; padded with the spare row."""
         inputs = np.empty((3, size), dtype=np.int64)
         inputs[:] = [[0], [self.cache.spare_row], [1]]
         inputs[:, : len(rows)] = tokens, rows, self.cache.lengths[np.asarray(rows, dtype=int)]

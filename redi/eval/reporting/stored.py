@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redi.config import UserError, load_toml
+from redi.config import UserError, check_table, load_toml
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import Mark, marks_file, read_lines, stored_benchmarks
 from redi.eval.grading.grader import GraderChoice, grader_names
 from redi.eval.reporting import paper_results
+
+# The settings that decide what is read and how; EvalConfig, which has their types, needs torch.
+USED = {"benchmark": list[str], "grader": GraderChoice, "prefix": str, "model": str}
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,12 @@ class Evaluation:
 
 
 def settings_of(out: Path) -> dict[str, Any]:
-    """The settings of evaluate.py. Raises UserError if the folder holds no evaluation."""
+    """The settings of evaluate.py. Raises UserError: no evaluation, a setting of another type."""
     stored_benchmarks(out)  # its message says what makes one
-    return load_toml(out / "config.toml", f"{out}/config.toml")
+    path = out / "config.toml"
+    settings = load_toml(path, str(path))
+    used = {key: settings[key] for key in USED if key in settings}
+    return settings | check_table(used, USED, str(path))
 
 
 def load(out: Path, grader: GraderChoice | None = None) -> Evaluation:
