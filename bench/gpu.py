@@ -6,7 +6,7 @@
 Parts run in this order, the most valuable facts first:
 
     G0        seconds to the first train steps and the first answers, with two layers
-    G9        bf16 is right: packed = alone, a small model and the head against float64, greedy
+    G9        it is right: what `redi doctor` checks (redi/checks.py), at larger sizes, and greedy
               answers against the CPU's
     G4, G5    SFT and REDI (G5_DPO: DPO): tokens/s, seconds per step, MFU, GiB
     G6        the peak of a step of two packs over redi/memory.py's formula
@@ -46,20 +46,20 @@ from torch import Tensor
 
 import bench.plan as law
 from bench import inputs, loss, measure, trainer
-from bench.inputs import QWEN, RandomRows, random_model, random_requests
+from bench.inputs import QWEN, random_model, random_requests
 from bench.measure import clock, free, interleave, peak, result
-from redi import memory
+from redi import checks, memory
 from redi.attention import packed_attention
 from redi.batches import TrainData
+from redi.checks import Given, Outcome, RandomRows, loss_and_gradients, relative_error
 from redi.config import UserError, one_line, program
-from redi.distributed import Parallelism, World, compute_dtype, full_tensor, parallelize
+from redi.distributed import Parallelism, World, compute_dtype, parallelize
 from redi.eval.engine.generate import Request, Usage, generate
 from redi.eval.engine.sampling import Sampling
 from redi.logprobs import weighted_logp_sum
 from redi.model import ModelConfig, Transformer
 from redi.monitor import training_flops
-from redi.objectives import Objective, Totals, make_objective, sft
-from redi.packing import pack
+from redi.objectives import Objective, make_objective, sft
 from redi.toy.student import initialize
 from redi.train import make_optimizer, train_step
 
@@ -72,10 +72,7 @@ COMPLETIONS, MEAN_ANSWER = 1517 * 16, 8192  # of the whole evaluation
 MEDIAN_ANSWER = 6750  # with it, the law of bench/plan.py has a mean of MEAN_ANSWER
 WARM_STEPS = 4  # of decoding: compiled, recorded, allocated; not timed
 SHAPE = replace(QWEN, max_positions=32_768)
-CHECKED = ModelConfig(  # G9's model; its heads are Qwen2.5-Math-1.5B's
-    vocab_size=2048, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=12,
-    num_kv_heads=2, head_dim=128, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=4096,
-)  # fmt: skip
+CHECKED = replace(checks.SMALL, num_layers=4, max_positions=4096)  # of G9
 SETTINGS = SimpleNamespace(lr=1e-5, weight_decay=1e-4, clip=1.0, reshard_after_forward=False)
 AT_LEAST = ("G4", "G4_tok_s", "G5", "G5_tok_s", "G7_4k", "G7_8k")
 
@@ -207,66 +204,20 @@ def peaks(device: torch.device, sizes: Sizes) -> Found:
         yield f"G6_{blocks}_gib", result([taken], None, f"GiB; {expected:.2f} by the formula")
 
 
-# ---------------------------------------------------------------- G9: bf16 is right
+# ---------------------------------------------------------------- G9: it is right
 
 
 def check(device: torch.device, sizes: Sizes) -> Found:
-    yield from check_model(device, sizes)
-    yield from check_head(device, min(sizes.head_rows, 1024), 256, sizes.model.vocab_size)
+    """First what `redi doctor` checks, at larger sizes."""
+    rows, vocabulary = min(sizes.head_rows, 1024), sizes.model.vocab_size
+    for found in (
+        checks.check_step(device),
+        checks.check_model(device, sizes.checked, sizes.checked_lengths),
+        checks.check_head(device, rows, 256, vocabulary),
+    ):
+        for one in found:
+            yield f"G9_{one.name}", result([one.error], one.goal, one.peer)
     yield from check_decoding(device, sizes)
-
-
-def check_model(device: torch.device, sizes: Sizes) -> Found:
-    """A small model in bf16, distributed as in training. The goals are about twice the errors of
-    bf16 on a CPU."""
-    every = [*range(len(sizes.checked_lengths))]
-    packed = logps_and_gradient(sizes, device, torch.bfloat16, [every])
-    alone = logps_and_gradient(sizes, device, torch.bfloat16, [[number] for number in every])
-    exact = logps_and_gradient(sizes, torch.device("cpu"), torch.float64, [every])
-    for name, expected, peer in (("packed", alone, "alone"), ("model", exact, "float64")):
-        errors = [loss.relative_error(a, b) for a, b in zip(packed, expected)]
-        yield f"G9_{name}_logps", result(errors[:1], 1e-2, peer)
-        yield f"G9_{name}_gradient", result(errors[1:], 8e-2, peer)
-
-
-def logps_and_gradient(
-    sizes: Sizes, device: torch.device, dtype: torch.dtype, packs: list[list[int]]
-) -> tuple[Tensor, Tensor]:
-    """On the host: the log-probs (R,) of all supervised tokens, and SFT's gradient of all weights.
-    packs: the sequences of each."""
-    model, objective, logps = Transformer(sizes.checked), sft(), []
-    initialize(model, seed=0)
-    model.to(torch.promote_types(dtype, torch.float32))
-    parallelize(model, World(0, 1, device), Parallelism(dtype))
-    rows = RandomRows(np.array(sizes.checked_lengths), sizes.checked.vocab_size, prompt=40)
-    totals = Totals(len(rows), int(rows.response_lengths.sum()))
-    for ids in packs:
-        counts = torch.tensor(rows.response_lengths[ids])
-        weights = objective.token_weights(torch.ones_like(counts), counts, totals)
-        batch = pack([rows.sequence(number) for number in ids], weights)
-        outcome = objective.loss(model, batch.to(device), None)
-        outcome.loss.backward()
-        logps.append(outcome.token_logps.cpu())
-    gradients = [full_tensor(p.grad).reshape(-1).cpu() for p in model.parameters()]
-    return torch.cat(logps), torch.cat(gradients)
-
-
-def check_head(device: torch.device, rows: int, size: int, vocabulary: int) -> Found:
-    """Goals of dH and dW: 1.3 times the errors of a CPU, with only the logits' gradient in bf16."""
-    given = loss.likely_tokens(rows, size, vocabulary, device)
-    exact = loss.in_float64(given)
-    terms = (exact[1] * given[3]).abs().sum()  # the loss itself is nearly 0: weights are signed
-    for name, run in (("G9", weighted_logp_sum), ("G9_two_passes", loss.two_passes)):
-        value, logps, d_hidden, d_weight = loss.step(run, given)
-        errors = {
-            "loss": (((value.double() - exact[0]).abs() / terms).item(), 1e-5),
-            "dH": (loss.relative_error(d_hidden, exact[2]), 1.3 * 2.3e-3),
-            "dW": (loss.relative_error(d_weight, exact[3]), 1.3 * 1.5e-3),
-            "logp": ((logps.double() - exact[1]).abs().max().item(), 1e-4),
-            "largest_logp": (logps.max().item(), 0.0),
-        }
-        for part, (error, goal) in errors.items():
-            yield f"{name}_{part}", result([error], goal, "float64")
 
 
 def check_decoding(device: torch.device, sizes: Sizes) -> Found:
@@ -332,11 +283,11 @@ def head_loss(device: torch.device, sizes: Sizes) -> Found:
     targets = torch.randint(config.vocab_size, (count,), **draw)
     token_weights = torch.randn(count, **draw) / count
     given = (hidden.requires_grad_(), weight.requires_grad_(), targets, token_weights)
-    expected = loss.step(weighted_logp_sum, given)
+    expected = loss_and_gradients(weighted_logp_sum, given)
     agreeing = {name: run for name, run in PEERS.items() if agrees(name, run, given, expected)}
     del expected
-    compared = {"ours": weighted_logp_sum, "token_logps": loss.two_passes} | agreeing
-    works = {name: partial(loss.step, run, given) for name, run in compared.items()}
+    compared = {"ours": weighted_logp_sum, "token_logps": checks.two_passes} | agreeing
+    works = {name: partial(loss_and_gradients, run, given) for name, run in compared.items()}
     interleave(works, 2, clock(device))  # compile and allocate
     seconds = interleave(works, sizes.rounds, clock(device))
     shares = [6 * count * weight.numel() / t / DENSE_FLOPS for t in seconds["ours"]]
@@ -354,11 +305,11 @@ def head_loss(device: torch.device, sizes: Sizes) -> Found:
         yield "G2", result([peaks["ours"] / peaks["plain"]], 0.10, "plain")
 
 
-def agrees(name: str, run: Callable, given: loss.Given, expected: loss.Outcome) -> bool:
+def agrees(name: str, run: Callable, given: Given, expected: Outcome) -> bool:
     """Whether a peer runs here and its gradients are ours, within 10 %: many add up dW in bf16."""
     try:
-        outcome = loss.step(run, given)
-        errors = [loss.relative_error(a, b) for a, b in zip(outcome[2:], expected[2:])]
+        outcome = loss_and_gradients(run, given)
+        errors = [relative_error(a, b) for a, b in zip(outcome[2:], expected[2:])]
         assert name == "Liger_mean" or max(errors) < 0.1, f"gradients differ by {errors}"
     except Exception as error:
         print(f"{name}: left out: {type(error).__name__}: {one_line(str(error))[:120]}", flush=True)

@@ -12,7 +12,6 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from torch import nn
 import bench.plan as law
 from redi.eval.engine.generate import Request
 from redi.model import ModelConfig, Transformer
-from redi.packing import TokenSequence
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ROLES = ["user", "assistant"]
@@ -121,27 +119,6 @@ def write_jsonl(
 
 
 # ---------------------------------------------------------------- without files
-
-
-class RandomRows:
-    """Rows of random tokens, with the fields of Dataset that TrainData reads."""
-
-    def __init__(self, lengths: np.ndarray, vocabulary: int, prompt: int = 1):
-        """lengths (N,), or (N, 2) of pairs, prompt included; prompt: its tokens, in any row."""
-        self.store = SimpleNamespace(paired=lengths.ndim == 2)
-        self.lengths, flat = lengths, lengths.reshape(-1)
-        self.prompts = np.minimum(prompt, flat - 1)
-        self.response_lengths = flat - self.prompts
-        rng = np.random.default_rng(0)
-        self.tokens = [rng.integers(vocabulary, size=length) for length in flat]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def sequence(self, number: int) -> TokenSequence:
-        row, side = divmod(int(number), 2) if self.store.paired else (int(number), 0)
-        sign = -1 if side else 1
-        return TokenSequence(self.tokens[number], int(self.prompts[number]), row, sign)
 
 
 def random_model(config: ModelConfig, device: torch.device) -> Transformer:

@@ -44,7 +44,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench.measure import CPUSeconds, Worker, interleave, peak_bytes, ratios, result, write
-from redi.logprobs import reference_token_logps, token_logps, weighted_logp_sum
+from redi.checks import (
+    Given,
+    Run,
+    in_float64,
+    likely_tokens,
+    loss_and_gradients,
+    relative_error,
+    two_passes,
+)
+from redi.logprobs import weighted_logp_sum
 from redi.tables import text_table
 
 R, D, V = 4096, 512, 32_768
@@ -60,9 +69,6 @@ TRL = "TRL 1.16"
 NONE, SUM = f"torch none, chunk {CHUNK}", f"torch sum, chunk {CHUNK}"
 NONE_DEFAULT, SUM_DEFAULT = "torch none, default", "torch sum, default"
 
-Given = tuple[Tensor, Tensor, Tensor, Tensor]  # hidden (R, D), weight (V, D), targets, weights (R,)
-Run = Callable[[Tensor, Tensor, Tensor, Tensor], tuple]  # loss, log-probs or None, whatever else
-Outcome = tuple[Tensor, Tensor | None, Tensor, Tensor]  # loss, log-probs, d hidden, d weight
 Seconds = dict[str, list[CPUSeconds]]
 
 
@@ -105,11 +111,6 @@ def in_torch(
     options = torch.nn.LinearCrossEntropyOptions(**sizes)
     loss = F.linear_cross_entropy(hidden, weight, targets, reduction=reduction, options=options)
     return (-loss @ token_weights.to(loss.dtype), -loss) if reduction == "none" else (loss, None)
-
-
-def two_passes(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
-    logps = token_logps(hidden, weight, targets)
-    return logps @ token_weights.to(logps.dtype), logps
 
 
 def plain_in_bf16(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
@@ -176,17 +177,6 @@ def inputs(rows: int = R, std: float = 1.1) -> Given:
     return hidden.requires_grad_(), weight.requires_grad_(), targets, token_weights
 
 
-def step(run: Run, given: Given) -> Outcome:
-    """Forward and backward; no gradient stays in .grad, where the next step would add to it."""
-    loss, logps, *_ = run(*given)
-    d_hidden, d_weight = torch.autograd.grad(loss, given[:2])
-    return loss.detach(), None if logps is None else logps.detach(), d_hidden, d_weight
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 # ---------------------------------------------------------------- measures
 
 
@@ -194,13 +184,13 @@ def compare(given: Given, names: list[str]) -> None:
     """Raises AssertionError unless all variants agree with plain, each tensor by its norm."""
     uniform = (*given[:3], -torch.ones_like(given[3]))
     for weights in (given, uniform):
-        expected = step(plain, weights)
+        expected = loss_and_gradients(plain, weights)
         for name in names:
             if (name in (SUM, SUM_DEFAULT)) != (weights is uniform):
                 continue
             for part, ours, right in zip(
                 ("loss", "log-probs", "d hidden", "d weight"),
-                step(VARIANTS[name], weights),
+                loss_and_gradients(VARIANTS[name], weights),
                 expected,
             ):
                 error = 0.0 if ours is None else relative_error(ours, right)
@@ -211,53 +201,29 @@ def memory(name: str, pipe: Connection) -> None:
     """Send the peak of one step in bytes: a worker of its own for each variant."""
     pipe.recv()
     run = VARIANTS[name]
-    step(run, inputs(rows=8))  # so that libraries have allocated their own buffers
+    loss_and_gradients(run, inputs(rows=8))  # so that libraries have allocated their own buffers
     given = inputs()
-    pipe.send(peak_bytes(partial(step, run, given)))
+    pipe.send(peak_bytes(partial(loss_and_gradients, run, given)))
     pipe.recv()
 
 
 def timed(given: Given, names: list[str]) -> Seconds:
-    return interleave({name: partial(step, VARIANTS[name], given) for name in names}, ROUNDS)
+    return interleave(
+        {name: partial(loss_and_gradients, VARIANTS[name], given) for name in names}, ROUNDS
+    )
 
 
 def wide_logits() -> list[float]:
     """Time of both kernels with logits of a standard deviation of 20 over that of 3."""
     given = {std: inputs(R // 4, std) for std in (3.0, 20.0)}
     runs = {
-        f"{name} {std}": partial(step, VARIANTS[name], given[std])
+        f"{name} {std}": partial(loss_and_gradients, VARIANTS[name], given[std])
         for name in (ONE_PASS, TWO_PASSES)
         for std in given
     }
     seconds = interleave(runs, ROUNDS)
     kernels = (ONE_PASS, TWO_PASSES)
     return [r for k in kernels for r in ratios(seconds[f"{k} 20.0"], seconds[f"{k} 3.0"])]
-
-
-def likely_tokens(
-    rows: int = 4096, size: int = 256, vocabulary: int = 8192, device: torch.device | str = "cpu"
-) -> Given:
-    """bf16 hidden states and weight as a trained model has them: a mean NLL of about 0.6, 59 % of
-    the tokens above 0.9; signed token weights."""
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(vocabulary, size, generator=draw)
-    targets = torch.randint(vocabulary, (rows,), generator=draw)
-    sharpness = 21 * (0.35 + 0.65 * torch.rand(rows, 1, generator=draw)) / size
-    hidden = sharpness * weight[targets] + 0.1 * torch.randn(rows, size, generator=draw)
-    token_weights = torch.randn(rows, generator=draw) / rows
-    rounded = (tensor.bfloat16().to(device).requires_grad_() for tensor in (hidden, weight))
-    return (*rounded, targets.to(device), token_weights.to(device))
-
-
-def in_float64(given: Given) -> Outcome:
-    """The step of the definition, with all logits."""
-
-    def reference(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
-        logps = reference_token_logps(hidden, weight, targets)
-        return logps @ token_weights.double(), logps
-
-    exact = (tensor.detach().double().requires_grad_() for tensor in given[:2])
-    return step(reference, (*exact, *given[2:]))
 
 
 def low_precision() -> dict[str, dict]:
@@ -268,7 +234,7 @@ def low_precision() -> dict[str, dict]:
     print(f"\nbf16: mean NLL {-right[1].mean().item():.2f}, {sure:.0%} of tokens above 0.9")
     errors, rows = {}, [("error against float64", "log-prob, nats", "d hidden", "d weight")]
     for name in [n for n in (PLAIN, ONE_PASS, TWO_PASSES, TRL, NONE) if n in VARIANTS]:
-        _, logps, d_hidden, d_weight = step(VARIANTS[name], given)
+        _, logps, d_hidden, d_weight = loss_and_gradients(VARIANTS[name], given)
         worst = (logps.double() - right[1]).abs().max().item()
         errors[name] = worst, relative_error(d_hidden, right[2]), relative_error(d_weight, right[3])
         rows.append((name, *(f"{error:.1e}" for error in errors[name])))

@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.inputs import RandomRows
 from bench.measure import CPUSeconds, Worker, cpu_now, peak_bytes, result, write
 from redi import distributed, memory, train
 from redi.batches import TrainData
+from redi.checks import RandomRows
 from redi.distributed import World
 from redi.model import ModelConfig, Transformer
 from redi.objectives import sft

@@ -27,6 +27,8 @@ from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 C = TypeVar("C")
+# Where recipes/ is: an installed package holds it, in a clone it lies beside the package.
+HOMES = Path(__file__).parent, Path(__file__).parents[1]
 # Marks of a field, as in Annotated[str, "help", positional].
 positional = object()  # a positional argument although it has a default
 may_change = object()  # does not affect the result: may differ when a run resumes
@@ -69,6 +71,12 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         except KeyboardInterrupt as interrupt:
             print(file=sys.stderr)  # ends the line on which the terminal shows ^C
             _end(130, f"stopped: {interrupt}" if str(interrupt) else "stopped")
+        except ModuleNotFoundError as error:  # a package that only some programs need
+            package = (error.name or "redi").partition(".")[0]
+            if package == "redi":
+                raise
+            hint = f"error: {package} is not installed; pip install {package}"
+            _end(2, hint, is_local_rank_zero)
         except BrokenPipeError:  # the reader of our output is gone, as in `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -102,9 +110,12 @@ def parse(config_class: type[C], description: str, argv: Sequence[str] | None = 
 
 
 def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser:
+    name = os.path.basename(sys.argv[0])  # "redi COMMAND" if redi/__main__.py runs it
     spec = sys.modules["__main__"].__spec__  # None unless started with python -m
+    if spec and name.split()[0] != "redi":
+        name = f"python -m {spec.name.removesuffix('.__main__')}"
     parser = _Parser(
-        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
+        prog=name,
         description=f"{description} Flags are listed with their defaults.",
         formatter_class=functools.partial(_HelpFormatter, max_help_position=36, width=110),
         allow_abbrev=False,
@@ -190,8 +201,11 @@ def _kind_name(kind: Any) -> str:
 
 def load_toml(path: str | Path, label: str) -> dict[str, Any]:
     """Read a TOML file. Raises UserError: `label`, then what is wrong."""
+    path = Path(path)
+    if path.parts[:1] == ("recipes",) and not path.exists():  # one of redi's own
+        path = next((own for own in (folder / path for folder in HOMES) if own.exists()), path)
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{label}: no such file") from None
     except (OSError, ValueError, RecursionError, OverflowError) as error:

@@ -27,7 +27,7 @@ def train_sft() -> None:
 @program
 def train_redi() -> None:
     config = parse(REDIConfig, "Stage 2 of REDI: learning from pairs of right and wrong traces.")
-    objective, made_by = config.make_objective(), "python train_sft.py"
+    objective, made_by = config.make_objective(), "python -m redi train-sft"
     run(config, objective, paired=True, model_made_by=made_by, prepare_score=prepare_score)
 
 

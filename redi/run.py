@@ -11,16 +11,17 @@ import torch
 
 from redi import __version__, distributed
 from redi.batches import TrainData
+from redi.checkpoint.card import model_card
 from redi.checkpoint.folder import Source, open_model, save_model
 from redi.checkpoint.reference import reference_logps
 from redi.checkpoint.resume import Checkpoints, refuse_changed_facts
 from redi.checkpoint.weights import fill, weights_hash
-from redi.config import UserError, to_toml
+from redi.config import UserError
 from redi.data.dataset import Dataset, Limits, describe, select
 from redi.data.files import hash_files
 from redi.data.store import load_store
 from redi.distributed import Parallelism, World, local_rank_zero_first, report_lost_ranks
-from redi.hub import CARD, dataset_files, is_hub_id
+from redi.hub import CARD, dataset_files
 from redi.memory import blocks_to_checkpoint, check_blocks, step_memory
 from redi.model import Transformer
 from redi.objectives import Objective
@@ -177,14 +178,3 @@ def facts_of(source: Source, dataset: Dataset, data: str) -> dict[str, str]:
         "rows": str(len(dataset)),
         **made_by_prepare,
     }
-
-
-def model_card(config: TrainConfig, facts: dict[str, str]) -> str:
-    """README.md of the saved model: the recipe, the data's hash and the parent."""
-    parent = f"base_model: {config.model}\n" if is_hub_id(config.model) else ""
-    lines = "".join(f"- {key}: {value}\n" for key, value in facts.items())
-    return (
-        f"---\nlibrary_name: transformers\ntags: [redi]\n{parent}---\n\n"
-        f"# {Path(config.out).name}\n\nTrained with redi (Reinforcement Distillation, arXiv "
-        f"2505.24850).\n\n{lines}\n```toml\n{to_toml(config)}```\n"
-    )

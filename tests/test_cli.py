@@ -44,8 +44,8 @@ def files_outside_the_cache() -> set[Path]:
 
 BAD_INPUTS = {  # program, flags, what the line names
     "missing model": (sft, ["--model", "nowhere"], ["nowhere"]),
-    "missing stage 1": (redi, ["--model", "out/sft"], ["out/sft", "train_sft.py"]),
-    "missing stage 2": (evaluate, ["--model", "out/redi"], ["train_redi.py"]),
+    "missing stage 1": (redi, ["--model", "out/sft"], ["out/sft", "redi train-sft"]),
+    "missing stage 2": (evaluate, ["--model", "out/redi"], ["redi train-redi"]),
     "missing data": (sft, ["--data", "no.jsonl"], ["no.jsonl"]),
     "missing pairs": (redi, ["--data", "data/pairs.jsonl"], ["redi.prepare"]),
     "broken line": (sft, ["--data", "broken.jsonl"], ["broken.jsonl:7"]),

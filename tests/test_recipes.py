@@ -1,7 +1,5 @@
 """Every recipe is one that its program accepts, and the paper's say what the paper says."""
 
-from pathlib import Path
-
 import pytest
 from processes import ROOT
 
@@ -30,9 +28,7 @@ def test_every_recipe_is_accepted():
         load(name)
     for name in STUDIES:
         words = {w for job in jobs(read_study(RECIPES / f"{name}.toml")) for w in job.command}
-        programs = {Path(word).resolve() for word in words if word.endswith(".py")}
-        assert programs == {ROOT / p for p in ("train_sft.py", "train_redi.py", "evaluate.py")}
-        assert all(program.is_file() for program in programs)
+        assert words >= {"train-sft", "train-redi", "evaluate"}  # commands of redi
 
 
 def test_the_grid_of_the_paper_is_that_of_its_appendix_c4():

@@ -13,6 +13,7 @@ import pytest
 from processes import command, run_command, wait_until
 from small_run import refusal
 
+from redi.__main__ import COMMANDS
 from redi.config import Stopped, to_toml
 from redi.study.__main__ import claim
 from redi.study.commands import Job, jobs
@@ -70,8 +71,9 @@ def write_study(tmp_path):
 
 
 def program_of(job: Job) -> str:
-    """The module or script that the job runs."""
-    return next((Path(word).name for word in job.command if word.endswith(".py")), job.command[2])
+    """The module that the job runs, or the command of `redi`."""
+    words = job.command
+    return words[words.index("redi") + 1] if "redi" in words else words[2]
 
 
 # ---------------------------------------------------------------- the file
@@ -130,7 +132,7 @@ def test_stage_1_is_trained_once_for_all_methods_and_all_shares_of_mislabelled_t
     # 2 seeds; 2 shares x 2 learning rates each
     counts = Counter(map(program_of, wanted))
     assert counts == {
-        "redi.toy": 4, "redi.prepare": 4, "train_sft.py": 2, "train_redi.py": 8, "evaluate.py": 10,
+        "redi.toy": 4, "redi.prepare": 4, "train-sft": 2, "train-redi": 8, "evaluate": 10,
     }  # fmt: skip
     by_name = {job.name: job for job in wanted}
     noisy = by_name["o/seed-2/redi-lr-1e-4-mislabelled-0.25"]
@@ -146,7 +148,7 @@ def test_on_several_gpus_torchrun_starts_what_trains_and_what_samples(write_stud
     for gpus in (0, 1, 4):
         for job in jobs(read_study(write_study()), gpus):
             started = "torch.distributed.run" in job.command
-            assert started == (gpus > 1 and program_of(job).endswith(".py"))
+            assert started == (gpus > 1 and program_of(job) in COMMANDS)
 
 
 def test_a_folder_that_holds_another_study_is_refused_in_one_line(write_study, tmp_path):

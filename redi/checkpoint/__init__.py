@@ -3,6 +3,7 @@
 config_json.py   config.json -> ModelConfig
 weights.py       safetensors <-> parameters, each rank its own rows
 folder.py        load_model, save_model
+card.py          the model card, README.md
 resume.py        weights and Adam moments of a run
 reference.py     cached log-probs of the reference model
 __main__.py      export a checkpoint as a model folder

@@ -136,7 +136,7 @@ def _hash(text: str) -> str:
 
 def _made_by(config: EvalConfig) -> str | None:
     """The command that makes the default model, for the error if it does not exist."""
-    return "python train_redi.py" if config.model == EvalConfig.model else None
+    return "python -m redi train-redi" if config.model == EvalConfig.model else None
 
 
 def sample(

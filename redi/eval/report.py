@@ -51,6 +51,7 @@ class ReportConfig:
     grader: Annotated[GraderName | None, "whose verdicts; none: what each report puts first"] = None
     out: Annotated[str | None, "JSON file for the tables"] = None
     page: Annotated[str | None, "HTML file to read the completions of two runs side by side"] = None
+    card: Annotated[bool, "put the score tables into the README.md of the models"] = False
 
 
 @program
@@ -80,6 +81,12 @@ def main() -> None:
     if config.page:
         _write(config.page, evaluation_page(evaluations, table))
         print(f"saved {config.page}")
+    if config.card:
+        from redi.checkpoint.card import add_scores  # imports torch, which reports do not need
+
+        for model in dict.fromkeys(one.model for one in reports.values()):
+            own = (tables.card(one) for one in reports.values() if one.model == model)
+            print(f"saved {add_scores(Path(model), own)}")
 
 
 def _row(model: str, score: BenchmarkScore) -> dict[str, Any]:

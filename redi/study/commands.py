@@ -1,6 +1,5 @@
 """A study -> its jobs: the command lines that train and evaluate its models, and their order."""
 
-import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from redi.recipe import REDIConfig, SFTConfig
 from redi.study.plan import STAGE_1, Flags, Model, Study, as_text
 from redi.toy.student import ToyConfig
 
-ROOT = Path(__file__).resolve().parents[2]  # where the programs are
+ROOT = Path(__file__).resolve().parents[2]  # the folder that holds the package
 BENCHMARK_SEED = 42  # all seeds have the same benchmark
 
 
@@ -64,7 +63,7 @@ def _training(study: Study, model: Model, gpus: int) -> Job:
     if model.method == STAGE_1:
         where, given = f"{study.path}: [stage1]", study.stage1
         toy = {"model": data / "student", "data": data / "positives.jsonl"}
-        program, config_class = "train_sft.py", SFTConfig
+        command, config_class = "train-sft", SFTConfig
     else:
         where = f"{study.path}: [stage2] and [[method]] {model.method!r}"
         given = study.stage2 | model.settings
@@ -72,11 +71,11 @@ def _training(study: Study, model: Model, gpus: int) -> Job:
         toy = {"data": data / "pairs.jsonl"}
         if "eval_every" in given:
             toy["eval_benchmark"] = _benchmark(model)
-        program, config_class = "train_redi.py", REDIConfig
+        command, config_class = "train-redi", REDIConfig
     if model.toy is not None:
         fixed, needs = fixed | toy, [*needs, data / "card.json"]
     flags, config = _flags(where, config_class, given, fixed)
-    return Job(_script(program, gpus, flags), needs, product, config)
+    return Job(_program(command, gpus, flags), needs, product, config)
 
 
 def _evaluation(study: Study, model: Model, gpus: int) -> Job:
@@ -86,7 +85,7 @@ def _evaluation(study: Study, model: Model, gpus: int) -> Job:
         fixed["benchmark"] = _benchmark(model)
     flags, config = _flags(where, EvalConfig, study.evaluation, fixed)
     needs, product = [model.folder / "config.json"], out / "report.json"
-    return Job(_script("evaluate.py", gpus, flags), needs, product, config)
+    return Job(_program("evaluate", gpus, flags), needs, product, config)
 
 
 def _data(model: Model) -> Path:
@@ -98,10 +97,11 @@ def _benchmark(model: Model) -> Path:
     return model.folder.with_name("data") / "benchmark.jsonl"
 
 
-def _script(name: str, gpus: int, flags: list[str]) -> list[str]:
-    """On several GPUs, torchrun starts one process per GPU."""
+def _program(command: str, gpus: int, arguments: list[str]) -> list[str]:
+    """`redi COMMAND`. On several GPUs, torchrun starts one process per GPU."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-    return [sys.executable, *(torchrun if gpus > 1 else []), os.path.relpath(ROOT / name), *flags]
+    launcher = torchrun if gpus > 1 else []
+    return [sys.executable, *launcher, "-m", "redi", command, *arguments]
 
 
 def _flags(

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from bench import gpu, measure
-from bench.inputs import QWEN, RandomRows
+from bench.inputs import QWEN
 from redi import distributed, kernels, memory, train
 from redi.batches import TrainData
 from redi.checkpoint.folder import _gather
+from redi.checks import RandomRows
 from redi.distributed import Parallelism
 from redi.eval.engine.cache import PAGE
 from redi.eval.engine.decode_kernel import decode_attention

@@ -80,7 +80,7 @@ class Pool(contextlib.AbstractContextManager):
             if (message := worker.receive(STARTUP_S)) != READY:
                 raise UserError(
                     "grading: the worker that runs Math-Verify did not start "
-                    f"({message or 'it died or hung'}); pip install -r requirements.txt"
+                    f"({message or 'it died or hung'}); pip install 'math-verify[antlr4_13_2]'"
                 )
         with contextlib.suppress(OSError):  # it died just now, and `receive` will say so
             worker.connection.send_bytes(json.dumps(question).encode())

@@ -98,3 +98,11 @@ def percent(fraction: float | None) -> str:
 
 def count(tokens: float | None) -> str:
     return "unknown" if tokens is None else f"{tokens:,.0f}"
+
+
+def card(report: Report) -> str:
+    """The scores of a model card: the table, and how the answers were sampled."""
+    names = ("temperature", "top_p", "max_new_tokens", "seed", "dtype")
+    settings = (f"{name} {report.settings[name]}" for name in names if name in report.settings)
+    table = markdown_table(score_table(report))
+    return f"{table}\n\nSampled with {', '.join(settings)}; pass@n is of all samples."

@@ -1,0 +1,59 @@
+"""The model card: README.md of a saved model, with what it was made from, versions and scores.
+
+Training writes the card without scores. `redi report RUN --card` puts them between two comments, in
+place of earlier ones.
+"""
+
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from redi.config import UserError, to_toml
+from redi.data.files import write_aside
+from redi.hub import is_hub_id
+from redi.recipe import TrainConfig
+
+BEGIN, END = "<!-- scores -->\n", "<!-- end of scores -->\n"
+CITATION = """\
+```bibtex
+@inproceedings{redi2026,
+  title     = {Harnessing Negative Signals: Reinforcement Distillation
+               from Teacher Data for {LLM} Reasoning},
+  author    = {Xu, Shuyao and Peng, Cheng and Long, Jiangxuan and
+               Xu, Weidi and Chu, Wei and Qi, Yuan},
+  booktitle = {Proceedings of the 64th Annual Meeting of the
+               Association for Computational Linguistics},
+  year      = {2026},
+  url       = {https://aclanthology.org/2026.acl-long.74/},
+}
+```
+"""
+
+
+def model_card(config: TrainConfig, facts: dict[str, str]) -> str:
+    """README.md of a model that a run of `config` saved. facts: what it was made with and from."""
+    parent = f"base_model: {config.model}\n" if is_hub_id(config.model) else ""
+    versions = {"python": platform.python_version(), "tokenizers": tokenizers.__version__}
+    lines = "".join(f"- {key}: {value}\n" for key, value in (facts | versions).items())
+    return (
+        f"---\nlibrary_name: transformers\ntags: [redi]\n{parent}---\n\n"
+        f"# {Path(config.out).name}\n\nTrained with redi (Reinforcement Distillation, arXiv "
+        f"2505.24850).\n\n{BEGIN}{END}\n## Made with and from\n\n{lines}\n"
+        f"## Settings\n\n```toml\n{to_toml(config)}```\n\n## Citation\n\n{CITATION}"
+    )
+
+
+def add_scores(model: Path, scores: Iterable[str]) -> Path:
+    """Put paragraphs of Markdown into the card of a model, in place of earlier scores. Returns the
+    card. Raises UserError if the model has no card that training wrote."""
+    path = model / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{path}: expected the model card that training writes, to add scores to")
+    joined = "\n\n".join(scores)
+    before, after = text.split(BEGIN)[0], text.split(END)[-1]
+    with write_aside(path) as file:
+        file.write(f"{before}{BEGIN}\n## Scores\n\n{joined}\n\n{END}{after}")
+    return path

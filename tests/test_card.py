@@ -1,0 +1,81 @@
+"""The model card: what a reader of a saved model needs, and scores that replace older ones."""
+
+import platform
+from pathlib import Path
+
+import pytest
+import tokenizers
+from processes import main_in_this_process
+
+from redi.checkpoint.card import add_scores, model_card
+from redi.config import UserError
+from redi.eval import report
+from redi.eval.benchmarks import Benchmark, Problem
+from redi.eval.completions import (
+    Completion,
+    Mark,
+    completions_file,
+    marks_file,
+    store_inputs,
+    write_lines,
+)
+from redi.recipe import REDIConfig
+
+FACTS = {"redi": "0.1.0", "torch": "2.13.0", "parent": "org/base", "data sha256": "abc"}
+
+
+def test_the_card_names_parent_data_versions_settings_and_the_paper():
+    card = model_card(REDIConfig(model="org/base", out="out/redi", alpha=0.5), FACTS)
+    _, head, body = card.split("---\n")
+    assert "base_model: org/base\n" in head
+    python, library = platform.python_version(), tokenizers.__version__
+    for line in (
+        "# redi", "- torch: 2.13.0", "- data sha256: abc", f"- python: {python}",
+        f"- tokenizers: {library}", "alpha = 0.5", "@inproceedings{redi2026,",
+    ):  # fmt: skip
+        assert line in body.splitlines(), line
+    assert "base_model" not in model_card(REDIConfig(model="out/sft"), FACTS)  # a local folder
+
+
+def test_scores_are_added_once_and_the_rest_stays(tmp_path):
+    card = model_card(REDIConfig(), FACTS)
+    path = tmp_path / "README.md"
+    path.write_text(card)
+    for scores in (["| old |"], ["| new |", "sampled"]):
+        assert add_scores(tmp_path, scores) == path
+    begin, end = "<!-- scores -->\n", "<!-- end of scores -->\n"
+    section = "\n## Scores\n\n| new |\n\nsampled\n\n"
+    assert path.read_text() == card.replace(begin + end, begin + section + end)
+
+
+@pytest.mark.parametrize("text", [None, "# A model of someone else\n"])
+def test_a_model_without_a_card_of_ours_is_left_alone(text, tmp_path):
+    path = tmp_path / "README.md"
+    if text:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"README\.md: expected the model card"):
+        add_scores(tmp_path, ["| new |"])
+    assert [file.read_text() for file in tmp_path.iterdir()] == ([text] if text else [])
+
+
+def test_report_adds_the_table_of_each_evaluation_to_the_card_of_its_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/README.md").write_text(model_card(REDIConfig(out="out"), FACTS))
+    for run, verdict in (("first", "correct"), ("second", "incorrect")):
+        benchmark = Benchmark("sums", [Problem("0", "1+1?", ["2"])])
+        store_inputs(Path(run), [benchmark])
+        given = {"id": "0", "sample": 0, "num_tokens": 5}
+        completion = Completion(**given, text="2", finish_reason="stop")
+        mark = Mark(**given, verdict=verdict, loops=False, extracted="2", answer_from="after_think")
+        write_lines(completions_file(Path(run), "sums"), [completion])
+        write_lines(marks_file(Path(run), "paper", "sums"), [mark])
+        settings = 'model = "out"\ngrader = "paper"\nbenchmark = ["sums"]\ntemperature = 0.6\n'
+        (Path(run) / "config.toml").write_text(settings)
+    assert main_in_this_process(report.main, "first", "second", "--card") == 0
+    first, second = Path("out/README.md").read_text().split("Sampled with temperature 0.6;")[:2]
+    assert ("100.0 ± -" in first, "100.0 ± -" in second, " 0.0 ± -" in second) == (
+        True,
+        False,
+        True,
+    )
