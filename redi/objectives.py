@@ -12,7 +12,7 @@ starts, and there are two ways to train with it:
                         vocabulary, and both traces of a pair in one pack.
 
 Each pack returns its share of the step's loss, already divided by the counts of the whole step, so
-shares add up over packs and ranks. To add an objective: docs/new-objective.md. Letters: P pairs,
+shares add up over packs and ranks. To add an objective: docs/objectives.md. Letters: P pairs,
 S sequences, R supervised tokens.
 """
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import sys
 
 import pytest
-from processes import finished, main_in_this_process
+from processes import main_in_this_process, run_command
 
 from redi import checks, doctor, model
 
@@ -76,7 +76,7 @@ def test_wrong_numbers_are_named_a_line_each(check, place, wrong, named, only, m
 
 def test_missing_packages_are_named_though_redi_cannot_be_imported():
     missing = "import sys; sys.modules |= {'torch': None, 'jinja2': None}"
-    status, shown, errors = finished("-c", f"{missing}; from redi.doctor import main; main()")
+    status, shown, errors = run_command("-c", f"{missing}; from redi.doctor import main; main()")
     assert (status, errors) == (1, "")
     broken = [line for line in shown.splitlines() if line.startswith("BROKEN")]
     assert broken == ["BROKEN torch: not installed", "BROKEN jinja2: not installed"]

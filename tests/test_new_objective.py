@@ -1,4 +1,4 @@
-"""docs/new-objective.md as a user follows it: its diff applies, and the result trains.
+"""docs/objectives.md as a user follows it: its diff applies, and the result trains.
 
 python -m pytest tests/test_new_objective.py
 """
@@ -13,7 +13,7 @@ from small_run import REDI, Oracle, read_jsonl, records
 
 from redi.objectives import OBJECTIVES
 
-TEXT = (ROOT / "docs" / "new-objective.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 [DIFF] = re.findall(r"^```diff\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 
 

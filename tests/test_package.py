@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from processes import ROOT, finished, main_in_this_process
+from processes import ROOT, main_in_this_process, run_command
 
 import redi
 from redi import doctor
@@ -99,7 +99,7 @@ def test_a_word_that_is_no_command_is_an_error_in_one_line(capsys):
 
 def test_help_imports_no_package():
     code = "import sys; from redi.__main__ import main; main(); print('', *sys.modules)"
-    status, shown, _ = finished("-c", code)
+    status, shown, _ = run_command("-c", code)
     assert status == 0
     loaded = set(shown.splitlines()[-1].split())
     assert "redi.config" in loaded
@@ -171,7 +171,7 @@ redi doctor"""
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT]
-    status, _, errors = finished(*build, seconds=300)
+    status, _, errors = run_command(*build, seconds=300)
     assert status == 0, errors
     [path] = folder.glob("redi-*.whl")
     return path
@@ -194,7 +194,9 @@ def test_every_command_works_from_an_empty_folder_with_the_wheel_alone(wheel, tm
     """Other packages are those of this environment: installing them takes minutes."""
     venv.create(tmp_path / "venv")
     python = tmp_path / "venv/bin/python"
-    status, _, errors = finished("-m", "pip", f"--python={python}", "install", "--no-deps", wheel)
+    status, _, errors = run_command(
+        "-m", "pip", f"--python={python}", "install", "--no-deps", wheel
+    )
     assert status == 0, errors
     [packages] = (tmp_path / "venv/lib").glob("python*/site-packages")
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
