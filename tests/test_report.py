@@ -58,7 +58,7 @@ def graded(
 
 def evaluation(*tests: GradedBenchmark) -> Evaluation:
     settings = {"model": "m", "seed": 42}
-    return Evaluation(Path("m"), settings, "math-verify", {g.test.name: g for g in tests}, [])
+    return Evaluation(Path("m"), settings, "math-verify", {g.benchmark.name: g for g in tests}, [])
 
 
 def report_of(*tests: GradedBenchmark) -> scores.Report:
@@ -68,14 +68,14 @@ def report_of(*tests: GradedBenchmark) -> scores.Report:
 def saved(out: Path, *tests: GradedBenchmark, text="…", model="m", grader="math-verify") -> Path:
     """The folder of an evaluation, with this text as every completion."""
     for one in tests:
-        store_inputs(out, [one.test])
+        store_inputs(out, [one.benchmark])
         completions = [
             Completion(id=m.id, sample=m.sample, text=text, num_tokens=5, finish_reason="stop")
             for m in one.marks
         ]
-        write_lines(completions_file(out, one.test.name), completions)
-        write_lines(marks_file(out, one.grader, one.test.name), one.marks)
-    names = list(dict.fromkeys(one.test.name for one in tests))
+        write_lines(completions_file(out, one.benchmark.name), completions)
+        write_lines(marks_file(out, one.grader, one.benchmark.name), one.marks)
+    names = list(dict.fromkeys(one.benchmark.name for one in tests))
     settings = {"model": model, "grader": grader, "benchmark": names}
     lines = (f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
     (out / "config.toml").write_text("".join(lines))

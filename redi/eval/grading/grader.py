@@ -103,13 +103,13 @@ class Grader:
         """
         return self._settle([self._decide(*item)[1] for item in items])
 
-    def marks(self, test: Benchmark, completions: Iterable[Completion]) -> list[Mark]:
+    def marks(self, benchmark: Benchmark, completions: Iterable[Completion]) -> list[Mark]:
         """A mark for each completion, in their order. No text is kept."""
-        answers = {problem.id: problem.answers for problem in test.problems}
+        answers = {problem.id: problem.answers for problem in benchmark.problems}
         marks, decided = [], []
         for c in completions:
             if c.id not in answers:
-                raise UserError(f"{test.name}: holds no problem {c.id!r}")
+                raise UserError(f"{benchmark.name}: holds no problem {c.id!r}")
             extracted, decision = self._decide(c.text, answers[c.id], c.finish_reason)
             decided.append(decision)
             facts = {"id": c.id, "sample": c.sample, "num_tokens": c.num_tokens}
@@ -155,19 +155,19 @@ def _by_text(given: str, golds: list[str]) -> Verdict | None:
     return "correct" if number in numbers else "incorrect"
 
 
-def report_unreadable(pool: Pool, tests: list[Benchmark]) -> None:
+def report_unreadable(pool: Pool, benchmarks: list[Benchmark]) -> None:
     """Print a line for every benchmark with golds that Math-Verify cannot read: only an answer of
     the same text will be correct. Starts a worker, so its UserError comes before sampling."""
-    for test in tests:
-        golds = [(p.id, answer) for p in test.problems for answer in p.answers]
+    for benchmark in benchmarks:
+        golds = [(p.id, answer) for p in benchmark.problems for answer in p.answers]
         replies = pool.ask(("readable", "", answer) for _, answer in golds)
         found = [gold for gold in golds if replies["readable", "", gold[1]] != "correct"]
         if found:
             named = "; ".join(f"{id}: {gold!r:.60}" for id, gold in found[:NAMED_GOLDS])
             more = f"; and {len(found) - NAMED_GOLDS} more" if len(found) > NAMED_GOLDS else ""
             print(
-                f"{test.name}: {len(found)} gold answers cannot be read as mathematics, and only "
-                f"the same text will be correct ({named}{more})"
+                f"{benchmark.name}: {len(found)} gold answers cannot be read as mathematics, and "
+                f"only the same text will be correct ({named}{more})"
             )
 
 
@@ -175,10 +175,10 @@ def grade_evaluation(out: Path, choice: GraderChoice, answer_from: AnswerFrom, p
     """Grade every stored completion by one grader or both. Raises UserError if some are missing,
     before it changes any verdict on disk."""
     graded: dict[Path, list[Mark]] = {}
-    for test, name in itertools.product(stored_benchmarks(out), grader_names(choice)):
-        completions = read_lines(completions_file(out, test.name), Completion)
-        marks = Grader(pool, name, answer_from).marks(test, completions)
-        by_problem(test, marks)  # raises if one is missing
-        graded[marks_file(out, name, test.name)] = marks
+    for benchmark, name in itertools.product(stored_benchmarks(out), grader_names(choice)):
+        completions = read_lines(completions_file(out, benchmark.name), Completion)
+        marks = Grader(pool, name, answer_from).marks(benchmark, completions)
+        by_problem(benchmark, marks)  # raises if one is missing
+        graded[marks_file(out, name, benchmark.name)] = marks
     for path, marks in graded.items():
         write_lines(path, marks)

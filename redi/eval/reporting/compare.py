@@ -59,17 +59,17 @@ def compare(evaluations: dict[str, Evaluation]) -> list[Comparison]:
 
 
 def _paired(first: str, second: str, old: GradedBenchmark, new: GradedBenchmark) -> Comparison:
-    name, problems = old.test.name, old.test.problems
+    name, problems = old.benchmark.name, old.benchmark.problems
     rules = [f"by {g.grader} {ANSWER_FROM[g.marks[0].answer_from]}" for g in (old, new)]
     if rules[0] != rules[1]:
         raise UserError(
             f"{name}: {first} is graded {rules[0]}, {second} {rules[1]}; choose one --grader, or "
             "one --answer-from for `python -m redi.eval.grade regrade RUN`"
         )
-    if problems != new.test.problems:
+    if problems != new.benchmark.problems:
         raise UserError(f"{name}: {first} and {second} have different problems")
     old_counts, new_counts = (
-        [sum(mark.verdict == "correct" for mark in row) for row in by_problem(g.test, g.marks)]
+        [sum(mark.verdict == "correct" for mark in row) for row in by_problem(g.benchmark, g.marks)]
         for g in (old, new)
     )
     old_samples, new_samples = (len(g.marks) // len(problems) for g in (old, new))

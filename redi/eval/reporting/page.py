@@ -59,9 +59,13 @@ Samples = dict[str, list[tuple[Mark, str]]]  # run -> marks and completions, the
 def evaluation_page(evaluations: dict[str, Evaluation], scores: Cells) -> str:
     """The page of one evaluation or several, by name, that `compare` accepts. scores: the table
     that the page begins with."""
-    tests = [graded for one in evaluations.values() for graded in one.benchmarks.values()]
-    limit, longest = CHARACTERS // sum(len(graded.marks) for graded in tests), 0
-    problems = {(g.test.name, problem.id): problem for g in tests for problem in g.test.problems}
+    benchmarks = [graded for one in evaluations.values() for graded in one.benchmarks.values()]
+    limit, longest = CHARACTERS // sum(len(graded.marks) for graded in benchmarks), 0
+    problems = {
+        (g.benchmark.name, problem.id): problem
+        for g in benchmarks
+        for problem in g.benchmark.problems
+    }
     samples: dict[tuple[str, str], Samples] = {key: {} for key in problems}
     for run, evaluation in evaluations.items():
         for name, graded in evaluation.benchmarks.items():

@@ -97,12 +97,12 @@ def mean_pass_at_1(scores: Sequence[BenchmarkScore]) -> float:
 
 def score(graded: GradedBenchmark) -> BenchmarkScore:
     """The numbers of one benchmark; marks in any order. Raises UserError as `by_problem`."""
-    problems, marks = graded.test.problems, graded.marks
-    rows = by_problem(graded.test, marks)
+    problems, marks = graded.benchmark.problems, graded.marks
+    rows = by_problem(graded.benchmark, marks)
     correct = np.array([[mark.verdict == "correct" for mark in row] for row in rows], float)
     n = correct.shape[1]  # of (P, n)
     return BenchmarkScore(
-        benchmark=graded.test.name,
+        benchmark=graded.benchmark.name,
         grader=graded.grader,
         num_problems=len(rows),
         answer_from=marks[0].answer_from,

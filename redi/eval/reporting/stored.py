@@ -18,7 +18,7 @@ USED = {"benchmark": list[str], "grader": GraderChoice, "prefix": str, "model": 
 class GradedBenchmark:
     """A benchmark, and one grader's marks of an evaluation's completions."""
 
-    test: Benchmark
+    benchmark: Benchmark
     grader: str
     marks: list[Mark]
 
@@ -51,12 +51,14 @@ def load(out: Path, grader: GraderChoice | None = None) -> Evaluation:
     grader = grader or settings["grader"]
     names = [Path(name).stem for name in settings["benchmark"]]
     benchmarks, other_grader = {}, []
-    for test in sorted(stored_benchmarks(out), key=lambda test: names.index(test.name)):
+    for benchmark in sorted(stored_benchmarks(out), key=lambda b: names.index(b.name)):
         graders = grader_names(grader)
-        if test.name in paper_results.BENCHMARKS:
+        if benchmark.name in paper_results.BENCHMARKS:
             graders.reverse()
-        first, *others = [GradedBenchmark(test, g, _marks(out, g, test.name)) for g in graders]
-        benchmarks[test.name] = first
+        first, *others = [
+            GradedBenchmark(benchmark, g, _marks(out, g, benchmark.name)) for g in graders
+        ]
+        benchmarks[benchmark.name] = first
         other_grader += others
     return Evaluation(out, settings, grader, benchmarks, other_grader)
 
