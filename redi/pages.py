@@ -5,6 +5,7 @@ head forbids the page to load anything: no script but the page's own, no image b
 """
 
 import base64
+import hashlib
 import html
 from collections.abc import Sequence
 
@@ -31,9 +32,11 @@ figure { margin: 1rem 0; } figcaption, .faint { color: var(--faint); }
 
 def page(title: str, body: str, style: str = "", script: str = "") -> str:
     """A whole page. body: HTML; style: CSS after STYLE; script: JavaScript that runs at the end."""
-    scripts = "; script-src 'unsafe-inline'" if script else ""
+    script = f"\n{script}" if script else ""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts = f"; script-src 'sha256-{digest}'" if script else ""
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:{scripts}"
-    end = f"<script>\n{script}</script>\n" if script else ""
+    end = f"<script>{script}</script>\n" if script else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

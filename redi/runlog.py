@@ -118,7 +118,8 @@ class NoLog:
 def read_facts(folder: Path) -> dict[str, str]:
     """The facts that RunLog wrote as comments, "# key: value", into config.toml."""
     lines = (folder / "config.toml").read_text(encoding="utf-8").split("\n")
-    return dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    facts = (line[2:].partition(": ") for line in lines if line.startswith("# "))
+    return {key: value for key, colon, value in facts if colon}  # else a user's own comment
 
 
 class Progress(contextlib.AbstractContextManager):

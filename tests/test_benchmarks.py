@@ -100,6 +100,16 @@ def test_a_broken_file_is_refused_in_one_line(write, rows, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [".", "..", ".b.jsonl", "a.unfinished-0.jsonl", "n\udcffx.jsonl"])
+def test_a_name_that_no_result_could_have_is_refused(tmp_path, monkeypatch, name):
+    """It would be an empty or hidden file, one that holds unfinished completions, or not text."""
+    monkeypatch.chdir(tmp_path)
+    if name.strip("."):
+        write_jsonl(tmp_path / name, [ROW])
+    with pytest.raises(UserError, match="cannot name the files of results; rename"):
+        load(name)
+
+
 def test_an_unknown_name_lists_the_known_ones_which_are_the_papers():
     assert list(KNOWN) == ["math500", "aime24", "amc", "minerva", "olympiadbench"]
     with pytest.raises(UserError, match=r"math5000: no such .*math500, aime24, amc, minerva, oly"):

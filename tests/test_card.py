@@ -8,7 +8,7 @@ import tokenizers
 from processes import main_in_this_process
 
 from redi.checkpoint.card import add_scores, model_card
-from redi.config import UserError
+from redi.config import UserError, to_toml
 from redi.eval import report
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import (
@@ -19,6 +19,7 @@ from redi.eval.completions import (
     store_inputs,
     write_lines,
 )
+from redi.eval.protocol import EvalConfig
 from redi.recipe import REDIConfig
 
 FACTS = {"redi": "0.1.0", "torch": "2.13.0", "parent": "org/base", "data sha256": "abc"}
@@ -70,10 +71,10 @@ def test_report_adds_the_table_of_each_evaluation_to_the_card_of_its_model(tmp_p
         mark = Mark(**given, verdict=verdict, loops=False, extracted="2", answer_from="after_think")
         write_lines(completions_file(Path(run), "sums"), [completion])
         write_lines(marks_file(Path(run), "paper", "sums"), [mark])
-        settings = 'model = "out"\ngrader = "paper"\nbenchmark = ["sums"]\ntemperature = 0.6\n'
-        (Path(run) / "config.toml").write_text(settings)
+        settings = EvalConfig(model="out", grader="paper", benchmark=["sums"])
+        (Path(run) / "config.toml").write_text(to_toml(settings))
     assert main_in_this_process(report.main, "first", "second", "--card") == 0
-    first, second = Path("out/README.md").read_text().split("Sampled with temperature 0.6;")[:2]
+    first, second = Path("out/README.md").read_text().split("Sampled with temperature 0.6,")[:2]
     assert ("100.0 ± -" in first, "100.0 ± -" in second, " 0.0 ± -" in second) == (
         True,
         False,

@@ -1,10 +1,11 @@
 """Completions on disk: appended as they come, read back after a kill, put in order at the end."""
 
 import json
+import resource
 
 import pytest
 
-from redi.config import UserError
+from redi.config import RankError, UserError
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import (
     Completion,
@@ -14,6 +15,7 @@ from redi.eval.completions import (
     read_lines,
     store_inputs,
     stored_benchmarks,
+    to_line,
     write_lines,
 )
 
@@ -85,7 +87,29 @@ def test_a_completion_survives_its_line(tmp_path):
     assert list(read_lines(tmp_path / "x.jsonl", Completion)) == [original]
 
 
-@pytest.mark.parametrize("line", ["{}", "{", "[]", json.dumps({**vars(ALL[0]), "score": 1})])
+@pytest.mark.parametrize("room", [1, 40, 70])
+def test_a_full_disk_is_named_and_what_was_cut_short_is_sampled_again(tmp_path, room):
+    """A write that the disk takes in part: half a line must not be followed by another one."""
+    first = len(to_line(vars(ALL[0])).encode())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (first + room, hard))
+        with pytest.raises(RankError, match=r"-0\.jsonl: cannot be written \(File too large\)"):
+            stored(tmp_path, 0, ALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert unfinished(tmp_path).stat().st_size == first + room
+    again = stored(tmp_path)
+    assert again.done == {ALL[0].key}
+    for c in ALL[1:]:
+        again.append(c)
+    again.finish()
+    assert_finished(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "{", "[]", "[" * 9999, json.dumps({**vars(ALL[0]), "score": 1})]
+)
 def test_a_broken_line_and_a_missing_file_are_named(tmp_path, line):
     write_lines(unfinished(tmp_path), ALL[:1])
     with open(unfinished(tmp_path), "a") as file:
@@ -94,6 +118,30 @@ def test_a_broken_line_and_a_missing_file_are_named(tmp_path, line):
         stored(tmp_path)
     with pytest.raises(UserError, match=r"x\.jsonl: no such file; `python evaluate\.py`"):
         list(read_lines(tmp_path / "x.jsonl", Mark))
+
+
+MARK = {
+    "id": "x", "sample": 0, "verdict": "correct", "extracted": "2", "num_tokens": 3, "loops": False,
+    "answer_from": "whole",
+}  # fmt: skip
+OTHER_TYPES = [
+    (Completion, vars(ALL[0]), {"text": 5}),
+    (Completion, vars(ALL[0]), {"sample": "zero"}),
+    (Completion, vars(ALL[0]), {"num_tokens": "x"}),
+    (Mark, MARK, {"id": ["x"]}),
+    (Mark, MARK, {"verdict": "bogus"}),
+    (Mark, MARK, {"extracted": 5}),
+    (Mark, MARK, {"loops": 1}),
+    (Mark, MARK, {"answer_from": "moon"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "change"), OTHER_TYPES)
+def test_a_field_of_another_type_is_named_with_its_line(tmp_path, kind, row, change):
+    path, [field] = tmp_path / "x.jsonl", change
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | change) + "\n")
+    with pytest.raises(UserError, match=rf"x\.jsonl:2: key '{field}': expected .*; got "):
+        list(read_lines(path, kind))
 
 
 def test_a_finished_file_that_is_cut_short_is_named_with_its_line(tmp_path):

@@ -298,6 +298,8 @@ def test_what_changes_under_an_evaluation_is_refused_by_name(here, killed_after,
             assert refusal in capsys.readouterr().err
             shutil.copy(Path("before", name), Path("toy", name))
         assert len(unfinished("run")) == count
+        settings = Path("run/config.toml").read_text()
+        Path("run/config.toml").write_text("# a note of mine\n" + settings)  # holds no fact
         assert evaluated("run") == 0
         assert contents("run") == contents("whole")
     assert "is finished" in capsys.readouterr().out
@@ -334,14 +336,21 @@ def test_completions_of_another_program_are_graded_and_reported_like_our_own(her
     assert not Path("new").exists()
 
 
-def test_exported_prompts_answered_by_another_program_score_as_our_own(here):
+def test_exported_prompts_answered_by_another_program_score_as_our_own(here, capsys):
     """The other program is our own sampling; only files go back and forth."""
     assert evaluated("unused", "--export-prompts", "prompts.jsonl") == 0
     assert not Path("unused").exists()
+    benchmark = Path("toy/benchmark.jsonl").read_bytes()
+    for path in ("./toy/benchmark.jsonl", "toy/student/config.json"):
+        assert evaluated("unused", "--export-prompts", path) == 2
+        assert f"--export-prompts {path}: would overwrite" in capsys.readouterr().err
+    assert Path("toy/benchmark.jsonl").read_bytes() == benchmark
     own = {(c["id"], c["sample"]): c for c in read_jsonl("whole/completions/benchmark.jsonl")}
     prompts = read_jsonl("prompts.jsonl")
     answers = [own[prompt["id"], k] for prompt in prompts for k in range(prompt["samples"])]
     write_jsonl(Path("made.jsonl"), answers)
+    assert evaluated("made", "--completions", "made.jsonl", "--samples", "3") == 2
+    assert "--samples: expected 2, as in made.jsonl; got 3" in capsys.readouterr().err
     assert evaluated("made", "--completions", "made.jsonl") == 0
     assert report_json("whole")["benchmarks"] == report_json("made")["benchmarks"]
 

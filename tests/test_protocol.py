@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from small_run import read_jsonl
+from small_run import read_jsonl, refusal
 
 from redi.checkpoint.folder import open_model
 from redi.config import UserError, parse
@@ -36,13 +36,13 @@ def prompted(source):
 def test_an_answer_may_use_what_the_context_leaves(prompted, capsys):
     """Prompts that leave less than the limit are counted in one line."""
     first, second = prompted()
-    assert "2 of 2 prompts leave less" in capsys.readouterr().out
+    assert "context 512: answers to 2 of 2 prompts are cut at" in capsys.readouterr().out
     left = [512 - len(one.request.prompt_ids) for one in (first, second)]
     assert [one.request.max_new_tokens for one in (first, second)] == left
     for limit, shown in (
         (left[1], ""),
-        (left[1] + 1, f"1 of 2 prompts leave less than the limit of {left[1] + 1} tokens for an "
-                      f"answer in the model's context of 512: {left[1]} or more\n"),
+        (left[1] + 1, f"context 512: answers to 1 of 2 prompts are cut at {left[1]} tokens "
+                      f"or more, not {left[1] + 1}\n"),
     ):  # fmt: skip
         rooms = [one.request.max_new_tokens for one in prompted(max_new_tokens=limit)]
         assert rooms == [limit, left[1]]
@@ -56,6 +56,18 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(source):
             UserError, match=rf"^c: the prompt of problem 7 is \d+ .* 512; .*{hint}"
         ):
             prompt_samples([long], source, EvalConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("grade_seconds", (-1, 1e8, 1e300)), ("temperature", (-1, 1e-300)), ("cache_gib", (0, 1e300)),
+     ("graders", (0,))],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_by_their_flag(name, values):
+    for value in values:
+        message = refusal(EvalConfig, **{name: value})
+        assert message.startswith(f"--{name.replace('_', '-')}: expected ")
+        assert message.endswith(f"got {value}")
 
 
 def test_the_presets_are_the_papers_protocols():

@@ -16,6 +16,7 @@ import pytest
 from processes import main_in_this_process
 from small_run import refusal
 
+from redi.config import to_toml
 from redi.eval import report
 from redi.eval.benchmarks import Benchmark, Problem
 from redi.eval.completions import (
@@ -26,12 +27,13 @@ from redi.eval.completions import (
     store_inputs,
     write_lines,
 )
+from redi.eval.protocol import EvalConfig
 from redi.eval.reporting import page, paper_results, scores
 from redi.eval.reporting.compare import compare
 from redi.eval.reporting.page import evaluation_page
 from redi.eval.reporting.scores import score
 from redi.eval.reporting.stored import Evaluation, GradedBenchmark, load, run_names
-from redi.eval.reporting.tables import markdown, score_table
+from redi.eval.reporting.tables import card, markdown, score_table
 from redi.tables import markdown_table
 
 VERDICTS = {
@@ -76,9 +78,8 @@ def saved(out: Path, *tests: GradedBenchmark, text="…", model="m", grader="mat
         write_lines(completions_file(out, one.benchmark.name), completions)
         write_lines(marks_file(out, one.grader, one.benchmark.name), one.marks)
     names = list(dict.fromkeys(one.benchmark.name for one in tests))
-    settings = {"model": model, "grader": grader, "benchmark": names}
-    lines = (f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
-    (out / "config.toml").write_text("".join(lines))
+    settings = EvalConfig(model=model, grader=grader, benchmark=names)
+    (out / "config.toml").write_text(to_toml(settings))
     return out
 
 
@@ -300,7 +301,8 @@ def test_the_command_writes_tables_and_page_outside_the_evaluations(tmp_path, ca
     assert main_in_this_process(report.main, *runs, "--out", files[0], "--page", files[1]) == 0
     shown = capsys.readouterr().out
     assert "75.0 ± 17.7" in shown
-    assert shown.count("after </think>") == 2
+    assert max(map(len, shown.partition("arXiv")[0].splitlines())) <= 100
+    assert files[1].read_text().count("after &lt;/think&gt;") == 2  # the columns left out above
     assert "aime24: chance may explain the difference" in shown
     assert "Nothing in this table was measured here" in shown
     content = json.loads(files[0].read_text())
@@ -314,6 +316,41 @@ def test_the_command_writes_tables_and_page_outside_the_evaluations(tmp_path, ca
         error = f"error: {flag} {own}: expected a file outside the evaluations\n"
         assert capsys.readouterr().err.endswith(error)
     assert not own.exists()
+    assert main_in_this_process(report.main, *runs, "--out", "z", "--page", "./z") == 2
+    assert "--page ./z: would overwrite z" in capsys.readouterr().err
+
+
+def test_a_card_says_so_if_another_program_sampled():
+    scored = report_of(graded("1"))
+    assert "Sampled by another program; pass@n" in card(replace(scored, settings={"samples": 1}))
+    assert "Sampled with seed 42; pass@n" in card(scored)
+
+
+VERDICTS_OF_B, COMPLETIONS_OF_B = "verdicts/math-verify/b.jsonl", "completions/b.jsonl"
+BROKEN = [  # a file of the evaluation; its lines -> what replaces them; words of the error
+    (VERDICTS_OF_B, lambda old: [], r"jsonl: b: problem '0' has 0 samples"),
+    (VERDICTS_OF_B, lambda old: old[1:], r"problem '0' has 1 samples, expected 0 to 1"),
+    (COMPLETIONS_OF_B, lambda old: old[1:], "holds other samples than were graded"),
+    (COMPLETIONS_OF_B, lambda old: [*old, old[0].replace("0", "9")], "holds other samples"),
+    ("problems/c.jsonl", lambda old: ['{"problem": "?", "answer": "1"}'], "expected b; holds b, c"),
+    ("config.toml", lambda old: [s for s in old if "bench" not in s], "'benchmark': expected a li"),
+    ("config.toml", lambda old: old[:-1], "'grade_seconds': expected a finite number; got None"),
+    ("config.toml", lambda old: [*old[:-2], "graders = 0", old[-1]], "expected at least 1, got 0"),
+    ("config.toml", lambda old: [*old[:-1], "grade_seconds = -1"], "at most a day, got -1"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "words"), BROKEN)
+def test_a_file_that_does_not_fit_the_others_is_named(tmp_path, capsys, name, change, words):
+    run = saved(tmp_path / "run", graded("10", "11"))
+    lines = (run / name).read_text().splitlines() if (run / name).exists() else []
+    (run / name).write_text("".join(f"{line}\n" for line in change(lines)))
+    page_file = tmp_path / "page.html"
+    assert main_in_this_process(report.main, run, "--page", page_file) == 2
+    error = capsys.readouterr().err
+    assert re.search(words, error), error
+    assert str(run / name) in error or str((run / name).parent) in error
+    assert not page_file.exists()
 
 
 # ---------------------------------------------------------------- the page
@@ -330,11 +367,13 @@ class Elements(HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.tags, self.texts, self.filtered, self._into = [], {}, [], [""]
+        self.values = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         attributes = dict(attributes)
+        self.values += [attributes["value"]] if tag == "option" else []
         self._into = self.texts.setdefault(attributes.get("class", tag), [])
         self._into.append("")
         if "data-tags" in attributes:
@@ -360,15 +399,18 @@ def test_what_a_model_wrote_is_never_markup(tmp_path):
     assert not re.search(r"https?:|//[a-z]|\bsrc=|@import|url\(", harmless)
     assert "default-src 'none'" in harmless
     assert "innerHTML" not in harmless
+    assert "script-src 'sha256-" in harmless  # a browser shows that it fits the script
 
 
 def test_the_filters_know_benchmark_subject_difficulty_and_verdicts(tmp_path):
-    about = {"subjects": ["Algebra", "Logic"], "difficulties": [2, 3]}
+    about = {"subjects": ["Algebra", 'Set  "theory"'], "difficulties": [2, 3]}
     sft = saved(tmp_path / "sft", graded("1t", "00", **about))
     redi = saved(tmp_path / "redi", graded("11", "00", **about))
     found = Elements(page_of(sft, redi))
     about = [(one["benchmark"], one["subject"], one["difficulty"]) for one in found.filtered]
-    assert about == [(["b"], ["Algebra"], ["2"]), (["b"], ["Logic"], ["3"])]
+    assert about == [(["b"], ["Algebra"], ["2"]), (["b"], ['Set  "theory"'], ["3"])]
+    # The script compares an option's value with these; without the attribute it has single spaces.
+    assert {"Algebra", 'Set  "theory"', "redi is ahead"} <= set(found.values)
     first, second = (one["verdicts"] for one in found.filtered)
     assert first == ["some correct", "has correct", "has truncated", "redi is ahead"]
     assert second == ["none correct", "has incorrect"]

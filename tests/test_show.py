@@ -266,6 +266,7 @@ ERRORS = [
     (FIVE, ["--row", 0], "--row: expected at least 1"),
     (FIVE, ["--html", "nowhere/p.html"], "nowhere/p.html: cannot be written"),
     (FIVE, ["--html", "."], "--html: expected a file to write"),
+    (FIVE, ["--html", "./p.jsonl"], "--html ./p.jsonl: would overwrite p.jsonl; choose another"),
     ([*PAIRS, positive("?", "!")], [], "p.jsonl:5: fields seen: prompt, completion; expected {"),
 ]
 

@@ -65,4 +65,5 @@ def test_of_one_sample_per_problem_it_is_mcnemars_exact_test(won, lost):
     tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost)
     differences = [1] * won + [-1] * lost + [0] * 5
     assert permutation_p_value(differences) == pytest.approx(min(1, 2 * tail))
+    assert 0 < permutation_p_value([1] * 1076) < 1e-300  # 2^-1075, which no float holds
     assert permutation_p_value([1] * 9 + [-1]) == pytest.approx(22 / 1024)

@@ -160,6 +160,13 @@ def write_aside(path: str | Path, binary: bool = False) -> Iterator[IO]:
             part.unlink()
 
 
+def refuse_overwriting(flag: str, out: str | Path | None, inputs: Iterable[str | Path]) -> None:
+    """Raise UserError if the output `out` of a flag is one of `inputs`."""
+    for path in inputs if out is not None else ():
+        if os.path.realpath(path) == os.path.realpath(out):
+            raise UserError(f"--{flag} {out}: would overwrite {path}; choose another file")
+
+
 def whole_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file that a process appends to, without a last line that a kill cut short."""
     with open(path, "rb") as file:

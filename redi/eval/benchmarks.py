@@ -30,6 +30,7 @@ FIELDS = {
     "subject": ("subject", "subfield", "type"),
     "difficulty": ("difficulty", "level"),
 }
+UNFINISHED = ".unfinished-"  # completions.py marks files with it, so no benchmark's name holds it
 COLUMNS = {"context", *chain(*FIELDS.values())}
 
 # Name -> hub id, split, rows at the paper's size (two where published copies differ).
@@ -65,7 +66,8 @@ def load(name_or_path: str | Path) -> Benchmark:
     """A known benchmark, or one from a file, whose name is the file's stem.
 
     Prints one line if a known benchmark has an unexpected number of rows. Raises UserError: no such
-    name or file, no rows, a broken row, a row without problem or answer, an id that occurs twice.
+    name or file, a stem that cannot name results, no rows, a broken row, a row without problem or
+    answer, an id that occurs twice.
     """
     name = str(name_or_path)
     if name in KNOWN:
@@ -79,6 +81,8 @@ def load(name_or_path: str | Path) -> Benchmark:
     if not path.exists():
         known = ", ".join(KNOWN)
         raise UserError(f"{name}: no such benchmark or file; known benchmarks: {known}")
+    if not is_text(path.stem) or path.stem.startswith(".") or UNFINISHED in path.stem:
+        raise UserError(f"{name}: {path.stem!r} cannot name the files of results; rename this file")
     return Benchmark(path.stem, _problems(path))
 
 

@@ -7,8 +7,7 @@ r"""An evaluation on disk: problems, completions, and what graders decided.
 
 Grading again writes a few hundred kilobytes beside gigabytes of text that never change. A
 completion is appended in one write as soon as it is finished. A killed evaluation resumes from the
-files of all ranks, drops a line that was cut short, and samples the rest. Left out: resuming within
-a completion; checks of the types of fields, since only redi writes these files.
+files of all ranks, drops a line cut short, and samples the rest. Left out: resuming a completion.
 """
 
 import dataclasses
@@ -19,13 +18,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_type_hints
 
-from redi.config import UserError
+from redi.config import RankError, UserError, check_table
 from redi.data.files import make_folder, whole_lines, write_aside
-from redi.eval.benchmarks import Benchmark, load
+from redi.eval.benchmarks import UNFINISHED, Benchmark, load
 
 Key = tuple[str, int]  # a problem's id and a sample's number
+Verdict = Literal["correct", "incorrect", "no_answer", "truncated", "timeout"]
+AnswerFrom = Literal["after_think", "whole"]  # where the grader looked; see grading/grader.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,11 @@ class Completion(_Sample):
 class Mark(_Sample):
     """A grader's verdict on one completion, and what else a report needs of it."""
 
-    verdict: str  # correct, incorrect, no_answer, truncated or timeout
+    verdict: Verdict
     extracted: str | None  # the boxed answer
     num_tokens: int | None
     loops: bool  # the text ends in repetition (repetition.py)
-    answer_from: str  # where the grader looked: after_think or whole
+    answer_from: AnswerFrom
 
 
 L = TypeVar("L", Completion, Mark)
@@ -71,20 +72,24 @@ def marks_file(out: Path, grader: str, name: str) -> Path:
 
 def read_lines(path: Path, kind: type[L], unfinished: bool = False) -> Iterator[L]:
     """The rows of a file. unfinished: leave out a last line that was cut short. Raises UserError:
-    no such file, a line that is cut short or not JSON, missing or unknown fields."""
+    no such file, a line that is cut short or not JSON, fields that are missing, unknown or of
+    another type."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; `python evaluate.py` makes it")
+    types = get_type_hints(kind)
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             is_whole = line.endswith(b"\n")
             if unfinished and not is_whole:
                 return
             try:
-                yield kind(**json.loads(line))
-            except (ValueError, TypeError):
+                row = kind(**json.loads(line))
+            except (ValueError, TypeError, RecursionError):
                 fields = ", ".join(field.name for field in dataclasses.fields(kind))
                 got = f"{'got' if is_whole else 'the file is cut short after'} {line!r:.60}"
                 raise UserError(f"{path}:{number}: expected JSON with {fields}; {got}") from None
+            check_table(vars(row), types, f"{path}:{number}")
+            yield row
 
 
 def write_lines(path: Path, rows: Iterable[Completion | Mark]) -> None:
@@ -97,20 +102,22 @@ def to_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def by_problem(benchmark: Benchmark, rows: Sequence[L]) -> list[list[L]]:
-    """Each problem's completions or marks, by sample. Raises UserError: an unknown problem, a
-    sample that occurs twice or is missing, for then neither the SEM nor pass@k is defined."""
+def by_problem(benchmark: Benchmark, rows: Sequence[L], where: str = "") -> list[list[L]]:
+    """Each problem's completions or marks, by sample. where: the file of the rows, for the error.
+    Raises UserError: an unknown problem, a sample that occurs twice or is missing, for then neither
+    the SEM nor pass@k is defined."""
+    name = f"{where}: {benchmark.name}" if where else benchmark.name
     found: dict[str, list[L]] = {problem.id: [] for problem in benchmark.problems}
     for row in sorted(rows, key=lambda row: row.sample):
         if row.id not in found:
-            raise UserError(f"{benchmark.name}: holds no problem {row.id!r}")
+            raise UserError(f"{name}: holds no problem {row.id!r}")
         found[row.id].append(row)
     n = max(1, *(len({row.sample for row in samples}) for samples in found.values()))
     for id, samples in found.items():
         counts = Counter(row.sample for row in samples)
         if wrong := [k for k in sorted({*range(n), *counts}) if counts[k] != (k < n)]:
             raise UserError(
-                f"{benchmark.name}: problem {id!r} has {len(samples)} samples, expected 0 to "
+                f"{name}: problem {id!r} has {len(samples)} samples, expected 0 to "
                 f"{n - 1}, once each; the first one missing, repeated or unexpected: {wrong[0]}"
             )
     return list(found.values())
@@ -166,13 +173,20 @@ class Store:
         make_folder(self.path.parent)
         is_complete = self.path.is_file()
         self.done = set(self._expected if is_complete else (c.key for c in self._unfinished()))
-        part = self.path.with_name(f"{benchmark.name}.unfinished-{rank}.jsonl")
+        part = self.path.with_name(f"{benchmark.name}{UNFINISHED}{rank}.jsonl")
         self._file = open(part, "ab", buffering=0)  # noqa: SIM115 (until `finish`)
         self._file.truncate(sum(map(len, whole_lines(part))))
 
     def append(self, completion: Completion) -> None:
-        """Hand it to the operating system: from here on it survives a kill of this process."""
-        self._file.write(to_line(asdict(completion)).encode())
+        """Hand it to the operating system: from here on it survives a kill of this process. A full
+        disk raises RankError; the next start drops the part of the line that was written."""
+        left = to_line(asdict(completion)).encode()
+        try:
+            while left:  # a nearly full disk takes a part of it
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            message = f"cannot be written ({error.strerror}); the same command resumes"
+            raise RankError(f"{self._file.name}: {message}") from None
         self.done.add(completion.key)
 
     def finish(self) -> None:
@@ -181,7 +195,7 @@ class Store:
         self._file.close()
         if not self.path.is_file():
             rows = {completion.key: completion for completion in self._unfinished()}
-            if missing := len(self._expected) - len(rows):
+            if missing := sum(key not in rows for key in self._expected):
                 raise UserError(
                     f"{self.path.parent}: {missing} of {len(self._expected)} completions are "
                     "missing; processes on several nodes need an --out that all of them see"
@@ -191,7 +205,7 @@ class Store:
             part.unlink()
 
     def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.unfinished-*.jsonl"))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}{UNFINISHED}*.jsonl"))
 
     def _unfinished(self) -> Iterator[Completion]:
         """What all ranks have sampled so far."""

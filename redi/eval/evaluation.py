@@ -7,6 +7,7 @@ grades them and writes the report. Sampling takes hours, so user errors are foun
 import hashlib
 import json
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ import torch
 from redi import distributed
 from redi.checkpoint.folder import Source, load_model, open_model
 from redi.checkpoint.weights import weights_hash
-from redi.config import UserError
+from redi.config import UserError, require
+from redi.data.files import refuse_overwriting
 from redi.distributed import World, local_rank_zero_first, require_same, wait_for_all
 from redi.eval import external, report
 from redi.eval.benchmarks import Benchmark, load_all
@@ -41,6 +43,8 @@ def run(config: EvalConfig, world: World) -> None:
     out = f"out/eval/{model}" if is_hub_id(model) else f"{model}/eval"
     if config.completions:
         samples, completions = external.read_completions(config.completions, benchmarks)
+        agrees = config.samples in (samples, EvalConfig.samples)
+        require(agrees, "samples", config.samples, f"{samples}, as in {config.completions}")
         out = f"out/eval/{Path(config.completions).stem}"
         if model == EvalConfig.model:  # the user did not name the model that made them
             model = config.completions
@@ -53,6 +57,9 @@ def export(config: EvalConfig, benchmarks: list[Benchmark]) -> None:
     if config.completions:
         raise UserError("--export-prompts: expected without --completions, which come later")
     _, source = open_model(config.model, made_by=_made_by(config))
+    given = [Path(name).expanduser() for name in config.benchmark]
+    inputs = [*given, *chain(*(path.rglob("*") for path in given)), *source.folder.iterdir()]
+    refuse_overwriting("export-prompts", config.export_prompts, inputs)
     prompted = prompt_samples(benchmarks, source, config)
     external.export_prompts(config.export_prompts, prompted, source, config)
     count = len(prompted) // config.samples
@@ -75,7 +82,7 @@ def evaluate(
         facts |= {"model": source.name, **contents}
     if finished:
         store_inputs(out, benchmarks, completions)
-        print((out / "report.md").read_text(), f"{out} is finished: nothing to do", sep="\n")
+        print((out / "report.md").read_text("utf-8"), f"{out} is finished: nothing to do", sep="\n")
         return
 
     if completions is None:

@@ -78,10 +78,7 @@ def read_completions(
             ("sample", completion.key not in found[name], "a number that no earlier row has"),
         )
         found[name][completion.key] = completion
-    try:
-        rows = {b.name: by_problem(b, list(found[b.name].values())) for b in benchmarks}
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    rows = {b.name: by_problem(b, list(found[b.name].values()), str(path)) for b in benchmarks}
     samples = {name: len(problems[0]) for name, problems in rows.items()}
     if len(set(samples.values())) > 1:
         raise UserError(f"{path}: expected as many samples for each benchmark, got {samples}")

@@ -17,6 +17,7 @@ from redi.config import UserError, may_change, require
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
 from redi.eval.engine.generate import Request
 from redi.eval.grading.grader import GraderChoice
+from redi.eval.grading.workers import MOST_SECONDS
 
 # The paper's evaluation prompt, put before the problem. The authors' code has the two spaces too.
 PAPER_PROMPT = (
@@ -65,12 +66,15 @@ class EvalConfig:
         for name in ("samples", "max_new_tokens", "slots", "graders"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.cache_gib is not None:
-            require(self.cache_gib > 0, "cache_gib", self.cache_gib, "above 0")
-        require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+            require(0 < self.cache_gib <= 1e6, "cache_gib", self.cache_gib, "above 0, at most 1e6")
+        # Divided by less than 0.001, the rounding errors of logits would decide what is drawn.
+        is_sound = self.temperature == 0 or self.temperature >= 1e-3
+        require(is_sound, "temperature", self.temperature, "0, or at least 0.001")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "within (0, 1]")
         require(len(self.benchmark) >= 1, "benchmark", self.benchmark, "at least one")
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
-        require(self.grade_seconds > 0, "grade_seconds", self.grade_seconds, "above 0")
+        seconds = self.grade_seconds
+        require(0 < seconds <= MOST_SECONDS, "grade_seconds", seconds, "above 0, at most a day")
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,8 @@ def prompt_samples(
             prompted.append(PromptedSample(name, problem, sample, request))
     if shorter := [room for room in rooms if room < limit]:
         print(
-            f"{len(shorter)} of {len(rooms)} prompts leave less than the limit of {limit} tokens "
-            f"for an answer in the model's context of {context}: {min(shorter)} or more"
+            f"context {context}: answers to {len(shorter)} of {len(rooms)} prompts are cut at "
+            f"{min(shorter)} tokens or more, not {limit}"
         )
     return prompted
 

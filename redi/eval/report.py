@@ -8,12 +8,13 @@ graders judged the completions, the paper's leads for its five benchmarks, Math-
 """
 
 import json
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from redi.config import UserError, parse, program
-from redi.data.files import make_folder, write_aside
+from redi.data.files import make_folder, refuse_overwriting, write_aside
 from redi.eval.grading.grader import GraderChoice, GraderName
 from redi.eval.reporting import paper_results, scores, tables
 from redi.eval.reporting.compare import compare
@@ -37,7 +38,7 @@ def write(out: Path, grader: GraderChoice | None = None) -> str:
     _write(folder / "report.md", tables.markdown(report))
     # The page moves with its folder, so it names the model instead.
     _write(folder / "report.html", evaluation_page({report.model: evaluation}, table))
-    return f"{markdown_table(table)}\nsaved {folder}/report.html, .md and .json"
+    return f"{tables.for_screen(table)}\nsaved {folder}/report.html, .md and .json"
 
 
 def _write(path: str | Path, content: str) -> None:
@@ -61,14 +62,15 @@ def main() -> None:
     for flag, path in (("--out", config.out), ("--page", config.page)):
         if path and any(run.resolve() in Path(path).resolve().parents for run in runs):
             raise UserError(f"{flag} {path}: expected a file outside the evaluations")
+    refuse_overwriting("page", config.page, [config.out] if config.out else [])
     evaluations = dict(zip(run_names(runs), (load(run, config.grader) for run in runs)))
     comparisons = compare(evaluations)
     reports = {name: scores.report(evaluation) for name, evaluation in evaluations.items()}
     rows = [(name, score) for name, report in reports.items() for score in report.benchmarks]
     table = tables.side_by_side(reports)
-    print(markdown_table(table))
-    if comparisons:
-        print("", *(comparison.sentence() for comparison in comparisons), sep="\n")
+    print(tables.for_screen(table))
+    for one in comparisons:
+        print("", textwrap.fill(one.sentence(), 100, break_long_words=False), sep="\n")
     if published := paper_results.rows([score.benchmark for _, score in rows]):
         print("", tables.PUBLISHED, "", markdown_table(published), sep="\n")
     if config.out:

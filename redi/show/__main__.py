@@ -21,7 +21,7 @@ import numpy as np
 
 from redi.config import UserError, parse, program, require
 from redi.data.dataset import Dataset, Limits, select
-from redi.data.files import write_aside
+from redi.data.files import refuse_overwriting, write_aside
 from redi.data.store import load_store
 from redi.data.tokenizer import ChatTokenizer
 from redi.hub import TOKENIZER_FILES, dataset_files, model_folder
@@ -81,9 +81,11 @@ def show(config: ShowConfig) -> str | None:
     """Print the report and a row. Returns the page, if one is to be written. Raises UserError."""
     from_prepare = Path(config.file).name in ("positives.jsonl", "pairs.jsonl")
     files = dataset_files(config.file, made_by="python -m redi.prepare" if from_prepare else None)
+    model = model_folder(config.model, files=TOKENIZER_FILES)
+    refuse_overwriting("html", config.html, [*files, *model.iterdir()])
     paired = holds_pairs(files)
     training = config.training(paired)
-    chat = ChatTokenizer.from_folder(model_folder(config.model, files=TOKENIZER_FILES))
+    chat = ChatTokenizer.from_folder(model)
     store = load_store(files, chat, paired, config.cache)
     every_row = select(store, NO_LIMITS, "drop", config.file)
     chosen = find_row(every_row, config.row, config.file) if config.row else 0

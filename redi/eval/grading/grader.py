@@ -26,8 +26,10 @@ from typing import Literal, get_args
 from redi.config import UserError
 from redi.eval.benchmarks import Benchmark
 from redi.eval.completions import (
+    AnswerFrom,
     Completion,
     Mark,
+    Verdict,
     by_problem,
     completions_file,
     marks_file,
@@ -40,10 +42,8 @@ from redi.eval.grading.normalize import LONGEST_ANSWER, as_integer, text_key
 from redi.eval.grading.repetition import repeats
 from redi.eval.grading.workers import Pool, Question
 
-Verdict = Literal["correct", "incorrect", "no_answer", "truncated", "timeout"]
 GraderName = Literal["math-verify", "paper"]
 GraderChoice = Literal["both", "math-verify", "paper"]
-AnswerFrom = Literal["after_think", "whole"]
 
 NAMED_GOLDS = 5  # unreadable golds that a message names
 

@@ -38,6 +38,7 @@ RULES = {
 }
 ROOT = str(Path(__file__).resolve().parents[3])  # the folder that holds the package
 MEMORY_LIMIT = 2 << 30  # bytes of address space; a comparison needs some 0.2 GiB
+MOST_SECONDS = 86_400.0  # as a limit for one question; timers overflow at two million
 STARTUP_S = 120.0  # importing sympy takes 0.5 s, a minute on a busy network file system
 READY = "ready"
 

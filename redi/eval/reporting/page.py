@@ -12,6 +12,7 @@ import json
 from html import escape
 
 from redi import pages
+from redi.config import UserError
 from redi.eval.benchmarks import Problem
 from redi.eval.completions import Completion, Mark, completions_file, read_lines
 from redi.eval.reporting.stored import Evaluation
@@ -58,7 +59,7 @@ Samples = dict[str, list[tuple[Mark, str]]]  # run -> marks and completions, the
 
 def evaluation_page(evaluations: dict[str, Evaluation], scores: Cells) -> str:
     """The page of one evaluation or several, by name, that `compare` accepts. scores: the table
-    that the page begins with."""
+    that the page begins with. Raises UserError if the completions are not those of the marks."""
     benchmarks = [graded for one in evaluations.values() for graded in one.benchmarks.values()]
     limit, longest = CHARACTERS // sum(len(graded.marks) for graded in benchmarks), 0
     problems = {
@@ -70,11 +71,16 @@ def evaluation_page(evaluations: dict[str, Evaluation], scores: Cells) -> str:
     for run, evaluation in evaluations.items():
         for name, graded in evaluation.benchmarks.items():
             marks = {mark.key: mark for mark in graded.marks}
-            for completion in read_lines(completions_file(evaluation.out, name), Completion):
+            path = completions_file(evaluation.out, name)
+            changed = UserError(f"{path}: holds other samples than were graded; `redi regrade` it")
+            for completion in read_lines(path, Completion):
                 longest = max(longest, len(completion.text))
-                mark = marks[completion.key]
+                if (mark := marks.pop(completion.key, None)) is None:
+                    raise changed
                 shown = _completion(completion, mark, limit)
                 samples[name, completion.id].setdefault(run, []).append((mark, shown))
+            if marks:
+                raise changed
     tags = [_tags(name, problem, samples[name, id]) for (name, id), problem in problems.items()]
     difficulties = sorted({problem.difficulty for problem in problems.values()} - {None})
     options = {
@@ -119,7 +125,8 @@ def _share(run: list[tuple[Mark, str]]) -> float:
 
 
 def _select(name: str, values: list[str]) -> str:
-    options = "".join(f"<option>{escape(value)}</option>" for value in values)
+    texts = map(escape, values)  # without value=, an option's value has single spaces
+    options = "".join(f'<option value="{text}">{text}</option>' for text in texts)
     options = f'<option value="">all</option>{options}'
     return f'<label>{name} <select name="{name}">{options}</select></label>'
 

@@ -64,7 +64,8 @@ def permutation_p_value(differences: Sequence[int]) -> float:
     differences (P,): of two runs, per problem, in any unit in which they are whole. If the runs are
     equally good, each difference is as likely to have the other sign: the p-value is the share of
     all 2^P choices of signs whose sum is at least as far from 0 as the observed one. With a single
-    sample per problem, this is McNemar's exact test.
+    sample per problem, this is McNemar's exact test. A share that a float cannot hold, of more than
+    a thousand problems, is given as the smallest float above 0.
     """
     unit = math.gcd(*differences) or 1
     steps = [abs(difference) // unit for difference in differences if difference]
@@ -74,4 +75,5 @@ def permutation_p_value(differences: Sequence[int]) -> float:
     for step in steps:
         chances = (np.roll(chances, step) + np.roll(chances, -step)) / 2
     distance = abs(np.arange(-zero, zero + 1))
-    return min(1.0, float(chances[distance >= abs(sum(differences)) // unit].sum()))
+    share = float(chances[distance >= abs(sum(differences)) // unit].sum())
+    return min(1.0, max(share, math.ulp(0.0)))

@@ -5,12 +5,13 @@ from itertools import zip_longest
 
 from redi.eval.reporting import paper_results
 from redi.eval.reporting.scores import BenchmarkScore, Report, mean_pass_at_1
-from redi.tables import Cells, markdown_table
+from redi.tables import Cells, markdown_table, text_table
 
 SCORES = (
     "benchmark", "grader", "problems", "pass@1 ± SEM", "95 % interval", "pass@n", "majority",
     "tokens mean", "median", "truncated", "no answer", "timeout", "loops", "answer read",
 )  # fmt: skip
+ON_SCREEN = {"model", *SCORES[:2], "pass@1 ± SEM", *SCORES[5:8], "truncated"}
 NOTES = """\
 pass@1 is the mean over all samples; SEM is the paper's, the spread between repeated runs; the
 interval is for other problems of the same kind. Truncated, unanswered and timed-out completions
@@ -59,6 +60,12 @@ def score_table(report: Report) -> Cells:
     return [SCORES, *_rows(report.benchmarks), *_rows(report.other_grader)]
 
 
+def for_screen(table: Cells) -> str:
+    """The columns of a score table that fit a terminal; the files of a report have the others."""
+    shown = [number for number, name in enumerate(table[0]) if name in ON_SCREEN]
+    return text_table([[row[number] for number in shown] for row in table])
+
+
 def side_by_side(reports: dict[str, Report]) -> Cells:
     """The scores of several runs, by name; of two graders, those of the one that leads."""
     rows = [(name, *row) for name, report in reports.items() for row in _rows(report.benchmarks)]
@@ -103,6 +110,7 @@ def count(tokens: float | None) -> str:
 def card(report: Report) -> str:
     """The scores of a model card: the table, and how the answers were sampled."""
     names = ("temperature", "top_p", "max_new_tokens", "seed", "dtype")
-    settings = (f"{name} {report.settings[name]}" for name in names if name in report.settings)
+    settings = [f"{name} {report.settings[name]}" for name in names if name in report.settings]
+    how = f"with {', '.join(settings)}" if settings else "by another program"
     table = markdown_table(score_table(report))
-    return f"{table}\n\nSampled with {', '.join(settings)}; pass@n is of all samples."
+    return f"{table}\n\nSampled {how}; pass@n is of all samples."
