@@ -117,7 +117,7 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
     parser = _Parser(
         prog=name,
         description=f"{description} Flags are listed with their defaults.",
-        formatter_class=functools.partial(_HelpFormatter, max_help_position=36, width=110),
+        formatter_class=functools.partial(_HelpFormatter, max_help_position=36, width=100),
         allow_abbrev=False,
     )
     recipe = {"metavar": "RECIPE.toml", "help": "settings; flags override them"}
@@ -128,14 +128,16 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
         default = field.default if field.default_factory is MISSING else field.default_factory()
         # A flag that is not given must not override the recipe, so argparse has no defaults.
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
-        if get_origin(kind) is Literal:
+        name, metavar = field.name, field.name.upper()
+        if get_origin(kind) is Literal and len(get_args(kind)) == 1:  # a subcommand
+            [metavar], text = get_args(kind), argparse.SUPPRESS
+        elif get_origin(kind) is Literal:
             text += f" ({', '.join(get_args(kind))})"
         elif get_origin(kind) is list:
             [kind] = get_args(kind)
             options |= {"nargs": "+", "action": "extend"}
         elif kind is bool:
             options |= {"nargs": "?", "const": "true"}
-        name, metavar = field.name, field.name.upper()
         if default is MISSING:
             usage += f" {metavar}"
         elif positional in marks:
@@ -168,6 +170,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 def _from_text(text: str, kind: Any) -> Any:
     """A flag's text as a value of type `kind`: a word like none, a number, or the text itself."""
+    if any("\ud800" <= character <= "\udfff" for character in text):  # bytes that are not UTF-8
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8; got {text!r}")
     words = {"true": True, "false": False, "none": None}
     for read in (words.__getitem__, int, float):
         with contextlib.suppress(KeyError, ValueError, argparse.ArgumentTypeError):
@@ -199,13 +203,18 @@ def _kind_name(kind: Any) -> str:
     return "a list" if get_origin(kind) is list else names.get(kind, "none")
 
 
+def recipe_path(path: str | Path) -> Path:
+    """The path, or redi's own recipe of this name if there is none in the working folder."""
+    path = Path(path)
+    if path.parts[:1] == ("recipes",) and not path.exists():
+        path = next((own for own in (folder / path for folder in HOMES) if own.exists()), path)
+    return path
+
+
 def load_toml(path: str | Path, label: str) -> dict[str, Any]:
     """Read a TOML file. Raises UserError: `label`, then what is wrong."""
-    path = Path(path)
-    if path.parts[:1] == ("recipes",) and not path.exists():  # one of redi's own
-        path = next((own for own in (folder / path for folder in HOMES) if own.exists()), path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(recipe_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{label}: no such file") from None
     except (OSError, ValueError, RecursionError, OverflowError) as error:

@@ -40,7 +40,7 @@ def draw(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for number, (name, records) in enumerate(histories.items()):
             for key, (side, dashes, alone) in zip(keys, SIDES):
                 color = alone if len(histories) == 1 else f"C{number}"
-                label = name if len(keys) == 1 else side
+                label = as_label(name) if len(keys) == 1 else side
                 _plot(axis, records, key, label, color, dashes)
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
@@ -53,6 +53,11 @@ def draw(histories: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.legend(*runs, title=meaning, loc="outside upper left", ncols=3, fontsize="small")
     with write_aside(path, binary=True) as file:
         figure.savefig(file, dpi=110, format="png")
+
+
+def as_label(text: str) -> str:
+    """Text as Matplotlib shows it unchanged: `$` begins no formula, and `_` hides no label."""
+    return f"{' ' * text.startswith('_')}{text}".replace("$", r"\$")
 
 
 def _plot(

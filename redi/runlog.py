@@ -42,16 +42,25 @@ def is_finished(out: str, config: Any) -> bool:
     return any(record["kind"] == "finished" for record in read_metrics(folder))
 
 
+# Kind of a record -> the fields it needs. All fields but the kind are numbers.
+NEEDED = {"train": ("step", "chosen_logp"), "benchmark": ("step", "pass_at_1"), "finished": ()}
+NEEDED |= dict.fromkeys(("eval", "stopped"), ("step",))
+
+
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     """The records of a run, if it has any; see `whole_lines`. Raises UserError for another line."""
     path = run / "metrics.jsonl"
     if path.is_file():
         for number, line in enumerate(whole_lines(path), start=1):
+            where = f"{path}:{number}: not a record of a run"
             try:
                 record = json.loads(line)
-                _ = record["kind"]
+                values = dict.fromkeys(NEEDED[record["kind"]]) | record
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(f"{path}:{number}: not a record of a run") from None
+                raise UserError(where) from None
+            for name, value in values.items():
+                if type(value) not in {"kind": (str,), "step": (int,)}.get(name, (int, float)):
+                    raise UserError(f"{where}: expected a number as {name!r}")
             yield record
 
 
@@ -77,8 +86,8 @@ class RunLog:
         facts: what is not a setting (versions, hash of the data), written as TOML comments."""
         kept = 0
         # Only a later step's line can be cut short: a checkpoint is written after its records.
-        for line in whole_lines(self.folder / "metrics.jsonl"):
-            if json.loads(line).get("step", begin + 1) > begin:
+        for line, record in zip(whole_lines(Path(self._metrics.name)), read_metrics(self.folder)):
+            if record.get("step", begin + 1) > begin:
                 break
             kept += len(line)
         self._metrics.truncate(kept)
@@ -200,7 +209,7 @@ def main() -> None:
 
     path = Path(config.runs[0]) / "curves.png"
     curves.draw(histories, path)
-    print(path)
+    print(f"saved {path}")
 
 
 if __name__ == "__main__":

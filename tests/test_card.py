@@ -24,6 +24,9 @@ from redi.recipe import REDIConfig
 
 FACTS = {"redi": "0.1.0", "torch": "2.13.0", "parent": "org/base", "data sha256": "abc"}
 
+UTF_8 = {"encoding": "utf-8", "errors": "surrogateescape"}
+B, E = "<!-- scores -->\n", "<!-- end of scores -->\n"
+
 
 def test_the_card_names_parent_data_versions_settings_and_the_paper():
     card = model_card(REDIConfig(model="org/base", out="out/redi", alpha=0.5), FACTS)
@@ -39,17 +42,19 @@ def test_the_card_names_parent_data_versions_settings_and_the_paper():
 
 
 def test_scores_are_added_once_and_the_rest_stays(tmp_path):
-    card = model_card(REDIConfig(), FACTS)
+    card = model_card(REDIConfig(), FACTS) + "not UTF-8: \udcff\n"
     path = tmp_path / "README.md"
-    path.write_text(card)
+    path.write_text(card, **UTF_8)
     for scores in (["| old |"], ["| new |", "sampled"]):
         assert add_scores(tmp_path, scores) == path
-    begin, end = "<!-- scores -->\n", "<!-- end of scores -->\n"
     section = "\n## Scores\n\n| new |\n\nsampled\n\n"
-    assert path.read_text() == card.replace(begin + end, begin + section + end)
+    assert path.read_text(**UTF_8) == card.replace(B + E, B + section + E)
 
 
-@pytest.mark.parametrize("text", [None, "# A model of someone else\n"])
+STRANGE = [None, "# A model of someone else\n", B, E, E + B, f"{B}{E}mine\n{B}{E}", f"{B}{E}x{E}"]
+
+
+@pytest.mark.parametrize("text", STRANGE)
 def test_a_model_without_a_card_of_ours_is_left_alone(text, tmp_path):
     path = tmp_path / "README.md"
     if text:

@@ -492,7 +492,7 @@ def test_an_exported_checkpoint_is_a_model_folder_with_its_weights(stopped, monk
 
 
 NOT_EXPORTED = {  # message -> what is done to the folder of run/ and parent/
-    "no such folder": lambda here: shutil.rmtree(here / "run"),
+    "no checkpoint; expected RUN/checkpoints/step-NNNNNN": lambda here: shutil.rmtree(here / "run"),
     "config.toml: no such file": remove("run/config.toml"),
     "expected the settings of a training run": write("run/config.toml", ""),
     "rank-0.safetensors has changed since it was written": lambda here: os.truncate(
@@ -512,3 +512,5 @@ def test_what_cannot_be_exported_is_one_line(message, stopped, capsys):
     assert message in line
     assert not Path("exported").exists()
     assert export(STEP, "--out", "parent") == 2  # it is not empty
+    assert export("parent") == 2
+    assert "parent: no checkpoint; expected RUN" in capsys.readouterr().err

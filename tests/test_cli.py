@@ -112,7 +112,7 @@ def test_help_fits_a_screen_and_states_defaults(capsys):
     assert redi("--help") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 50
-    assert max(map(len, lines)) <= 110
+    assert max(map(len, lines)) <= 100
     assert any("--lr 1e-06" in line for line in lines)
     assert any("--max-response 19000" in line and "tokens" in line for line in lines)
 

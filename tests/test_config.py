@@ -38,6 +38,12 @@ class Placed:
     size: Annotated[int, "a flag"] = 3
 
 
+@dataclass(kw_only=True)
+class Subcommand:
+    command: Annotated[Literal["grade"], "hidden"]
+    file: Annotated[str, "positional"]
+
+
 def read(*flags: str, config=Settings):
     return parse(config, "A program.", list(flags))
 
@@ -113,6 +119,7 @@ def test_a_recipe_value_becomes_the_fields_type(recipe, text, settings):
         ("--fast yes", "--fast: expected true or false; got 'yes'"),
         ("--count", "--count"),
         ("--unknown 1", "--unknown"),
+        ("--name \udcff", "--name: expected text in UTF-8; got '\\udcff'"),
         ("--coun 1", "--coun"),  # no abbreviations
         ("stray", "stray"),
         ("--config nowhere.toml", "--config nowhere.toml: no such file"),
@@ -220,6 +227,15 @@ def test_a_broken_pipe_is_no_traceback():
     assert process.wait(timeout=60) == 1
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+def test_a_subcommand_is_shown_as_the_word_that_is_typed(capsys):
+    with pytest.raises(SystemExit):
+        read("--help", config=Subcommand)
+    shown = capsys.readouterr().out
+    assert " grade FILE [--flag value ...]" in shown
+    assert "hidden" not in shown
+    assert "required: grade, FILE" in refusal(read, config=Subcommand)
 
 
 def test_help_states_every_flag_its_default_and_its_meaning(capsys):

@@ -7,6 +7,7 @@ from typing import Annotated
 from unittest import mock
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from processes import main_in_this_process
 from small_run import refusal, write_jsonl
@@ -25,7 +26,7 @@ class Settings:
     dry_run: Annotated[bool, "not compared", may_change] = False
 
 
-FIRST = {"kind": "train", "step": 1, "loss": 1.0}
+FIRST = {"kind": "train", "step": 1, "chosen_logp": -1.0}
 LAST = {"kind": "finished"}
 
 
@@ -42,12 +43,12 @@ def start(folder: Path, settings: Settings | None = None, **facts: str) -> RunLo
 
 
 def killed(folder: Path) -> None:
-    start(folder).record("train", 1, loss=1.0)  # its lock ends with it
+    start(folder).record("train", 1, chosen_logp=-1.0)  # its lock ends with it
 
 
 def finished(folder: Path) -> None:
     log = start(folder)
-    log.record("train", 1, loss=1.0)
+    log.record("train", 1, chosen_logp=-1.0)
     log.finish()
 
 
@@ -99,15 +100,18 @@ def test_config_toml_holds_facts_as_comments_above_the_settings(run):
     start(run, settings, **facts)
     comments = "# redi: 0.1\n# parent: C: # a path\n# parent's weights: af01\n"
     assert (run / "config.toml").read_text() == comments + to_toml(settings)
-    assert read_facts(run) == facts | {"parent": "C: # a path"}  # on one line
+    facts["parent"] = "C: # a path"  # on one line
+    assert read_facts(run) == facts
+    (run / "config.toml").write_text(f"# a user's note\n#\n{comments}{to_toml(settings)}")
+    assert read_facts(run) == facts
 
 
 def test_records_are_on_disk_as_soon_as_they_are_written(run):
     log = start(run)
-    log.record("train", 1, loss=0.5, lr=1e-3)
+    log.record("train", 1, chosen_logp=-0.5, lr=1e-3)
     log.record("eval", 1, loss=float("nan"))
     written = [
-        {"kind": "train", "step": 1, "loss": 0.5, "lr": 1e-3},
+        {"kind": "train", "step": 1, "chosen_logp": -0.5, "lr": 1e-3},
         {"kind": "eval", "step": 1, "loss": float("nan")},
     ]
     assert repr(list(read_metrics(run))) == repr(written)  # NaN differs from itself
@@ -129,9 +133,22 @@ def test_a_last_line_cut_short_is_left_out_and_any_other_damaged_line_is_named(r
     path.write_text(whole[:-5])
     assert list(read_metrics(run)) == [FIRST]
     assert not is_finished(str(run), Settings())
-    for damaged in ("{" + whole, "[" * 200_000 + "\n"):
+    settings, text = Settings(), whole.replace
+    for damaged, field in (
+        ("{" + whole, ""), ("[" * 200_000 + "\n", ""), (text("train", "other"), ""),
+        (text('"step": 1, ', ""), "step"), (text("1,", '"a",'), "step"),
+        (text("1,", "1e400,"), "step"), (text("-1.0", "null"), "chosen_logp"),
+        (text("chosen", "rejected"), "chosen_logp"), (text("}", ', "loss": "x"}', 1), "loss"),
+    ):  # fmt: skip
         path.write_text(damaged)
-        assert refusal(lambda: list(read_metrics(run))) == f"{path}:1: not a record of a run"
+        expected = f"{path}:1: not a record of a run" + (
+            field and f": expected a number as {field!r}"
+        )
+        assert refusal(lambda: list(read_metrics(run))) == expected
+        assert refusal(is_finished, str(run), settings) == expected
+    log = RunLog(str(run), settings)
+    assert refusal(log.start, {}) == expected
+    assert path.read_text() == damaged
 
 
 def test_progress_without_a_terminal_is_a_line_every_few_seconds(capsys, monkeypatch):
@@ -187,7 +204,7 @@ def test_a_tracker_gets_settings_and_records(run, monkeypatch, tracker):
 
 def test_the_curves_of_all_runs_are_drawn_into_the_first_with_a_panel_per_metric(tmp_path, capsys):
     first, second, empty = (tmp_path / name for name in ("one", "two", "empty"))
-    panels = dict.fromkeys(("chosen_logp", "rejected_logp", "margin", "lr"), 0.1)  # three panels
+    panels = dict.fromkeys(("rejected_logp", "margin", "loss", "lr"), 0.1)  # three more panels
     for folder, values in ((first, {}), (second, panels)):
         folder.mkdir()
         train = [{**FIRST, "step": step, **values} for step in range(1, 6)]
@@ -200,12 +217,22 @@ def test_the_curves_of_all_runs_are_drawn_into_the_first_with_a_panel_per_metric
     sizes = []
     for runs in ([first], [first, second]):
         assert main_in_this_process(runlog.main, *runs) == 0
-        assert capsys.readouterr().out == f"{first}/curves.png\n"
+        assert capsys.readouterr().out == f"saved {first}/curves.png\n"
         sizes.append(imread(first / "curves.png").shape)
     assert 300 < sizes[0][0] < sizes[1][0]  # one panel, then several rows
     assert 500 < sizes[0][1] < sizes[1][1]  # and three columns
     assert {path.name for path in first.iterdir()} == {"metrics.jsonl", "curves.png"}
     assert not (second / "curves.png").exists()
+
+
+@pytest.mark.parametrize("name", ["_x", "cost $x_{$ <b>", "$$", r"\$", "C:\\$a$"])
+def test_the_name_of_a_run_stands_in_the_legend_as_it_is(name):
+    axis = Figure().subplots()
+    axis.plot([0], label=curves.as_label(name))
+    [text] = axis.legend().get_texts()
+    axis.figure.canvas.draw()
+    shown, is_formula = text._preprocess_math(text.get_text())
+    assert (shown.strip(), bool(is_formula)) == (name, False)
 
 
 def test_a_curve_is_smoothed_over_a_tenth_of_its_steps():

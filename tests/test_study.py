@@ -10,12 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from processes import command, run_command, wait_until
+from processes import ROOT, command, run_command, wait_until
 from small_run import refusal
 
 from redi.__main__ import COMMANDS
 from redi.config import Stopped, to_toml
-from redi.study.__main__ import claim
+from redi.study.__main__ import claim, write_reports
 from redi.study.commands import Job, jobs
 from redi.study.figures import figures
 from redi.study.jobs import run_jobs
@@ -98,6 +98,8 @@ def program_of(job: Job) -> str:
         ('name = "REDI"', 'name = "..."', "1: key 'name': expected a name with a letter"),
         ('name = "REDI"', 'name = "Stage 1"', "[[method]] 1: key 'name': 'Stage 1' is taken"),
         ("lr = [1e-4, 1e-3]", "lr = []", "'REDI': key 'lr': expected at least one value"),
+        ("lr = [1e-4, 1e-3]", "lr = [[1e-4], [1e-3]]", "key 'lr': expected values, not lists"),
+        ("eval_every = 1", "help = true", "[stage2] and [[method]] 'REDI': key 'help': not a"),
         ("lr = [1e-4, 1e-3]", "", "'REDI': key 'lr': expected at least one value"),
         ("[toy]", f"{A}'A b'\n{A}'a-b'\n[toy]", "[[teacher]]: expected different names"),
         ("[toy]", f"{A}'logs'\n[toy]", "[[teacher]] 1: key 'name': 'logs' is taken"),
@@ -138,10 +140,25 @@ def test_stage_1_is_trained_once_for_all_methods_and_all_shares_of_mislabelled_t
     noisy = by_name["o/seed-2/redi-lr-1e-4-mislabelled-0.25"]
     data = "o/seed-2/data-mislabelled-0.25"
     assert [*map(str, noisy.needs)] == ["o/seed-2/sft/config.json", f"{data}/card.json"]
-    assert "--seed 2" in str(noisy)
-    assert f"--model o/seed-2/sft --data {data}/pairs.jsonl" in str(noisy)
+    lines = str(noisy).split(" \\\n   ")
+    assert max(map(len, lines)) <= 97
+    assert "--seed 2" in "".join(lines)
+    assert f"--model o/seed-2/sft --data {data}/pairs.jsonl" in "".join(lines)
     products = [job.product for job in wanted]
     assert all(products.index(n) < products.index(job.product) for job in wanted for n in job.needs)
+
+
+def test_shares_that_differ_by_little_have_their_own_data_and_models(write_study):
+    path = write_study(("[toy]", "mislabelled = [0.2, 0.2000001]\n[toy]"))
+    counts = Counter(map(program_of, jobs(read_study(path))))
+    assert (counts["redi.toy"], counts["train-redi"]) == (6, 8)
+
+
+def test_outside_a_clone_redis_own_recipe_is_the_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = read_study("recipes/study_toy.toml")
+    assert study.text == (ROOT / "recipes/study_toy.toml").read_text()
+    assert study.out == Path("out/study_toy")
 
 
 def test_on_several_gpus_torchrun_starts_what_trains_and_what_samples(write_study):
@@ -267,12 +284,29 @@ def test_results_are_what_runs_and_evaluations_left_on_disk(results):
     assert redi.collapsed_at == 21  # the 20th step in a row that is 0.5 lower
 
 
-def test_a_broken_report_is_one_line_that_says_how_to_write_it_again(write_study, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("eval/report.json", "}", "", "report.json: not a report of evaluate.py ("),
+        ("eval/report.json", '"benchmarks"', '"x"', "('benchmarks'); `python -m redi.eval.grade"),
+        ("eval/report.json", "7.0", "null", "key 'mean_tokens': expected a finite number; got"),
+        ("eval/report.json", "[0.5, 1.0]", "[]", "report.json: not a report of evaluate.py ("),
+        ("eval/report.json", '"pass_at_1": 0.5', '"pass_at_1": "0.5"', "got '0.5'"),
+        ("metrics.jsonl", "chosen", "x", "metrics.jsonl:1: not a record of a run: expected a num"),
+        ("metrics.jsonl", "train", "eval", "metrics.jsonl: no training records"),
+    ],
+)
+def test_a_broken_file_of_a_run_is_one_line_that_names_it(
+    write_study, tmp_path, file, old, new, message
+):
     study = read_study(write_study(("[1, 2]", "[1]"), ("[1e-4, 1e-3]", "1e-4")), tmp_path)
     for model in study.models():
         write_run(model.folder, 0.5)
-    (tmp_path / "seed-1/sft/eval/report.json").write_text("{")
-    assert "seed-1/sft/eval/report.json: not a report" in refusal(collect, study, {})
+    path = tmp_path / "seed-1/sft" / file
+    path.write_text(path.read_text().replace(old, new))
+    refused = refusal(collect, study, {})
+    assert message in refused
+    assert refused.startswith(str(path))
 
 
 def test_the_table_by_hand(results):
@@ -306,6 +340,20 @@ def test_a_report_names_the_grader_and_what_is_missing_and_shows_its_figures(res
     assert text.count("data:image/png") == len(drawn)
     cells = "REDI lr 1e-4 a 0 0.800 ± 0.115 1.000 +0.200 0.074 7.0 3 3"
     assert cells in re.sub(r"(<[^>]*>\s*)+", " ", text)
+
+
+def test_names_of_methods_are_no_formulas_and_numbers_are_written_before_figures(
+    write_study, tmp_path, monkeypatch
+):
+    study = read_study(write_study(('"REDI"', '"_cost $x_{$ <b>"')), tmp_path)
+    for model in study.models():
+        write_run(model.folder, 0.5)
+    found = collect(study, {})
+    assert list(figures(found)) == ["accuracy", "log_probs", "gains"]
+    monkeypatch.setattr("redi.study.figures.figures", lambda results: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_reports(study, found)
+    assert json.loads((tmp_path / "study.json").read_text())["title"] == "small"
 
 
 def test_settings_are_written_as_people_type_them_and_exactly():

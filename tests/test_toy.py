@@ -7,8 +7,10 @@ import re
 
 import numpy as np
 import pytest
+from processes import main_in_this_process
 
 from redi.config import UserError
+from redi.toy import student
 from redi.toy.student import ToyConfig
 from redi.toy.teacher import Faults, Problem, draw_problems, draw_trace, raw_row
 
@@ -91,6 +93,15 @@ def test_a_trace_that_the_teacher_never_writes_is_an_error():
 def test_an_impossible_fault_names_its_flag():
     with pytest.raises(UserError, match=r"--rambling: expected within \[0, 1\]; got 1.5"):
         Faults(rambling=1.5)
+
+
+def test_a_student_that_cannot_be_written_is_one_line_and_no_half_file(tmp_path, capsys):
+    taken = tmp_path / "student/tokenizer.json"
+    taken.mkdir(parents=True)
+    assert main_in_this_process(student.main, tmp_path, "--problems", 20, "--benchmark", 2) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"error: {taken}: cannot be written (Is a directory)"
+    assert list(taken.parent.iterdir()) == [taken]
 
 
 def test_problems_differ_from_each_other_and_from_the_held_out_ones():

@@ -24,8 +24,8 @@ class ExportConfig:
 def main() -> None:
     config = parse(ExportConfig, "Export a checkpoint of a run as a Hugging Face folder.")
     folder, out = Path(config.checkpoint), Path(config.out)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected RUN/checkpoints/step-NNNNNN")
+    if not folder.is_dir() or folder.absolute().parent.name != "checkpoints":
+        raise UserError(f"{folder}: no checkpoint; expected RUN/checkpoints/step-NNNNNN")
     recorded = folder.absolute().parent.parent / "config.toml"
     run = load_toml(recorded, str(recorded))
     if not run.keys() >= USED:

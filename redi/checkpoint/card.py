@@ -5,6 +5,7 @@ place of earlier ones.
 """
 
 import platform
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -49,11 +50,12 @@ def add_scores(model: Path, scores: Iterable[str]) -> Path:
     """Put paragraphs of Markdown into the card of a model, in place of earlier scores. Returns the
     card. Raises UserError if the model has no card that training wrote."""
     path = model / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if BEGIN not in text or END not in text:
-        raise UserError(f"{path}: expected the model card that training writes, to add scores to")
+    utf_8 = {"encoding": "utf-8", "errors": "surrogateescape"}  # other bytes stay as they are
+    text = path.read_text(**utf_8) if path.is_file() else ""
+    if re.findall(f"{BEGIN}|{END}", text) != [BEGIN, END]:
+        raise UserError(f"{path}: expected the model card of a run, with one pair {BEGIN} {END}")
     joined = "\n\n".join(scores)
     before, after = text.split(BEGIN)[0], text.split(END)[-1]
-    with write_aside(path) as file:
-        file.write(f"{before}{BEGIN}\n## Scores\n\n{joined}\n\n{END}{after}")
+    with write_aside(path, binary=True) as file:
+        file.write(f"{before}{BEGIN}\n## Scores\n\n{joined}\n\n{END}{after}".encode(**utf_8))
     return path

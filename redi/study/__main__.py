@@ -92,14 +92,15 @@ def claim(study: Study, wanted: Sequence[Job]) -> Iterator[IO]:
 
 
 def write_reports(study: Study, results: Results) -> None:
-    """Write study.json, the figures and the page."""
+    """Write study.json, then the figures and the page."""
     from redi.study.figures import figures
     from redi.study.page import page
 
+    with write_aside(study.out / "study.json") as file:
+        file.write(json.dumps(asdict(results)) + "\n")
     drawn = figures(results)
     make_folder(study.out / "figures")
     files = {f"figures/{name}.png": picture for name, picture in drawn.items()}
-    files["study.json"] = (json.dumps(asdict(results)) + "\n").encode()
     files["report.html"] = page(results, drawn).encode()
     for name, content in files.items():
         with write_aside(study.out / name, binary=True) as file:

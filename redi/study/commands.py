@@ -30,8 +30,13 @@ class Job:
         return str(self.product.parent)
 
     def __str__(self) -> str:
-        """The command as a user types it."""
-        return shlex.join(["python" if w == sys.executable else w for w in self.command])
+        """The command as a user types it, on lines of at most 100 characters."""
+        lines = [""]
+        for word in ("python" if w == sys.executable else w for w in self.command):
+            if len(lines[-1]) + len(shlex.quote(word)) > 97:
+                lines.append("   ")
+            lines[-1] += f" {shlex.quote(word)}"
+        return " \\\n".join(lines).lstrip()
 
 
 def jobs(study: Study, gpus: int = 0) -> list[Job]:
@@ -90,7 +95,7 @@ def _evaluation(study: Study, model: Model, gpus: int) -> Job:
 
 def _data(model: Model) -> Path:
     share = model.mislabelled
-    return model.folder.with_name(f"data-mislabelled-{share:g}" if share else "data")
+    return model.folder.with_name(f"data-mislabelled-{as_text(share)}" if share else "data")
 
 
 def _benchmark(model: Model) -> Path:
@@ -111,6 +116,8 @@ def _flags(
     from the study's file; fixed: flags that the study sets itself."""
     if both := given.keys() & fixed.keys():
         raise UserError(f"{where}: key {min(both)!r}: the study sets it itself")
+    if "help" in given:
+        raise UserError(f"{where}: key 'help': not a setting")
     arguments = list(first)
     for key, value in (given | fixed).items():
         values = value if isinstance(value, list) else [value]

@@ -11,6 +11,7 @@ from statistics import fmean
 import numpy as np
 from matplotlib.figure import Figure
 
+from redi.curves import as_label
 from redi.study.plan import STAGE_1, as_text, in_words
 from redi.study.results import Results, Row, Run, sem
 
@@ -114,13 +115,13 @@ def _draw(panels: Panels, ylabel: str, xlabel: str | None = None) -> bytes | Non
             x = sorted(at for at, values in line.points.items() if values)
             mean = np.array([fmean(line.points[at]) for at in x])
             error = np.array([sem(line.points[at]) or 0.0 for at in x])
-            [drawn] = axis.plot(x, mean, line.style, lw=1.4, ms=3.5, label=line.label)
+            [drawn] = axis.plot(x, mean, line.style, lw=1.4, ms=3.5, label=as_label(line.label))
             band = {"color": drawn.get_color(), "alpha": 0.15, "lw": 0}
             axis.fill_between(x, mean - error, mean + error, **band)
         if xlabel:
-            axis.set(title=title, xlabel=xlabel)
+            axis.set(title=as_label(title), xlabel=xlabel)
         else:
-            axis.set(xlabel=title, xscale="log" if title == "lr" else "linear")
+            axis.set(xlabel=as_label(title), xscale="log" if title == "lr" else "linear")
             axis.axhline(0, color="0.45", ls="--", lw=1)
         axis.grid(alpha=0.3)
         outside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(panels) == 1 else {}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from redi import pages
 from redi.study.figures import FIGURES
-from redi.study.plan import STAGE_1
+from redi.study.plan import STAGE_1, as_text
 from redi.study.results import Results, Row
 
 NOTES = (
@@ -55,7 +55,7 @@ def table(results: Results, rows: Sequence[Row]) -> list[list[str]]:
         if len({row.teacher for row in rows}) > 1:
             line["teacher"] = row.teacher
         if len({row.mislabelled for row in rows}) > 1:
-            line["mislabelled"] = f"{row.mislabelled:g}"
+            line["mislabelled"] = as_text(row.mislabelled)
         if len(row.benchmarks) > 1:
             line |= {name: f"{score:.3f}" for name, score in row.benchmarks.items()}
         error = "" if row.sem is None else f" ± {row.sem:.3f}"

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from redi.config import UserError, check_table, load_toml
+from redi.config import UserError, check_table, load_toml, recipe_path
 
 Flags = dict[str, Any]  # of one program, without the dashes
 KEYS = {
@@ -76,6 +76,7 @@ class Model(Variant):
 @dataclass(frozen=True, kw_only=True)
 class Study:
     path: Path
+    text: str  # the file, as it was when it was read
     out: Path
     seeds: list[int]
     mislabelled: list[float]
@@ -92,7 +93,7 @@ class Study:
             yield Model(teacher, 0.0, STAGE_1, {}, toy=toy, seed=seed, folder=folder / "sft")
             grid = itertools.product(self.mislabelled, self.variants.items())
             for share, (name, (method, settings)) in grid:
-                path = folder / (name + (f"-mislabelled-{share:g}" if share else ""))
+                path = folder / (name + (f"-mislabelled-{as_text(share)}" if share else ""))
                 yield Model(teacher, share, method, settings, toy=toy, seed=seed, folder=path)
 
 
@@ -104,7 +105,7 @@ def read_study(path: str | Path, out: str | Path | None = None) -> Study:
 
     Raises UserError: the file, then the key.
     """
-    where = str(path)
+    where, path = str(path), recipe_path(path)
     tables = check_table(load_toml(path, where), KEYS, where)
     seeds, shares = tables.get("seeds", []), tables.get("mislabelled", [0.0])
     if not seeds or len(set(seeds)) < len(seeds):
@@ -120,8 +121,9 @@ def read_study(path: str | Path, out: str | Path | None = None) -> Study:
         if len(set(map(slug, toys))) < len(rows):
             raise UserError(f"{where}: [[teacher]]: expected different names")
     return Study(
-        path=Path(path),
-        out=Path(out or f"out/{Path(path).stem}"),
+        path=path,
+        text=path.read_text(encoding="utf-8"),
+        out=Path(out or f"out/{path.stem}"),
         seeds=seeds,
         mislabelled=shares,
         toys=toys,
@@ -140,14 +142,16 @@ def _variants(rows: list[Flags], where: str) -> dict[str, tuple[str, Flags]]:
         for key in ("objective", "lr", *grid):
             if not grid.get(key):
                 raise UserError(f"{where} {method!r}: key {key!r}: expected at least one value")
+            if any(isinstance(value, list) for value in grid[key]):
+                raise UserError(f"{where} {method!r}: key {key!r}: expected values, not lists")
         for values in itertools.product(*grid.values()):
             settings = dict(zip(grid, values))
             numbers = [f"{k}-{slug(as_text(v))}" for k, v in settings.items() if k != "objective"]
             name = "-".join([slug(method), *numbers])
             if name in variants:
                 raise UserError(
-                    f"{where}: {name!r} occurs twice; methods that differ in their objective "
-                    "alone need different names"
+                    f"{where}: {name!r} occurs twice; give each value once, and different names "
+                    "to methods that differ in their objective alone"
                 )
             variants[name] = method, settings
     if not variants:

@@ -18,12 +18,13 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from mpmath import betainc
 
-from redi.config import UserError
+from redi.config import UserError, check_table
 from redi.eval.protocol import EvalConfig
 from redi.monitor import CollapseGuard
 from redi.recipe import REDIConfig
@@ -31,6 +32,8 @@ from redi.runlog import read_metrics
 from redi.study.plan import STAGE_1, Model, Study, Variant
 
 ROUNDING = 1e-12  # scores that differ at all differ by one completion, about 1e-5
+SCORE = {"benchmark": str, "grader": str, "pass_at_1": float, "mean_tokens": float}
+SCORE |= {"pass_at_k": list[float]}  # what a study uses of a benchmark in report.json
 CURVES = ("chosen_logp", "rejected_logp")  # fields of metrics.jsonl
 
 
@@ -90,7 +93,7 @@ def collect(study: Study, missing: dict[str, str]) -> Results:
     grid = grid_of(runs)
     return Results(
         title=study.path.stem,
-        study=study.path.read_text(encoding="utf-8"),
+        study=study.text,
         samples=study.evaluation.get("samples", EvalConfig.samples),
         missing=missing,
         runs=runs,
@@ -100,17 +103,11 @@ def collect(study: Study, missing: dict[str, str]) -> Results:
 
 
 def _run(study: Study, model: Model) -> Run:
-    folder = model.folder / "eval"
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        scores, mean = report["benchmarks"], report["mean_pass_at_1"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{folder}/report.json: not a report of evaluate.py; "
-            f"`python -m redi.eval.grade regrade {folder}` writes it again"
-        ) from None
+    scores = _read_scores(model.folder / "eval")
     metrics = list(read_metrics(model.folder))
     records = [record for record in metrics if record["kind"] == "train"]
+    if not records:
+        raise UserError(f"{model.folder}/metrics.jsonl: no training records; remove the folder")
     during = [record for record in metrics if record["kind"] == "benchmark"]
     return Run(
         teacher=model.teacher,
@@ -119,7 +116,7 @@ def _run(study: Study, model: Model) -> Run:
         settings=model.settings,
         seed=model.seed,
         grader=scores[0]["grader"],
-        pass_at_1=mean,
+        pass_at_1=fmean(score["pass_at_1"] for score in scores),
         benchmarks={score["benchmark"]: score["pass_at_1"] for score in scores},
         pass_at_n=fmean(score["pass_at_k"][-1] for score in scores),
         mean_tokens=fmean(score["mean_tokens"] for score in scores),
@@ -128,6 +125,21 @@ def _run(study: Study, model: Model) -> Run:
         curves={key: [record[key] for record in records if key in record] for key in CURVES},
         collapsed_at=_collapse(records, study.stage2 | model.settings) if model.settings else None,
     )
+
+
+def _read_scores(folder: Path) -> list[dict[str, Any]]:
+    """The SCORE of each benchmark in an evaluation's report.json. Raises UserError."""
+    path = folder / "report.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+        scores = [check_table({key: row[key] for key in SCORE}, SCORE, "score") for row in rows]
+        _ = scores[0], [score["pass_at_k"][-1] for score in scores]  # none is empty
+    except (UserError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a report of evaluate.py ({error}); "
+            f"`python -m redi.eval.grade regrade {folder}` writes it again"
+        ) from None
+    return scores
 
 
 def _collapse(records: list[dict[str, Any]], settings: dict[str, Any]) -> int | None:

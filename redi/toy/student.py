@@ -81,11 +81,13 @@ def make_student(folder: Path, texts: list[str], seed: int) -> None:
     """Write an untrained model with its tokenizer as a Hugging Face folder."""
     tokenizer = train_tokenizer([*texts, chatml(system=None)])
     end_of_text = tokenizer.token_to_id("<|endoftext|>")
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    make_folder(folder)
     settings = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    (folder / "chat_template.jinja").write_text(chatml(system=None))
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": chatml(None)}
+    files["tokenizer_config.json"] = json.dumps(settings, indent=2)
+    for name, content in files.items():
+        with write_aside(folder / name) as file:
+            file.write(content)
     # Sizes that are multiples of 64 multiply faster, as in Qwen2's padded vocabulary.
     padded = -(-tokenizer.get_vocab_size() // 64) * 64
     config = {**STUDENT, "vocab_size": padded, "eos_token_id": end_of_text}
