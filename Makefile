@@ -56,13 +56,18 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 	@$(call new_venv)
 	@echo "installing requirements.txt into .venv (a minute or two)"
 	@$(BIN)/pip install $(PIP_FLAGS) -r requirements.txt -c constraints.txt
+	@$(call install_redi)
 	@touch $@
 
 .venv/dev: requirements-dev.txt requirements.txt constraints.txt
 	@$(call new_venv)
 	@echo "installing requirements-dev.txt into .venv (a minute or two)"
 	@$(BIN)/pip install $(PIP_FLAGS) -r requirements-dev.txt -c constraints.txt
+	@$(call install_redi)
 	@touch .venv/core $@
+
+# The command redi, from this folder as it is.
+install_redi = $(BIN)/pip install $(PIP_FLAGS) --no-deps --editable .
 
 define new_venv
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -90,7 +90,8 @@ def _row(
     )
     target_exp = tl.exp(target_logit - row_max)
 
-    # log(others + target_exp), exact also when the target holds nearly all the mass
+    # log(others + target_exp), exact also when the target holds nearly all the mass. Triton has no
+    # log1p: below 1e-4 two terms of its series are exact in fp32 (the third is 3e-9 of the first).
     small = others + (target_exp - 1.0)
     log_sum = tl.where(small < 1e-4, small - 0.5 * small * small, tl.log(others + target_exp))
     tl.store(logps + row, target_logit - row_max - log_sum)
@@ -116,7 +117,8 @@ def _exponentials(
     logits, target, target_logit, vocabulary, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The row's maximum, and over all tokens but the target, with x = z - maximum, sum e^x and (for
-    the entropy) sum x e^x."""
+    the entropy) sum x e^x. When the maximum changes by old - new = d (`moved`), x becomes x + d:
+    sum e^(x+d) = e^d sum e^x, and sum (x+d) e^(x+d) = e^d (sum x e^x + d sum e^x)."""
     maxima = tl.full((BLOCK,), -float("inf"), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     products = tl.zeros((BLOCK,), tl.float32)

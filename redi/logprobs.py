@@ -188,19 +188,19 @@ def _gradients(
         if _in_triton(logits):
             from redi import kernels  # triton is installed with torch for CUDA
 
-            chunk, logps[rows], entropies[rows] = kernels.softmax_gradient_(
+            d_logits, logps[rows], entropies[rows] = kernels.softmax_gradient_(
                 logits, targets[rows], weights, part.dtype
-            )
-            torch.mm(chunk, head.weight, out=d_hidden[rows])
+            )  # weight * (onehot - softmax)
+            torch.mm(d_logits, head.weight, out=d_hidden[rows])
+            torch.addmm(d_weight, d_logits.T, part, out=d_weight, **head.into_wide)
         else:
             logps[rows], others, total = _exponentials_(logits, targets[rows])
-            chunk = logits.scatter_(1, targets[rows, None], -others)  # (softmax - onehot) * total
-            scale = -weights[:, None] / total  # (C, 1)
-            d_part = torch.mm(chunk, head.weight, out=d_hidden[rows])  # (C, D)
+            unscaled = logits.scatter_(1, targets[rows, None], -others)  # total (softmax - onehot)
+            scale = -weights[:, None] / total  # (C, 1), makes it weight * (onehot - softmax)
+            d_part = torch.mm(unscaled, head.weight, out=d_hidden[rows])  # (C, D)
             entropies[rows] = -logps[rows] - torch.linalg.vecdot(part, d_part) / total[:, 0]
             d_part.mul_(scale)
-            part = part * scale
-        torch.addmm(d_weight, chunk.T, part, out=d_weight, **head.into_wide)
+            torch.addmm(d_weight, unscaled.T, part * scale, out=d_weight)
     return _Gradients(d_hidden, d_weight, logps, entropies.clamp_(min=0.0))  # rounding
 
 

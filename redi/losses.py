@@ -20,8 +20,9 @@ SFT, REDI and the symmetric objective are linear in the log-probs: their slopes 
 Training derives the weight of every token from the functions below by autograd (objectives.py), so
 a change of an equation here changes what trains.
 
-No reference model, no beta and no sigmoid in REDI: it is unbounded below, so watch the curves.
-Objectives outside the paper are in related_losses.py. Letters: P pairs.
+REDI's loss has no lower bound, because it is linear and a rejected token's log-prob can go to minus
+infinity. DPO and SimPO flatten where a pair is well separated; nothing in REDI does, so watch the
+curves. Objectives outside the paper are in related_losses.py. Letters: P pairs.
 """
 
 import torch  # noqa: F401 (the examples use it)

@@ -61,12 +61,13 @@ class StepMemory:
         rows = {
             **self.fixed,
             f"activations inside {kept} of {self.blocks} blocks": kept * self.per_block,
-            f"at the peak, {fits} {SHARE:.0%} of the memory, {self.planned / 2**30:.3f}": total,
+            f"at the peak, {fits} {self.planned / 2**30:.3f} GiB ({SHARE:.0%} of memory)": total,
         }
         table = "".join(f"\n{size / 2**30:>10.3f}  {purpose}" for purpose, size in rows.items())
         return (
             f"activation checkpointing: {checkpointed} of {self.blocks} blocks\n"
-            f"GiB per process for packs of {self.tokens:,} tokens (formula: redi/memory.py):{table}"
+            f"GiB per process for packs of at most {self.tokens:,} tokens, beside Python and its "
+            f"libraries (redi/memory.py):{table}"
         )
 
 

@@ -62,7 +62,7 @@ PackLoss = WeightedLogpSum
 @dataclass(frozen=True)
 class LinearObjective:
     """loss = sum_t w_t logp_t. token_weights(signs (S,), lengths (S,), totals) -> (S,): w of the
-    tokens of each sequence, float64."""
+    tokens of each sequence, float64. signs: -1 rejected, +1 otherwise; lengths: |y|."""
 
     token_weights: Callable[[Tensor, Tensor, Totals], Tensor]
     keep_pairs = False  # must both traces of a pair be in one pack?
@@ -87,7 +87,7 @@ class PairwiseObjective:
         return any(name.startswith("ref_") for name in self.arguments)
 
     def token_weights(self, signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
-        """Zeros (S,): the weights follow from the forward pass."""
+        """Zeros (S,): pack() needs weights, but these are known only after the forward pass."""
         return torch.zeros(signs.shape, dtype=torch.float64)
 
     def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> PackLoss:
@@ -113,12 +113,13 @@ def pair_arguments(token_logps: Tensor, batch: PackedBatch) -> dict[str, Tensor 
     traces = token_logps.split(batch.response_lengths)  # 2P of (|y|,)
     sums = torch.stack([trace.sum() for trace in traces])  # (2P,)
     means = torch.stack([trace.mean() for trace in traces])
-    values = {"{}_logps": traces, "{}_sum": sums, "{}_mean": means}
+    values = [("", "logps", traces), ("", "sum", sums), ("", "mean", means)]  # prefix, name, value
     if batch.reference is not None:
         ref_sums, ref_means = batch.reference.to(sums.dtype)  # (2P,) each
-        values |= {"ref_{}_sum": ref_sums, "ref_{}_mean": ref_means}
-    sides = {"chosen": slice(0, None, 2), "rejected": slice(1, None, 2)}
-    return {name.format(side): v[at] for name, v in values.items() for side, at in sides.items()}
+        values += [("ref_", "sum", ref_sums), ("ref_", "mean", ref_means)]
+    chosen = {f"{prefix}chosen_{name}": value[0::2] for prefix, name, value in values}
+    rejected = {f"{prefix}rejected_{name}": value[1::2] for prefix, name, value in values}
+    return chosen | rejected
 
 
 # ---------------------------------------------------------------- from a loss to an objective
@@ -156,10 +157,10 @@ def constant_slopes(loss: Callable[..., Tensor], arguments: list[str], name: str
     too: it would be missing from the logged loss."""
     random = torch.Generator().manual_seed(0)
     exponents = torch.rand(64, len(arguments), dtype=torch.float64, generator=random)
-    points = (-1e-3 * 3e4**exponents).requires_grad_()  # log-probs from -0.001 to -30
+    points = (-1e-3 * 3e4**exponents).requires_grad_()  # exponent 0: -0.001, exponent 1: -30
     values = [torch.as_tensor(loss(**dict(zip(arguments, point)))) for point in points]
     values = torch.stack(values).double()  # (64,)
-    # 0 * points: a loss may depend on none of its arguments.
+    # A loss that depends on none of its arguments has no graph; 0 * points gives it one.
     slopes = torch.autograd.grad((values + 0 * points.sum()).sum(), points)[0]  # (64, arguments)
     if not torch.allclose(values, points @ slopes[0], rtol=1e-12, atol=1e-12):
         raise UserError(

@@ -130,11 +130,12 @@ def load_data(path: str, config: TrainConfig, source: Source, paired: bool) -> D
     if source.chat is None:
         raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; training needs it")
     context = source.config["max_position_embeddings"]
-    longest = min(config.max_length, config.max_prompt + config.max_response)
+    both = config.max_prompt + config.max_response
+    longest, why = min((config.max_length, ""), (both, " (--max-prompt plus --max-response)"))
     if longest > context:
         raise UserError(
-            f"--max-length: rows of {longest} tokens would be let in, but the model's context is "
-            f"{context}; set --max-length {context}, or raise --max-position-embeddings"
+            f"--max-length: rows of {longest} tokens{why} would be let in, but the model's context "
+            f"is {context}; set --max-length {context}, or raise --max-position-embeddings"
         )
     made_by = "python -m redi.prepare" if path == type(config).data else None
     files = dataset_files(path, made_by=made_by)
@@ -144,15 +145,15 @@ def load_data(path: str, config: TrainConfig, source: Source, paired: bool) -> D
 
 
 def describe_plan(data: TrainData, config: TrainConfig) -> str:
-    """What training will do with the rows, in one line."""
+    """What training will do with the rows, in two lines."""
     epoch = data.plan(config.rows_per_step, config.seed, epoch=0)
     packs, ranks = sum(len(step[0]) for step in epoch), data.world.world_size
     dealt = f" on each of {ranks} processes" if ranks > 1 else ""
     return (
         f"{num_steps(data, config):,} optimizer steps of {config.rows_per_step} rows "
-        f"({len(epoch):,} per epoch, {config.epochs} epoch{'s' * (config.epochs > 1)}); an epoch "
-        f"has {data.dataset.lengths.sum():,} tokens in {packs:,} pack{'s' * (packs != 1)} of "
-        f"{config.pack_tokens:,}{dealt} (a longer row gets its own), no padding"
+        f"({len(epoch):,} per epoch, {config.epochs} epoch{'s' * (config.epochs > 1)});\n"
+        f"an epoch has {data.dataset.lengths.sum():,} tokens in {packs:,} pack{'s' * (packs != 1)} "
+        f"of at most {longest_pack(data, config):,}{dealt}, no padding"
     )
 
 

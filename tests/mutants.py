@@ -100,8 +100,8 @@ redi/logprobs.py
   - scale = -weights[:, None] / total
   + scale = -1.0 / total
   the gradient of the output weight is that of the last chunk alone
-  - torch.addmm(d_weight, chunk.T, part, out=d_weight, **head.into_wide)
-  + torch.mm(chunk.T, part, out=d_weight, **head.into_wide)
+  - torch.addmm(d_weight, unscaled.T, part * scale, out=d_weight)
+  + torch.mm(unscaled.T, part * scale, out=d_weight)
     test_logprobs.py::test_value_and_gradients_equal_float64_autograd_for_any_chunks
   logits of bf16 hidden states are accumulated in bf16
   - return torch.promote_types(hidden.dtype, torch.float32)

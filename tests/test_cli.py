@@ -54,7 +54,12 @@ BAD_INPUTS = {  # program, flags, what the line names
     "dpo without beta": (redi, ["--objective", "dpo"], ["--beta", "0.001"]),
     "simpo without gamma": (redi, ["--objective", "simpo", "--beta", "2"], ["--gamma", "1"]),
     "beyond the context": (
-        sft, ["--max-length", "9999", "--max-response", "9999"], ["--max-length", "256"],
+        sft, ["--max-length", "9999", "--max-response", "9999"],
+        ["--max-length", "9999", "256"],
+    ),
+    "prompt and response beyond it": (
+        sft, ["--max-length", "9999", "--max-prompt", "8", "--max-response", "999"],
+        ["--max-length", "1007 tokens (--max-prompt plus --max-response)"],
     ),
     "beyond any memory": (
         sft, ["--max-position-embeddings", "999999999999"], ["max_position_", "2097152"],
@@ -132,3 +137,12 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(program, tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
     status, _, errors = run_command(ROOT / program, PYTHONPATH=tmp_path)
     assert (status, errors) == (130, "")
+
+
+@pytest.mark.parametrize(("chosen", "spins"), [({}, "0"), ({"OMP_WAIT_POLICY": "active"}, "3")])
+def test_waiting_threads_do_not_spin_unless_the_user_wants_it(chosen, spins, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    shown = {"OMP_DISPLAY_ENV": "verbose", **chosen}  # GNU's OpenMP says what it has read
+    status, _, errors = run_command(ROOT / "train_sft.py", "--help", **shown)
+    assert status == 0
+    assert f"GOMP_SPINCOUNT = '{spins}" in errors

@@ -80,11 +80,11 @@ def qwen() -> Transformer:
 @pytest.mark.parametrize(
     ("gib", "least", "most", "fits"),
     [
-        (36, 28, 28, "more than 85% of the memory, 30.600"),
-        (40, 27, 27, "within 85% of the memory, 34.000"),
-        (80, 10, 26, "within 85% of the memory, 68.000"),
-        (140, 1, 9, "within 85% of the memory, 119.000"),
-        (400, 0, 0, "within 85% of the memory, 340.000"),
+        (36, 28, 28, "more than 30.600 GiB (85% of memory)"),
+        (40, 27, 27, "within 34.000 GiB (85% of memory)"),
+        (80, 10, 26, "within 68.000 GiB (85% of memory)"),
+        (140, 1, 9, "within 119.000 GiB (85% of memory)"),
+        (400, 0, 0, "within 340.000 GiB (85% of memory)"),
     ],
 )
 def test_auto_checkpoints_as_few_blocks_as_memory_allows_and_its_table_adds_up(

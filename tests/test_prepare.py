@@ -205,13 +205,15 @@ def test_traces_without_labels_are_graded_and_only_they(monkeypatch):
 def test_relabel_grades_every_trace_and_prints_how_far_the_labels_agree(capsys):
     write_jsonl(Path("raw.jsonl"), [listed("1+1?", labels=True)])
     assert shown(capsys, "--relabel").endswith(
-        "graded \\ given  correct  incorrect\n"
-        "  correct             1          1\n"
-        "  incorrect           0          1\n"
-        "  no_answer           2          0\n"
-        "  truncated           0          0\n"
-        "  timeout             0          0\n"
+        "traces graded here, by the label that the data gives them:\n"
+        "our verdict  correct  incorrect\n"
+        "  correct          1          1\n"
+        "  incorrect        0          1\n"
+        "  no_answer        2          0\n"
+        "  truncated        0          0\n"
+        "  timeout          0          0\n"
         "agreement on correct or not: 2 of 5, 40.0%\n"
+        "saved made/positives.jsonl, made/pairs.jsonl, made/card.json\n"
     )
     assert json.loads(Path("made/card.json").read_text())["rules"]["relabel"] is True
     # OpenR1-Math-Raw without labels: dropped as in the paper, unless relabelled.

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_tokens_are_the_tokenized_rows_for_any_number_of_files_and_size_of_block
 def test_the_data_is_tokenized_once_and_read_again(folder, monkeypatch, capsys):
     first = load()
     [line] = capsys.readouterr().out.splitlines()
-    assert line == f"{first.folder}: no valid tokens of this data in this format; tokenizing"
+    assert line == f"tokenizing rows.jsonl into {first.folder}"
     monkeypatch.setattr(store_module, "_write_store", lambda *_: pytest.fail("tokenized again"))
     shutil.copy("rows.jsonl", "other_name.jsonl")
     for name in ("rows.jsonl", "other_name.jsonl"):  # bytes, not names
@@ -204,6 +205,18 @@ def flip(data: bytes) -> bytes:
     return data[:third] + bytes([data[third] ^ 4]) + data[third + 1 :]
 
 
+def about(**changes: Any) -> Callable[[Path], int]:
+    return edit("store.json", lambda data: json.dumps(json.loads(data) | changes).encode())
+
+
+def shorten(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        index = dict(np.load(folder / "index.npz"))
+        np.savez(folder / "index.npz", **index | {name: index[name][:-1]})
+
+    return damage
+
+
 DAMAGES = {
     "no tokens": edit("tokens.bin", lambda data: b""),
     "tokens cut": edit("tokens.bin", lambda data: data[:-4]),
@@ -213,6 +226,11 @@ DAMAGES = {
     "no index": lambda folder: (folder / "index.npz").unlink(),
     "other json": edit("store.json", lambda data: b"{}"),
     "no json": lambda folder: (folder / "store.json").unlink(),
+    "skipped": about(skipped=5),
+    "a count": about(skipped={"a": "x"}),
+    "a hash": about(data_hash=5),
+    "fewer offsets": shorten("offsets"),
+    "fewer rows": shorten("row_numbers"),
 }
 
 

@@ -306,5 +306,7 @@ def test_describe_states_rows_tokens_quantiles_and_what_was_left_out(here):
         # Of 8 values, half are no larger than the 4th; the other quantiles are the largest.
         numbers = sum(lengths), smallest, lengths[3], largest, largest, largest
         assert shown[1:] == [str(number) for number in numbers]
-    assert lines[-2].endswith("<|im_start|>assistant\\n'")
-    assert lines[-1].endswith("<|im_end|>'")
+    prompt, *responses = lines[-3:]
+    assert prompt.endswith("<|im_start|>assistant\\n'")
+    for side, line in zip(("chosen", "rejected"), responses, strict=True):
+        assert line == f"  {side:<9}| {chat().decode(rendering(ROWS[0], side).response_ids)!r}"

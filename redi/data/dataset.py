@@ -38,9 +38,13 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return ("chosen", "rejected") if self.store.paired else ("response",)
+
     @cached_property
     def stored(self) -> np.ndarray:  # (S,) sequence id -> index into the store's sequences
-        sides = 2 if self.store.paired else 1
+        sides = len(self.sides)
         return (self.rows[:, None] * sides + np.arange(sides)).reshape(-1)
 
     @cached_property
@@ -98,11 +102,10 @@ def select(store: TokenStore, limits: Limits, over_length: str, source: str) -> 
 
 def table_of_lengths(dataset: Dataset) -> str:
     """Tokens in each part of a row; "between" two answers only if a row has several."""
-    sides = ("chosen", "rejected") if dataset.store.paired else ("response",)
-    prompts = dataset.prompt_lengths.reshape(-1, len(sides))
-    responses = dataset.response_lengths.reshape(-1, len(sides))
+    prompts = dataset.prompt_lengths.reshape(-1, len(dataset.sides))
+    responses = dataset.response_lengths.reshape(-1, len(dataset.sides))
     between = (dataset.lengths.reshape(prompts.shape) - prompts - responses).sum(axis=1)
-    parts = {"prompt": prompts[:, 0], **dict(zip(sides, responses.T))}
+    parts = {"prompt": prompts[:, 0], **dict(zip(dataset.sides, responses.T))}
     rows = [("tokens", "total", *QUANTILES)]
     for name, lengths in (parts | ({"between": between} if between.any() else {})).items():
         quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
@@ -118,12 +121,15 @@ def describe(dataset: Dataset, chat: ChatTokenizer) -> str:
     lines += [f"  left out: {count:,} {reason}" for reason, count in left_out.items()]
     lines.append(table_of_lengths(dataset))
 
-    number, first = dataset.row_number(0), dataset.sequence(0)
-    lines.append(f"row {number} as the model sees it (only the response is learned from):")
-    learned = np.isin(np.arange(len(first.tokens)), first.supervised())
-    stretches = np.split(first.tokens, np.flatnonzero(np.diff(learned)) + 1)
-    for name, ids in zip(["prompt", *["response", "between"] * len(stretches)], stretches):
-        text = chat.decode(ids)
-        shown = text if len(text) <= 240 else f"{text[:120]} [...] {text[-120:]}"
-        lines.append(f"  {name:<9}| {shown!r}")
+    number, responses = dataset.row_number(0), " and ".join(dataset.sides)
+    lines.append(f"row {number} as the model sees it (it learns from {responses} only):")
+    for i, side in enumerate(dataset.sides):
+        sequence = dataset.sequence(i)
+        learned = np.isin(np.arange(len(sequence.tokens)), sequence.supervised())
+        stretches = np.split(sequence.tokens, np.flatnonzero(np.diff(learned)) + 1)
+        names = ["prompt", *[side, "between"] * len(stretches)]
+        for name, ids in list(zip(names, stretches))[i:]:  # both sides have the same prompt
+            text = chat.decode(ids)
+            shown = text if len(text) <= 240 else f"{text[:120]} [...] {text[-120:]}"
+            lines.append(f"  {name:<9}| {shown!r}")
     return "\n".join(lines)

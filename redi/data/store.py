@@ -66,8 +66,14 @@ class TokenStore:
             if hash_files([folder / "tokens.bin"]) != about["tokens_hash"]:
                 return None
             fields = {name: about[name] for name in ("paired", "data_hash", "skipped")}
-            return cls(folder, tokens=tokens, **fields, **index)
-        except (OSError, EOFError, ValueError, LookupError, TypeError, BadZipFile):
+            store = cls(folder, tokens=tokens, **fields, **index)
+            sequences = len(store.row_numbers) * (2 if store.paired else 1)
+            per_sequence = store.offsets[1:], store.prompt_lengths, store.response_lengths
+            kinds = [bool, str, *[int] * len(store.skipped)]
+            values = store.paired, store.data_hash, *store.skipped.values()
+            is_valid = [*map(type, values)] == kinds and store.offsets[-1] == len(tokens)
+            return store if is_valid and {*map(len, per_sequence)} == {sequences} else None
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, BadZipFile):
             return None
 
     @cached_property
@@ -106,7 +112,7 @@ def _write_once(
             lock(lock_file, wait=True)
         if TokenStore.open(folder) is not None:  # from the process that had the lock
             return
-        print(f"{folder}: no valid tokens of this data in this format; tokenizing", flush=True)
+        print(f"tokenizing {files[0]}{', ...' * (len(files) > 1)} into {folder}", flush=True)
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)  # from a process that was killed
         part.mkdir()

@@ -252,9 +252,9 @@ def main() -> None:
         raise KeyboardInterrupt(f"nothing was written to {config.out}") from None
     print(f"format: {form.name}")
     print(account(counts, form))
-    print("saved", ", ".join(str(Path(config.out) / name) for name in (POSITIVES, PAIRS, CARD)))
     if labels.counts:
         print(labels.table())
+    print("saved", ", ".join(str(Path(config.out) / name) for name in (POSITIVES, PAIRS, CARD)))
     if config == dataclasses.replace(PrepareConfig(), out=config.out, workers=config.workers):
         print(PAPER)
 

@@ -78,14 +78,15 @@ class Labels:
     def table(self) -> str:
         """The verdicts by the given labels, and how far the two agree."""
         columns = self.summary()
-        rows = [("graded \\ given", *columns)]
+        rows = [("our verdict", *columns)]
         for verdict in get_args(Verdict):
             rows.append((f"  {verdict}", *(str(column[verdict]) for column in columns.values())))
         both = {k: n for k, n in self.counts.items() if k[0] != "none" and k[1] != "timeout"}
         agree = sum(n for (given, v), n in both.items() if (given == "correct") == (v == "correct"))
         total = sum(both.values())
         line = f"\nagreement on correct or not: {agree} of {total}, {agree / max(total, 1):.1%}"
-        return text_table(rows) + (line if total else "")
+        title = "traces graded here, by the label that the data gives them:\n"
+        return title + text_table(rows) + (line if total else "")
 
 
 def _questions(row: RawRow, traces: list[Trace]) -> Iterator[tuple[str, str, str]]:
