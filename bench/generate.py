@@ -4,8 +4,8 @@
 
 Random weights in fp32, one thread, CPU time.
 
-C15_0.5B  The shape of Qwen2.5-0.5B: 24 prompts of 20 to 60 tokens, 24 new tokens each, greedy. The
-       two sides share their weights, and must give the same answers.
+C15_0.5B, C15_135M  The shapes of Qwen2.5-0.5B and SmolLM2-135M: 24 prompts of 20 to 60 tokens, 24
+       new tokens each, greedy. The two sides share their weights, and must give the same answers.
 C15    A toy shape (hidden 256, 4 layers, V 8192): 32 prompts of 16 to 96 tokens, 128 new tokens
        each, temperature 0.6, top-p 0.95, on flat logits (as the weights are) and on sharp ones (the
        last norm's weight times 8). transformers pads the prompts on the left. 200 greedy answers
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.inputs import FIRST_WORD, VOCABULARY, lengths, random_model
+from bench.inputs import FIRST_WORD, SMOLLM2_135M, VOCABULARY, lengths, random_model
 from bench.measure import interleave, ratios, result, write
 from redi.checkpoint.config_json import read_config
 from redi.eval.engine.generate import Request, Usage, generate
@@ -37,15 +37,20 @@ SLOTS, NEW_TOKENS, CONTEXT = 32, 128, 1024
 REQUESTS, MEDIAN, LONGEST = 160, 48, 512
 ROUNDS, STATIC_ROUNDS = 5, 3
 SHARP = 8.0
-HALF_BILLION = {  # of Qwen/Qwen2.5-0.5B's config.json
-    "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-    "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32_768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True,
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+PUBLISHED = {  # name -> config.json
+    "0.5B": {  # of Qwen/Qwen2.5-0.5B
+        "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896,
+        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2, "max_position_embeddings": 32_768, "tie_word_embeddings": True,
+        **ROPE,
+    },
+    "135M": {**SMOLLM2_135M, "max_position_embeddings": 8192, **ROPE},
 }  # fmt: skip
 TOY = {
-    "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": True,
+    "model_type": "qwen2", "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1024,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT, "tie_word_embeddings": True, **ROPE,
 }  # fmt: skip
 GREEDY = Sampling(temperature=0.0)
 OURS, THEIRS, STATIC = "redi", "transformers generate", "redi in static batches"
@@ -56,12 +61,10 @@ OURS, THEIRS, STATIC = "redi", "transformers generate", "redi in static batches"
 
 def two_models(sizes: dict[str, Any]):
     """Ours and transformers', of these sizes, with the same random weights in the same memory."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = random_model(
-        read_config({"model_type": "qwen2", **sizes}, "bench"), torch.device("cpu")
-    )
-    peer = Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
+    model = random_model(read_config(sizes, "bench"), torch.device("cpu"))
+    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes)).eval()
     peer.load_state_dict(model.state_dict(), assign=True, strict=False)  # the output weight is tied
     peer.tie_weights()
     return model, peer
@@ -135,18 +138,18 @@ def measured(sides: dict[str, Callable], rounds: int, tokens: int, name: str):
     return seconds
 
 
-def published_shape() -> dict[str, dict]:
-    """C15_0.5B."""
-    model, peer = two_models(HALF_BILLION)
+def published_shape(name: str) -> dict[str, dict]:
+    """C15_0.5B, C15_135M."""
+    model, peer = two_models(PUBLISHED[name])
     requests = random_requests(24, 3, [24] * 24, sizes=(20, 60))
     answers: dict[str, list] = {OURS: [], THEIRS: []}
     sides = {
         OURS: lambda: answers[OURS].append(ours(model, requests, GREEDY)),
         THEIRS: lambda: answers[THEIRS].append(theirs(peer, requests, GREEDY)),
     }
-    seconds = measured(sides, ROUNDS, 24 * 24, "0.5B")
+    seconds = measured(sides, ROUNDS, 24 * 24, name)
     assert answers[OURS] == answers[THEIRS], "greedy answers differ"
-    return {"C15_0.5B": result(ratios(seconds[THEIRS], seconds[OURS]), 1.0, THEIRS)}
+    return {f"C15_{name}": result(ratios(seconds[THEIRS], seconds[OURS]), 1.0, THEIRS)}
 
 
 def decoding(model, peer) -> dict[str, dict]:
@@ -189,7 +192,7 @@ def refilling(model, peer) -> dict[str, dict]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    results = published_shape()
+    results = published_shape("0.5B") | published_shape("135M")
     model, peer = two_models(TOY)
     initialize(model, seed=0)  # the weights are peer's too
     write("generate", results | decoding(model, peer) | refilling(model, peer))

@@ -28,6 +28,11 @@ FIRST_WORD = len(CONTROL) + len(ROLES)
 FRAME = 6  # <|im_start|> user ... <|im_end|> <|im_start|> assistant ... <|im_end|>
 LONGEST, VOCABULARY = 1024, 8192
 ROWS, PAIRS = 16, 8
+SMOLLM2_135M = {  # of HuggingFaceTB/SmolLM2-135M's config.json
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49_152,
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
 QWEN = ModelConfig(  # Qwen2.5-Math-1.5B
     vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
     num_kv_heads=2, head_dim=128, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=4096,
@@ -36,20 +41,15 @@ QWEN = ModelConfig(  # Qwen2.5-Math-1.5B
 
 def write_inputs(
     folder: Path,
-    hidden: int,
+    sizes: dict[str, Any],
     rows: int = ROWS,
     pairs: int = PAIRS,
     longest: int = LONGEST,
-    vocabulary: int = VOCABULARY,
 ) -> None:
-    """FOLDER/model, FOLDER/rows.jsonl and FOLDER/pairs.jsonl; the same for the same arguments."""
-    write_model(
-        folder / "model",
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        vocab_size=vocabulary,
-        max_position_embeddings=longest,
-    )
+    """FOLDER/model, FOLDER/rows.jsonl and FOLDER/pairs.jsonl; the same for the same arguments.
+    sizes: fields of config.json, in place of those of the toy's student."""
+    write_model(folder / "model", {**sizes, "max_position_embeddings": longest})
+    vocabulary = sizes["vocab_size"]
     rng, scale = np.random.default_rng(0), longest / law.LONGEST_TRACE
     traces = lengths(rng, rows, scale * law.MEDIAN_TRACE, longest)
     write_jsonl(folder / "rows.jsonl", rng, {"completion": traces}, vocabulary)
@@ -60,8 +60,7 @@ def write_inputs(
     write_jsonl(folder / "pairs.jsonl", rng, sides, vocabulary)
 
 
-def write_model(folder: Path, **sizes: int) -> None:
-    """sizes: fields of config.json, in place of those of the toy's student."""
+def write_model(folder: Path, sizes: dict[str, Any]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

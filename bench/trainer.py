@@ -2,15 +2,18 @@
 
     python -m bench.trainer            about ten minutes on one core
 
-A tiny Qwen2 (4 layers, 4 query and 2 kv heads, 8192 words, tied, fp32; hidden 256, then 512) and
-rows of 138 tokens in the median and 1024 at most (bench/inputs.py), from the same files.
+A tiny Qwen2 (4 layers, 4 query and 2 kv heads, 8192 words, tied, fp32; hidden 256, then 512), then
+the shape of SmolLM2-135M, and rows of 138 tokens in the median and 1024 at most (bench/inputs.py),
+from the same files. Weights are random.
 
     C8    our SFT over TRL SFT with packing=True: packs of 1024 tokens on either side
     C9    our SFT over TRL SFT without packing: batches of 8 rows, padded
     C10   our REDI over TRL DPO: batches of 8 pairs, padded; reference log-probs outside the clock
     C8_no_checkpointing    C8, but TRL keeps its activations
     C9_batch1, C10_batch1  over TRL with one row, or pair, per batch and without checkpointing: on a
-          CPU its fastest, since nothing or little is padded. Hidden 256 only
+          CPU its fastest, since nothing or little is padded. Not at hidden 512
+    ..._gib      the memory of our process at its peak, over that of the peer; at SmolLM2's shape,
+          where two trainers run at a time: each holds 3.5 GB
 
 Both sides come with their defaults. TRL's (1.16): gradient_checkpointing=True, batches of 8,
 chunked logits, packing by best fit. Ours: as much checkpointing as the memory requires, here
@@ -26,6 +29,7 @@ outside. Real tokens: those of the rows, without padding.
 """
 
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -34,13 +38,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-from bench.inputs import LONGEST, write_inputs
+from bench.inputs import LONGEST, SMOLLM2_135M, VOCABULARY, write_inputs
 from bench.measure import CPUSeconds, Worker, cpu_now, ratios, result, write
 from redi.tables import text_table
 
-ROUNDS = {256: 5, 512: 5}  # hidden -> steps after the first, which is not timed
-STEPS = 1 + max(ROUNDS.values())  # of the learning rate's fall
+ROUNDS = 5  # steps after the first, which is not timed
+STEPS = 1 + ROUNDS  # of the learning rate's fall
+SHAPES = {  # suffix of the ids -> fields of config.json
+    "": {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": VOCABULARY},
+    "_512": {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": VOCABULARY},
+    "_135M": SMOLLM2_135M,
+}
 LR = {"sft": 1e-3, "redi": 1e-5, "dpo": 1e-5}  # DPO's loss should not be 0 after a step
 WEIGHT_DECAY, CLIP, BETA = 1e-4, 1.0, 0.1
 
@@ -56,6 +66,7 @@ class Step:
     tokens: int  # real ones, as the trainer itself counts them
     chosen_logp: float  # mean log-prob per token of the chosen responses; ours only
     seconds: CPUSeconds
+    peak_gib: float = 0.0  # of the process so far
 
 
 class Turns:
@@ -66,7 +77,8 @@ class Turns:
         self._wait()
 
     def take(self, loss: float, tokens: int, chosen_logp: float = 0.0) -> None:
-        self.pipe.send(Step(loss, tokens, chosen_logp, cpu_now().since(self.began)))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.pipe.send(Step(loss, tokens, chosen_logp, cpu_now().since(self.began), peak))
         self._wait()
 
     def _wait(self) -> None:
@@ -206,14 +218,16 @@ TRAINERS = {
     "TRL DPO": TRL_DPO,
     "TRL DPO, batch 1": replace(TRL_DPO, batch=1, checkpointing=False),
 }
-MEASURES = {  # ours, the peer, the goal
-    "C8": ("our SFT", "TRL SFT, packing", 2.0),
-    "C8_no_checkpointing": ("our SFT", "TRL SFT, packing, no checkpointing", None),
-    "C9": ("our SFT", "TRL SFT", 8.0),
-    "C9_batch1": ("our SFT", "TRL SFT, batch 1", None),
-    "C10": ("our REDI", "TRL DPO", 6.0),
-    "C10_batch1": ("our REDI", "TRL DPO, batch 1", None),
-}
+MEASURES = {  # ours, the peer, the goal at the first shape, the shapes
+    "C8": ("our SFT", "TRL SFT, packing", 2.0, ("", "_512")),
+    "C8_no_checkpointing": (
+        "our SFT", "TRL SFT, packing, no checkpointing", None, ("", "_512", "_135M"),
+    ),
+    "C9": ("our SFT", "TRL SFT", 8.0, ("", "_512")),
+    "C9_batch1": ("our SFT", "TRL SFT, batch 1", None, ("",)),
+    "C10": ("our REDI", "TRL DPO", 6.0, ("", "_512")),
+    "C10_batch1": ("our REDI", "TRL DPO, batch 1", None, ("", "_135M")),
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------- measures
@@ -235,38 +249,50 @@ def compare(trainers: dict[str, Trainer], taken: dict[str, list[Step]]) -> None:
         assert abs(a - b) < 1e-5 * abs(b), f"first log-probs: our REDI {a}, our DPO {b}"
 
 
-def table(hidden: int, taken: dict[str, list[Step]]) -> None:
-    rows = [
-        (f"hidden {hidden}", "tokens", "tok/s", "user s", "system s", "losses of steps 1, 2, last")
-    ]
+def table(taken: dict[str, list[Step]]) -> None:
+    rows = [("", "tokens", "tok/s", "user s", "system s", "GiB", "losses of steps 1, 2, last")]
     for name, steps in taken.items():
         tokens, seconds = steps[0].tokens, [step.seconds for step in steps[1:]]
         speed = statistics.median(tokens / s.total for s in seconds)
         user = statistics.median(s.user for s in seconds)
         system = statistics.median(s.system for s in seconds)
         losses = "  ".join(f"{steps[number].loss:.6f}" for number in (0, 1, -1))
-        rows.append((name, f"{tokens:,}", f"{speed:.0f}", f"{user:.2f}", f"{system:.2f}", losses))
+        numbers = (f"{tokens:,}", f"{speed:.0f}", f"{user:.2f}", f"{system:.2f}")
+        rows.append((name, *numbers, f"{steps[-1].peak_gib:.2f}", losses))
     print(f"\n{text_table(rows)}")
 
 
+def measure(suffix: str, sizes: dict[str, Any]) -> dict[str, dict]:
+    """All measures of a shape. At SmolLM2's, one after the other, for want of memory."""
+    measures = {name: m[:3] for name, m in MEASURES.items() if suffix in m[3]}
+    at_once = [[name] for name in measures] if sizes is SMOLLM2_135M else [list(measures)]
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder), sizes)
+        for names in at_once:
+            sides = [name for measure in names for name in measures[measure][:2]]
+            trainers = {name: TRAINERS[name] for name in dict.fromkeys(sides)}
+            if {"our REDI", "TRL DPO"} <= trainers.keys():
+                trainers["our DPO"] = TRAINERS["our DPO"]  # its losses are compared with both
+            taken = take_turns(Path(folder), trainers, STEPS)
+            table(taken)
+            compare(trainers, taken)
+            seconds = {name: [step.seconds for step in steps[1:]] for name, steps in taken.items()}
+            for name in names:
+                own, peer, goal = measures[name]
+                goal = goal if suffix == "" else None
+                found[name + suffix] = result(ratios(seconds[peer], seconds[own]), goal, peer)
+                if sizes is SMOLLM2_135M:
+                    peaks = (taken[side][-1].peak_gib for side in (own, peer))
+                    share = next(peaks) / next(peaks)
+                    found[f"{name}{suffix}_gib"] = result([share], None, peer)
+    return found
+
+
 def main() -> None:
-    results = {}
-    for hidden, rounds in ROUNDS.items():
-        base = hidden == min(ROUNDS)
-        trainers = {n: t for n, t in TRAINERS.items() if base or "batch 1" not in n}
-        with tempfile.TemporaryDirectory() as folder:
-            write_inputs(Path(folder), hidden)
-            taken = take_turns(Path(folder), trainers, 1 + rounds)
-        table(hidden, taken)
-        compare(trainers, taken)
-        seconds = {name: [step.seconds for step in steps[1:]] for name, steps in taken.items()}
-        for name, (own, peer, goal) in MEASURES.items():
-            if peer in taken:
-                key, found = (
-                    name if base else f"{name}_{hidden}",
-                    ratios(seconds[peer], seconds[own]),
-                )
-                results[key] = result(found, goal if base else None, peer)
+    results: dict[str, dict] = {}
+    for suffix, sizes in SHAPES.items():
+        results |= measure(suffix, sizes)
     write("trainer", results)
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "train-sft": ("redi.programs", "train_sft", "stage 1: fine-tune on correct traces"),
     "train-redi": ("redi.programs", "train_redi", "stage 2: learn from right and wrong traces"),
     "evaluate": ("redi.programs", "evaluate", "sample a model on benchmarks and grade its answers"),
+    "chat": ("redi.chat", "main", "talk to a model"),
     "prepare": ("redi.prepare.__main__", "main", "teachers' raw traces -> training files"),
     "show": ("redi.show.__main__", "main", "look at training rows before training"),
     "toy": ("redi.toy.student", "main", "make a toy: traces, a student and a benchmark"),

@@ -145,7 +145,8 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
             text += f" (default: {_shown(default)})"
             options |= {"nargs": "?"}
         else:
-            name, metavar = f"--{name.replace('_', '-')}", _shown(default)
+            dashes = "--" if len(name) > 1 else "-"
+            name, metavar = f"{dashes}{name.replace('_', '-')}", _shown(default)
         options |= {"metavar": metavar, "help": text.replace("%", "%%")}
         parser.add_argument(name, type=functools.partial(_from_text, kind=kind), **options)
     parser.usage = f"{usage} [--flag value ...]"

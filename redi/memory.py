@@ -22,7 +22,7 @@ pack save.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -117,7 +117,7 @@ def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
     tokens, saved = 16, {}
     block = Block(config).to(dtype)
     x = torch.zeros(tokens, config.hidden_size, dtype=dtype, requires_grad=True)
-    cos, sin = rotary_tables(tokens, config.head_dim, config.rope_theta, dtype, x.device)
+    cos, sin = rotary_tables(replace(config, max_positions=tokens), dtype, x.device)
     shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), cos, sin)}
 
     def save(tensor: Tensor) -> Tensor:

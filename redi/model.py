@@ -1,8 +1,11 @@
-"""Qwen2, with its checkpoints' parameter names and without a batch dimension.
+"""Qwen2, Qwen3 and Llama, with their checkpoints' parameter names and without a batch dimension.
 
 How this differs from the textbook transformer:
 - a pack of T tokens in one row, each with its position in its own document: no padding, no mask
-- q, k and v have biases, o has none; fewer key/value heads than query heads (GQA)
+- fewer key/value heads than query heads (GQA)
+- the families differ in three facts of ModelConfig: q, k and v have biases (Qwen2), the query and
+  key of every head are normalized before the rotation (Qwen3), low rotary frequencies are scaled
+  down (Llama 3.1 and later)
 - RMSNorm before each half of a block, rotary positions (half-split), SwiGLU
 - the embedding is also the output weight where the checkpoint ties them
 - `forward` runs a head inside the model, on the supervised rows only: the logits of a pack never
@@ -10,12 +13,13 @@ How this differs from the textbook transformer:
 - how tokens attend to each other is an argument: training passes attention within the documents of
   a pack, generation passes a KV cache
 
-Left out: dropout (0 in the published configuration), sliding windows, rotary scaling; a
+Left out: dropout (0 in the published configuration), sliding windows, other rotary scalings; a
 configuration that asks for them is refused by name (checkpoint/config_json.py). Letters: T packed
 tokens, D hidden, H heads, K kv heads, d head size, R supervised rows, V vocabulary.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -33,6 +37,25 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, d), k, v (T, K, 
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretch of the rotary positions (`rope_type` llama3), which divides the frequencies
+    that turn less than `low_freq_factor` times in the original context by `factor`, keeps those
+    that turn more than `high_freq_factor` times, and interpolates between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def apply(self, frequencies: Tensor) -> Tensor:
+        """Angles per position -> scaled angles per position."""
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The numbers that shape the network."""
 
@@ -47,6 +70,9 @@ class ModelConfig:
     norm_eps: float
     tied: bool
     max_positions: int  # the context: prompt and response together
+    qkv_bias: bool = True  # Qwen2
+    qk_norm: bool = False  # Qwen3
+    rope_scaling: RopeScaling | None = None  # Llama 3.1 and later
 
 
 # ---------------------------------------------------------------- the network, leaves first
@@ -66,15 +92,19 @@ class RMSNorm(nn.Module):
 
 @lru_cache(maxsize=4)
 def rotary_tables(
-    length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, d) of the angles position * theta^(-2i/d), the same in both halves.
-    Computed in fp32, and cached: every pack and every model of the same sizes shares them."""
+    """cos and sin (max_positions, d) of the angles position * theta^(-2i/d), the same in both
+    halves. Computed in fp32, and cached: every pack and every model of the same sizes shares them.
+    """
     with torch.inference_mode(False):  # inference tensors could not be used in training later
-        exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
-        positions = torch.arange(length, device=device).float()
-        angles = positions[:, None] * (1.0 / theta**exponents)  # (length, d/2)
-        angles = torch.cat([angles, angles], dim=-1)  # (length, d)
+        exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+        frequencies = 1.0 / config.rope_theta**exponents
+        if config.rope_scaling is not None:
+            frequencies = config.rope_scaling.apply(frequencies)
+        positions = torch.arange(config.max_positions, device=device).float()
+        angles = positions[:, None] * frequencies  # (max_positions, d/2)
+        angles = torch.cat([angles, angles], dim=-1)  # (max_positions, d)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -91,16 +121,23 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         queries, keys = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries)
-        self.k_proj = nn.Linear(config.hidden_size, keys)
-        self.v_proj = nn.Linear(config.hidden_size, keys)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.qk_norm = config.qk_norm
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         split_heads = (len(x), -1, self.head_dim)
-        query = rotate(self.q_proj(x).view(split_heads), cos, sin)  # (T, H, d)
-        key = rotate(self.k_proj(x).view(split_heads), cos, sin)  # (T, K, d)
-        return query, key, self.v_proj(x).view(split_heads)  # value (T, K, d)
+        query = self.q_proj(x).view(split_heads)  # (T, H, d)
+        key = self.k_proj(x).view(split_heads)  # (T, K, d)
+        value = self.v_proj(x).view(split_heads)  # (T, K, d)
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 
 class MLP(nn.Module):
@@ -149,8 +186,7 @@ class Layers(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attends: Iterable[Attend]) -> Tensor:
         x = self.embed_tokens(tokens)  # (T, D)
-        sizes = self.config.max_positions, self.config.head_dim, self.config.rope_theta
-        cos, sin = (table[positions] for table in rotary_tables(*sizes, x.dtype, x.device))
+        cos, sin = (t[positions] for t in rotary_tables(self.config, x.dtype, x.device))
         for block, attend in zip(self.layers, attends):
             x = block(x, cos, sin, attend)
         return self.norm(x)

@@ -42,18 +42,23 @@ WORDS = ["Compute 6-1-9*7=? <think>\n6-1=5\n</think>\n\\boxed{2}", *["a\n\nb  c 
 
 
 @pytest.fixture(scope="session")
-def save_qwen2() -> Callable:
-    """save_qwen2(folder, **configuration) -> the random transformers model it saved there."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def save_model_of() -> Callable:
+    """save_model_of("Qwen3", folder, **configuration) -> the random transformers model of that
+    family that it saved there. A field of the configuration that is ... is left out."""
+    import transformers
 
-    def save(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
+    def save(
+        family: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes
+    ):
         settings = {
             "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
             "max_position_embeddings": 128, "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         }  # fmt: skip
-        model = Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes})).to(dtype).eval()
+        settings = {k: v for k, v in {**settings, **changes}.items() if v is not ...}
+        config = getattr(transformers, f"{family}Config")(**settings)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in model.named_parameters():  # biases and norms too
@@ -63,6 +68,12 @@ def save_qwen2() -> Callable:
         return model
 
     return save
+
+
+@pytest.fixture(scope="session")
+def save_qwen2(save_model_of) -> Callable:
+    """save_qwen2(folder, **configuration) -> the random transformers model it saved there."""
+    return partial(save_model_of, "Qwen2")
 
 
 @pytest.fixture(scope="session")

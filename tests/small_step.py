@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from redi import objectives
 from redi.batches import TrainData
 from redi.distributed import World
-from redi.model import ModelConfig, Transformer
+from redi.model import ModelConfig, RopeScaling, Transformer
 from redi.objectives import OBJECTIVES, loss_parameters, make_objective, sft
 from redi.packing import StepPlan, TokenSequence
 
@@ -25,11 +25,18 @@ PARAMETERS = {name: {p: VALUES[p] for p in loss_parameters(name)} for name in OB
 
 # ---------------------------------------------------------------- a model and its rows
 
+FAMILIES = {  # facts of ModelConfig
+    "qwen2": {},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+    "llama": {"qkv_bias": False, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8)},
+}
 
-def tiny(tied: bool, dtype: torch.dtype, seed: int = 0) -> Transformer:
+
+def tiny(tied: bool, dtype: torch.dtype, seed: int = 0, family: str = "qwen2") -> Transformer:
     config = ModelConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
         num_kv_heads=2, head_dim=4, rope_theta=1e4, norm_eps=1e-6, tied=tied, max_positions=64,
+        **FAMILIES[family],
     )  # fmt: skip
     model = Transformer(config)
     draw = torch.Generator().manual_seed(seed)

@@ -12,7 +12,8 @@ from bench.measure import CPUSeconds
 from bench.trainer import TRAINERS, Step, compare, take_turns
 
 LONGEST = 256
-TINY = {"hidden": 32, "rows": 9, "pairs": 3, "longest": LONGEST, "vocabulary": 64}
+SIZES = {"hidden_size": 32, "intermediate_size": 128, "vocab_size": 64}
+TINY = {"sizes": SIZES, "rows": 9, "pairs": 3, "longest": LONGEST}
 SFT = ("our SFT", "TRL SFT, packing")
 
 

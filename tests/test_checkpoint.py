@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from redi.checkpoint import __main__ as exporting
 from redi.checkpoint import folder as checkpoint
-from redi.checkpoint.config_json import read_rope_theta
+from redi.checkpoint.config_json import read_config
 from redi.checkpoint.folder import Source, load_model, open_model, save_model
 from redi.checkpoint.weights import HEAD, INDEX, WEIGHTS, fill, read_shards, write_shards
 from redi.data.files import hash_files
@@ -487,7 +487,7 @@ def test_an_exported_checkpoint_is_a_model_folder_with_its_weights(stopped, monk
     for name, before in stored(stopped / "parent").items():
         assert torch.equal(out[name], trained[f"model.{name}"])
         assert not torch.equal(out[name], before)
-    assert read_rope_theta(read_json(stopped / "exported" / "config.json"), "") == 5e5
+    assert read_config(read_json(stopped / "exported" / "config.json"), "").rope_theta == 5e5
     assert logits(stopped / "exported").isfinite().all()
 
 

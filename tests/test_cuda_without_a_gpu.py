@@ -38,6 +38,8 @@ STEPS = {
     "train-step objective=dpo world_size=8": EXCHANGED,
 }
 SLOW_STEPS = {
+    "train-step objective=sft family=qwen3": EXCHANGED,
+    "train-step objective=sft family=llama": EXCHANGED,
     "train-step objective=redi": EXCHANGED,
     "train-step objective=simpo": EXCHANGED,
     "train-step objective=dpo packs=2": EXCHANGED,

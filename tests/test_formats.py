@@ -65,6 +65,12 @@ def test_all_answers_of_messages_are_learned_and_what_both_sides_begin_with_is_t
     assert to_example(history, "x", False) == Example(TURNS[:3], [last[0]])
 
 
+def test_thoughts_that_are_apart_come_before_the_answer_as_in_qwen3s_template():
+    apart = {"role": "assistant", "reasoning_content": "1+1=2\n", "content": "\nIt is 2."}
+    together = [assistant("<think>\n1+1=2\n</think>\n\nIt is 2.")]
+    assert to_example({"messages": [*ASKED, apart]}, "x", False) == Example(ASKED, [together])
+
+
 REFUSED = {  # row, paired, what the error says
     "unknown": ({"a": 1, "b": 2}, False, "fields seen: a, b; expected .*completion.* or"),
     "none": ({}, True, "fields seen: none; expected {prompt, chosen, rejected} or {chosen"),

@@ -74,7 +74,7 @@ def test_parameters_have_transformers_names_and_gradients(save_qwen2, tmp_path, 
 
 THETA = {"rope_theta": 10_000.0}
 REFUSED = [  # the field that the message names, and changes of config.json; ... removes a field
-    ("model_type", {"model_type": "llama"}),
+    ("model_type", {"model_type": "mistral"}),
     ("model_type", {"model_type": ...}),
     ("rope_type", {"rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0}}),
     ("rope_type", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -85,6 +85,9 @@ REFUSED = [  # the field that the message names, and changes of config.json; ...
     ("use_sliding_window", {"use_sliding_window": True, "sliding_window": 64}),
     ("layer_types", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("hidden_act", {"hidden_act": "gelu"}),
+    ("attention_bias", {"model_type": "llama", "attention_bias": True}),
+    ("mlp_bias", {"model_type": "llama", "mlp_bias": True}),
+    ("factor", {"rope_parameters": {**THETA, "rope_type": "llama3"}}),
     ("attention_dropout", {"attention_dropout": 0.1}),
     ("quantization_config", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
     ("rope_theta", {"rope_theta": 1e6, "rope_parameters": {**THETA, "rope_type": "default"}}),

@@ -30,14 +30,15 @@ from redi.distributed import Parallelism, World, full_tensor, local_rank_zero_fi
 from redi.train import train_step
 
 CASES = [
-    (name, tied, dtype, rows)
+    (name, tied, dtype, rows, "qwen2")
     for name in ("sft", "redi", "symmetric", "dpo", "simpo")
     for tied in (True, False)
     for dtype in BETWEEN_CUTS
     for rows in (7, 1)
 ]
 # The other code paths of objectives.py.
-CASES += [("dpo_norm", True, torch.float64, 7), ("dft", True, torch.float64, 1)]
+CASES += [("dpo_norm", True, torch.float64, 7, "qwen2"), ("dft", True, torch.float64, 1, "qwen2")]
+CASES += [("redi", True, torch.float64, 7, "qwen3"), ("sft", False, torch.float64, 7, "llama")]
 
 CUTS = [(1000, False), (30, False), (30, True)]  # pack_tokens, reshard_after_forward
 CPU = torch.device("cpu")
@@ -55,8 +56,11 @@ class KeepsGradients(torch.optim.AdamW):
 
 def one_step(case: tuple, world: World, pack_tokens: int = 1000, reshard: bool = False) -> tuple:
     """What train_step returns for a step over all rows, dealt to the ranks, and the gradients."""
-    name, tied, dtype, rows = case
-    model, how = tiny(tied, dtype), Parallelism(dtype, 1, reshard_after_forward=reshard)
+    name, tied, dtype, rows, family = case
+    model, how = (
+        tiny(tied, dtype, family=family),
+        Parallelism(dtype, 1, reshard_after_forward=reshard),
+    )
     parallelize(model, world, how)
     data = TrainData(Rows(name != "sft", rows), objective_of(name), world, pack_tokens)
     if data.objective.needs_reference:

@@ -1,6 +1,7 @@
 """redi/data/tokenizer.py against transformers' and TRL's tokenization of conversations."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -358,7 +359,56 @@ def assert_rows_are_those_of_transformers(folder: Path) -> None:
     assert "Please put your final answer" in ours.decode(ids)
 
 
-# ---------------------------------------------------------------- another family of templates
+# ---------------------------------------------------------------- other families of templates
+
+
+FAMILIES = ["qwen2_5", "qwen3", "llama3"]  # templates that the installed trl has
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tokenizer_json, save_tokenizer, tmp_path_factory):
+    """(our tokenizer with a model's template, transformers' with TRL's training template of it)"""
+    templates = files("trl") / "chat_templates"
+    folder = save_tokenizer(
+        tmp_path_factory.mktemp("family"),
+        (templates / f"{request.param}.jinja").read_text(),
+        bos_token="<|begin_of_text|>",
+    )
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    headers = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens(headers)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ours, theirs = both_of(folder)
+    theirs.chat_template = (templates / f"{request.param}_training.jinja").read_text()
+    return ours, theirs
+
+
+thoughts = st.sampled_from(["{}", "<think>\n{}\n</think>\n\n5", "<think>\n{}</think>5"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(contents, contents, thoughts), min_size=1, max_size=3), st.booleans())
+@example([(" \n leads and trails \n", " leads and trails \n", "{}")], True)
+def test_rows_of_a_family_equal_trls_training_template(family, turns, has_system):
+    """With one difference: TRL also learns newlines of the template, after the stop token of every
+    answer and in Qwen2.5's header, which a model never generates."""
+    ours, theirs = family
+    messages = [SYSTEM] * has_system
+    for question, answer, thought in turns:
+        messages += [user(question), assistant(thought.format("." + answer))]
+    first = len(messages) - 2 * len(turns) + 1
+    [row] = ours.encode_rows([(messages[:first], messages[first:])])
+    ids = row.prompt_ids + row.response_ids
+    expected = theirs.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert ids == expected["input_ids"][: len(ids)]
+    learned = row.learned or [True] * len(row.response_ids)
+    for token, ours_learns, trl_learns in zip(
+        ids, [False] * len(row.prompt_ids) + learned, expected["assistant_masks"]
+    ):
+        assert ours_learns == trl_learns or (trl_learns and ours.decode([token]) == "\n")
 
 
 @pytest.fixture(scope="module")

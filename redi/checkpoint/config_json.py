@@ -4,10 +4,11 @@ Both forms are read: `rope_parameters` (transformers 5), and the older `rope_sca
 `rope_theta` at the top level. The dtype is that of the stored weights, whatever config.json says.
 """
 
+from dataclasses import fields
 from typing import Any
 
 from redi.config import UserError
-from redi.model import ModelConfig
+from redi.model import ModelConfig, RopeScaling
 
 # Required fields, integers from 1 to LARGEST -> their names in ModelConfig.
 SIZES = {
@@ -19,16 +20,24 @@ SIZES = {
     "max_position_embeddings": "max_positions",
 }
 LARGEST = 1 << 21  # of these sizes; the rotary tables take a gigabyte per million positions
-# What redi/model.py implements: field -> its allowed values. None: missing or null.
+# model_type -> the facts of its family, which config.json does not name.
+FAMILIES: dict[str, dict[str, bool]] = {
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+    "llama": {"qkv_bias": False, "qk_norm": False},
+}
+# What redi/model.py implements: field -> its allowed values. It may also be missing or null.
 SUPPORTED: dict[str, list] = {
-    "model_type": ["qwen2"],
-    "rope_type": ["default", None],
-    "partial_rotary_factor": [1.0, None],
-    "use_sliding_window": [False, None],
+    "model_type": [*FAMILIES],
+    "rope_type": ["default", "llama3"],
+    "partial_rotary_factor": [1.0],
+    "attention_bias": [False],  # Qwen3 and Llama: of q, k, v and o
+    "mlp_bias": [False],
+    "use_sliding_window": [False],
     "layer_types": ["full_attention"],
-    "hidden_act": ["silu", None],
-    "attention_dropout": [0.0, None],
-    "quantization_config": [None, {}],
+    "hidden_act": ["silu"],
+    "attention_dropout": [0.0],
+    "quantization_config": [{}],
 }
 
 
@@ -37,7 +46,8 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
     wrong type, fields that disagree, and a value for which redi/model.py would compute other
     numbers than transformers."""
     try:
-        _refuse_unsupported(config, where)
+        rope = _read_rope(config, where)
+        _refuse_unsupported(config, rope, where)
         optional = ("num_key_value_heads", "head_dim")
         for name in (*SIZES, *(name for name in optional if config.get(name) is not None)):
             if type(config[name]) is not int or not 1 <= config[name] <= LARGEST:
@@ -46,11 +56,16 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
         kv_heads = config.get("num_key_value_heads") or heads
         if heads % kv_heads:
             raise UserError(f"{where}: {heads} heads cannot share {kv_heads} key/value heads")
+        scaling = None
+        if rope.get("rope_type") == "llama3":
+            scaling = RopeScaling(**{field.name: rope[field.name] for field in fields(RopeScaling)})
         return ModelConfig(
             **{field: config[name] for name, field in SIZES.items()},
             num_kv_heads=kv_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rope_theta=read_rope_theta(config, where),
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=scaling,
+            **FAMILIES[config["model_type"]],
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             tied=config.get("tie_word_embeddings", False),
         )
@@ -60,33 +75,32 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: a field has a value of the wrong type ({error})") from None
 
 
-def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
-    tables = _rope_tables(config)
-    found = {name: [config.get(name)] for name in SUPPORTED}
-    found["rope_type"] = [table.get("rope_type") or table.get("type") for table in tables]
-    found["partial_rotary_factor"] += [table.get("partial_rotary_factor") for table in tables]
+def _refuse_unsupported(config: dict[str, Any], rope: dict[str, Any], where: str) -> None:
+    found = {name: [config.get(name), rope.get(name)] for name in SUPPORTED}
     found["layer_types"] = config.get("layer_types") or []  # one per layer
     for name, allowed in SUPPORTED.items():
         for value in found[name]:
-            if value not in allowed:
-                raise UserError(f"{where}: {name} is {value!r}; redi supports only {allowed[0]!r}")
-
-
-def read_rope_theta(config: dict[str, Any], where: str) -> float:
-    """The rotary base. Raises UserError if it is missing, or if two fields disagree."""
-    values = [table.get("rope_theta") for table in (config, *_rope_tables(config))]
-    found = {float(value) for value in values if value is not None}
-    if len(found) != 1:
-        raise UserError(f"{where}: expected one rope_theta; found {sorted(found) or 'none'}")
-    return found.pop()
+            if value is not None and value not in allowed:
+                supported = " and ".join(map(repr, allowed))
+                raise UserError(f"{where}: {name} is {value!r}; redi supports only {supported}")
 
 
 def set_rope_theta(config: dict[str, Any], theta: float) -> None:
-    """Write the rotary base in both forms."""
-    rope = config.get("rope_parameters") or {}
-    config["rope_parameters"] = {**rope, "rope_theta": theta, "rope_type": "default"}
-    config["rope_theta"] = theta
+    """Write the rotary base, and the scaling if there is one, in both forms."""
+    rope = {"rope_type": "default", **_read_rope(config, "config.json"), "rope_theta": theta}
+    config |= {"rope_theta": theta, "rope_parameters": rope}
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
 
 
-def _rope_tables(config: dict[str, Any]) -> list[dict[str, Any]]:
-    return [config.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+def _read_rope(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of both forms: rope_theta, rope_type, those of a scaling. Raises UserError if two
+    disagree."""
+    found: dict[str, Any] = {}
+    tables = [config.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    for table in ({"rope_theta": config.get("rope_theta")}, *tables):
+        for name, value in table.items():
+            name = "rope_type" if name == "type" else name
+            if value is not None and found.setdefault(name, value) != value:
+                raise UserError(f"{where}: {name} is {found[name]!r} and also {value!r}")
+    return found

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from redi.checkpoint.config_json import read_config, read_rope_theta, set_rope_theta
+from redi.checkpoint.config_json import read_config, set_rope_theta
 from redi.checkpoint.weights import INDEX, check_weights, fill
 from redi.config import UserError
 from redi.data.files import folder_to_disk, read_json, to_disk
@@ -74,7 +74,7 @@ def open_model(
         print(f"max_position_embeddings: {old} -> {max_position_embeddings}")
         config["max_position_embeddings"] = max_position_embeddings
     if rope_theta != KEEP:
-        print(f"rope_theta: {read_rope_theta(config, str(path)):g} -> {rope_theta:g}")
+        print(f"rope_theta: {read_config(config, str(path)).rope_theta:g} -> {rope_theta:g}")
         set_rope_theta(config, rope_theta)
     with torch.device("meta"):
         model = Transformer(read_config(config, str(path)))

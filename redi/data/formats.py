@@ -5,6 +5,7 @@
 
 A prompt is text (a user's turn) or a list of {"role", "content"} messages. A response is text (an
 assistant's turn), messages, or a whole conversation that begins with the prompt, which is removed.
+An assistant's `reasoning_content` becomes a thought between <think> and </think> before its text.
 Each row's format is found from its fields; other fields are ignored.
 
 Left out: ShareGPT's {"from", "value"}, tool calls, images; a prompt inside two plain texts (where
@@ -23,7 +24,7 @@ from redi.data.tokenizer import Message, is_answer
 
 ROLES = ("system", "user", "assistant", "tool")
 # Fields of a message whose text would be lost silently.
-OTHER_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+OTHER_CONTENT = ("tool_calls", "function_call", "reasoning", "thinking")
 FORMATS = {  # paired -> the fields of each format; the first that fits is taken
     False: (("prompt", "completion"), ("messages",)),
     True: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
@@ -143,13 +144,20 @@ def _read_messages(row: Row, field: str, where: str, role: str | None = None) ->
         raise UserError(
             f"{where}: {field!r} has {lost[0]!r} beside 'content', which redi cannot train on"
         )
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return [{"role": message["role"], "content": _with_thoughts(message)} for message in value]
+
+
+def _with_thoughts(message: Message) -> str:
+    """The content after the thoughts that the message has apart, as Qwen3's template joins them."""
+    thoughts, text = message.get("reasoning_content"), message["content"]
+    if not thoughts:
+        return text
+    newline = "\n"
+    return f"<think>\n{thoughts.strip(newline)}\n</think>\n\n{text.lstrip(newline)}"
 
 
 def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("role") in ROLES  # the template inserts the role as it is
-        and isinstance(value.get("content"), str)
-        and is_encodable(value["content"])
-    )
+    if not isinstance(value, dict) or value.get("role") not in ROLES:
+        return False  # the template inserts the role as it is
+    texts = [value.get("content"), value.get("reasoning_content") or ""]
+    return all(isinstance(text, str) and is_encodable(text) for text in texts)

@@ -2,20 +2,21 @@
 
 A chat template turns messages into one string, in which control tokens (`<|im_start|>`) and the
 messages' own text mix. Text must stay text: a trace that quotes `<|im_end|>` must not end the turn.
-So the template never sees the contents:
+So the template gets contents whose control tokens are broken up:
 
-    1. render the template with a marker in place of each content
-    2. split the result into pieces: contents, control tokens that the *template* wrote, other text
-    3. insert the contents, and encode each text with control tokens switched off
+    1. put an unused character between the letters of a control token that a content quotes
+    2. render: what is a whole control token now was written by the *template*
+    3. split there, repair the quotes, and encode each text with control tokens switched off
 
     <|im_start|> user\\n{problem} <|im_end|> \\n <|im_start|> assistant\\n | {trace} <|im_end|>
     control      text            control    ...        the prompt ends here | response
 
 If no content quotes a control token, these are the ids of the whole rendered string. A training row
-is the prompt exactly as generation will see it, then the response, then the stop token: the first
-control token that the template writes after an answer. The response is encoded apart from the
-prompt: a newline at its beginning must not merge with the header's, because in generation it could
-not. Of several turns only the answers are learned from, each with its stop token.
+is the prompt exactly as generation will see it, then what the template writes for the answer (some
+trim it, or add an empty thought), up to the stop token: the first control token after an answer.
+The response is encoded apart from the prompt: a newline at its beginning must not merge with the
+header's, because in generation it could not. Of several turns only the answers are learned from,
+each as the template writes it while it is the last one: some drop the thoughts of earlier answers.
 """
 
 import hashlib
@@ -39,7 +40,9 @@ from redi.data.files import read_json
 Message = dict[str, str]  # role, content
 # The system prompt of Qwen2.5-Math's own template, which the paper trains with.
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
-MARKER = "\ue0f0{}\ue0f1"  # holds a message's number in private-use characters
+# Private-use characters, which no tokenizer's control token contains.
+BREAK = "\ue0f0"  # after each letter of a quoted control token; twice: the character itself
+MARKER = "\ue0f1{}\ue0f1"  # holds a message's number, to find the messages in what is rendered
 
 
 def chatml(system: str | None = SYSTEM_PROMPT) -> str:
@@ -64,7 +67,6 @@ class Piece(NamedTuple):
 
     text: str
     control_id: int | None = None  # if the text is a control token
-    message: int | None = None  # if the text is the marker of a message: its index
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,10 @@ class ChatTokenizer:
         self.control_ids = {token.content: i for i, token in added.items() if token.special}
         # Longest first: a control token may begin with another one.
         controls = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
-        self._pieces = re.compile(f"({'|'.join([*controls, MARKER.format('[0-9]+')])})")
+        self._controls = re.compile(f"({'|'.join(controls) or '(?!)'})")
+        self._quoted = re.compile(f"{self._controls.pattern}|{BREAK}")
         self._jinja = self._compile_template()
-        self._rendered: dict[tuple, list[Piece]] = {}
+        self._checked: set[tuple[str, ...]] = set()  # roles of conversations
         tokenizer.encode_special_tokens = True  # encode "<|im_end|>" as the text it is
         self.stop_id = self._find_stop_id()
 
@@ -130,11 +133,10 @@ class ChatTokenizer:
     def encode_prompt(self, messages: Sequence[Message], prefix: str = "") -> list[int]:
         """Token ids up to where the assistant's answer begins, then those of the text `prefix`,
         unless the template writes the prefix itself (`<think>` in some)."""
-        pieces = _insert_contents(self._render(messages, generation=True), messages)
-        written = "".join(piece.text for piece in pieces)
-        if prefix and not written.rstrip().endswith(prefix.rstrip()):
-            pieces.append(Piece(prefix))
-        return self._encode([pieces])[0]
+        text = self._render(messages, generation=True)
+        if prefix and not text.rstrip().endswith(prefix.rstrip()):
+            text += self._quote(prefix)
+        return self._encode([self._split(text)])[0]
 
     def encode_rows(
         self, conversations: Sequence[tuple[Sequence[Message], Message | Sequence[Message]]]
@@ -170,29 +172,38 @@ class ChatTokenizer:
 
     def _split_at_answers(self, messages: list[Message], num_prompt: int) -> list[list[Piece]]:
         """[prompt, answer with its stop token, other turns, answer, ...]"""
-        pieces = self._render(messages, generation=False)
-        segments, end = [], 0  # where the last answer ends
+        segments, num_stops = [], 0  # stop tokens up to the end of the last answer
         for number in range(num_prompt, len(messages)):
             if not is_answer(messages[number]):
                 continue
-            at = [piece.message for piece in pieces].index(number)
-            if pieces[:at] != self._render(messages[:number], generation=True):
+            prompt = self._render(messages[:number], generation=True)
+            text = self._render(messages[: number + 1], generation=False)
+            if not text.startswith(prompt):
                 raise UserError(
                     f"{self.where}: the chat template puts other text before a written answer "
                     "than before a generated one, so training would not match generation"
                 )
-            if [piece.control_id for piece in pieces[at + 1 : at + 2]] != [self.stop_id]:
+            before, answer = self._split(prompt), self._split(text[len(prompt) :])
+            ends = [
+                0,
+                *(at + 1 for at, piece in enumerate(before) if piece.control_id == self.stop_id),
+            ]
+            stop = next(
+                (i for i, piece in enumerate(answer) if piece.control_id == self.stop_id), None
+            )
+            if stop is None:
                 raise UserError(
                     f"{self.where}: the chat template does not end every answer with the stop token"
                 )
-            segments += [pieces[end:at], pieces[at : at + 2]]
-            end = at + 2
-        return [_insert_contents(segment, messages) for segment in segments]
+            segments += [before[ends[num_stops] :], answer[: stop + 1]]
+            num_stops = len(ends)
+        return segments
 
     def _find_stop_id(self) -> int:
-        pieces = self._render([{"role": "user"}, {"role": "assistant"}], generation=False)
-        answer = [piece.message for piece in pieces].index(1)
-        stop = [*pieces, Piece("")][answer + 1]
+        marker = MARKER.format(1)
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
+        after = self._render(messages, generation=False).partition(marker)[2]
+        stop = [*self._split(after), Piece("")][0]
         if stop.control_id is None:
             raise UserError(
                 f"{self.where}: no stop token: the chat template ends an answer with {stop.text!r},"
@@ -200,24 +211,37 @@ class ChatTokenizer:
             )
         return stop.control_id
 
-    def _render(self, messages: Sequence[Message], generation: bool) -> list[Piece]:
-        """What the template writes, with a marker for each content. Cached by the roles."""
-        roles = [message["role"] for message in messages]
-        key = (*roles, generation)
-        if key not in self._rendered:
-            markers = {MARKER.format(number): number for number in range(len(roles))}
-            marked = [{"role": role, "content": mark} for role, mark in zip(roles, markers)]
-            try:
-                text = self._jinja.render(messages=marked, add_generation_prompt=generation)
-            except Exception as error:  # a template can fail with any error
-                raise UserError(f"{self.where}: the chat template fails ({error})") from None
-            texts = filter(None, self._pieces.split(text))
-            pieces = [Piece(t, self.control_ids.get(t), markers.get(t)) for t in texts]
-            if [p.message for p in pieces if p.message is not None] != list(range(len(roles))):
-                problem = f"drops, repeats or moves a message (roles {roles})"
+    def _render(self, messages: Sequence[Message], generation: bool) -> str:
+        """What the template writes. Control tokens that the contents quote are broken up."""
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._checked:
+            markers = [MARKER.format(number) for number in range(len(roles))]
+            marked = [{"role": role, "content": text} for role, text in zip(roles, markers)]
+            found = re.findall(MARKER.format("[0-9]+"), self._run_template(marked, generation))
+            if found != markers:
+                problem = f"drops, repeats or moves a message (roles {list(roles)})"
                 raise UserError(f"{self.where}: the chat template {problem}")
-            self._rendered[key] = pieces
-        return self._rendered[key]
+            self._checked.add(roles)
+        quoted = [{**message, "content": self._quote(message["content"])} for message in messages]
+        return self._run_template(quoted, generation)
+
+    def _run_template(self, messages: Sequence[Message], generation: bool) -> str:
+        try:
+            return self._jinja.render(messages=messages, add_generation_prompt=generation)
+        except Exception as error:  # a template can fail with any error
+            raise UserError(f"{self.where}: the chat template fails ({error})") from None
+
+    def _quote(self, text: str) -> str:
+        """Break up the control tokens in a text of which none is meant as one. Not empty: some
+        templates write another header before an empty answer than before a generated one."""
+        return self._quoted.sub(lambda match: BREAK.join(match[0]) + BREAK, text) or BREAK
+
+    def _split(self, rendered: str) -> list[Piece]:
+        """Whole control tokens, and the texts between them with their quotes repaired."""
+        return [
+            Piece(re.sub(f"{BREAK}({BREAK}?)", r"\1", text), self.control_ids.get(text))
+            for text in filter(None, self._controls.split(rendered))
+        ]
 
     def _compile_template(self) -> Template:
         def refuse(message: str):
@@ -242,16 +266,3 @@ class ChatTokenizer:
             return next(encoded).ids if piece.control_id is None else [piece.control_id]
 
         return [list(chain.from_iterable(map(ids, pieces))) for pieces in segments]
-
-
-def _insert_contents(pieces: list[Piece], messages: Sequence[Message]) -> list[Piece]:
-    """Insert the contents. Texts side by side become one, because their tokens may merge."""
-    filled: list[Piece] = []
-    for piece in pieces:
-        if piece.message is not None:
-            piece = Piece(messages[piece.message]["content"])
-        if piece.control_id is None and filled and filled[-1].control_id is None:
-            filled[-1] = Piece(filled[-1].text + piece.text)
-        else:
-            filled.append(piece)
-    return filled

@@ -32,7 +32,7 @@ from redi.eval.engine.cache import PAGE
 from redi.eval.engine.decode_kernel import decode_attention
 from redi.eval.engine.generate import Request, generate
 from redi.eval.engine.sampling import Sampling
-from redi.model import Transformer
+from redi.model import RopeScaling, Transformer
 from redi.objectives import make_objective, sft
 from redi.recipe import SFTConfig
 
@@ -41,6 +41,11 @@ from .fake import FakeCuda
 
 LAYERS = 2  # of most cases
 SHAPE = replace(QWEN, num_layers=LAYERS, max_positions=32_768)
+FAMILIES = {  # facts of ModelConfig
+    "qwen2": {},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+    "llama": {"qkv_bias": False, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192)},
+}
 PACK_TOKENS, DOCUMENTS = 32_768, 4  # of a pack
 PROMPT = 120  # tokens
 BENCH_SIZES = gpu.Sizes(
@@ -52,7 +57,7 @@ PARAMETERS = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.1}, "simpo": {"beta": 2.
 
 
 def prepare(
-    objective: str, packs: int, layers: int, reshard: bool
+    objective: str, packs: int, layers: int, reshard: bool, family: str = "qwen2"
 ) -> tuple[TrainData, Transformer, Callable[[], Any], float]:
     """Rows for steps of so many packs per rank, a sharded model, a function that runs a step, and
     the bytes that redi/memory.py expects at the peak."""
@@ -66,7 +71,7 @@ def prepare(
     reference = torch.zeros(len(rows), 2, dtype=torch.float64) if chosen.needs_reference else None
     data = TrainData(rows, chosen, world, PACK_TOKENS, reference)
     with torch.device("meta"):
-        model = Transformer(replace(SHAPE, num_layers=layers))
+        model = Transformer(replace(SHAPE, num_layers=layers, **FAMILIES[family]))
     dtype = distributed.compute_dtype("auto", world)
     expected = memory.step_memory(model, PACK_TOKENS, world, dtype)
     blocks = memory.blocks_to_checkpoint("auto", expected)
@@ -80,11 +85,11 @@ def prepare(
 
 def train_step(
     objective: str, world_size: int = 8, memory: float = 80e9, packs: int = 1,
-    layers: int = LAYERS, reshard: bool = False,
+    layers: int = LAYERS, reshard: bool = False, family: str = "qwen2",
 ) -> dict[str, Any]:  # fmt: skip
     """What the second optimizer step does (the first creates AdamW's moments)."""
     with FakeCuda(world_size, memory) as fake:
-        _, _, step, formula = prepare(objective, packs, layers, reshard)
+        _, _, step, formula = prepare(objective, packs, layers, reshard, family)
         step()
         fake.reset()
         step()

@@ -6,5 +6,6 @@ decoder.py          a decode step on a CPU
 decode_kernel.py    decode attention in Triton, for CUDA
 kernel_steps.py     a decode step on CUDA, replayed from CUDA graphs
 generate.py         the queue, prefill, refilled rows, eviction: generate()
+streaming.py        one text, token by token, on the cache of the last one: redi chat
 complete.py         the prompted samples of an evaluation -> completions
 """

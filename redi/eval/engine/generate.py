@@ -114,6 +114,15 @@ def generate(
         yield from engine.advance(logits, rows, sampling, set(stop_ids))
 
 
+def make_decoder(model: Transformer, cache: Cache) -> Decoder:
+    """The decode steps of the model's device."""
+    if not cache.with_kernel:
+        return Decoder(model, cache)
+    from redi.eval.engine.kernel_steps import KernelDecoder  # needs triton
+
+    return KernelDecoder(model, cache)
+
+
 class _Engine:
     """The queue, the texts being written, and the cache."""
 
@@ -131,11 +140,7 @@ class _Engine:
         self.cache = Cache(model, wanted, budget, slots, max(r.limit for r in requests))
         weight = model.output_weight
         self.device = weight.device
-        self.decoder = Decoder(model, self.cache)
-        if self.cache.with_kernel:
-            from redi.eval.engine.kernel_steps import KernelDecoder  # needs triton
-
-            self.decoder = KernelDecoder(model, self.cache)
+        self.decoder = make_decoder(model, self.cache)
         self.queue: deque[_Text] = deque()
         self.least_admitted = max(1, slots // 32)  # texts that are worth a prefill
         self.live: dict[int, _Text] = {}  # row -> text, in the order of admission
