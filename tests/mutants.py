@@ -146,8 +146,8 @@ redi/model.py
   + return self.model.embed_tokens.weight.detach() if self.config.tied
     test_model.py::test_parameters_have_transformers_names_and_gradients
   rotary positions stay on the CPU
-  - positions = torch.arange(length, device=device)
-  + positions = torch.arange(length)
+  - positions = torch.arange(config.max_positions, device=device)
+  + positions = torch.arange(config.max_positions)
     SFT_STEP
 redi/attention.py
   tokens see the tokens after them
@@ -201,7 +201,7 @@ redi/monitor.py
   loss and log-probs of a step are those of this rank alone
   - sum_over_ranks(vector, self.data.world)
   + pass
-    RANKS[('redi', True, torch.float64, 7)]
+    RANKS[('redi', True, torch.float64, 7, 'qwen2')]
   a step's statistics are summed on the CPU
   - dtype=torch.float64, device=data.world.device)
   + dtype=torch.float64)
@@ -216,7 +216,7 @@ redi/distributed.py
   gradients are exchanged after every pack but the last
   - model.set_requires_gradient_sync(last)
   + model.set_requires_gradient_sync(not last)
-    RANKS[('redi', True, torch.float64, 7)]
+    RANKS[('redi', True, torch.float64, 7, 'qwen2')]
   the rows of a weight that does not divide evenly begin at the wrong one
   - shard_index * -(-len(parameter) // num_shards)
   + shard_index * (len(parameter) // num_shards)
