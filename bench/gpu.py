@@ -6,8 +6,8 @@
 Parts run in this order, the most valuable facts first:
 
     G0        seconds to the first train steps and the first answers, with two layers
-    G9        it is right: what `redi doctor` checks (redi/checks.py), at larger sizes, and greedy
-              answers against the CPU's
+    G9        it is right: what `redi doctor` checks (redi/doctor/checks.py), at larger sizes, and
+              greedy answers against the CPU's
     G4, G5    SFT and REDI (G5_DPO: DPO): tokens/s, seconds per step, MFU, GiB
     G6        the peak of a step of two packs over redi/memory.py's formula
     G1, G2    the head's loss: milliseconds and bytes over Liger, Liger's CuTe kernels, TRL's
@@ -48,12 +48,13 @@ import bench.plan as law
 from bench import inputs, loss, measure, trainer
 from bench.inputs import QWEN, random_model, random_requests
 from bench.measure import clock, free, interleave, peak, result
-from redi import checks, memory
+from redi import memory
 from redi.attention import packed_attention
 from redi.batches import TrainData
-from redi.checks import Given, Outcome, RandomRows, loss_and_gradients, relative_error
 from redi.config import UserError, one_line, program
 from redi.distributed import Parallelism, World, compute_dtype, parallelize
+from redi.doctor import checks
+from redi.doctor.checks import Given, Outcome, RandomRows, loss_and_gradients, relative_error
 from redi.eval.engine.generate import Request, Usage, generate
 from redi.eval.engine.sampling import Sampling
 from redi.logprobs import weighted_logp_sum

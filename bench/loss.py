@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench.measure import CPUSeconds, Worker, interleave, peak_bytes, ratios, result, write
-from redi.checks import (
+from redi.doctor.checks import (
     Given,
     Run,
     in_float64,

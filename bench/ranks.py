@@ -36,8 +36,8 @@ import torch
 from bench.measure import CPUSeconds, Worker, cpu_now, peak_bytes, result, write
 from redi import distributed, memory, train
 from redi.batches import TrainData
-from redi.checks import RandomRows
 from redi.distributed import World
+from redi.doctor.checks import RandomRows
 from redi.model import ModelConfig, Transformer
 from redi.objectives import sft
 from redi.packing import StepPlan

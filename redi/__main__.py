@@ -28,7 +28,7 @@ COMMANDS = {
     "report": ("redi.eval.report", "main", "put evaluations side by side"),
     "regrade": ("redi.eval.grade", "main", "grade the answers of an evaluation again"),
     "export": ("redi.checkpoint.__main__", "main", "make a model folder of a checkpoint"),
-    "doctor": ("redi.doctor", "main", "check this machine: packages, devices, numbers"),
+    "doctor": ("redi.doctor.__main__", "main", "check this machine: packages, devices, numbers"),
 }
 SUBCOMMANDS = ("regrade", "export")  # words that their programs read themselves
 

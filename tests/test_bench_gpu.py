@@ -57,7 +57,7 @@ def test_bf16_is_right_on_a_cpu():
 
 
 def test_a_decoder_that_is_a_position_late_is_seen(monkeypatch):
-    """The other checks of G9 are redi.checks': tests/test_doctor.py."""
+    """The other checks of G9 are redi/doctor/checks.py's: tests/test_doctor.py."""
     hidden = Decoder.hidden
 
     def late(self, ids, where, attend):  # decoding has up to 12 slots

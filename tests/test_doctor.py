@@ -6,7 +6,9 @@ import sys
 import pytest
 from processes import main_in_this_process, run_command
 
-from redi import checks, doctor, model
+from redi import model
+from redi.doctor import __main__ as doctor
+from redi.doctor import checks
 
 head, two_passes, attention = checks.weighted_logp_sum, checks.token_logps, model.packed_attention
 
@@ -46,18 +48,21 @@ def only(monkeypatch):
     ("check", "place", "wrong", "named"),
     [
         (
-            "check_head", "redi.checks.weighted_logp_sum",
+            "check_head", "redi.doctor.checks.weighted_logp_sum",
             lambda *g: (head(*g)[0], head(*g)[1] + 0.01), ["logp is off by"],
         ),
         (
-            "check_head", "redi.checks.weighted_logp_sum",
+            "check_head", "redi.doctor.checks.weighted_logp_sum",
             lambda *g: (head(*g)[0] * 1.01, head(*g)[1]), ["loss is", "dH is", "dW is"],
         ),
         (
-            "check_head", "redi.checks.token_logps", lambda *g: two_passes(*g) * 1.01,
+            "check_head", "redi.doctor.checks.token_logps", lambda *g: two_passes(*g) * 1.01,
             ["two_passes_loss is"],
         ),
-        ("check_head", "redi.checks.token_logps", failing, ["RuntimeError: no kernel image is"]),
+        (
+            "check_head", "redi.doctor.checks.token_logps", failing,
+            ["RuntimeError: no kernel image is"],
+        ),
         (
             "check_model", "redi.model.packed_attention", seeing_each_other,
             ["packed_logps is off by"],
@@ -76,7 +81,9 @@ def test_wrong_numbers_are_named_a_line_each(check, place, wrong, named, only, m
 
 def test_missing_packages_are_named_though_redi_cannot_be_imported():
     missing = "import sys; sys.modules |= {'torch': None, 'jinja2': None}"
-    status, shown, errors = run_command("-c", f"{missing}; from redi.doctor import main; main()")
+    status, shown, errors = run_command(
+        "-c", f"{missing}; from redi.doctor.__main__ import main; main()"
+    )
     assert (status, errors) == (1, "")
     broken = [line for line in shown.splitlines() if line.startswith("BROKEN")]
     assert broken == ["BROKEN torch: not installed", "BROKEN jinja2: not installed"]

@@ -19,9 +19,9 @@ import pytest
 from processes import ROOT, main_in_this_process, run_command
 
 import redi
-from redi import doctor
 from redi.__main__ import COMMANDS
 from redi.__main__ import main as redi_main
+from redi.doctor import __main__ as doctor
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]

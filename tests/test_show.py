@@ -160,7 +160,7 @@ def test_of_several_turns_only_the_answers_are_learned_from(shown):
     text = Path("p.html").read_text(encoding="utf-8")
     captions = [text for text in Page(text).texts if ", not learned from" in text]
     assert len(captions) == 2 + 1  # two prompts, and a turn between answers
-    between = captions[1].split()[-2]  # its tokens; the second row has none
+    between = captions[1].split()[-2]  # its tokens; nothing is left out of the second row
     assert cells(report)["between"] == [between, "0", "0", *[between] * 3]
     tokens = positions(opened(text))
     assert tokens == [*range(len(tokens))]  # each once, in all four stretches

@@ -48,7 +48,7 @@ STAGE_1 = "stage 1"  # listed among the methods: the model that all of them star
 class Variant:
     """A method with one choice of its settings, on the data of one teacher."""
 
-    teacher: str  # a [[teacher]]; "" if the file has none
+    teacher: str  # name of its [[teacher]], or "" in a file without teachers
     mislabelled: float
     method: str  # STAGE_1 or a [[method]]
     settings: Flags  # of train_redi.py: objective, lr, alpha, ...; empty for stage 1

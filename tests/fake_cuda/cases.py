@@ -26,8 +26,8 @@ from bench.inputs import QWEN
 from redi import distributed, kernels, memory, train
 from redi.batches import TrainData
 from redi.checkpoint.folder import _gather
-from redi.checks import RandomRows
 from redi.distributed import Parallelism
+from redi.doctor.checks import RandomRows
 from redi.eval.engine.cache import PAGE
 from redi.eval.engine.decode_kernel import decode_attention
 from redi.eval.engine.generate import Request, generate

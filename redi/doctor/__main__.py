@@ -81,7 +81,7 @@ def numerics() -> Iterator[Finding]:
     """One line for each part of checks.py that is right, and for each number that is not."""
     import torch
 
-    from redi import checks
+    from redi.doctor import checks
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for check, claim in checks.CLAIMS.items():
