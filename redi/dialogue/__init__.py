@@ -1,0 +1,1 @@
+"""Situational dialogue."""

@@ -1,0 +1,151 @@
+"""A scenario: the scene of a dialogue, read from a file, and what each side is told of it.
+
+    # cafe.toml                     one scenario; several as [[scenario]] tables, or a row of .jsonl,
+    topic = "ordering food"         .json or Parquet each
+    place = "a small cafe in London, at noon"
+    tutor = "the waiter"            # the model's role
+    student = "a tourist"
+    tasks = ["order a drink", "ask what is in the soup", "pay"]      # the student's, in this order
+    words = ["menu", "bill", "change"]               # to practice; optional, as all that follow
+    level = "A2"
+    facts = ["coffee costs 3 pounds", "the soup has nuts"]    # what the tutor must not contradict
+    wants = ["a tea", "no nuts"]                     # the student's card: the tutor never sees it
+    opening = "Hello! What can I get you?"           # the tutor's first words; else it finds them
+    max_turns = 12                                   # replies of the tutor, at most
+
+The tutor ends the dialogue with the plain text [end] after its last reply; any tokenizer can write
+it. What a student types is never a command: both marks below are taken out of it.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from redi.config import UserError, check_table, load_toml, types_of
+from redi.data.files import read_rows
+from redi.data.tokenizer import Message
+
+END = "[end]"
+HINT = "(What could I say?)"  # asks the tutor for what the student could say next
+# A line whose fields are all empty is left out.
+TEMPLATES = {
+    "tutor": """\
+You are {tutor} in {place}. Talk with {student} about {topic}.
+{student} has these tasks, in this order: {tasks}.
+Facts: {facts}.
+Words to practice: {words}.
+Use words of level {level}.
+Do one task at a time. Repeat what you hear, answer questions, and keep to the facts.
+When all tasks are done, repeat what was agreed, say goodbye and end with [end].
+""",
+    "student": """\
+You are {student} in {place}. Talk with {tutor} about {topic}.
+Your tasks, in this order: {tasks}.
+You want: {wants}.
+Words to practice: {words}.
+Use words of level {level}.
+""",
+    "judge": """\
+{tutor} in {place} talks with {student} about {topic}.
+{student} has these tasks, in this order: {tasks}.
+Facts: {facts}.
+{student} wants: {wants}.
+When all tasks are done, {tutor} says goodbye and ends with [end].
+""",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    topic: Annotated[str, "what the split into seen and unseen goes by"]
+    place: Annotated[str, "where it is"]
+    tutor: Annotated[str, "the model's role"]
+    student: Annotated[str, "the other's role"]
+    tasks: Annotated[list[str], "the student's, in the order in which they come"]
+    words: Annotated[list[str], "to practice"] = ()
+    level: Annotated[str, "of the language, as A2"] = ""
+    facts: Annotated[list[str], "what the tutor must not contradict"] = ()
+    wants: Annotated[list[str], "the student's card, hidden from the tutor"] = ()
+    opening: Annotated[str, "the tutor's first words; empty: it finds them"] = ""
+    max_turns: Annotated[int, "the tutor's replies, at most"] = 12
+    id: Annotated[str, "names the scenario; empty: a hash of the rest"] = ""
+
+    def __post_init__(self) -> None:
+        if self.max_turns < 1:
+            raise UserError(f"key 'max_turns': expected at least 1, got {self.max_turns}")
+        for name in ("topic", "place", "tutor", "student", "tasks"):
+            value = getattr(self, name)
+            texts = [value] if isinstance(value, str) else value
+            if not texts or not all(text.strip() for text in texts):
+                raise UserError(f"key {name!r}: expected text, got {value!r}")
+        if not self.id:
+            content = json.dumps(self.as_row() | {"id": ""}, sort_keys=True).encode()
+            object.__setattr__(self, "id", hashlib.sha256(content).hexdigest()[:12])
+
+    @classmethod
+    def of(cls, row: dict[str, Any], where: str) -> "Scenario":
+        """Raises UserError, which begins with `where`: a key that is unknown, missing or wrong."""
+        given = {key: value for key, value in row.items() if value is not None}
+        checked = check_table(given, types_of(cls), where)
+        required = {field.name for field in fields(cls)} - set(vars(cls))
+        if missing := sorted(required - set(checked)):
+            raise UserError(f"{where}: key {missing[0]!r} is missing")
+        try:
+            return cls(**checked)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+    def as_row(self) -> dict[str, Any]:
+        """The fields that have a value, for JSON."""
+        return {name: value for name, value in vars(self).items() if value}
+
+    def prompt(self, view: str, templates: dict[str, str] = TEMPLATES) -> str:
+        """What the tutor, the student or the judge is told."""
+        values = {
+            name: ("; " if name in ("tasks", "facts", "wants") else ", ").join(value)
+            if isinstance(value, (list, tuple))
+            else str(value)
+            for name, value in vars(self).items()
+        }
+        lines = []
+        for line in templates[view].splitlines():
+            names = re.findall(r"{(\w+)}", line)
+            if any(values[name] for name in names) or not names:
+                text = line.format_map(values)
+                lines.append(text[:1].upper() + text[1:])
+        return "\n".join(lines)
+
+
+def read_scenarios(source: str) -> Iterator[Scenario]:
+    """The scenarios of a TOML file, or of a file, folder or hub id of rows. Raises UserError."""
+    if Path(source).suffix == ".toml":
+        table = load_toml(source, source)
+        rows = table.get("scenario", [table])
+        if not isinstance(rows, list) or set(table) > {"scenario"}:
+            raise UserError(f"{source}: expected one scenario, or [[scenario]] tables and no more")
+        named = [(f"{source}: scenario {number}", row) for number, row in enumerate(rows, 1)]
+    else:
+        named = read_rows(source)
+    for where, row in named:
+        yield Scenario.of(row, where)
+
+
+def split_end(text: str) -> tuple[str, bool]:
+    """A tutor's reply without the end marker, and whether it ends the dialogue."""
+    text = text.strip()
+    return text.removesuffix(END).strip(), text.endswith(END)
+
+
+def without_marks(text: str) -> str:
+    """A student's words without the end marker and the hint request."""
+    return text.replace(END, "").replace(HINT, "").strip()
+
+
+def words_used(scenario: Scenario, messages: list[Message]) -> list[str]:
+    """The scenario's words that the student has used, in any letter case."""
+    said = " ".join(m["content"].lower() for m in messages if m["role"] == "user")
+    return [word for word in scenario.words if re.search(rf"\b{re.escape(word.lower())}\b", said)]
