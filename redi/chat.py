@@ -3,12 +3,14 @@
     redi chat out/redi                      a conversation; /help lists the commands
     redi chat out/redi -p "6-1-9*7=?"       one answer
     redi chat out/redi < questions.txt      an answer to every line
+    redi chat out/tutor --scenario cafe.toml [--judge out/judge]    a dialogue in a scene
 
 The text of an answer appears as soon as it cannot change any more, thoughts dimmed. Ctrl-C ends the
 answer, and a second one the program. What the conversation has in common with the last prompt stays
 in the cache, by token ids: a template that drops earlier thoughts makes that part shorter.
 Answers are sampled by evaluate.py's engine: `-p TEXT` is sample 0 of problem 1 in a benchmark named
-chat, with --user-prompt plain and an empty --prefix.
+chat, with --user-prompt plain and an empty --prefix. In a scenario (redi/dialogue/lesson.py) they
+are those of redi dialogue evaluate.
 Left out: several conversations, tools, other samplers.
 """
 
@@ -28,12 +30,16 @@ from redi.checkpoint.folder import load_model
 from redi.config import UserError, parse, program, require
 from redi.data.files import write_aside
 from redi.data.tokenizer import Message
+from redi.dialogue.lesson import Lesson
+from redi.dialogue.scenario import HINT, split_end, without_end, without_marks
 from redi.eval.engine.sampling import Sampling
 from redi.eval.engine.streaming import Speaker
 from redi.eval.protocol import request_key
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-HELP = """/retry         answer the last question again, with other random numbers
+HELP = """\
+/hint          in a scenario: what you could say
+/retry         answer the last question again, with other random numbers
 /undo          take back the last question and its answer
 /clear         begin again
 /system TEXT   set the system prompt, and begin again
@@ -45,6 +51,9 @@ HELP = """/retry         answer the last question again, with other random numbe
 class ChatConfig:
     model: Annotated[str, "folder or hub id"]
     p: Annotated[str | None, "answer this and end"] = None
+    scenario: Annotated[str | None, "file: talk in its first scenario"] = None
+    judge: Annotated[str | None, "model that labels the scenario's replies at the end"] = None
+    judge_settings: Annotated[str | None, "the judge's agreement.json"] = None
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.6
     top_p: Annotated[float, "mass of the nucleus"] = 0.95
     seed: Annotated[int, "of sampling"] = 42
@@ -57,6 +66,7 @@ class ChatConfig:
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
         limit = self.max_new_tokens
         require(limit is None or limit >= 1, "max_new_tokens", limit, "at least 1")
+        require(not (self.p and self.scenario), "p", self.p, "no --scenario beside it")
 
 
 @dataclass
@@ -64,11 +74,30 @@ class Conversation:
     speaker: Speaker
     config: ChatConfig
     terminal: bool  # of the output
+    lesson: Lesson | None = None
     messages: list[Message] = field(default_factory=list)
     attempt: int = 0  # at the last answer
 
+    def begin(self) -> None:
+        """Without a scenario, the user begins; in one, the tutor."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+        if not self.lesson:
+            return
+        self.messages, self.attempt = [self.lesson.system()], 0
+        if opening := self.lesson.scenario.opening:
+            self._print(f"{opening}\n", dim=False)
+            self.messages.append({"role": "assistant", "content": opening})
+        else:
+            self._answer()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the scenario's tutor has ended the dialogue."""
+        return self.lesson is not None and split_end(self.messages[-1]["content"])[1]
+
     def ask(self, text: str) -> None:
         """Add the user's turn and print the answer."""
+        text = without_marks(text) if self.lesson else text
         self.messages.append({"role": "user", "content": text})
         self.attempt = 0
         try:
@@ -78,19 +107,25 @@ class Conversation:
             raise
 
     def _answer(self) -> None:
-        config, speaker = self.config, self.speaker
-        prompt = speaker.chat.encode_prompt(self.messages)
+        turn = sum(message["role"] == "user" for message in self.messages)
+        key = request_key("chat", str(turn), self.attempt)
+        if self.lesson:
+            key = self.lesson.key(self.messages, self.attempt, "tutor")
+        self.messages.append({"role": "assistant", "content": self._say(self.messages, key)})
+
+    def _say(self, messages: list[Message], key: int) -> str:
+        """Print and return the model's next turn. Raises UserError if the context is full."""
+        config, speaker, notes = self.config, self.speaker, []
+        prompt = speaker.chat.encode_prompt(messages)
         room = speaker.context - len(prompt)
         if room < 1:
             raise UserError(
                 f"the conversation has {len(prompt):,} tokens, and the model's context is "
                 f"{speaker.context:,}: /undo or /clear"
             )
-        turn = sum(message["role"] == "user" for message in self.messages)
-        key = request_key("chat", str(turn), self.attempt)
         sampling = Sampling(config.temperature, config.top_p, config.seed)
         limit = min(config.max_new_tokens or room, room)
-        ids, shown, notes, began = [], "", [], time.monotonic()
+        ids, shown, began = [], "", time.monotonic()
         before = speaker.chat.decode(prompt[-8:])  # a template may open the thought itself
         try:
             for token in speaker.answer(prompt, key, sampling, limit):
@@ -98,7 +133,7 @@ class Conversation:
                     break
                 ids.append(token)
                 # The bytes of a character may be in several tokens: wait for the last of them.
-                text = speaker.chat.decode(ids).rstrip("\ufffd")
+                text = self._visible(speaker.chat.decode(ids).rstrip("\ufffd"), growing=True)
                 self._print(text[len(shown) :], is_thought(before + shown, before + text))
                 shown = text
             else:
@@ -106,13 +141,16 @@ class Conversation:
         except KeyboardInterrupt:
             notes.append("stopped")
         text = speaker.chat.decode(ids)
-        self._print(text[len(shown) :] + "\n", dim=False)
-        self.messages.append({"role": "assistant", "content": text})
+        self._print(self._visible(text)[len(shown) :] + "\n", dim=False)
         if self.config.verbose:
             rate = len(ids) / (time.monotonic() - began)
             notes.append(f"{len(prompt):,} + {len(ids):,} tokens, {rate:.1f} tok/s")
         if notes:
             print(f"[{'; '.join(notes)}]", file=sys.stderr)
+        return text
+
+    def _visible(self, text: str, growing: bool = False) -> str:
+        return without_end(text, growing) if self.lesson else text
 
     def _print(self, text: str, dim: bool) -> None:
         if not self.terminal:
@@ -128,22 +166,30 @@ class Conversation:
     def command(self, line: str) -> None:
         """Raises UserError for an unknown command, and where there is nothing to take back."""
         name, _, argument = line.partition(" ")
-        if name == "/retry":
+        if name == "/hint" and self.lesson:
+            asked = [*self.messages, {"role": "user", "content": HINT}]
+            self._say(asked, self.lesson.key(self.messages, 0, "hint"))
+        elif name == "/retry":
             self._take_back("assistant")
             self.attempt += 1
             self._answer()
         elif name == "/undo":
             self._take_back("assistant")
-            self.messages.pop()
+            if self.messages[-1:] and self.messages[-1]["role"] == "user":
+                self.messages.pop()
+            else:
+                self.begin()
         elif name == "/clear":
-            self.messages = [m for m in self.messages if m["role"] == "system"]
-        elif name == "/system":
+            self.begin()
+        elif name == "/system" and not self.lesson:
             self.messages = [{"role": "system", "content": argument}] if argument else []
         elif name == "/save" and argument:
             if not self.messages:
                 raise UserError("nothing to save")
+            row = {"messages": self.messages}
+            row = self.lesson.row(self.messages) if self.lesson else row
             with write_aside(Path(argument)) as file:
-                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             print(f"saved {argument}", file=sys.stderr)
         else:
             print(HELP, file=sys.stderr)
@@ -184,15 +230,24 @@ def main() -> None:
     model, source = load_model(config.model)
     world = distributed.start(timeout_minutes=30)
     model.to(world.device, distributed.compute_dtype("auto", world)).requires_grad_(False)
-    conversation = Conversation(Speaker(model, source), config, sys.stdout.isatty())
+    speaker, lesson = Speaker(model, source), None
+    if config.scenario:
+        lesson = Lesson.load(config.scenario, config.judge, config.judge_settings, world)
+        print(lesson.scene())
+    conversation = Conversation(speaker, config, sys.stdout.isatty(), lesson)
     if config.p is not None:
         conversation.ask(config.p)
         return
+    conversation.begin()
     for line in lines_of_the_user():
         try:
             (conversation.command if line.startswith("/") else conversation.ask)(line)
         except UserError as error:
             print(error, file=sys.stderr)
+        if conversation.ended:
+            break
+    if lesson:
+        print(lesson.summary(conversation.messages))
 
 
 if __name__ == "__main__":

@@ -140,6 +140,14 @@ def split_end(text: str) -> tuple[str, bool]:
     return text.removesuffix(END).strip(), text.endswith(END)
 
 
+def without_end(text: str, growing: bool) -> str:
+    """A tutor's reply as it is shown. growing: without what may become the end marker."""
+    if growing:
+        begun = (n for n in range(len(END) - 1, 0, -1) if text.endswith(END[:n]))
+        text = text[: len(text) - next(begun, 0)]
+    return text.replace(END, "")
+
+
 def without_marks(text: str) -> str:
     """A student's words without the end marker and the hint request."""
     return text.replace(END, "").replace(HINT, "").strip()
