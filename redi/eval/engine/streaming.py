@@ -1,15 +1,21 @@
-"""One text at a time, token by token, with what it has in common with the last one in the cache.
+"""Conversations token by token, each with what it has in common with its last prompt in the cache.
 
     speaker = Speaker(model, source)
     for token in speaker.answer(prompt_ids, key, sampling, limit): ...
 
+    speaker = Speaker(model, source, rows=16)           many conversations side by side
+    for row, token in speaker.answers([Turn(row, prompt_ids, key, limit), ...], sampling): ...
+
 A conversation's next prompt begins with the last prompt and answer, unless the template changes
 them, so only its new tokens are run. With an empty cache, the tokens are those of `generate`, to
-the last bit. Letters: L tokens of the row, H heads, K kv heads, d head size, V vocabulary.
+the last bit for a row alone. Prompts are run one after another, answers decoded together.
+Left out: conversations that share pages, or give theirs up to others when memory is short.
+Letters: B rows of a step, L tokens of a row, H heads, K kv heads, d head size, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from dataclasses import dataclass
+from itertools import count, takewhile
 
 import numpy as np
 import torch
@@ -26,47 +32,82 @@ from redi.model import Transformer
 from redi.packing import to_device
 
 
-class Speaker:
-    """A model with a cache of one row, which keeps the last prompt and answer."""
+@dataclass(frozen=True)
+class Turn:
+    """What a conversation asks next."""
 
-    def __init__(self, model: Transformer, source: Source):
+    row: int  # of the conversation
+    prompt_ids: Sequence[int]
+    key: int  # seeds the random numbers
+    limit: int  # tokens of the answer, at most
+
+
+class Speaker:
+    """A model with a cache, whose rows keep the last prompt and answer of a conversation each."""
+
+    def __init__(self, model: Transformer, source: Source, rows: int = 1):
         if source.chat is None:
             raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; a chat needs it")
         self.chat, self.stop_ids = source.chat, source.stop_ids
         self.context = model.config.max_positions
-        self.cache = Cache(model, pages_for(self.context), None, rows=1, longest=self.context)
+        pages = rows * pages_for(self.context)
+        self.cache = Cache(model, pages, None, rows, longest=self.context)
         self.decoder = make_decoder(model, self.cache)
-        self.ids: list[int] = []  # whose keys and values are in the cache
+        # Whose keys and values are in the cache, by row
+        self.ids: list[list[int]] = [[] for _ in range(rows)]
 
-    @torch.inference_mode()
     def answer(
         self, prompt: Sequence[int], key: int, sampling: Sampling, limit: int
     ) -> Iterator[int]:
-        """Up to `limit` tokens; the stop token is the last, if one comes. Raises UserError if the
-        logits are not finite."""
-        known = takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, prompt[:-1]))
-        self.ids = [token for token, _ in known]
-        self.cache.shorten(0, len(self.ids))
-        logits = self._prefill(prompt[len(self.ids) :])
-        for position in range(limit):
+        """The tokens of `answers` in row 0."""
+        for _, token in self.answers([Turn(0, prompt, key, limit)], sampling):
+            yield token
+
+    @torch.inference_mode()
+    def answers(self, turns: Sequence[Turn], sampling: Sampling) -> Iterator[tuple[int, int]]:
+        """(row, token) of one turn per row: up to `limit` tokens each; the stop token is the last,
+        if one comes. Raises UserError if the logits are not finite or the cache is full."""
+        for turn in turns:
+            pairs = zip(self.ids[turn.row], turn.prompt_ids[:-1])
+            known = takewhile(lambda pair: pair[0] == pair[1], pairs)
+            self.ids[turn.row] = [token for token, _ in known]
+            self.cache.shorten(turn.row, len(self.ids[turn.row]))
+        logits = torch.cat([self._prefill(turn.row, turn.prompt_ids) for turn in turns])
+        for position in count():
             if not torch.isfinite(logits.sum()):
                 raise UserError("the model's logits are not finite numbers: its weights are broken")
-            [token] = sample(logits, np.array([key]), np.array([position]), sampling).tolist()
-            yield token
-            if token in self.stop_ids or position == limit - 1:
+            keys = np.array([turn.key for turn in turns])
+            tokens = sample(logits, keys, np.full(len(keys), position), sampling).tolist()
+            going = []
+            for turn, token in zip(turns, tokens):
+                yield turn.row, token
+                if token not in self.stop_ids and position + 1 < turn.limit:
+                    going.append((turn, token))
+            if not going:
                 return
-            logits = self.decoder.step([0], [token])
-            self.ids.append(token)
+            turns, tokens = zip(*going)
+            rows = [turn.row for turn in turns]
+            self._require_pages(self.cache.pages_to_append(rows))
+            logits = self.decoder.step(rows, tokens)
+            for row, token in zip(rows, tokens):
+                self.ids[row].append(token)
 
-    def _prefill(self, ids: Sequence[int]) -> Tensor:
-        """Append these tokens to the row -> logits (1, V) after them."""
-        begin, length = len(self.ids), len(self.ids) + len(ids)
+    def _require_pages(self, number: int) -> None:
+        if number > len(self.cache.free):
+            rows = len(self.ids)
+            raise UserError(f"no memory is left for keys and values: fewer --slots than {rows}")
+
+    def _prefill(self, row: int, prompt: Sequence[int]) -> Tensor:
+        """Append the prompt's tokens to the row, but for those it has -> logits (1, V) after it."""
+        begin, length = len(self.ids[row]), len(prompt)
+        ids = list(prompt[begin:])
         cache, device = self.cache, self.cache.keys[0].device
-        cache.lengthen([0], len(ids))
+        self._require_pages(pages_for(length) - pages_for(begin))
+        cache.lengthen([row], len(ids))
         positions = np.arange(begin, length)
-        places = cache.locate(np.zeros_like(positions), positions)
+        places = cache.locate(np.full_like(positions, row), positions)
         pages, offsets = (to_device(place, device) for place in places)
-        owned, cu_seqlens = (to_device(x, device) for x in (cache.row_pages(0), [0, length]))
+        owned, cu_seqlens = (to_device(x, device) for x in (cache.row_pages(row), [0, length]))
         cu_seqlens = cu_seqlens.to(torch.int32)
         seen = torch.ones(len(ids), length if begin else 0, dtype=torch.bool, device=device)
         seen = seen.tril(begin)
@@ -85,5 +126,5 @@ class Speaker:
             return found[0].transpose(0, 1)
 
         hidden = self.decoder.hidden(to_device(ids, device), to_device(positions, device), attend)
-        self.ids += ids
+        self.ids[row] += ids
         return self.decoder.project(hidden[-1:])
