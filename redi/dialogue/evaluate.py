@@ -1,0 +1,229 @@
+"""Evaluate a tutor: it talks with a student in every scenario, then a judge labels its replies.
+
+    redi dialogue evaluate out/tutor --scenarios seen.jsonl --unseen unseen.jsonl \\
+        --student out/student --judge out/judge --judge-settings agreement.json
+
+    --student   recorded   the tutor answers every state of recorded dialogues (rows of --scenarios)
+                MODEL      plays the student's card, live
+                world      scripted (world.py), for scenarios of the generated world
+    --judge     MODEL, or world: the labels that are right by the world's rules
+
+OUT/dialogues.unfinished.jsonl gets each dialogue as it ends; the same command resumes. When all are
+there, they become OUT/dialogues.jsonl, in the order of the scenarios, and are judged; report.py
+makes the tables and the page. A killed evaluation ends in the same bytes as an undisturbed one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from redi import distributed
+from redi.checkpoint.folder import Source, load_model, open_model
+from redi.checkpoint.weights import weights_hash
+from redi.config import UserError, may_change, parse, program, require
+from redi.data.files import Row, hash_files, whole_lines, write_aside
+from redi.dialogue import jobs, report
+from redi.dialogue.dialogues import Reply
+from redi.dialogue.jobs import Job
+from redi.dialogue.talk import Voice, talk
+from redi.dialogue.world import judge_hint, judge_reply
+from redi.distributed import World
+from redi.eval.engine.sampling import Sampling
+from redi.eval.engine.streaming import Speaker
+from redi.hub import is_hub_id
+from redi.runlog import Progress, RunLog, is_finished, read_facts
+
+NO_MODELS = ("recorded", "world", None)
+JUDGED_AT_ONCE = 256  # replies
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    model: Annotated[str, "the tutor: folder or hub id"]
+    scenarios: Annotated[str, "scenarios; for --student recorded, dialogues"] = ""
+    unseen: Annotated[str | None, "the same, of topics that the tutor was not trained on"] = None
+    student: Annotated[str, "recorded, world, or a model: folder or hub id"] = "recorded"
+    judge: Annotated[str | None, "world, or a model: folder or hub id; none: no labels"] = None
+    judge_settings: Annotated[str | None, "the judge's agreement.json"] = None
+    hints: Annotated[bool, "at each of the student's turns, ask for a suggestion"] = False
+    samples: Annotated[int, "dialogues of each scenario, or replies to each recorded state"] = 1
+    temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.0
+    top_p: Annotated[float, "mass of the nucleus"] = 0.95
+    seed: Annotated[int, "of sampling and of the scripted student"] = 42
+    max_new_tokens: Annotated[int, "longest turn, tokens"] = 256
+    slots: Annotated[int, "dialogues side by side", may_change] = 16
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute; auto: bf16 on CUDA"] = "auto"
+    out: Annotated[str | None, "folder; none: MODEL/dialogue", may_change] = None
+
+    def __post_init__(self) -> None:
+        require(self.scenarios, "scenarios", "nothing", "a file")
+        for name in ("samples", "max_new_tokens", "slots"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        is_sound = self.temperature == 0 or self.temperature >= 1e-3
+        require(is_sound, "temperature", self.temperature, "0, or at least 0.001")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "within (0, 1]")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
+        known = self.student in NO_MODELS or Path(self.student).is_dir() or is_hub_id(self.student)
+        require(known, "student", self.student, "recorded, world, or a model's folder or hub id")
+        require(self.judge != "recorded", "judge", self.judge, "world or a model")
+
+
+def evaluate(config: EvaluateConfig) -> str:
+    """Talk, judge and report; what is on disk is kept. Returns what to print. Raises UserError."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("redi dialogue evaluate runs in one process: start it without torchrun")
+    if config.out is None:
+        folder = "out/dialogue/" if is_hub_id(config.model) else ""
+        config.out = f"{folder}{config.model}/dialogue"
+    out, to_do = Path(config.out), read_jobs(config)
+    models = {"tutor": config.model, "student": config.student, "judge": config.judge}
+    models = {who: open_model(name)[1] for who, name in models.items() if name not in NO_MODELS}
+    finished, facts = is_finished(config.out, config), facts_of(config, to_do, models)
+    before = read_facts(out) if (out / "config.toml").is_file() else {}
+    if changed := [name for name, now in facts.items() if before.get(name, now) != now]:
+        what = " and ".join(changed)
+        raise UserError(f"--out {out}: the {what} changed since it was started; choose another")
+    if finished:
+        return f"{(out / 'report.md').read_text('utf-8')}\n{out} is finished: nothing to do"
+    for who in models.keys() - {"judge"}:
+        jobs.check_prompts(to_do, models[who], who)
+    world, log = distributed.start(timeout_minutes=30), RunLog(config.out, config)
+    log.start(facts)
+    path = out / "dialogues.jsonl"
+    part = path.with_name("dialogues.unfinished.jsonl")
+    if not path.is_file():
+        hold(to_do, config, world, path, part)
+    part.unlink(missing_ok=True)
+    if config.judge:
+        judge(path, judge_of(config, world))
+    written = report.write(out)
+    log.finish()
+    return written
+
+
+def read_jobs(config: EvaluateConfig) -> list[Job]:
+    sides = {"seen": config.scenarios} | ({"unseen": config.unseen} if config.unseen else {})
+    if config.student == "recorded":
+        found = jobs.states_to_answer(sides, config.samples, config.hints)
+    else:
+        seed = config.seed if config.student == "world" else None
+        found = jobs.dialogues_to_hold(sides, config.samples, config.hints, seed)
+    jobs.check_topics(found, of_the_world="world" in (config.student, config.judge))
+    return found
+
+
+def facts_of(
+    config: EvaluateConfig, to_do: Sequence[Job], models: dict[str, Source]
+) -> dict[str, str]:
+    """Hashes of all that the result depends on beside the settings."""
+    facts = {"torch": torch.__version__}
+    facts["scenarios"] = _hash([(job.side, job.scenario, job.states) for job in to_do])
+    if config.judge_settings:
+        facts["judge's settings"] = hash_files([Path(config.judge_settings)])[:16]
+    for who, source in models.items():
+        tokenizer = source.chat.fingerprint if source.chat else ""
+        facts[f"{who}'s weights"] = weights_hash(source.folder)
+        settings = json.dumps(source.config, sort_keys=True)
+        facts[f"{who}'s tokenizer or settings"] = _hash((tokenizer, settings, source.stop_ids))
+    return facts
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def hold(
+    to_do: Sequence[Job], config: EvaluateConfig, world: World, path: Path, part: Path
+) -> None:
+    """Hold the dialogues that `part` does not have yet, then write all of them to `path`."""
+    with open(part, "ab") as file:
+        lines = list(whole_lines(part))
+        file.truncate(sum(map(len, lines)))
+        done = {entry["number"]: entry["rows"] for entry in map(json.loads, lines)}
+        left = [number for number in range(len(to_do)) if number not in done]
+        slots = min(config.slots, len(left))
+        voices = load_voices(config, world, slots) if left else {}
+        if done:
+            print(f"{part} holds {len(done)} of {len(to_do)} dialogues")
+        with Progress(len(to_do), "talk", "dialogue", done=len(done)) as progress:
+            try:
+                steps = ((number, to_do[number].start()) for number in left)
+                for number, rows in talk(steps, voices, slots):
+                    file.write(_line({"number": number, "rows": rows}).encode())
+                    file.flush()  # from here on it survives a kill of this process
+                    done[number] = rows
+                    progress.update({})
+            except KeyboardInterrupt:
+                text = f"{part} holds {len(done)} of {len(to_do)} dialogues"
+                raise KeyboardInterrupt(f"{text}; the same command resumes") from None
+    with write_aside(path) as file:
+        for number, job in enumerate(to_do):
+            file.writelines(_line({"side": job.side, **row}) for row in done[number])
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def load_voices(config: EvaluateConfig, world: World, slots: int) -> dict[str, Voice]:
+    voices, sampling = {}, Sampling(config.temperature, config.top_p, config.seed)
+    for who, name in (("tutor", config.model), ("student", config.student)):
+        if name not in NO_MODELS:
+            model, source = load_model(name)
+            model.to(world.device, distributed.compute_dtype(config.dtype, world))
+            speaker = Speaker(model.requires_grad_(False), source, slots)
+            voices[who] = Voice(speaker, sampling, config.max_new_tokens)
+    return voices
+
+
+# ---------------------------------------------------------------- judging
+
+JudgeReplies = Callable[[Sequence[Reply]], list[tuple[str, float]]]  # -> labels, scores
+
+
+def judge_of(config: EvaluateConfig, world: World) -> JudgeReplies:
+    if config.judge == "world":
+        return judge_by_the_world
+    from redi.dialogue.judge import load_judge
+
+    judge = load_judge(config.judge, config.judge_settings, world)
+    return lambda replies: [(one.label, one.good) for one in judge.judge(replies)]
+
+
+def judge_by_the_world(replies: Sequence[Reply]) -> list[tuple[str, float]]:
+    labels = [
+        (judge_hint if reply.is_hint else judge_reply)(reply.scenario, reply.history, reply.content)
+        for reply in replies
+    ]
+    return [(label, float(label == "good")) for label in labels]
+
+
+def judge(path: Path, judge_replies: JudgeReplies) -> None:
+    """Write labels and scores beside the replies and hints in an evaluation's dialogues."""
+    rows = [json.loads(line) for line in whole_lines(path)]
+    places = [place for row in rows for place in jobs.replies_to_judge(row)]
+    with Progress(len(places), "judge", "reply") as progress:
+        for begin in range(0, len(places), JUDGED_AT_ONCE):
+            some = places[begin : begin + JUDGED_AT_ONCE]
+            judgements = judge_replies([reply for reply, _ in some])
+            for (reply, message), (label, good) in zip(some, judgements):
+                kind = "hint_" if reply.is_hint else ""
+                message |= {f"{kind}label": label, f"{kind}good": round(good, 6)}
+                progress.update({})
+    with write_aside(path) as file:
+        file.writelines(map(_line, rows))
+
+
+@program
+def main() -> None:
+    print(evaluate(parse(EvaluateConfig, "Let a tutor talk in scenarios, and judge its replies.")))
+
+
+if __name__ == "__main__":
+    main()
