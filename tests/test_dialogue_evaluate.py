@@ -16,6 +16,7 @@ from small_run import files_in, read_jsonl, write_jsonl
 
 from redi.dialogue import evaluate, jobs, report
 from redi.dialogue.dialogues import Dialogue, read_dialogues
+from redi.dialogue.report import Run
 from redi.dialogue.scenario import END, HINT, Scenario
 from redi.dialogue.world import make_dialogue
 
@@ -288,7 +289,7 @@ def session(topic: str, number: int, labels: str, end: str = "tutor", side: str 
 ROWS = [
     session("tea", 1, "gg"), session("tea", 1, "gw"), session("tea", 2, "ggg"),
     session("bus", 1, "gsg", end="max_turns"), session("bus", 2, "gg", end="student"),
-    session("zoo", 1, "gg", side="unseen"), session("zoo", 2, "ws", end="length", side="unseen"),
+    session("zoo", 1, "gg", side="unseen"), session("farm", 1, "ws", end="length", side="unseen"),
 ]  # fmt: skip
 SETTINGS = {"model": "m", "student": "world", "judge": "world"}
 
@@ -337,7 +338,18 @@ def test_pass_hat_k_by_hand():
     rows = [session("tea", 1, one) for one in ("gg", "gg", "gg", "gw")]
     rows += [session("tea", 2, one) for one in ("gg", "gw", "gw", "gw")]
     assert report.pass_hat(rows) == {"pass^1": 0.5, "pass^2": 0.25, "pass^4": 0.0}
-    assert report.pass_hat([session("tea", 1, "")]) == {}
+    assert report.pass_hat([]) == {}
+
+
+def test_a_session_without_a_reply_has_failed_and_one_topic_has_no_interval():
+    row = session("tea", 1, "", end="student")
+    row["messages"] = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": ""}]
+    row["scenario"]["opening"] = "Hello"
+    found = report.summary(SETTINGS, [row, session("tea", 2, "gg")])["sides"]["seen"]
+    assert found["rates"]["session success"]["rate"] == 0.5
+    assert found["rates"]["session success"]["interval by topics"] is None
+    assert found["rates"]["session success"]["interval by scenarios"] == [0.0, 1.0]
+    assert found["counts"]["failed because of: student"] == 1
 
 
 def test_rates_are_corrected_where_the_judge_was_measured(monkeypatch):
@@ -394,11 +406,15 @@ def test_text_stays_text_in_the_page_and_in_the_table(tmp_path, capsys):
 def test_two_evaluations_are_compared_scenario_by_scenario(tmp_path, capsys):
     better = [session("tea", number, "gg") for number in range(8)]
     worse = [session("tea", number, "gw") for number in range(8)]
-    table = report.compare(worse, better)
-    assert table[1][:4] == ["session success, seen", "8", "+100.0", "+100.0 to +100.0"]
+    table = report.compare(Run(SETTINGS, worse), Run(SETTINGS, better))
+    assert table[1][:4] == ["session success, seen", "8", "+100.0", "[+100.0, +100.0]"]
     assert float(table[1][4]) == pytest.approx(2 / 2**8, rel=0.1)
     assert table[2][2] == "+50.0"
-    assert report.compare(better, better)[1][2:] == ["+0.0", "+0.0 to +0.0", "1"]
+    assert report.compare(Run(SETTINGS, better), Run(SETTINGS, better))[1][2:] == [
+        "+0.0",
+        "[+0.0, +0.0]",
+        "1",
+    ]
     for name, rows in (("a", worse), ("b", better), ("c", better[1:])):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "dialogues.jsonl", rows)
@@ -408,5 +424,8 @@ def test_two_evaluations_are_compared_scenario_by_scenario(tmp_path, capsys):
     for folders, message in ((("a", "c"), "different scenarios"), (("a",) * 3, "one or two")):
         assert main_in_this_process(report.main, *(tmp_path / one for one in folders)) == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "c" / "config.toml").write_text("model = 'm'\njudge = 'world'\n")
+    assert main_in_this_process(report.main, tmp_path / "a", tmp_path / "c") == 2
+    assert "different settings of --judge" in capsys.readouterr().err
     assert main_in_this_process(report.main, tmp_path / "no") == 2
     assert "no such file" in capsys.readouterr().err
