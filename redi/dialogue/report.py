@@ -202,6 +202,8 @@ def cells(found: Row) -> Cells:
     rows = [["", *found["sides"], "unseen - seen"]]
     for name in RATES:
         of = [one["rates"].get(name) for one in sides] + [found["unseen - seen"].get(name)]
+        if not any(of):
+            continue
         rows.append([name, *(f"{100 * one['rate']:.1f}" if one else "" for one in of)])
         for line in ("interval by scenarios", "interval by topics", "corrected"):
             values = [one.get(line) if one else None for one in of]
