@@ -2,7 +2,7 @@
 
     {"scenario": {...}, "messages": [
         {"role": "assistant", "content": "Hello! What can I get you?"},
-        {"role": "user", "content": "A tea, please.", "hint": "I want a tea.", "hint_label": "good"},
+        {"role": "user", "content": "A tea.", "hint": "I want a tea.", "hint_label": "good"},
         {"role": "assistant", "content": "Here is your coffee.", "label": "wrong"}],
      "replies": [{"content": "Here you are.", "label": "good"}, ...]}
 

@@ -23,6 +23,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -31,59 +32,6 @@ from redi.data.files import make_folder, write_aside
 from redi.data.tokenizer import Message
 from redi.dialogue.scenario import END, Scenario, split_end
 
-# topic | place | tutor | what is chosen | seven of them
-TOPICS = """\
-buying bread|a bakery|the baker|bread|rye, roll, bagel, toast, bun, loaf, pretzel
-ordering a drink|a cafe|the waiter|drink|coffee, tea, cocoa, juice, milk, water, soda
-buying fruit|a market|the farmer|fruit|apple, pear, plum, grape, lemon, melon, banana
-ordering soup|a restaurant|the cook|soup|tomato, onion, potato, bean, pumpkin, chicken, mushroom
-buying cheese|a cheese shop|the cheese maker|cheese|cheddar, brie, feta, gouda, goat, blue, swiss
-buying cake|a cake shop|the pastry cook|cake|carrot, honey, almond, cherry, coconut, sponge, ginger
-ordering ice cream|an ice cream bar|the seller|flavor|vanilla, mint, mango, caramel, peach, nut, lime
-ordering pizza|a pizza house|the pizza baker|topping|ham, olive, tuna, spinach, corn, bacon, pepper
-buying fish|a harbor|the fisher|fish|salmon, cod, trout, herring, bass, crab, squid
-buying meat|a butcher's shop|the butcher|meat|beef, pork, lamb, turkey, duck, sausage, steak
-buying flowers|a flower shop|the florist|flower|rose, tulip, lily, daisy, iris, violet, poppy
-buying a plant|a garden center|the gardener|plant|fern, cactus, ivy, palm, basil, moss, bamboo
-buying a pet|a pet shop|the keeper|pet|rabbit, hamster, parrot, kitten, turtle, puppy, mouse
-seeing an animal doctor|an animal clinic|the vet|animal|dog, cat, horse, cow, pig, goose, sheep
-seeing a doctor|a doctor's office|the doctor|pain|head, back, knee, foot, ear, throat, shoulder
-buying medicine|a pharmacy|the pharmacist|medicine|pill, syrup, cream, spray, drops, powder, gel
-repairing a car|a garage|the mechanic|repair|brake, mirror, engine, tire, window, door, lamp
-renting a bike|a bike shop|the bike seller|bike|city, mountain, road, electric, folding, cargo, race
-renting a car|a car rental|the clerk|car|van, truck, jeep, taxi, bus, wagon, sedan
-buying a ticket|a train station|the ticket seller|ticket|single, return, week, month, group, student, night
-taking a flight|an airport|the agent|city|Paris, Rome, Berlin, Madrid, Vienna, Athens, Lisbon
-booking a room|a hotel|the receptionist|room|double, twin, family, garden, corner, attic, studio
-booking a trip|a travel agency|the travel agent|trip|beach, desert, island, forest, lake, river, valley
-visiting a museum|a museum|the guide|hall|dinosaur, gold, glass, mummy, robot, stone, ship
-going to a concert|a concert hall|the cashier|music|jazz, rock, opera, folk, blues, soul, disco
-learning an instrument|a music school|the music teacher|instrument|piano, violin, guitar, flute, drum, harp, trumpet
-seeing a film|a cinema|the usher|film|comedy, drama, western, cartoon, thriller, romance, horror
-borrowing a book|a library|the librarian|book|novel, atlas, poem, diary, guide, comic, bible
-buying a newspaper|a kiosk|the kiosk owner|paper|daily, weekly, sports, fashion, local, science, nature
-learning a language|a language school|the teacher|language|Spanish, German, Greek, Danish, Polish, Turkish, Korean
-joining a club|a sports club|the coach|sport|tennis, hockey, rugby, judo, golf, boxing, rowing
-swimming|a swimming pool|the lifeguard|course|diving, crawl, butterfly, rescue, baby, water polo, surfing
-buying sports gear|a sports shop|the salesman|gear|racket, helmet, glove, skate, net, whistle, rope
-buying shoes|a shoe shop|the shoe seller|shoe|boot, sandal, slipper, sneaker, clog, loafer, heel
-buying clothes|a clothes shop|the tailor|garment|coat, shirt, skirt, sweater, jacket, dress, scarf
-cleaning clothes|a laundry|the cleaner|fabric|silk, wool, cotton, linen, velvet, leather, denim
-cutting hair|a hair salon|the hairdresser|haircut|short, long, curly, straight, bob, fringe, braid
-buying jewelry|a jeweler's shop|the jeweler|jewel|ring, chain, watch, brooch, crown, pearl, pin
-buying glasses|an optician's shop|the optician|lens|round, square, dark, thin, clear, mirror, oval
-buying furniture|a furniture shop|the carpenter|furniture|chair, table, shelf, sofa, desk, bed, stool
-painting a house|a paint shop|the painter|tool|brush, roller, ladder, bucket, tape, sponge, scraper
-buying a phone|a phone shop|the phone seller|part|charger, cover, cable, battery, camera, screen, speaker
-repairing a computer|a computer shop|the technician|device|laptop, printer, keyboard, monitor, router, tablet, scanner
-sending a parcel|a post office|the postman|mail|letter, parcel, postcard, telegram, package, envelope, stamp
-opening an account|a bank|the banker|account|savings, current, joint, child, business, travel, pension
-buying a toy|a toy shop|the toy maker|toy|doll, kite, puzzle, train, ball, yo-yo, teddy
-planning a party|a party shop|the party planner|party|birthday, wedding, garden, costume, office, farewell, picnic
-taking a photo|a photo studio|the photographer|photo|passport, portrait, class, couple, baby, profile, poster
-visiting a zoo|a zoo|the zoo keeper|house|lion, monkey, elephant, penguin, snake, bear, tiger
-camping|a campsite|the ranger|place|meadow, hill, pond, oak, cliff, cave, creek
-buying spices|a spice shop|the merchant|spice|salt, curry, saffron, cumin, nutmeg, clove, chili"""
 SHARED = {
     "day": "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday",
     "color": "red, green, yellow, brown, white, black, orange",
@@ -147,9 +95,11 @@ PRICE_WORDS = re.compile(r"\b(how much|cost|price|pay for)\b", re.IGNORECASE)
 NEGATION = re.compile(r"\b(no|not|sorry|cannot|can't|don't|isn't|out of)\b", re.IGNORECASE)
 
 
+@cache
 def topics() -> dict[str, tuple[str, str, str, list[str]]]:
     """Topic -> place, tutor, what is chosen there, and seven of them."""
-    rows = (line.split("|") for line in TOPICS.split("\n"))
+    lines = Path(__file__).with_name("topics.txt").read_text("utf-8").splitlines()
+    rows = (line.split("|") for line in lines)
     return {topic: (*facts, items.split(", ")) for topic, *facts, items in rows}
 
 
@@ -297,9 +247,9 @@ def _contradicts(menu: Menu, state: State, text: str, asked: list[str]) -> bool:
                 continue
             if word not in offered:
                 return True
-            if slot not in asked and word != state.values.get(slot):
-                if (slot, word) != state.price_of:
-                    return True
+            is_known = word == state.values.get(slot) or (slot, word) == state.price_of
+            if slot not in asked and not is_known:
+                return True
         said = [w for s in statements if not NEGATION.search(s) for w in menu.find(s, slot)]
         allowed = {state.values.get(slot), *([state.price_of[1]] if state.price_of else [])}
         if set(said) - allowed:
