@@ -1,6 +1,5 @@
 """redi/dialogue/talk.py and the engine's Speaker: a dialogue is the same alone and in company."""
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -8,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_dialogue import make_talker, world_scenarios
 
 from redi.checkpoint.folder import load_model
 from redi.config import UserError
 from redi.dialogue import talk as talk_module
 from redi.dialogue.scenario import END, HINT, Scenario
 from redi.dialogue.talk import Ask, Said, Voice, ask, converse, replay, talk, turn_key
-from redi.dialogue.world import make_dialogue, make_scenario, say_as_tutor, topics
+from redi.dialogue.world import make_dialogue, say_as_tutor
 from redi.eval.engine.generate import Request, generate
 from redi.eval.engine.sampling import Sampling
 from redi.eval.engine.streaming import Speaker, Turn
-from redi.toy import student as toy
 
 GREEDY, HOT = Sampling(temperature=0.0), Sampling(1.0, 0.95, 3)
 SCENE = Scenario(
@@ -26,26 +25,9 @@ SCENE = Scenario(
 )
 
 
-def world_scenarios(count: int) -> list[Scenario]:
-    return [make_scenario(list(topics())[number], 0, seed=1) for number in range(count)]
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def talker(tmp_path_factory) -> Path:
-    """A tiny random model with a context of 1,024 and a tokenizer that knows the world's words.
-    Every tenth token ends its turn, so that its dialogues have several."""
-    folder = tmp_path_factory.mktemp("talker") / "model"
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    texts = [m["content"] for one in world_scenarios(10) for m in make_dialogue(one, 1)]
-    texts += [one.prompt(view) for one in world_scenarios(10) for view in ("tutor", "student")]
-    with pytest.MonkeyPatch.context() as patch:
-        context = {"max_position_embeddings": 1024}
-        patch.setattr(toy, "STUDENT", {**toy.STUDENT, **sizes, **context})
-        patch.setattr(toy, "VOCABULARY", 640)
-        toy.make_student(folder, texts, seed=0)
-    stops = {"eos_token_id": list(range(0, 640, 10))}
-    (folder / "generation_config.json").write_text(json.dumps(stops))
-    return folder
+    return make_talker(tmp_path_factory.mktemp("talker") / "model")
 
 
 @pytest.fixture(scope="module")

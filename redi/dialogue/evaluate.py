@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> str:
     for who in models.keys() - {"judge"}:
         jobs.check_prompts(to_do, models[who], who)
     world, log = distributed.start(timeout_minutes=30), RunLog(config.out, config)
-    log.start(facts)
+    log.start({"torch": torch.__version__, **facts})
     path = out / "dialogues.jsonl"
     part = path.with_name("dialogues.unfinished.jsonl")
     if not path.is_file():
@@ -122,8 +122,7 @@ def facts_of(
     config: EvaluateConfig, to_do: Sequence[Job], models: dict[str, Source]
 ) -> dict[str, str]:
     """Hashes of all that the result depends on beside the settings."""
-    facts = {"torch": torch.__version__}
-    facts["scenarios"] = _hash([(job.side, job.scenario, job.states) for job in to_do])
+    facts = {"scenarios": _hash([(job.side, job.scenario, job.states) for job in to_do])}
     if config.judge_settings:
         facts["judge's settings"] = hash_files([Path(config.judge_settings)])[:16]
     for who, source in models.items():

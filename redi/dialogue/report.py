@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from redi.tables import Cells, markdown_table, text_table
 Success = Callable[[Row], tuple[int, int]]  # row -> how many are good, of how many
 SIDES = ("seen", "unseen")
 KEYS = {"topics": "topic", "scenarios": "id"}  # of the scenario
-UNIT = 1000  # shares of good replies are compared in thousandths
+MOST_STEPS = 2520  # finer differences of shares are rounded for the test
 
 
 @dataclass(kw_only=True)
@@ -61,9 +61,10 @@ def of_hints(row: Row) -> tuple[int, int]:
 
 def of_session(row: Row) -> tuple[int, int]:
     """(0, 0) for the state of a recorded dialogue, and without a judge."""
-    good, count = of_replies(row)
-    if "end" not in row or not count:
+    replies = [message for message in row["messages"] if message["role"] == "assistant"]
+    if "end" not in row or len(replies) - len(labels(row)) > ("opening" in row["scenario"]):
         return 0, 0
+    good, count = of_replies(row)
     return int(row["end"] == "tutor" and good == count), 1
 
 
@@ -93,16 +94,21 @@ def summed(rows: list[Row], success: Success, key: str = "id") -> dict[str, np.n
     return {name: pair for name, pair in sums.items() if pair[1]}
 
 
-def drawn_rates(rows: list[Row], success: Success, key: str, seed: int) -> np.ndarray:
-    """The bootstrap's rates (DRAWS,), with what has one value of the field drawn as a whole."""
+def drawn_rates(rows: list[Row], success: Success, key: str, seed: int) -> np.ndarray | None:
+    """The bootstrap's rates (DRAWS,), with what has one value of the field drawn as a whole. None
+    if there is only one value."""
     pairs = np.array(list(summed(rows, success, key).values()))
+    if len(pairs) == 1:
+        return None
     shares = np.full(len(pairs), 1 / len(pairs))
     good, count = (np.random.default_rng(seed).multinomial(len(pairs), shares, DRAWS) @ pairs).T
     return good / count
 
 
-def middle(values: np.ndarray) -> list[float]:
-    return np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+def middle(values: np.ndarray | None) -> list[float] | None:
+    return (
+        None if values is None else np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+    )
 
 
 def pass_hat(rows: list[Row]) -> dict[str, float]:
@@ -156,10 +162,15 @@ def of_side(rows: list[Row], seed: int) -> Row:
 # ---------------------------------------------------------------- of an evaluation
 
 
-def read(out: Path) -> tuple[Row, list[Row]]:
-    """Settings and rows. Raises UserError."""
-    settings = load_toml(out / "config.toml", f"{out}/config.toml")
-    return settings, [row for _, row in read_rows(out / "dialogues.jsonl")]
+class Run(NamedTuple):
+    settings: Row  # of redi dialogue evaluate
+    rows: list[Row]
+
+
+def read(out: str | Path) -> Run:
+    """Raises UserError."""
+    settings = load_toml(Path(out) / "config.toml", f"{out}/config.toml")
+    return Run(settings, [row for _, row in read_rows(Path(out) / "dialogues.jsonl")])
 
 
 def summary(settings: Row, rows: list[Row]) -> Row:
@@ -171,7 +182,8 @@ def summary(settings: Row, rows: list[Row]) -> Row:
     for name in RATES:
         if all(name in draws.get(side, ()) for side in SIDES):
             seen, unseen = (sides[side]["rates"][name]["rate"] for side in SIDES)
-            change = middle(draws["unseen"][name] - draws["seen"][name])
+            drawn = [draws[side][name] for side in SIDES]
+            change = None if any(one is None for one in drawn) else middle(drawn[1] - drawn[0])
             difference[name] = {"rate": unseen - seen, "interval by topics": change}
     if settings.get("judge_settings"):
         from redi.dialogue.agreement import corrected_rate, read_rates
@@ -190,6 +202,8 @@ def cells(found: Row) -> Cells:
     rows = [["", *found["sides"], "unseen - seen"]]
     for name in RATES:
         of = [one["rates"].get(name) for one in sides] + [found["unseen - seen"].get(name)]
+        if not any(of):
+            continue
         rows.append([name, *(f"{100 * one['rate']:.1f}" if one else "" for one in of)])
         for line in ("interval by scenarios", "interval by topics", "corrected"):
             values = [one.get(line) if one else None for one in of]
@@ -229,25 +243,31 @@ def write(out: Path) -> str:
 # ---------------------------------------------------------------- two evaluations
 
 
-def compare(first: list[Row], second: list[Row]) -> Cells:
+def compare(first: Run, second: Run) -> Cells:
     """The second minus the first, paired over scenarios: means over these of the shares that are
-    good. Raises UserError if the scenarios differ."""
-    table = [["second - first, points", "scenarios", "difference", "interval", "p"]]
-    if {row["scenario"]["id"] for row in first} != {row["scenario"]["id"] for row in second}:
+    good. Raises UserError if they differ in scenarios, student or judge."""
+    for name in ("student", "judge"):
+        if first.settings.get(name) != second.settings.get(name):
+            raise UserError(f"the two evaluations have different settings of --{name}")
+    ids = [{row["scenario"]["id"] for row in run.rows} for run in (first, second)]
+    if ids[0] != ids[1]:
         raise UserError("the two evaluations have different scenarios: nothing is paired")
+    table = [["second - first, points", "scenarios", "difference", "interval", "p"]]
     for side in SIDES:
         for name in ("session success", "response success"):
             old, new = (
-                summed([row for row in rows if row["side"] == side], RATES[name])
-                for rows in (first, second)
+                summed([row for row in run.rows if row["side"] == side], RATES[name])
+                for run in (first, second)
             )
             shares = [new[id][0] / new[id][1] - old[id][0] / old[id][1] for id in old if id in new]
             if shares:
-                low, high = interval(shares)
-                p = permutation_p_value([round(UNIT * share) for share in shares])
-                mean = f"{100 * sum(shares) / len(shares):+.1f}"
-                ends = f"{100 * low:+.1f} to {100 * high:+.1f}"
-                table.append([f"{name}, {side}", str(len(shares)), mean, ends, f"{p:.2g}"])
+                # In a unit in which the shares of sessions are whole
+                unit = math.lcm(*(int(count) for _, count in (*old.values(), *new.values())))
+                steps = [round(min(unit, MOST_STEPS) * share) for share in shares]
+                low, high = (f"{100 * end:+.1f}" for end in interval(shares))
+                mean, p = 100 * sum(shares) / len(shares), permutation_p_value(steps)
+                cells = [str(len(shares)), f"{mean:+.1f}", f"[{low}, {high}]", f"{p:.2g}"]
+                table.append([f"{name}, {side}", *cells])
     return table
 
 
@@ -259,7 +279,7 @@ def main() -> None:
     if len(config.runs) == 1:
         print(write(Path(config.runs[0])))
     else:
-        print(text_table(compare(*(read(Path(run))[1] for run in config.runs))))
+        print(text_table(compare(*map(read, config.runs))))
 
 
 if __name__ == "__main__":

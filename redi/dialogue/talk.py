@@ -151,7 +151,7 @@ def replay(
     rows = []
     for history in histories:
         history, replies, num_tokens = list(history), [], 0
-        if hints and history:
+        if hints and history and history[-1]["role"] == "user":
             asked = yield ask("tutor", scenario, history[:-1], 0, hint=True)
             history[-1] = {**history[-1], **({"hint": asked.text} if asked.num_tokens else {})}
         for sample in range(samples):
