@@ -309,6 +309,15 @@ def test_an_evaluation_and_scenarios_by_id_are_read():
     settings = {"scenarios": "scenarios.jsonl", "unseen_topics": [0], "test_share": 0.0}
     facts = prepare(PrepareConfig(files=["eval"], out="out", **settings))
     assert facts["rows"]["tutor"] == 1
+    write_jsonl(Path("scenarios.jsonl"), [CAFE, CAFE | {"level": "A1"}])
+    message = refusal(prepare, PrepareConfig(files=["eval"], **settings))
+    assert message == "scenarios.jsonl: two scenarios have the id 'cafe'"
+
+
+def test_a_table_in_one_row_is_not_the_scenario_that_another_row_names():
+    rows = [row(), row(TALK[:3], scenario="cafe")]
+    assert prepared(rows, "one") == prepared(rows[::-1], "other")
+    assert card("one")["dropped"] == card("other")["dropped"] == {"unknown scenario id": 1}
 
 
 def test_files_of_an_earlier_run_do_not_stay_and_the_account_is_printed(capsys):

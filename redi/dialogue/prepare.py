@@ -70,16 +70,21 @@ class PrepareConfig:
 
 def read_all(config: PrepareConfig, dropped: Counter[str], counts: Counter[str]) -> list[Dialogue]:
     """The dialogues to train on. Raises UserError, also if two scenarios have one id."""
-    known = {s.id: s for s in read_scenarios(config.scenarios)} if config.scenarios else {}
-    unknown, seen, kept = Counter(), set(), []
+    known: dict[str, Scenario] = {}
+
+    def check(scenario: Scenario, file: str) -> None:
+        if known.setdefault(scenario.id, scenario).as_row() != scenario.as_row():
+            raise UserError(f"{file}: two scenarios have the id {scenario.id!r}")
+
+    for scenario in read_scenarios(config.scenarios) if config.scenarios else ():
+        check(scenario, config.scenarios)
+    named, unknown, seen, kept = dict(known), Counter(), set(), []
     for file in config.files:
-        for row in read_dialogues(file, known, unknown):
+        for row in read_dialogues(file, named, unknown):
             dialogue = examples.cleaned(row)
             counts["blank ones of several replies"] += len(row.replies) - len(dialogue.replies)
-            scenario = dialogue.scenario.as_row()
-            if known.setdefault(scenario["id"], dialogue.scenario).as_row() != scenario:
-                raise UserError(f"{file}: two scenarios have the id {scenario['id']!r}")
-            content = json.dumps([scenario, dialogue.messages, dialogue.replies])
+            check(dialogue.scenario, file)
+            content = json.dumps([dialogue.scenario.id, dialogue.messages, dialogue.replies])
             if reason := reason_to_drop(dialogue) or ("duplicate" if content in seen else None):
                 dropped[reason] += 1
             else:

@@ -1,7 +1,7 @@
 """A scenario: the scene of a dialogue, read from a file, and what each side is told of it.
 
-    # cafe.toml                    one scenario; several as [[scenario]] tables, or a row of .jsonl,
-    topic = "ordering food"        # .json or Parquet each
+    # cafe.toml: one scenario; or many, as [[scenario]] tables, or rows of .jsonl, .json, Parquet
+    topic = "ordering food"
     place = "a small cafe in London, at noon"
     tutor = "the waiter"            # the model's role
     student = "a tourist"
