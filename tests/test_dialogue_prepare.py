@@ -320,6 +320,11 @@ def test_a_table_in_one_row_is_not_the_scenario_that_another_row_names():
     assert card("one")["dropped"] == card("other")["dropped"] == {"unknown scenario id": 1}
 
 
+def test_a_tutor_that_is_always_wrong_still_gives_rows_for_a_judge():
+    found = prepared([row(TALK[:3], [None, None, "wrong"])])
+    assert found.keys() == {"student", "judge", "scenarios_seen"}
+
+
 def test_files_of_an_earlier_run_do_not_stay_and_the_account_is_printed(capsys):
     prepared([several(("a", "good"), ("b", "wrong"))])
     assert Path("out/pairs.jsonl").exists()
@@ -357,9 +362,7 @@ REFUSED = {  # rows, settings, what the error says
     "share": ([row()], {"hint_share": 1.5}, "--hint-share: expected from 0 to 1; got 1.5"),
     "one id": ([row(), row(scenario=OTHER)], {}, "rows.jsonl: two scenarios have the id 'cafe'"),
     "nothing": ([row(scenario="x")], {}, "no dialogue to train on; 1 unknown scenario id"),
-    "nothing good": (
-        [row(TALK[:3], [None, None, "wrong"])], {}, "no tutor's reply to train on; .*1 tutor: no",
-    ),
+    "all are held out": ([row()], {"test_share": 0.999}, "rows.jsonl: no row to train on; 2 stu"),
     "label": ([row(labels=[1])], {}, "rows.jsonl:1: content, label, hint, .* must be text"),
     "weight": ([row([TALK[0] | {"weight": 2}])], {}, "rows.jsonl:1: a message's weight must be"),
     "surrogate": ([row([assistant("\ud800")])], {}, "rows.jsonl:1: content, .* UTF-8"),

@@ -190,8 +190,8 @@ def prepare(config: PrepareConfig) -> dict:
     scenarios = {dialogue.scenario.id: dialogue.scenario for dialogue in dialogues}
     sides = split(config, scenarios)
     rows = make_rows(config, dialogues, sides, counts)
-    if not rows["tutor"]:
-        raise UserError(f"{config.files[0]}: no tutor's reply to train on; {shown(counts)}")
+    if not any(rows[kind] for kind in KINDS):
+        raise UserError(f"{config.files[0]}: no row to train on; {shown(counts)}")
     topics: dict[str, set[str]] = {"seen": set(), "unseen": set()}
     for name, scenario in scenarios.items():
         rows[f"scenarios{SIDES[sides[name]]}"].append(scenario.as_row())
