@@ -51,6 +51,9 @@ def settings(words: list[str]) -> object:
     name, *arguments = words
     name = name.removesuffix(".py").replace("_", "-") if name in SCRIPTS else name
     module, main, _ = COMMANDS[name]
+    if name == "dialogue":  # its subcommands are modules
+        name, *arguments = arguments
+        module = f"redi.dialogue.{name}"
     arguments = [name, *arguments] if name in SUBCOMMANDS else arguments
 
     def stop(config_class: type, description: str) -> None:
@@ -91,7 +94,8 @@ def test_no_command_hides_outside_an_sh_block():
 
 def test_flags_that_the_pages_name_exist():
     lone = ("train-sft", "train-redi", "evaluate", "doctor")
-    shortest = [[name] if name in lone else [name, "x"] for name in COMMANDS]
+    shortest = [[name] if name in lone else [name, "x"] for name in COMMANDS if name != "dialogue"]
+    shortest.append(["dialogue", "prepare", "x"])
     names = {field.name for words in shortest for field in fields(settings(words))}
     flags = OTHER_FLAGS | {f"--{name.replace('_', '-')}" for name in names}
     for page, text in TEXTS.items():

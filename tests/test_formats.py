@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import assistant, refusal, run, sft_config, user, write_jsonl
+from small_run import assistant, redi_config, refusal, run, sft_config, user, write_jsonl
 
 from redi.data.formats import Example, to_example
 from redi.data.tokenizer import ChatTokenizer
@@ -71,7 +71,62 @@ def test_thoughts_that_are_apart_come_before_the_answer_as_in_qwen3s_template():
     assert to_example({"messages": [*ASKED, apart]}, "x", False) == Example(ASKED, [together])
 
 
+def context(text: str) -> dict:
+    return {**assistant(text), "weight": 0}
+
+
+MORE = [*TURNS, user("*4?"), assistant("12")]
+WEIGHTED = {  # row, paired, the example
+    "at the beginning": (
+        {"messages": [TURNS[0], context("2"), *TURNS[2:]]}, False,
+        Example(TURNS[:1], [[context("2"), *TURNS[2:]]]),
+    ),
+    "at the end": (
+        {"messages": [*TURNS, user("*4?"), context("12")]}, False, Example(TURNS[:1], [TURNS[1:]]),
+    ),
+    "1, null, and those of others mean nothing": (
+        {"messages": [{**m, "weight": w} for m, w in zip(TURNS, (0, 1, None, 1.0))]}, False,
+        Example(TURNS[:1], [TURNS[1:]]),
+    ),
+    "in a completion": (
+        {"prompt": "1+1?", "completion": [context("2"), *TURNS[2:]]}, False,
+        Example(TURNS[:1], [[context("2"), *TURNS[2:]]]),
+    ),
+    "in a prompt that the completion repeats": (
+        {"prompt": TURNS[:3], "completion": [TURNS[0], context("2"), *TURNS[2:]]}, False,
+        Example(TURNS[:3], [TURNS[3:]]),
+    ),
+    "in what both sides begin with": (
+        {"chosen": [TURNS[0], context("2"), *TURNS[2:]], "rejected": [*TURNS[:3], *WRONG]}, True,
+        Example(TURNS[:3], [TURNS[3:], WRONG]),
+    ),
+    "in one side": (
+        {"prompt": "1+1?", "chosen": [context("2"), *TURNS[2:]], "rejected": WRONG}, True,
+        Example(TURNS[:1], [[context("2"), *TURNS[2:]], WRONG]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weight_0_makes_an_answer_context(name):
+    row, paired, example = WEIGHTED[name]
+    assert to_example(row, "x", paired) == example
+
+
 REFUSED = {  # row, paired, what the error says
+    "nothing to learn": (
+        {"messages": [*ASKED, context("2")]}, False, "'messages' has no answer to learn from",
+    ),
+    "nothing to learn in a side": (
+        {"prompt": "1+1?", "chosen": RIGHT, "rejected": [context("3")]}, True, "'rejected' has no",
+    ),
+    "weight": (
+        {"messages": [*ASKED, {**RIGHT[0], "weight": 0.5}]}, False,
+        "'messages' has the weight 0.5; expected 0 or 1",
+    ),
+    "weight in a prompt": (
+        {"prompt": [{**ASKED[0], "weight": "a\nb"}], "completion": "2"}, False, "has the weight 'a",
+    ),
     "unknown": ({"a": 1, "b": 2}, False, "fields seen: a, b; expected .*completion.* or"),
     "none": ({}, True, "fields seen: none; expected {prompt, chosen, rejected} or {chosen"),
     "pairs for SFT": ({"chosen": "a", "rejected": "b"}, False, "train_redi.py trains on such rows"),
@@ -150,3 +205,51 @@ def test_several_turns_are_trained_on_as_transformers_scores_them(here, capsys):
                 answering or text.endswith("<|im_start|>assistant\n")
             )
     assert record["loss"] == pytest.approx(-sum(scores) / len(scores), rel=1e-5)
+
+
+def test_tokens_of_weight_0_are_the_next_prompt_and_are_not_learned(here):
+    """Of answers 2 (weight 0), 3 and 12 (weight 0 in the second row), against ids by hand."""
+    chat = ChatTokenizer.from_folder("student")
+    plain, stop = chat.tokenizer.encode, chat.stop_id
+
+    def encoded(messages: list[dict]):
+        example = to_example({"messages": messages}, "x", paired=False)
+        [row] = chat.encode_rows([(example.prompt, example.responses[0])])
+        return row
+
+    first = encoded([TURNS[0], context("2"), *MORE[2:]])
+    assert first.prompt_ids == chat.encode_prompt(TURNS[:3])  # as generation would see it
+    between = chat.encode_prompt(MORE[:5])[len(first.prompt_ids) + 2 :]  # after "3", stop
+    three, twelve = plain("3").ids, plain("12").ids
+    assert first.response_ids == [*three, stop, *between, *twelve, stop]
+    learned = [True] * 2 + [False] * len(between) + [True] * (len(twelve) + 1)
+    assert first.learned == learned
+    middle = encoded([*TURNS[:3], context("3"), *MORE[4:]])
+    assert middle.prompt_ids == chat.encode_prompt(TURNS[:1])
+    assert middle.response_ids[:2] == [*plain("2").ids, stop]
+    whole = [*middle.prompt_ids, *middle.response_ids]
+    assert whole == [*chat.encode_prompt(MORE[:5]), *twelve, stop]
+    assert [i for i, is_learned in enumerate(middle.learned) if is_learned] == [
+        0, 1, *range(len(middle.learned) - len(twelve) - 1, len(middle.learned)),
+    ]  # fmt: skip
+
+
+def test_the_loss_ignores_answers_of_weight_0(here):
+    """As if they were in the prompt: of SFT, and of pairs, whose reports are of learned tokens."""
+    weighted = [TURNS[0], context("2"), *TURNS[2:]]
+    write_jsonl(Path("weighted.jsonl"), [{"messages": weighted}])
+    write_jsonl(Path("prompt.jsonl"), [{"prompt": TURNS[:3], "completion": "3"}])
+    write_jsonl(Path("learned.jsonl"), [{"messages": TURNS}])
+    one, same, other = (
+        run(sft_config(data=f"{name}.jsonl", out=name, rows_per_step=1, epochs=1))[0]["loss"]
+        for name in ("weighted", "prompt", "learned")
+    )
+    assert one == same != other
+    sides = {"chosen": weighted[1:], "rejected": [context("2"), TURNS[2], assistant("4")]}
+    write_jsonl(Path("pairs.jsonl"), [{"prompt": "1+1?", **sides}])
+    write_jsonl(Path("plain.jsonl"), [{"prompt": TURNS[:3], "chosen": "3", "rejected": "4"}])
+    one, same = (
+        run(redi_config(data=f"{name}.jsonl", out=f"{name}-run", rows_per_step=1))[0]["loss"]
+        for name in ("pairs", "plain")
+    )
+    assert one == same

@@ -13,7 +13,8 @@ RECIPES = ROOT / "recipes"
 PROGRAMS = {
     "toy_sft": SFTConfig, "sft_3_epochs": SFTConfig, "toy_redi": REDIConfig, "dpo": REDIConfig,
     "dpo_norm": REDIConfig, "simpo": REDIConfig, "symmetric": REDIConfig, "toy_eval": EvalConfig,
-    "eval_tables": EvalConfig, "eval_tuning": EvalConfig,
+    "eval_tables": EvalConfig, "eval_tuning": EvalConfig, "dialogue_tutor": SFTConfig,
+    "dialogue_student": SFTConfig, "dialogue_judge": SFTConfig, "dialogue_redi": REDIConfig,
 }  # fmt: skip
 STUDIES = ("study_labels", "study_paper", "study_toy")
 

@@ -6,6 +6,7 @@
 A prompt is text (a user's turn) or a list of {"role", "content"} messages. A response is text (an
 assistant's turn), messages, or a whole conversation that begins with the prompt, which is removed.
 An assistant's `reasoning_content` becomes a thought between <think> and </think> before its text.
+An assistant's message with `"weight": 0`, as in OpenAI's format, is context: not learned from.
 Each row's format is found from its fields; other fields are ignored.
 
 Left out: ShareGPT's {"from", "value"}, tool calls, images; a prompt inside two plain texts (where
@@ -20,7 +21,7 @@ from typing import Any
 
 from redi.config import UserError
 from redi.data.files import Row, is_encodable
-from redi.data.tokenizer import Message, is_answer
+from redi.data.tokenizer import Message, is_answer, is_learned
 
 ROLES = ("system", "user", "assistant", "tool")
 # Fields of a message whose text would be lost silently.
@@ -34,8 +35,8 @@ FIELDS = {field for formats in FORMATS.values() for fields in formats for field 
 
 @dataclass(frozen=True)
 class Example:
-    """A row. Each response begins and ends with an assistant's message. Only the assistant's
-    messages of a response are learned from."""
+    """A row. Each response begins with an assistant's message and ends with one that is learned
+    from. Only the assistant's messages of a response without weight 0 are learned from."""
 
     prompt: list[Message]
     responses: list[list[Message]]  # SFT: one; pairs: chosen, rejected
@@ -77,7 +78,7 @@ def to_example(row: Row, where: str, paired: bool) -> Example:
     fields = find_format(row, where, paired)
     sides = [field for field in fields if field != "prompt"]
     role = None if "messages" in fields else "assistant"
-    prompt = _read_messages(row, "prompt", where, "user") if "prompt" in fields else None
+    prompt = _texts(_read_messages(row, "prompt", where, "user")) if "prompt" in fields else None
     responses = [_read_messages(row, side, where, role) for side in sides]
     conversations = [response for response in responses if not is_answer(response[0])]
     if prompt is None:
@@ -99,6 +100,7 @@ def to_example(row: Row, where: str, paired: bool) -> Example:
 def _shared_prompt(conversations: list[list[Message]]) -> list[Message]:
     """Of one conversation the messages before its first answer; of two, those that both begin with
     (of two equal ones, without the answers at the end)."""
+    conversations = [_texts(conversation) for conversation in conversations]
     if len(conversations) == 1:
         return list(takewhile(lambda message: not is_answer(message), conversations[0]))
     shared = []
@@ -114,7 +116,7 @@ def _shared_prompt(conversations: list[list[Message]]) -> list[Message]:
 def _after_prompt(prompt: list[Message], response: list[Message], what: str) -> list[Message]:
     """The response without the prompt that it may repeat. Raises UserError if it is no answer."""
     if not is_answer(response[0]):
-        if response[: len(prompt)] != prompt:
+        if _texts(response[: len(prompt)]) != prompt:
             raise UserError(f"{what} is a whole conversation that does not begin with the prompt")
         response = response[len(prompt) :]
     if not prompt:
@@ -125,7 +127,10 @@ def _after_prompt(prompt: list[Message], response: list[Message], what: str) -> 
         )
     if not all(message["content"].strip() for message in response if is_answer(message)):
         raise UserError(f"{what} is empty; a response needs text")
-    return response
+    learned = [number for number, message in enumerate(response, 1) if is_learned(message)]
+    if not learned:
+        raise UserError(f"{what} has no answer to learn from: each has weight 0")
+    return response[: learned[-1]]  # what follows is context for nothing
 
 
 def _read_messages(row: Row, field: str, where: str, role: str | None = None) -> list[Message]:
@@ -144,7 +149,19 @@ def _read_messages(row: Row, field: str, where: str, role: str | None = None) ->
         raise UserError(
             f"{where}: {field!r} has {lost[0]!r} beside 'content', which redi cannot train on"
         )
-    return [{"role": message["role"], "content": _with_thoughts(message)} for message in value]
+    for weight in (message.get("weight") for message in value):
+        if weight not in (None, 0, 1):
+            raise UserError(f"{where}: {field!r} has the weight {weight!r}; expected 0 or 1")
+    return [
+        {"role": message["role"], "content": _with_thoughts(message)}
+        | ({"weight": 0} if is_answer(message) and message.get("weight") == 0 else {})
+        for message in value
+    ]
+
+
+def _texts(messages: list[Message]) -> list[Message]:
+    """The messages without weights, which mean nothing in a prompt."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def _with_thoughts(message: Message) -> str:

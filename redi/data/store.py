@@ -36,7 +36,7 @@ from redi.data.files import hash_files, lock, read_rows
 from redi.data.formats import FIELDS, Example, read_examples
 from redi.data.tokenizer import ChatTokenizer, TokenizedRow
 
-FORMAT = "5"  # part of KEY: raise it when the token ids or the files change
+FORMAT = "6"  # part of KEY: raise it when the token ids or the files change
 BLOCK_CHARS = 1 << 22  # takes about 160 MB while it is tokenized
 
 NumberedExample = tuple[int, Example]  # the number is the row's position in the data, from 1

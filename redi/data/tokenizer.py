@@ -17,6 +17,7 @@ trim it, or add an empty thought), up to the stop token: the first control token
 The response is encoded apart from the prompt: a newline at its beginning must not merge with the
 header's, because in generation it could not. Of several turns only the answers are learned from,
 each as the template writes it while it is the last one: some drop the thoughts of earlier answers.
+An answer with weight 0 is encoded as the prompt of the next answer would be, and not learned from.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
@@ -37,7 +38,7 @@ from tokenizers import Tokenizer
 from redi.config import UserError
 from redi.data.files import read_json
 
-Message = dict[str, str]  # role, content
+Message = dict[str, Any]  # role, content; weight: 0 for an answer that is only context
 # The system prompt of Qwen2.5-Math's own template, which the paper trains with.
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 # Private-use characters, which no tokenizer's control token contains.
@@ -60,6 +61,10 @@ def chatml(system: str | None = SYSTEM_PROMPT) -> str:
 
 def is_answer(message: Message) -> bool:
     return message["role"] == "assistant"
+
+
+def is_learned(message: Message) -> bool:
+    return is_answer(message) and message.get("weight") != 0
 
 
 class Piece(NamedTuple):
@@ -171,10 +176,10 @@ class ChatTokenizer:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _split_at_answers(self, messages: list[Message], num_prompt: int) -> list[list[Piece]]:
-        """[prompt, answer with its stop token, other turns, answer, ...]"""
+        """[prompt, answer with its stop token, other turns, answer, ...]; of answers to learn."""
         segments, num_stops = [], 0  # stop tokens up to the end of the last answer
         for number in range(num_prompt, len(messages)):
-            if not is_answer(messages[number]):
+            if not is_learned(messages[number]):
                 continue
             prompt = self._render(messages[:number], generation=True)
             text = self._render(messages[: number + 1], generation=False)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from redi.config import UserError, check_table, load_toml, types_of
-from redi.data.files import read_rows
+from redi.data.files import is_encodable, read_rows
 from redi.data.tokenizer import Message
 
 END = "[end]"
@@ -94,6 +94,8 @@ class Scenario:
         required = {field.name for field in fields(cls)} - set(vars(cls))
         if missing := sorted(required - set(checked)):
             raise UserError(f"{where}: key {missing[0]!r} is missing")
+        if not is_encodable(json.dumps(checked, ensure_ascii=False)):
+            raise UserError(f"{where}: the scenario has text that UTF-8 cannot hold")
         try:
             return cls(**checked)
         except UserError as error:
@@ -115,7 +117,7 @@ class Scenario:
         for line in templates[view].splitlines():
             names = re.findall(r"{(\w+)}", line)
             if any(values[name] for name in names) or not names:
-                text = line.format_map(values)
+                text = re.sub(r"{(\w+)}", lambda field: values[field[1]], line)
                 lines.append(text[:1].upper() + text[1:])
         return "\n".join(lines)
 
@@ -132,6 +134,22 @@ def read_scenarios(source: str) -> Iterator[Scenario]:
         named = read_rows(source)
     for where, row in named:
         yield Scenario.of(row, where)
+
+
+def read_template(path: str | Path) -> str:
+    """A template for `prompt`: text with the fields of a scenario in braces; other braces are text.
+    Raises UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as text ({error})") from None
+    known = types_of(Scenario)
+    for name in re.findall(r"{(\w+)}", text):
+        if name not in known:
+            raise UserError(f"{path}: unknown field {{{name}}}; fields: {', '.join(known)}")
+    if not text.strip():
+        raise UserError(f"{path}: the template is empty")
+    return text
 
 
 def split_end(text: str) -> tuple[str, bool]:
