@@ -5,12 +5,6 @@ They sit above the core and the tools, and join the two: training itself knows n
 imports only what it needs: without that flag, no module of redi/eval is loaded.
 """
 
-import os
-
-# Set before torch loads OpenMP: by default, threads that wait for others keep their cores busy,
-# which makes training several times slower on a CPU that something else is using too.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 from redi import distributed
 from redi.checkpoint.folder import Source
 from redi.config import parse, program
