@@ -51,7 +51,7 @@ SHAPES = {  # suffix of the ids -> fields of config.json
     "_512": {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": VOCABULARY},
     "_135M": SMOLLM2_135M,
 }
-LR = {"sft": 1e-3, "redi": 1e-5, "dpo": 1e-5}  # DPO's loss should not be 0 after a step
+LR = {"sft": 1e-4, "redi": 1e-5, "dpo": 1e-5}  # small: equal losses should stay equal
 WEIGHT_DECAY, CLIP, BETA = 1e-4, 1.0, 0.1
 
 

@@ -7,8 +7,7 @@ attends to tokens 5 and 6. One signature, two implementations that must agree:
     anywhere else          one scaled_dot_product_attention per document: the reference, and on a
                            CPU nine times faster than a block mask over the pack
 
-Left out: a dense mask (quadratic in the pack), flex attention (no backward on a CPU), dropout and
-sliding windows (Qwen2's checkpoints use neither).
+Left out: a dense mask (quadratic in the pack), flex attention (no backward on a CPU).
 Letters: T packed tokens, H heads, K kv heads, d head size, S segments (documents).
 """
 

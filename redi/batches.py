@@ -53,7 +53,7 @@ class TrainData:
         for ids in step[self.world.rank]:
             sequences = [self.dataset.sequence(i) for i in ids]
             signs = torch.tensor([s.sign for s in sequences])
-            lengths = torch.tensor([s.response_length for s in sequences])
+            lengths = torch.from_numpy(self.dataset.response_lengths[ids]).long()
             weights = self.objective.token_weights(signs, lengths, totals)  # of each sequence
             yield pack(sequences, weights, self.reference).to(self.world.device)
 

@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see programs.py
-
 from redi import distributed
 from redi.checkpoint.folder import load_model
 from redi.config import UserError, parse, program, require

@@ -24,12 +24,8 @@ BLOCK = 4096  # logits of a row in a program's registers at a time
 
 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (C, V) fp32 with contiguous rows, targets (C,) int64 -> log-probs (C,) fp32.
-
-    Raises ValueError for other logits.
-    """
-    _check(logits)
-    return _launch(logits, targets, None, None)[0]
+    """The log-probs alone, of `softmax_gradient_`; logits are not changed."""
+    return _launch(logits, targets)[1]
 
 
 def softmax_gradient_(
@@ -41,23 +37,18 @@ def softmax_gradient_(
     fills the first half of each row. logits (C, V) fp32 with contiguous rows, targets (C,) int64,
     weights (C,) fp32 of either sign. Raises ValueError for other logits.
     """
-    _check(logits)
-    gradient = logits.view(dtype)[:, : logits.shape[1]]
-    return gradient, *_launch(logits, targets, gradient, weights)
-
-
-def _check(logits: Tensor) -> None:
-    if logits.dtype != torch.float32 or logits.stride(1) != 1:
-        raise ValueError("logits must be fp32 with contiguous rows")
+    return _launch(logits, targets, weights, dtype)
 
 
 def _launch(
-    logits: Tensor, targets: Tensor, gradient: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Log-probs (C,) and entropies (C,); the latter are not computed without a gradient."""
+    logits: Tensor, targets: Tensor, weights: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `softmax_gradient_`; without weights, only the log-probs are computed."""
+    if logits.dtype != torch.float32 or logits.stride(1) != 1:
+        raise ValueError("logits must be fp32 with contiguous rows")
     rows, vocabulary = logits.shape
+    gradient = logits.view(dtype or logits.dtype)[:, :vocabulary]
     logps, entropies = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
-    with_gradient = gradient is not None
     if rows:
         _row[(rows,)](
             logits,
@@ -66,14 +57,14 @@ def _launch(
             vocabulary,
             logps,
             entropies,
-            gradient if with_gradient else logits,  # an unused pointer
-            gradient.stride(0) if with_gradient else 0,
-            weights if with_gradient else logps,
-            WITH_GRADIENT=with_gradient,
+            gradient,
+            gradient.stride(0),
+            logps if weights is None else weights,  # an unused pointer
+            WITH_GRADIENT=weights is not None,
             BLOCK=BLOCK,
             num_warps=16,
         )
-    return logps, entropies
+    return gradient, logps, entropies
 
 
 @triton.jit

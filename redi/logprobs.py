@@ -15,9 +15,8 @@ Over R rows the logits would be (R, V): 18 GiB in fp32 for one 32k trace of Qwen
 Worked example, V = 2, z = [0, ln 3], target 0: softmax = [1/4, 3/4], log-prob = ln 1/4, and
 d log-prob / dz = [3/4, -3/4].
 
-Both kernels form a chunk's gradient, token_weight[i] * (onehot - softmax) for row i of logits, in
-`_gradients`: the one-pass kernel at once, the two-pass kernel in backward. Scaling a (C, V) chunk
-would cost a pass over memory, so the torch path scales the (C, D) operands of the two products.
+Scaling the (C, V) gradient of a chunk by the token weights would cost a pass over memory, so the
+torch path scales the (C, D) operands of the two products.
 
 Entropy needs no further pass over the logits. With p = softmax(z), E[z] = sum_v p_v z_v,
 
@@ -54,10 +53,10 @@ CHUNK_BYTES = {"cpu": 32 << 20, "cuda": int(1.2 * (1 << 30))}
 MIN_EXPONENT = -50.0
 
 
-class WeightedLogpSum(NamedTuple):
-    loss: Tensor  # (), sum_t token_weights[t] * token_logps[t]
+class PackLoss(NamedTuple):
+    loss: Tensor  # (), the pack's share of the step's loss
     token_logps: Tensor  # (R,), detached
-    entropies: Tensor | None  # (R,), in nats; None where no gradient is computed
+    entropies: Tensor | None  # (R,), valid after backward; None where no gradient is computed
 
 
 def reference_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -90,16 +89,16 @@ def token_logps_and_entropies(
 
 def weighted_logp_sum(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
-) -> WeightedLogpSum:
+) -> PackLoss:
     """A linear loss, sum_t token_weights[t] * token_logps[t], and the values to log per token.
 
     hidden (R, D), weight (V, D), targets (R,) int64, token_weights (R,) of either sign. The
     gradient is computed here, not in backward, so token_weights are constants.
     """
     if _needs_gradient(hidden, weight):
-        return WeightedLogpSum(*_OnePass.apply(hidden, weight, targets, token_weights))
+        return PackLoss(*_OnePass.apply(hidden, weight, targets, token_weights))
     logps = _token_logps(hidden, weight, targets)
-    return WeightedLogpSum(logps @ token_weights.to(logps.dtype), logps, None)
+    return PackLoss(logps @ token_weights.to(logps.dtype), logps, None)
 
 
 def accumulation_dtype(hidden: Tensor) -> torch.dtype:
@@ -160,7 +159,13 @@ def _token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     head = _Head(hidden, weight)
     logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
     for rows in head.chunks:
-        logps[rows] = target_logps_(head.logits(rows), targets[rows])
+        logits = head.logits(rows)  # (C, V)
+        if _in_triton(logits):
+            from redi import kernels  # triton is installed with torch for CUDA
+
+            logps[rows] = kernels.target_logps(logits, targets[rows])
+        else:
+            logps[rows] = _exponentials_(logits, targets[rows])[0]
     return logps
 
 
@@ -186,7 +191,7 @@ def _gradients(
         part, weights = head.hidden[rows], token_weights[rows]  # (C, D), (C,)
         logits = head.logits(rows)  # (C, V)
         if _in_triton(logits):
-            from redi import kernels  # triton is installed with torch for CUDA
+            from redi import kernels
 
             d_logits, logps[rows], entropies[rows] = kernels.softmax_gradient_(
                 logits, targets[rows], weights, part.dtype
@@ -202,15 +207,6 @@ def _gradients(
             d_part.mul_(scale)
             torch.addmm(d_weight, unscaled.T, part * scale, out=d_weight)
     return _Gradients(d_hidden, d_weight, logps, entropies.clamp_(min=0.0))  # rounding
-
-
-def target_logps_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probs (C,) of the targets (C,) under logits (C, V), which may be overwritten."""
-    if _in_triton(logits):
-        from redi import kernels
-
-        return kernels.target_logps(logits, targets)
-    return _exponentials_(logits, targets)[0]
 
 
 def _in_triton(logits: Tensor) -> bool:

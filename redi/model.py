@@ -95,8 +95,7 @@ def rotary_tables(
     config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (max_positions, d) of the angles position * theta^(-2i/d), the same in both
-    halves. Computed in fp32, and cached: every pack and every model of the same sizes shares them.
-    """
+    halves. Computed in fp32, and cached: packs and models of the same sizes share them."""
     with torch.inference_mode(False):  # inference tensors could not be used in training later
         exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
         frequencies = 1.0 / config.rope_theta**exponents
@@ -125,18 +124,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
-        self.qk_norm = config.qk_norm
+        norm = RMSNorm if config.qk_norm else nn.Identity  # which has no parameters
+        self.q_norm = norm(self.head_dim, config.norm_eps)
+        self.k_norm = norm(self.head_dim, config.norm_eps)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         split_heads = (len(x), -1, self.head_dim)
-        query = self.q_proj(x).view(split_heads)  # (T, H, d)
-        key = self.k_proj(x).view(split_heads)  # (T, K, d)
+        query = self.q_norm(self.q_proj(x).view(split_heads))  # (T, H, d)
+        key = self.k_norm(self.k_proj(x).view(split_heads))  # (T, K, d)
         value = self.v_proj(x).view(split_heads)  # (T, K, d)
-        if self.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
 

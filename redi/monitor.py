@@ -19,8 +19,8 @@ from torch import Tensor
 from redi.batches import TrainData, sequence_ids
 from redi.checkpoint.resume import Checkpoints
 from redi.distributed import local_shard, sum_over_ranks
+from redi.logprobs import PackLoss
 from redi.model import ModelConfig
-from redi.objectives import PackLoss
 from redi.packing import PackedBatch, StepPlan, to_device
 
 
@@ -207,9 +207,8 @@ PEAK_FLOPS = {
 
 
 def training_flops(config: ModelConfig, lengths: list[int], supervised: int) -> float:
-    """FLOPs of forward and backward over documents of `lengths` tokens, with the head on
-    `supervised` rows: 6 per weight and token, and 6 * H * d * L^2 per layer for causal attention.
-    """
+    """FLOPs over documents of `lengths` tokens, with the head on `supervised` rows: 6 per weight
+    and token, and 6 * H * d * L^2 per layer for causal attention."""
     heads = config.num_heads * config.head_dim
     attention = config.hidden_size * 2 * (heads + config.num_kv_heads * config.head_dim)
     mlp = config.hidden_size * 3 * config.intermediate_size

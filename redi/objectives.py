@@ -11,9 +11,7 @@ starts, and there are two ways to train with it:
     PairwiseObjective   any differentiable function of a pair's log-probs: two passes over the
                         vocabulary, and both traces of a pair in one pack.
 
-Each pack returns its share of the step's loss, already divided by the counts of the whole step, so
-shares add up over packs and ranks. To add an objective: docs/objectives.md. Letters: P pairs,
-S sequences, R supervised tokens.
+To add an objective: docs/objectives.md. Letters: P pairs, S sequences, R supervised tokens.
 """
 
 import inspect
@@ -26,7 +24,7 @@ from torch import Tensor
 
 from redi import losses, related_losses
 from redi.config import UserError
-from redi.logprobs import WeightedLogpSum, token_logps_and_entropies, weighted_logp_sum
+from redi.logprobs import PackLoss, token_logps_and_entropies, weighted_logp_sum
 from redi.model import Transformer
 from redi.packing import PackedBatch
 
@@ -52,11 +50,6 @@ class Totals:
 
     num_rows: int  # traces, or pairs
     num_tokens: int  # supervised
-
-
-# loss (): the pack's share of the step's loss; token_logps (R,), detached; entropies (R,), valid
-# after backward, or None where no gradient is computed.
-PackLoss = WeightedLogpSum
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Pack = np.ndarray  # the ids of its sequences
-StepPlan = list[list[Pack]]  # rank -> packs, the same number on every rank
+StepPlan = list[list[np.ndarray]]  # rank -> packs (ids of sequences), as many on every rank
 
 # Work of a sequence in units of one token: L + ATTENTION * L^2, by FLOPs of Qwen2.5-1.5B: attention
 # 3.5 * 2 * D * layers per token pair (86e3 = 2 * 1,536 * 28), matmuls 9.26e9 per token.
@@ -150,11 +149,6 @@ class TokenSequence:
     row: int
     sign: int  # +1 chosen (and every SFT trace), -1 rejected
     learned: np.ndarray | None = None  # (L - prompt_length,) bool; None: the whole response
-
-    @property
-    def response_length(self) -> int:
-        """|y|: supervised tokens."""
-        return len(self.supervised())
 
     def supervised(self) -> np.ndarray:
         """(|y|,) positions of the supervised tokens."""

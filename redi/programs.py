@@ -5,12 +5,6 @@ They sit above the core and the tools, and join the two: training itself knows n
 imports only what it needs: without that flag, no module of redi/eval is loaded.
 """
 
-import os
-
-# Set before torch loads OpenMP: by default, threads that wait for others keep their cores busy,
-# which makes training several times slower on a CPU that something else is using too.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 from redi import distributed
 from redi.checkpoint.folder import Source
 from redi.config import parse, program
@@ -27,14 +21,13 @@ WEEK = 60.0 * 24 * 7  # minutes
 @program
 def train_sft() -> None:
     config = parse(SFTConfig, "Stage 1 of REDI: supervised fine-tuning on correct traces.")
-    run(config, sft(), paired=False, model_made_by=None, prepare_score=prepare_score)
+    run(config, sft(), paired=False, prepare_score=prepare_score)
 
 
 @program
 def train_redi() -> None:
     config = parse(REDIConfig, "Stage 2 of REDI: learning from pairs of right and wrong traces.")
-    objective, made_by = config.make_objective(), "python -m redi train-sft"
-    run(config, objective, paired=True, model_made_by=made_by, prepare_score=prepare_score)
+    run(config, config.make_objective(), paired=True, prepare_score=prepare_score)
 
 
 def prepare_score(config: TrainConfig, source: Source, world: World) -> Scorer | None:

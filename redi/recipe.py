@@ -4,8 +4,7 @@
     SFTConfig       stage 1: Qwen2.5-Math-1.5B on correct traces, 5 epochs at lr 5e-5
     REDIConfig      stage 2: the stage-1 model on pairs, 1 epoch at lr 1e-6, alpha 0.8 (Section 4)
 
-A field is a TOML key of a recipe and, with dashes, a flag (config.py). Settings are checked here,
-when a config is made, so the loop never has to.
+Settings are checked here, when a config is made, so the loop never has to.
 """
 
 import math

@@ -25,7 +25,7 @@ from redi.hub import CARD, dataset_files
 from redi.memory import blocks_to_checkpoint, check_blocks, step_memory
 from redi.model import Transformer
 from redi.objectives import Objective
-from redi.recipe import TrainConfig
+from redi.recipe import REDIConfig, TrainConfig
 from redi.runlog import NoLog, RunLog, is_finished, read_facts, read_metrics
 from redi.train import Scorer, StopSignals, num_steps, train
 
@@ -34,11 +34,9 @@ def run(
     config: TrainConfig,
     objective: Objective,
     paired: bool,
-    model_made_by: str | None,
     prepare_score: Callable[[TrainConfig, Source, World], Scorer | None],
 ) -> None:
     """Load, check, train, save: what train_sft.py and train_redi.py do. paired: rows are pairs.
-    model_made_by: the command that produces the default --model, for the error if it is missing.
     prepare_score: returns what evaluates the model between steps. Raises UserError for what a user
     can fix, and Stopped after a signal."""
     world = distributed.start(config.timeout)
@@ -46,7 +44,7 @@ def run(
         distributed.require_same(vars(config) | {"cache": "may differ"}, world)
         finished = not config.dry_run and is_finished(config.out, config)
         with local_rank_zero_first(world):  # downloads and tokenizes once per node
-            model, source, dataset, eval_dataset = _load(config, paired, model_made_by)
+            model, source, dataset, eval_dataset = _load(config, paired)
             score = prepare_score(config, source, world)
         facts = facts_of(source, dataset, config.data)
         if eval_dataset:
@@ -69,11 +67,9 @@ def run(
             _train_and_save(config, model, source, data, eval_data, how, score, facts)
 
 
-def _load(
-    config: TrainConfig, paired: bool, model_made_by: str | None
-) -> tuple[Transformer, Source, Dataset, Dataset | None]:
+def _load(config: TrainConfig, paired: bool) -> tuple[Transformer, Source, Dataset, Dataset | None]:
     """The model, of which only the sizes are read, and the rows."""
-    made_by = model_made_by if config.model == type(config).model else None
+    made_by = "python -m redi train-sft" if config.model == REDIConfig.model else None
     theta, context = config.rope_theta, config.max_position_embeddings
     model, source = open_model(config.model, theta, context, made_by)
     check_blocks(config.checkpoint_blocks, model.config.num_layers)  # before hours of tokenizing

@@ -69,12 +69,9 @@ class RunLog:
 
     def __init__(self, out: str, config: Any, tracker: str = "none"):
         """Lock the folder until this process ends. What is in it does not change before `start`.
-        Raises UserError if another process holds it or the tracker is not installed."""
+        Raises UserError if another process holds it, ModuleNotFoundError without the tracker."""
         self.folder, self._settings = Path(out), to_toml(config)
-        try:
-            self._track = TRACKERS[tracker](self.folder, self._settings)
-        except ImportError:
-            raise UserError(f"--tracker {tracker}: pip install {tracker} first") from None
+        self._track = TRACKERS[tracker](self.folder, self._settings)
         make_folder(self.folder)
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if not lock(self._metrics):

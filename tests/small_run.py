@@ -96,11 +96,11 @@ def redi_config(**changes) -> recipe.REDIConfig:
     return recipe.REDIConfig(**{**OF_REDI, "epochs": 1, **changes})
 
 
-def stage_of(config: recipe.TrainConfig) -> tuple[Objective, bool, str | None]:
-    """Objective, whether rows are pairs, and what makes the default model."""
+def stage_of(config: recipe.TrainConfig) -> tuple[Objective, bool]:
+    """Objective, and whether rows are pairs."""
     if isinstance(config, recipe.REDIConfig):
-        return config.make_objective(), True, "python train_sft.py"
-    return sft(), False, None
+        return config.make_objective(), True
+    return sft(), False
 
 
 def run(config: recipe.TrainConfig) -> list[dict]:
@@ -120,7 +120,7 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 def loaded(config) -> tuple[Transformer, TrainData]:
     """The model and the rows of this configuration, without a run."""
     model, source = load_model(config.model)
-    objective, paired, _ = stage_of(config)
+    objective, paired = stage_of(config)
     dataset = run_module.load_data(config.data, config, source, paired)
     return model, TrainData(dataset, objective, HERE, config.pack_tokens)
 

@@ -61,7 +61,7 @@ class Rows:
                 self.sequences.append(TokenSequence(tokens, len(prompt), row, sign))
         lengths = np.array([len(s.tokens) for s in self.sequences])
         self.lengths = lengths.reshape(-1, 2) if paired else lengths
-        self.response_lengths = np.array([s.response_length for s in self.sequences])
+        self.response_lengths = np.array([len(s.supervised()) for s in self.sequences])
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -3,6 +3,7 @@ what they compute and learn, what they write with a cache, and what is saved."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,8 +121,23 @@ def test_an_older_configuration_with_a_scaling_is_read_as_transformers_reads_it(
     scaling = config.pop("rope_parameters")
     config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     path.write_text(json.dumps(config))
-    theirs, (ours, _) = LlamaForCausalLM.from_pretrained(tmp_path), load_model(tmp_path)
+    assert_logits_are_those_of(LlamaForCausalLM.from_pretrained(tmp_path), tmp_path)
+
+
+def test_a_qwen3_configuration_without_head_dim_means_128(save_model_of, tmp_path):
+    from transformers import Qwen3ForCausalLM
+
+    save_model_of("Qwen3", tmp_path, head_dim=...)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("head_dim") == 128 != config["hidden_size"] // config["num_attention_heads"]
+    path.write_text(json.dumps(config))
+    assert_logits_are_those_of(Qwen3ForCausalLM.from_pretrained(tmp_path), tmp_path)
+
+
+def assert_logits_are_those_of(theirs, folder: Path) -> None:
+    """Those of transformers' model equal those of the model that we load from the folder."""
     batch = replace(batch_of([DOCUMENTS[2]]), rows=torch.arange(60))
-    logits = ours(batch, lambda hidden, weight: hidden @ weight.T)
+    logits = load_model(folder)[0](batch, lambda hidden, weight: hidden @ weight.T)
     expected = theirs(torch.from_numpy(DOCUMENTS[2])[None]).logits[0]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)

@@ -264,5 +264,5 @@ def test_of_several_turns_only_the_answers_are_predicted():
     assert batch.targets.tolist() == [2, 3, 12, 13, 16, 17]
     assert batch.rows.tolist() == [0, 1, 3 + 1, 3 + 2, 3 + 5, 3 + 6]
     assert batch.tokens[batch.rows].tolist() == [1, 2, 11, 12, 15, 16]
-    assert batch.response_lengths == [2, 4] == [first.response_length, turns.response_length]
+    assert batch.response_lengths == [2, 4] == [len(s.supervised()) for s in (first, turns)]
     assert batch.token_weights.tolist() == [1.0] * 2 + [0.5] * 4

@@ -13,7 +13,7 @@ from processes import main_in_this_process
 from small_run import refusal, write_jsonl
 
 from redi import curves, runlog
-from redi.config import may_change, to_toml
+from redi.config import may_change, program, to_toml
 from redi.runlog import Progress, RunLog, is_finished, read_facts, read_metrics
 
 
@@ -176,12 +176,20 @@ TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 @pytest.mark.parametrize("tracker", TRACKERS)
-def test_a_tracker_gets_settings_and_records(run, monkeypatch, tracker):
-    monkeypatch.setitem(sys.modules, TRACKERS[tracker], None)  # import raises ImportError
-    message = refusal(RunLog, str(run), Settings(), tracker)
-    assert message == f"--tracker {tracker}: pip install {tracker} first"
+def test_a_tracker_that_is_not_installed_is_one_line_and_leaves_no_folder(
+    run, monkeypatch, tracker, capsys
+):
+    monkeypatch.delitem(sys.modules, TRACKERS[tracker], raising=False)
+    monkeypatch.setitem(sys.modules, tracker, None)  # import raises ModuleNotFoundError
+    with pytest.raises(SystemExit, match="2"):
+        program(lambda: RunLog(str(run), Settings(), tracker))()
+    line = f"error: {tracker} is not installed; pip install {tracker}\n"
+    assert capsys.readouterr().err == line
     assert not run.exists()
 
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_gets_settings_and_records(run, monkeypatch, tracker):
     module = mock.MagicMock()
     monkeypatch.setitem(sys.modules, TRACKERS[tracker], module)
     (run / "tensorboard").mkdir(parents=True)  # as its writer does

@@ -5,6 +5,7 @@ import html.parser
 import re
 import unicodedata
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import main_in_this_process
 from small_run import assistant, user, write_jsonl
+from tokenizers import Tokenizer
 
-from redi.data.tokenizer import ChatTokenizer
+from redi.data.tokenizer import SYSTEM_PROMPT, ChatTokenizer
 from redi.recipe import REDIConfig, SFTConfig
 from redi.show import __main__ as show
-from redi.show.rows import tokens_of, visible
+from redi.show.rows import about_template, tokens_of, visible
 
 
 def pair(problem: str, chosen: str, rejected: str, **fields) -> dict:
@@ -34,6 +36,7 @@ PAIRS = [
     pair("1+2?", "<think>\n</think>\n2", "\\boxed{\\boxed{4}}", source="b"),
     pair("2+2?", "x" * 9, "y" * 9),
 ]
+SYSTEM_LINE = f"writes by itself {repr(f'system{chr(10)}{SYSTEM_PROMPT}')[:71]}"
 HOSTILE = (
     "</script><script>alert(1)</script>&lt;<|im_end|>\x1b[2J\x00\r\u202e\ue000\ufffd <b a='\"'>"
 )
@@ -139,6 +142,7 @@ def test_a_row_is_drawn_with_its_mask(shown):
         "  + | 2",
         "  + | «<|im_end|>»",
         "  - | 3«<|im_end|>»",
+        f"  template: {SYSTEM_LINE}",
     ]
 
 
@@ -164,13 +168,14 @@ def test_of_several_turns_only_the_answers_are_learned_from(shown):
     assert cells(report)["between"] == [between, "0", "0", *[between] * 3]
     tokens = positions(opened(text))
     assert tokens == [*range(len(tokens))]  # each once, in all four stretches
-    assert report.splitlines()[-7:-1] == [
+    assert report.splitlines()[-8:-1] == [
         "  + | b«<|im_end|>»",
         "    |",
         "    | «<|im_start|>»user",
         "    | c«<|im_end|>»",
         "    | «<|im_start|>»assistant",
         "  + | d«<|im_end|>»",
+        f"  template: {SYSTEM_LINE}",
     ]
 
 
@@ -183,6 +188,57 @@ def test_tokens_give_the_text_again(chat, text):
     normal = unicodedata.normalize("NFC", text)  # as Qwen2's tokenizer normalizes
     assert "".join(shown for shown, _, _ in found) == normal
     assert [i for _, its_ids, _ in found for i in its_ids] == ids
+
+
+# ---------------------------------------------------------------- what the template did
+
+QWEN = "writes by itself 'system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assi"
+DATE = "writes by itself 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024'"
+THOUGHT = "writes by itself '<think>\\n\\n</think>'"
+OLD = [user("1?"), assistant("<think>\nold\n</think>\n\n1"), user("2?")]
+DONE = [  # a template that the installed trl has, a row, the lines
+    ("qwen2_5", positive(" 1 \n", "\n 2 "), [QWEN]),
+    ("qwen3", positive("1?", "2"), [THOUGHT]),
+    ("qwen3", positive("1?", "<think>\nmy\n</think>\n\n<|im_end|>e\u0301"), []),
+    ("qwen3", positive("1?", "<think>my</think>2"), ["message 2 (assistant) is rewritten"]),
+    (
+        "qwen3",
+        {"prompt": OLD, "completion": [assistant("<think>\nmy\n</think>\n\n2")]},
+        ["message 2 (assistant) loses 22 characters at its beginning, 0 at its end"],
+    ),
+    (
+        "llama3",
+        pair("user", "\n\n2", "3 \t\n"),
+        [
+            "message 2 (chosen) loses 2 characters at its beginning, 0 at its end",
+            "message 2 (rejected) loses 0 characters at its beginning, 3 at its end",
+        ],
+    ),
+    ("llama3_1", positive("26", "Jul"), [DATE]),
+]
+
+
+@pytest.mark.parametrize(("template", "row", "lines"), DONE)
+def test_what_a_template_did_to_a_row_is_said_below_it(
+    shown, template, row, lines, tokenizer_json, save_tokenizer, tmp_path
+):
+    text = (files("trl") / "chat_templates" / f"{template}.jinja").read_text()
+    folder = save_tokenizer(tmp_path / "model", text, bos_token="<|begin_of_text|>")
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    headers = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens(headers)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    other = PAIRS[0] if "chosen" in row else positive("?", "!")
+    report = shown([other, row], "--model", folder, "--row", 2)
+    found = [line for line in report.splitlines() if line.startswith("  template: ")]
+    assert found == [f"  template: {line}" for line in lines]
+
+
+@given(st.text(), st.text())
+def test_of_messages_that_a_template_writes_as_they_are_nothing_is_said(chat, question, answer):
+    turns = [user(question), assistant(answer), user(answer), assistant(question)]
+    for prompt, response in [(turns[:1], turns[1:]), (turns[:3], turns[3:])]:
+        assert [*about_template(prompt, response, "response", chat)] == [SYSTEM_LINE]
 
 
 # ---------------------------------------------------------------- the page

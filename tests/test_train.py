@@ -253,7 +253,7 @@ def test_stored_tokens_are_the_rendered_rows_that_are_left(here):
         assert sequence.tokens.tolist() == rendered.prompt_ids + rendered.response_ids
         assert sequence.tokens[-1] == chat().stop_id
         assert sequence.prompt_length == len(rendered.prompt_ids)
-        assert sequence.response_length == dataset.response_lengths[number]
+        assert len(sequence.supervised()) == dataset.response_lengths[number]
         assert len(sequence.tokens) == dataset.lengths[row, side]
         assert (sequence.row, sequence.sign) == (row, 1 - 2 * side)
 

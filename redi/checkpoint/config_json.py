@@ -59,10 +59,11 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
         scaling = None
         if rope.get("rope_type") == "llama3":
             scaling = RopeScaling(**{field.name: rope[field.name] for field in fields(RopeScaling)})
+        default_dim = 128 if config["model_type"] == "qwen3" else config["hidden_size"] // heads
         return ModelConfig(
             **{field: config[name] for name, field in SIZES.items()},
             num_kv_heads=kv_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=config.get("head_dim") or default_dim,
             rope_theta=float(rope["rope_theta"]),
             rope_scaling=scaling,
             **FAMILIES[config["model_type"]],

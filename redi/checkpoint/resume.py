@@ -5,10 +5,9 @@
                                                               facts of the run
 
 Every rank writes its own rows and reads its rows from the files of any number of ranks. The plan,
-the learning rate and the position in the data are functions of the step, so they are not saved. A
-damaged checkpoint is skipped, and a failed save does not end the run: both are warnings. The files
-hold no pickles, which can run code: torch.save and torch.distributed.checkpoint write some. Left
-out: asynchronous saves. Every 200 steps, a save takes well under 1 % of the time.
+the learning rate and the position in the data are functions of the step, so they are not saved. The
+files hold no pickles, which can run code: torch.save and torch.distributed.checkpoint write some.
+Left out: asynchronous saves. Every 200 steps, a save takes well under 1 % of the time.
 """
 
 import json

@@ -66,7 +66,6 @@ class Dataset:
         start, end = self.store.offsets[stored : stored + 2]
         tokens, prompt_length = self.store.tokens[start:end], int(self.prompt_lengths[sequence_id])
         learned = tokens[prompt_length:] >= 0  # the tokens between two answers are stored as ~id
-        learned = None if learned.all() else learned
         row, side = divmod(int(sequence_id), 2) if self.store.paired else (int(sequence_id), 0)
         sign = -1 if side else 1
         return TokenSequence(np.maximum(tokens, ~tokens), prompt_length, row, sign, learned)

@@ -10,8 +10,7 @@ the sequences of all rows end to end:
 Tokens between two answers are not learned from; they are stored as ~id, which is negative.
 
 The folder's name, KEY, is a hash of the data, the tokenizer, the template and FORMAT: a change of
-one makes another folder. One process writes KEY.part and renames it to KEY when it is complete;
-others wait for its lock. If it is killed, or the sha256 of a store is wrong, the next starts again.
+one makes another folder. It is written as KEY.part; a store whose sha256 is wrong is written again.
 Letters: N rows, S sequences (N or 2 N), T tokens of all sequences.
 """
 
@@ -104,7 +103,7 @@ def load_store(
 def _write_once(
     folder: Path, files: list[Path], chat: ChatTokenizer, paired: bool, data_hash: str
 ) -> None:
-    """Write the store's folder. If another process is doing that, wait for it instead."""
+    """Write the store's folder, unless another process does: then wait for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "ab") as lock_file:
         if not lock(lock_file):

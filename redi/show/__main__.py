@@ -5,15 +5,16 @@
     python -m redi.show rows.parquet --html page.html
 
 prints the rows' sources, how many tokens they have, what the texts contain, what training will do
-with them, and one row with its mask. The page says the same, and shows five rows token by token.
-The fields of the first row decide the stage, and so the default step size and limits. Lengths come
-from the token store, which training then reuses.
+with them, and one row with its mask and what the chat template did to its messages. The page says
+the same of all rows, and shows five token by token. The fields of the first row decide the stage,
+and so the default step size and limits. Lengths come from the token store, which training reuses.
 Left out: what takes a model or all texts at once (redi.prepare finds repeated problems).
 """
 
 import contextlib
 import sys
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -21,14 +22,15 @@ import numpy as np
 
 from redi.config import UserError, parse, program, require
 from redi.data.dataset import Dataset, Limits, select
-from redi.data.files import refuse_overwriting, write_aside
+from redi.data.files import read_rows, refuse_overwriting, write_aside
+from redi.data.formats import FIELDS, to_example
 from redi.data.store import load_store
 from redi.data.tokenizer import ChatTokenizer
 from redi.hub import TOKENIZER_FILES, dataset_files, model_folder
 from redi.recipe import REDIConfig, SFTConfig, TrainConfig
 from redi.show.facts import holds_pairs, report
 from redi.show.page import draw_histograms, page
-from redi.show.rows import row_as_text, stretches
+from redi.show.rows import about_template, row_as_text, stretches
 
 NO_LIMITS = Limits(sys.maxsize, sys.maxsize, sys.maxsize)
 
@@ -94,6 +96,12 @@ def show(config: ShowConfig) -> str | None:
     learned = f"+ is made more likely{', - less' if paired else ''}"
     print(text, f"\nRow {every_row.row_number(chosen):,}: {learned}", sep="\n")
     print(row_as_text(stretches(every_row, chosen), chat))
+    where, row = next(islice(read_rows(files, FIELDS), every_row.row_number(chosen) - 1, None))
+    example = to_example(row, where, paired)
+    named = zip(every_row.sides, example.responses)
+    about = (about_template(example.prompt, response, side, chat) for side, response in named)
+    for line in dict.fromkeys(chain.from_iterable(about)):
+        print(f"  template: {line}")
     if config.html is None:
         return None
     picture = draw_histograms(every_row, training)

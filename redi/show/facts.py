@@ -24,7 +24,7 @@ from redi.eval.grading.grader import extract
 from redi.objectives import sft
 from redi.recipe import TrainConfig
 from redi.run import describe_plan
-from redi.show.rows import COLUMNS, sides, visible
+from redi.show.rows import COLUMNS, visible
 from redi.tables import text_table
 
 TOP_SOURCES = 10
@@ -51,7 +51,7 @@ def report(files: Sequence[Path], every_row: Dataset, config: TrainConfig) -> st
         *(f"left out: {count:,} {reason}" for reason, count in store.skipped.items()),
         f"prompts: {_share(counts['repeated prompts'], total)} repeat an earlier one",
     ]
-    for side in sides(every_row):
+    for side in every_row.sides:
         thinking, boxed = (_share(counts[what, side], total) for what in ("thinking", "boxed"))
         about_files.append(f"{side}: {thinking} with </think>, {boxed} with \\boxed{{}}")
     if store.paired:
@@ -86,7 +86,7 @@ def count_texts(
         prompt = hashlib.sha256(json.dumps(example.prompt).encode()).digest()[:16]
         counts["repeated prompts"] += prompt in prompts
         prompts.add(prompt)
-        for side, messages in zip(sides(every_row), example.responses):
+        for side, messages in zip(every_row.sides, example.responses):
             answer = messages[-1]["content"]
             counts["thinking", side] += "</think>" in answer
             counts["boxed", side] += extract(answer, "whole") is not None

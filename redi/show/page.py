@@ -12,7 +12,7 @@ from redi import pages
 from redi.data.dataset import Dataset
 from redi.data.tokenizer import ChatTokenizer
 from redi.recipe import TrainConfig
-from redi.show.rows import Stretch, sides, tokens_of, visible
+from redi.show.rows import Stretch, tokens_of, visible
 
 ENDS = (400, 200)  # tokens of a stretch that are shown; five rows of pairs stay under 500 kB
 # Distinguishable for those who do not see red and green as two colors (Okabe and Ito).
@@ -82,7 +82,7 @@ def draw_histograms(dataset: Dataset, config: TrainConfig) -> bytes:
     """Share of the rows by length of prompt and responses, as a PNG."""
     from matplotlib.figure import Figure  # takes a second to import
 
-    names = sides(dataset)
+    names = dataset.sides
     responses = dataset.response_lengths.reshape(-1, len(names)).T
     lengths = {"prompt": dataset.prompt_lengths[:: len(names)], **dict(zip(names, responses))}
     every = np.concatenate(list(lengths.values()))

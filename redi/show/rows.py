@@ -12,6 +12,7 @@ In a terminal, the margin says what is learned from:
 Characters that do not print are shown as escapes: in a terminal they could be commands.
 """
 
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from redi.data.dataset import Dataset
-from redi.data.tokenizer import ChatTokenizer
+from redi.data.formats import ROLES
+from redi.data.tokenizer import ChatTokenizer, Message
 
 COLUMNS = 100
 ENDS = (120, 60)  # tokens of a stretch that are drawn, at its beginning and at its end
+MARKER = "\ue0f2"  # a private-use character
 MARGINS = {"given": " ", "response": "+", "chosen": "+", "rejected": "-"}
 
 
@@ -48,17 +51,11 @@ class Stretch:
         return f"[... {len(self.ids) - sum(most):,} tokens left out ...]"
 
 
-def sides(dataset: Dataset) -> tuple[str, ...]:
-    """The names of a row's responses."""
-    return ("chosen", "rejected") if dataset.store.paired else ("response",)
-
-
 def stretches(dataset: Dataset, row: int) -> list[Stretch]:
     """A row cut where its mask changes; for a pair, the prompt, the chosen, the rejected."""
     found = []
-    kinds = sides(dataset)
-    for side, kind in enumerate(kinds):
-        sequence = dataset.sequence(len(kinds) * row + side)
+    for side, kind in enumerate(dataset.sides):
+        sequence = dataset.sequence(len(dataset.sides) * row + side)
         learned = np.zeros(len(sequence.tokens), dtype=bool)
         learned[sequence.supervised()] = True
         cuts = np.flatnonzero(np.diff(learned)) + 1
@@ -108,3 +105,38 @@ def row_as_text(row: list[Stretch], chat: ChatTokenizer) -> str:
 def _drawn(ids: list[int], chat: ChatTokenizer) -> Iterator[str]:
     for text, _, control in tokens_of(ids, chat):
         yield f"«{text}»" if control else visible(text)
+
+
+def about_template(
+    prompt: list[Message], response: list[Message], side: str, chat: ChatTokenizer
+) -> Iterator[str]:
+    """What the template writes beside headers, and the messages that it does not write as they are.
+
+    Each message in turn is replaced by a marker. The text around the marker is the template's; what
+    the row has in its place is what became of the message. side: the name of the response."""
+
+    def text_of_row(messages: list[Message]) -> str:
+        [row] = chat.encode_rows([(messages[: len(prompt)], messages[len(prompt) :])])
+        return chat.decode(row.prompt_ids + row.response_ids)
+
+    messages, end = [*prompt, *response], 0
+    row, controls = text_of_row(messages), "|".join(map(re.escape, chat.control_ids))
+    for i, message in enumerate(messages):
+        marked = text_of_row([*messages[:i], {**message, "content": MARKER}, *messages[i + 1 :]])
+        before, _, after = marked.partition(MARKER)
+        ids = chat.tokenizer.encode(message["content"], add_special_tokens=False).ids
+        role, content = message["role"], chat.decode(ids)  # as the tokenizer normalizes it
+        is_alike = row.startswith(before)  # not if the template adds a thought where there is none
+        begin, end = end, len(row) - len(after)
+        start = len(before) if is_alike else end - len(content)
+        written = row[start:end]
+        for text in re.split(controls, row[begin:start]) if is_alike or written == content else ():
+            text = text.strip().removeprefix(role).strip()
+            if text and text not in ROLES:
+                yield f"writes by itself {text!r:.71}"
+        if written != content:
+            name = role if i < len(prompt) or side == "response" else side
+            first = content.rfind(written)
+            last = len(content) - first - len(written)
+            lost = f"loses {first:,} characters at its beginning, {last:,} at its end"
+            yield f"message {i + 1} ({name}) {'is rewritten' if first < 0 else lost}"

@@ -74,7 +74,6 @@ def start(job: Job, log: Path, workers: int, held: IO | None) -> subprocess.Pope
     """Start the job's program. Programs that run at the same time share the cores."""
     shared = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers)),
-        "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")])),
     }
