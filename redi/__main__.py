@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": ("redi.chat", "main", "talk to a model"),
     "prepare": ("redi.prepare.__main__", "main", "teachers' raw traces -> training files"),
     "show": ("redi.show.__main__", "main", "look at training rows before training"),
+    "dialogue": ("redi.dialogue.__main__", "main", "tutors that talk inside a scene; their judges"),
     "toy": ("redi.toy.student", "main", "make a toy: traces, a student and a benchmark"),
     "study": ("redi.study.__main__", "main", "compare methods: train and evaluate a grid"),
     "curves": ("redi.runlog", "main", "draw the curves of runs"),
