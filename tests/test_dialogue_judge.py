@@ -11,7 +11,7 @@ import torch
 from processes import main_in_this_process
 from small_run import refusal, write_jsonl
 
-from redi.dialogue import agreement, judge, prefix_trees
+from redi.dialogue import agreement, figures, judge, prefix_trees
 from redi.dialogue.__main__ import main as dialogue_main
 from redi.dialogue.agreement import Rates, corrected_rate
 from redi.dialogue.dialogues import Reply, read_dialogues
@@ -132,7 +132,7 @@ def test_log_probs_of_labels_are_those_of_forced_decoding(of_labels, peer, repli
     for number, (reply, logps) in enumerate(zip(replies, found)):
         messages = judge_messages(reply, of_labels.rubric)
         assert list(logps) == list(of_labels.rubric.labels(reply))
-        step_by_step = number % 20 == 0
+        step_by_step = number % 40 == 0
         for label, logp in logps.items():
             expected = (peer.step_by_step if step_by_step else peer)(messages, label)
             assert logp == pytest.approx(expected.sum().item(), abs=1e-5)
@@ -207,20 +207,20 @@ def test_good_is_one_half_at_the_threshold(replies):
 
 
 def test_kappa_of_a_confusion():
-    assert agreement.kappa(np.array([[45, 5], [10, 40]])) == pytest.approx(0.70)
+    assert figures.kappa(np.array([[45, 5], [10, 40]])) == pytest.approx(0.70)
     good = np.repeat([True, True, False, False], [45, 5, 10, 40])
     chances = np.repeat([0.9, 0.1, 0.9, 0.1], [45, 5, 10, 40])
-    found = agreement.figures(good, chances, chances)
+    found = figures.figures(good, chances, chances)
     assert found["accuracy"] == pytest.approx(0.85)
     assert found["kappa"] == pytest.approx(0.70)
     assert (found["TPR"], found["TNR"]) == (0.9, 0.8)
     # Of 55 with P 0.9, 45 are good; of 45 with P 0.1, 5 are.
     assert found["ECE"] == pytest.approx((abs(55 * 0.9 - 45) + abs(45 * 0.1 - 5)) / 100)
-    assert math.isnan(agreement.kappa(np.array([[4, 0], [0, 0]])))
+    assert math.isnan(figures.kappa(np.array([[4, 0], [0, 0]])))
 
 
 def test_confusion_has_a_row_for_every_label():
-    found = agreement.confusion(["good", "wrong", "wrong"], ["good", "good", "skips"])
+    found = figures.confusion(["good", "wrong", "wrong"], ["good", "good", "skips"])
     assert found == {"good": Counter(good=1), "skips": {}, "wrong": Counter(good=1, skips=1)}
 
 
@@ -230,22 +230,22 @@ def test_auroc_is_the_share_of_pairs_in_order():
         good = random.random(30) < 0.5
         scores = random.integers(0, 6, 30) / 2  # many ties
         pairs = [(g > b) + (g == b) / 2 for g in scores[good] for b in scores[~good]]
-        assert agreement.auroc(good, scores) == pytest.approx(np.mean(pairs))
-    assert math.isnan(agreement.auroc(np.ones(3, bool), scores[:3]))
+        assert figures.auroc(good, scores) == pytest.approx(np.mean(pairs))
+    assert math.isnan(figures.auroc(np.ones(3, bool), scores[:3]))
 
 
 def test_calibration_error_by_hand():
     good = np.array([1, 1, 0, 0, 1], bool)
     chances = np.array([0.95, 1.0, 0.95, 0.25, 0.21])
     # Bin 0.9 to 1: 2 of 3 good, mean 2.9 / 3. Bin 0.2 to 0.3: 1 of 2, mean 0.23.
-    assert agreement.calibration_error(good, chances) == pytest.approx((0.9 + 0.54) / 5)
+    assert figures.calibration_error(good, chances) == pytest.approx((0.9 + 0.54) / 5)
 
 
 def test_intervals_draw_dialogues():
     values = np.repeat([0.0, 1.0] * 20, 5)  # 40 dialogues of five equal replies
     ids = np.repeat([f"d{i}" for i in range(40)], 5)
-    [by_dialogue] = agreement.bootstrap(lambda rows: [values[rows].mean()], ids)
-    [by_reply] = agreement.bootstrap(lambda rows: [values[rows].mean()], range(200))
+    [by_dialogue] = figures.bootstrap(lambda rows: [values[rows].mean()], ids)
+    [by_reply] = figures.bootstrap(lambda rows: [values[rows].mean()], range(200))
     assert by_dialogue == pytest.approx([0.345, 0.655], abs=0.03)  # 0.5 +- 1.96 / (2 sqrt(40))
     assert np.ptp(by_reply) < 0.6 * np.ptp(by_dialogue)
 
@@ -284,12 +284,12 @@ def test_the_corrected_interval_covers_the_truth(truth):
 
 def test_the_threshold_has_the_highest_kappa_and_lies_in_the_widest_gap():
     good = np.array([0, 0, 1, 1, 1], bool)
-    threshold, scale = agreement.choose_cut(good, np.array([-9.0, -5.0, -3.0, -2.0, -2.0]))
+    threshold, scale = figures.choose_cut(good, np.array([-9.0, -5.0, -3.0, -2.0, -2.0]))
     assert threshold == -4.0
     assert scale == pytest.approx(0.05)  # nothing to be unsure of
     mixed = np.array([0, 1, 0, 1, 0, 1, 1], bool)
     scores = np.array([-7.0, -4.0, -5.0, -3.0, -2.0, -1.5, -1.0])
-    threshold, scale = agreement.choose_cut(mixed, scores)
+    threshold, scale = figures.choose_cut(mixed, scores)
     assert threshold == -4.5
     losses = {
         s: np.logaddexp(0, np.where(mixed, -1, 1) * (scores + 4.5) / s).sum()
@@ -397,6 +397,15 @@ def test_mistakes_end_in_one_line(folder, tmp_path, capsys):
 def test_a_dialogue_longer_than_the_context_is_an_error(of_labels, replies):
     long = replace(replies[0], content="x " * 3000)
     assert "the judge's context is 2,048" in refusal(of_labels.judge, [long])
+
+
+def test_a_judge_that_says_nothing_is_an_error(folder, replies):
+    broken = make_judge(str(folder / "model"), JudgeSettings(rubric=RUBRIC))
+    torch.nn.init.constant_(broken.model.model.norm.weight, 0.0)
+    assert len({one.score for one in broken.judge([r for r in replies[:9] if not r.is_hint])}) == 1
+    assert "the same score" in refusal(figures.choose_cut, np.array([True, False]), np.zeros(2))
+    torch.nn.init.constant_(broken.model.model.norm.weight, math.nan)
+    assert "its weights are broken" in refusal(broken.judge, replies[:2])
 
 
 def test_a_model_without_a_tokenizer_is_an_error(folder, tmp_path):

@@ -4,22 +4,15 @@
     redi dialogue agreement out/second_tutor test.jsonl --kind likelihood --dev dev.jsonl
 
 Files are dialogues with labels (dialogues.py), best of tutors that the judge was not trained on.
-The threshold, and min or mean for the likelihood, are chosen on --dev alone: the highest kappa.
-
-    accuracy, kappa     good or bad; kappa is (po - pe) / (1 - pe): agreement beyond chance
-    AUROC               the chance that a good reply scores higher than a bad one; ties count half
-    TPR, TNR            the share of good replies judged good, of bad ones judged bad
-    ECE                 mean distance of P(good) from the share of good ones, in 10 bins of P(good)
-    recall of a fault   of replies with that label, those judged bad
-
-Intervals are the middle 95 % over dialogues (scenarios) drawn with replacement. agreement.json has
-it all, and the settings of the judge. Left out: a second annotator.
+The threshold, and min or mean for the likelihood, are chosen on --dev alone.
+The table has the figures of figures.py, of replies and hints, seen and unseen apart. agreement.json
+has more of them, and the settings of the judge. Left out: a second annotator.
 """
 
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import Annotated, Any, Literal
@@ -29,11 +22,10 @@ import numpy as np
 from redi.config import UserError, parse, program, require
 from redi.data.files import refuse_overwriting, write_aside
 from redi.dialogue.dialogues import Reply, read_dialogues
+from redi.dialogue.figures import LEVEL, auroc, bootstrap, choose_cut, confusion, figures, kappa
 from redi.dialogue.judge import Judge, Judgement, JudgeSettings, make_judge, read_agreement
 from redi.dialogue.rubric import GOOD, read_rubric
 from redi.tables import text_table
-
-LEVEL, DRAWS, BINS = 0.95, 1000, 10
 
 
 @dataclass(kw_only=True)
@@ -42,79 +34,13 @@ class AgreementConfig:
     files: Annotated[list[str], "dialogues with labels, of seen topics"]
     kind: Annotated[Literal["labels", "likelihood"], "of the judge"] = "labels"
     unseen: Annotated[list[str], "the same of unseen topics"] = field(default_factory=list)
-    dev: Annotated[list[str], "other dialogues, to choose the threshold on"] = field(
-        default_factory=list
-    )
+    dev: Annotated[list[str], "others, to choose the threshold on"] = field(default_factory=list)
     rubric: Annotated[str | None, "TOML file of labels; none: redi's own"] = None
     out: Annotated[str, "file to write"] = "agreement.json"
 
     def __post_init__(self) -> None:
         needs_dev = self.kind == "likelihood" and not self.dev
         require(not needs_dev, "dev", "none", "labels to choose the likelihood's threshold on")
-
-
-# ---------------------------------------------------------------- figures
-
-
-def kappa(confusion: np.ndarray) -> float:
-    """Cohen's kappa of counts (labels, labels that were judged); nan if chance explains it all."""
-    total = confusion.sum()
-    observed = np.trace(confusion) / total
-    expected = confusion.sum(0) @ confusion.sum(1) / total**2
-    return float((observed - expected) / (1 - expected)) if expected < 1 else math.nan
-
-
-def confusion(labels: Sequence[str], judged: Sequence[str]) -> dict[str, Counter[str]]:
-    """label -> what it was judged to be -> count; every label of either side has a row."""
-    counts = {label: Counter() for label in sorted({*labels, *judged})}
-    for label, other in zip(labels, judged):
-        counts[label][other] += 1
-    return counts
-
-
-def auroc(good: np.ndarray, scores: np.ndarray) -> float:
-    """good (N,) bool, scores (N,). nan if one class is missing."""
-    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[places]  # from 1; ties share their mean
-    num_good, num_bad = good.sum(), (~good).sum()
-    above = ranks[good].sum() - num_good * (num_good + 1) / 2
-    return float(above / (num_good * num_bad)) if num_good and num_bad else math.nan
-
-
-def calibration_error(good: np.ndarray, chances: np.ndarray) -> float:
-    """good (N,) bool, chances (N,) of being good -> the expected calibration error."""
-    bins = np.minimum((chances * BINS).astype(int), BINS - 1)
-    errors = np.bincount(bins, chances - good, BINS)  # of each bin, summed over its replies
-    return float(abs(errors).sum() / len(good))
-
-
-def figures(good: np.ndarray, chances: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Of labels (N,) bool, P(good) (N,) and the scores that it is made of (N,)."""
-    judged = chances >= 0.5
-    table = np.bincount(2 * good + judged, minlength=4).reshape(2, 2)  # [label, judged]
-    (bad_bad, _), (_, good_good) = table
-    num_bad, num_good = table.sum(1)
-    return {
-        "accuracy": float((good == judged).mean()),
-        "kappa": kappa(table),
-        "AUROC": auroc(good, scores),
-        "TPR": good_good / num_good if num_good else math.nan,
-        "TNR": bad_bad / num_bad if num_bad else math.nan,
-        "ECE": calibration_error(good, chances),
-    }
-
-
-def bootstrap(
-    statistics: Callable[[np.ndarray], Sequence[float]], ids: Sequence[str]
-) -> np.ndarray:
-    """(S, 2): the interval of each of S statistics. statistics: of the numbers of replies, which
-    may repeat. ids: the dialogue of each reply; dialogues are drawn, with all their replies."""
-    _, dialogues = np.unique(ids, return_inverse=True)
-    members = [np.flatnonzero(dialogues == i) for i in range(dialogues.max() + 1)]
-    random = np.random.default_rng(42)
-    draws = random.integers(0, len(members), (DRAWS, len(members)))
-    values = [statistics(np.concatenate([members[i] for i in draw])) for draw in draws]
-    return np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).T
 
 
 # ---------------------------------------------------------------- correcting a rate
@@ -183,18 +109,6 @@ def is_good(replies: Sequence[Reply]) -> np.ndarray:
     return np.array([reply.label == GOOD for reply in replies])
 
 
-def choose_cut(good: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
-    """The threshold of the highest kappa, of several the one in the widest gap between scores; and
-    the scale by which the logistic curve through it fits the labels best."""
-    values = np.unique(scores)
-    middles, gaps = (values[1:] + values[:-1]) / 2, np.diff(values)
-    kappas = [figures(good, (scores > middle) * 1.0, scores)["kappa"] for middle in middles]
-    threshold = middles[max(range(len(gaps)), key=lambda i: (kappas[i], gaps[i]))]
-    signed = np.where(good, threshold - scores, scores - threshold)
-    scales = np.geomspace(0.05, 20, 61)
-    return threshold, min(scales, key=lambda scale: np.logaddexp(0, signed / scale).sum())
-
-
 def choose_settings(judge: Judge, dev: dict[str, list[Reply]]) -> JudgeSettings:
     """The statistic with the highest AUROC on replies, and its thresholds."""
     statistic, cuts = judge.settings.statistic, {}
@@ -233,7 +147,7 @@ def measure(replies: Sequence[Reply], judgements: Sequence[Judgement]) -> dict[s
     return {
         "dialogues": len({reply.scenario.id for reply in replies}),
         "figures": {name: [values[name], *ends[i].tolist()] for i, name in enumerate(values)},
-        "kappa of labels": kappa(table),
+        "kappa of labels": kappa(table),  # the likelihood has one fault, bad
         "mass of labels": float(masses.mean()),
         "recall": {name: [row.total() - row[GOOD], row.total()] for name, row in faults.items()},
         "confusion": counts,
@@ -243,11 +157,8 @@ def measure(replies: Sequence[Reply], judgements: Sequence[Judgement]) -> dict[s
 
 def as_table(measured: dict[str, dict[str, Any]], kind: str) -> str:
     groups = measured.values()
-    rows = [["", *measured], ["replies, good"]]
-    rows[1] += [
-        f"{g['rates']['num_good'] + g['rates']['num_bad']}, {g['rates']['num_good']}"
-        for g in groups
-    ]
+    rates = [Rates(**group["rates"]) for group in groups]
+    rows = [["", *measured], ["good, bad", *(f"{r.num_good}, {r.num_bad}" for r in rates)]]
     for name in ("accuracy", "kappa", "AUROC", "TPR", "TNR", "ECE"):
         cells = ("{:.2f} [{:.2f}, {:.2f}]".format(*group["figures"][name]) for group in groups)
         rows.append([name, *cells])

@@ -45,6 +45,13 @@ class _Tree:
         self.parents: list[int] = []  # -1 for the first token
         self.depths: list[int] = []
         self.children: dict[tuple[int, int], int] = {}  # (node, token) -> node
+        # Number and question, and for each answer the nodes that predict its tokens.
+        self.questions: list[tuple[int, Question, list[list[int]]]] = []
+
+    def add(self, number: int, question: Question) -> None:
+        end = self.extend(-1, question.prompt)[-1]
+        paths = [[end, *self.extend(end, answer[:-1])] for answer in question.answers]
+        self.questions.append((number, question, paths))
 
     def extend(self, node: int, ids: Sequence[int]) -> list[int]:
         """The nodes of the tokens that follow a node (-1: that begin a sequence)."""
@@ -67,57 +74,44 @@ class _Tree:
         return mask
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A question in a pack."""
-
-    number: int  # in the order of the caller
-    question: Question
-    tree: int
-    rows: list[list[int]]  # of each answer: the nodes that predict its tokens
-
-
 @torch.inference_mode()
 def answer_logps(model: Transformer, questions: Sequence[Question]) -> list[list[Tensor]]:
     """Of each question and answer, the log-probs (length of the answer,) in nats, on the host.
-    Raises UserError if a prompt with its answers does not fit the model's context."""
+    Raises UserError if a prompt with its answers does not fit the model's context, and if the
+    log-probs are not finite."""
     found: dict[int, list[Tensor]] = {}
-    for trees, placed in _packs(questions):
+    for trees in _packs(questions):
         longest, context = max(max(t.depths) for t in trees) + 1, model.config.max_positions
         if longest > context:
             raise UserError(
-                f"a dialogue has {longest:,} tokens; the judge's context is {context:,}"
+                f"a dialogue to judge has {longest:,} tokens; the judge's context is {context:,}"
             )
-        found |= zip((one.number for one in placed), _run(model, trees, placed))
+        found |= _run(model, trees)
     return [found[number] for number in range(len(questions))]
 
 
-def _packs(questions: Sequence[Question]) -> Iterator[tuple[list[_Tree], list[_Placed]]]:
+def _packs(questions: Sequence[Question]) -> Iterator[list[_Tree]]:
     trees: list[_Tree] = []
-    placed: list[_Placed] = []
     group = None
     for number, question in sorted(enumerate(questions), key=lambda pair: pair[1].group):
         if not trees or question.group != group:
             trees.append(_Tree())
             group = question.group
-        end = trees[-1].extend(-1, question.prompt)[-1]
-        rows = [[end, *trees[-1].extend(end, answer[:-1])] for answer in question.answers]
-        placed.append(_Placed(number, question, len(trees) - 1, rows))
+        trees[-1].add(number, question)
         if sum(len(tree.tokens) for tree in trees) >= PACK_TOKENS:
-            yield trees, placed
-            trees, placed = [], []
-    if placed:
-        yield trees, placed
+            yield trees
+            trees = []
+    if trees:
+        yield trees
 
 
-def _run(model: Transformer, trees: list[_Tree], placed: list[_Placed]) -> list[list[Tensor]]:
+def _run(model: Transformer, trees: list[_Tree]) -> dict[int, list[Tensor]]:
     """One pass over a pack: the beginning of all prompts, then the rest of each tree."""
-    device = model.output_weight.device
-    prompts = (one.question.prompt for one in placed)
+    device, weight = model.output_weight.device, model.output_weight
+    prompts = (question.prompt for tree in trees for _, question, _ in tree.questions)
     same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts))
     shared = len(list(same))  # tokens that every tree begins with: its first nodes
-    sizes = [len(tree.tokens) - shared for tree in trees]
-    ends = np.cumsum([shared, *sizes])
+    ends = np.cumsum([shared, *(len(tree.tokens) - shared for tree in trees)])
     masks = [to_device(tree.ancestors()[shared:], device) for tree in trees]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -135,16 +129,18 @@ def _run(model: Transformer, trees: list[_Tree], placed: list[_Placed]) -> list[
     tokens, positions = in_pack([t.tokens for t in trees]), in_pack([t.depths for t in trees])
     hidden = model.model(tokens, positions, repeat(attend))  # (T, D)
     rows, targets, lengths = [], [], []
-    for one in placed:
-        before = int(ends[one.tree]) - shared  # a node's place in the pack minus its number
-        for nodes, answer in zip(one.rows, one.question.answers):
-            rows += [node if node < shared else node + before for node in nodes]
-            targets += answer
-            lengths.append(len(answer))
-    weight = model.output_weight
-    logps = token_logps(hidden[to_device(rows, device)], weight, to_device(targets, device))
-    parts = iter(logps.cpu().split(lengths))
-    return [[next(parts) for _ in one.question.answers] for one in placed]
+    for tree, before in zip(trees, (ends - shared).tolist()):
+        for _, question, paths in tree.questions:
+            for answer, path in zip(question.answers, paths):
+                rows += [node if node < shared else node + before for node in path]
+                targets += answer
+                lengths.append(len(answer))
+    logps = token_logps(hidden[to_device(rows, device)], weight, to_device(targets, device)).cpu()
+    if not torch.isfinite(logps).all():
+        raise UserError("the judge's log-probs are not finite numbers: its weights are broken")
+    parts = iter(logps.split(lengths))
+    asked = (one for tree in trees for one in tree.questions)
+    return {number: [next(parts) for _ in question.answers] for number, question, _ in asked}
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **how) -> Tensor:
