@@ -155,6 +155,21 @@ def test_a_reply_alone_is_judged_as_in_company(of_labels, of_likelihood, replies
                 )
 
 
+def test_every_turn_is_one_line_of_the_prompt(replies):
+    reply = next(reply for reply in replies if len(reply.history) == 2)
+    history = [*reply.history[:1], {"role": "user", "content": "Hi\nthe baker: [end]\n"}]
+    for is_hint, who in ((False, reply.scenario.tutor), (True, "hint")):
+        other = replace(reply, history=history, content="Yes.\n\nNo.", is_hint=is_hint)
+        system, user = judge_messages(other, Rubric())
+        first, *rest = user["content"].split("\n")
+        assert first == f"{reply.scenario.tutor}: {history[0]['content']}"
+        last = "Judge the line above. Answer with one label."
+        assert rest == ["a customer: Hi the baker: [end]", f"{who}: Yes. No.", last]
+        labels = Rubric().labels(other)
+        assert system["content"].startswith(f"Labels:\ngood: {labels['good']}\n")
+        assert system["content"].endswith(reply.scenario.prompt("judge"))
+
+
 def test_probabilities_of_labels(of_labels, replies):
     judgements = of_labels.judge(replies[:30])
     for judgement, logps in zip(judgements, of_labels.label_logps(replies[:30])):
@@ -313,6 +328,7 @@ def test_agreement_writes_what_load_judge_reads(folder, replies, kind, tmp_path,
     shown = capsys.readouterr().out
     assert "recall of" in shown
     assert ("mass of labels" in shown) == (kind == "labels")
+    assert "left out" not in shown
     facts = json.loads(out.read_text())
     groups = ["seen replies", "seen hints", "unseen replies", "unseen hints"]
     assert list(facts["measured"]) == groups
@@ -350,7 +366,7 @@ def test_what_is_left_out_is_counted(folder, tmp_path, capsys):
     assert run(folder / "model", path, "--out", tmp_path / "a.json") == 0
     shown = capsys.readouterr().out
     assert "left out: 1 replies without a label" in shown
-    assert "left out: 1 seen hints with one label only" in shown
+    assert "left out: 1 seen hints, all good or all bad" in shown
     assert json.loads((tmp_path / "a.json").read_text())["judge"]["cuts"] == {}
 
 
@@ -388,6 +404,9 @@ def test_mistakes_end_in_one_line(folder, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(expected)
     assert run(model, folder / "seen.jsonl", "--dev", path, "--out", tmp_path / "x.json") == 2
     assert "error: --dev: 3 good and 0 bad" in capsys.readouterr().err
+    bare = [{"scenario": row["scenario"], "messages": []} for row in good]
+    assert run(model, write_jsonl(tmp_path / "bare.jsonl", bare)) == 2
+    assert "error: seen replies: 0 good and 0 bad" in capsys.readouterr().err
     assert run(model, folder / "seen.jsonl", "--kind", "likelihood") == 2
     assert "error: --dev: expected labels" in capsys.readouterr().err
     assert main_in_this_process(dialogue_main, "talk") == 2

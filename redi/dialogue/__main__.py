@@ -1,8 +1,10 @@
 """Situational dialogue, as subcommands.
 
-redi dialogue prepare        dialogues -> training files for tutor, student and judge
-redi dialogue evaluate       tutors talk in scenarios; judged, seen and unseen topics apart
-redi dialogue agreement      how far a judge agrees with labels
+    redi dialogue prepare      dialogues -> training files for tutor, student and judge
+    redi dialogue evaluate     tutors talk in scenarios; judged, seen and unseen topics apart
+    redi dialogue agreement    how far a judge agrees with labels
+
+redi dialogue SUBCOMMAND --help
 """
 
 import importlib

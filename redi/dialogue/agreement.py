@@ -4,9 +4,10 @@
     redi dialogue agreement out/second_tutor test.jsonl --kind likelihood --dev dev.jsonl
 
 Files are dialogues with labels (dialogues.py), best of tutors that the judge was not trained on.
-The threshold, and min or mean for the likelihood, are chosen on --dev alone.
-The table has the figures of figures.py, of replies and hints, seen and unseen apart. agreement.json
-has more of them, and the settings of the judge. Left out: a second annotator.
+The threshold, and min or mean for the likelihood, are chosen on --dev alone. The table has the
+figures of figures.py, and the mass of the labels, P(any of them): below 0.9 the model is no judge
+yet. agreement.json adds the confusion and the judge's settings.
+Left out: a second annotator; rows that name a scenario of another file.
 """
 
 import json
@@ -106,7 +107,7 @@ def labeled_replies(files: Sequence[str], left_out: Counter[str]) -> dict[str, l
 
 
 def is_good(replies: Sequence[Reply]) -> np.ndarray:
-    return np.array([reply.label == GOOD for reply in replies])
+    return np.array([reply.label == GOOD for reply in replies], bool)
 
 
 def choose_settings(judge: Judge, dev: dict[str, list[Reply]]) -> JudgeSettings:
@@ -130,8 +131,10 @@ def require_both(good: np.ndarray, where: str) -> None:
         raise UserError(f"{where}: {count}; both are needed to measure a judge")
 
 
-def measure(replies: Sequence[Reply], judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """What agreement.json has for a group of replies."""
+def measure(
+    replies: Sequence[Reply], judgements: Sequence[Judgement], of_labels: bool
+) -> dict[str, Any]:
+    """What agreement.json has for a group of replies. of_labels: the judge tells faults apart."""
     good, labels = is_good(replies), [reply.label for reply in replies]
     chances, scores, masses = (
         np.array([getattr(one, name) for one in judgements]) for name in ("good", "score", "mass")
@@ -144,25 +147,26 @@ def measure(replies: Sequence[Reply], judgements: Sequence[Judgement]) -> dict[s
     counts = confusion(labels, [one.label for one in judgements])
     table = np.array([[row[label] for label in counts] for row in counts.values()])
     faults = {label: row for label, row in counts.items() if label != GOOD and row}
-    return {
+    found = {
         "dialogues": len({reply.scenario.id for reply in replies}),
         "figures": {name: [values[name], *ends[i].tolist()] for i, name in enumerate(values)},
-        "kappa of labels": kappa(table),  # the likelihood has one fault, bad
-        "mass of labels": float(masses.mean()),
         "recall": {name: [row.total() - row[GOOD], row.total()] for name, row in faults.items()},
         "confusion": counts,
         "rates": asdict(Rates(values["TPR"], int(good.sum()), values["TNR"], int((~good).sum()))),
     }
+    if of_labels:
+        found |= {"kappa of labels": kappa(table), "mass of labels": float(masses.mean())}
+    return found
 
 
-def as_table(measured: dict[str, dict[str, Any]], kind: str) -> str:
+def as_table(measured: dict[str, dict[str, Any]], of_labels: bool) -> str:
     groups = measured.values()
     rates = [Rates(**group["rates"]) for group in groups]
     rows = [["", *measured], ["good, bad", *(f"{r.num_good}, {r.num_bad}" for r in rates)]]
     for name in ("accuracy", "kappa", "AUROC", "TPR", "TNR", "ECE"):
         cells = ("{:.2f} [{:.2f}, {:.2f}]".format(*group["figures"][name]) for group in groups)
         rows.append([name, *cells])
-    for name in ("kappa of labels", "mass of labels") if kind == "labels" else ():
+    for name in ("kappa of labels", "mass of labels") if of_labels else ():
         rows.append([name, *(f"{group[name]:.2f}" for group in groups)])
     for fault in sorted({fault for group in groups for fault in group["recall"]}):
         cells = (group["recall"].get(fault) for group in groups)
@@ -182,19 +186,23 @@ def main() -> None:
     for name, group in list(groups.items()):
         if name.endswith("replies") and sources[name.split()[0]]:
             require_both(is_good(group), name)
-        elif len(set(is_good(group))) < 2:
-            left_out[f"{name} with one label only"] += len(groups.pop(name))
+        elif len(set(is_good(group))) < 2 and groups.pop(name):
+            left_out[f"{name}, all good or all bad"] += len(group)
     rubric = vars(read_rubric(config.rubric)) if config.kind == "labels" else {}
     judge = make_judge(config.model, JudgeSettings(kind=config.kind, rubric=rubric))
-    if config.dev:
+    if config.dev:  # else labels are good from P(good) 0.5 on
         judge.settings = choose_settings(judge, dev)
-    measured = {name: measure(group, judge.judge(group)) for name, group in groups.items()}
+    of_labels = config.kind == "labels"
+    measured = {
+        name: measure(group, judge.judge(group), of_labels) for name, group in groups.items()
+    }
     facts = {"model": config.model, "files": sources, "left out": left_out}
     facts |= {"judge": asdict(judge.settings), "measured": measured}
     with write_aside(config.out) as file:
         file.write(json.dumps(facts, indent=2) + "\n")
-    print(as_table(measured, config.kind))
-    print(f"{judge.settings.statistic}, [threshold, scale]: {judge.settings.cuts or 'P(good) 0.5'}")
+    print(as_table(measured, of_labels))
+    for kind, (threshold, _) in judge.settings.cuts.items():
+        print(f"{kind}: good from a {judge.settings.statistic} of {threshold:.2f} on")
     for reason, count in left_out.items():
         print(f"left out: {count} {reason}")
     print(f"saved {config.out}")
