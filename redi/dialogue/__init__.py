@@ -1,1 +1,19 @@
-"""Situational dialogue."""
+"""Situational dialogue (Xu et al., arXiv 2403.20005): `redi dialogue COMMAND` (__main__.py).
+
+scenario.py      a scene, read from a file, and what each side is told of it
+dialogues.py     dialogues in files, and the replies in them
+examples.py      a dialogue -> rows to train tutor, student and judge on
+prepare.py       the program for it
+rubric.py        the labels of a judge, and what it is asked
+prefix_trees.py  log-probs of several answers to many prompts, in one pass
+judge.py         two judges: by labels, and by likelihood
+figures.py       how far a judge agrees with labels: pure functions
+agreement.py     the program for it
+talk.py          many dialogues side by side
+jobs.py          which dialogues an evaluation holds, and which replies it judges
+evaluate.py      the program for it
+report.py        its rates, tables and comparisons
+page.py          its dialogues as an HTML page
+lesson.py        a scenario in redi chat
+world.py         a generated world, whose oracle labels any reply
+"""

@@ -1,8 +1,11 @@
 """Situational dialogue, as subcommands.
 
-redi dialogue prepare        dialogues -> training files for tutor, student and judge
-redi dialogue evaluate       tutors talk in scenarios; judged, seen and unseen topics apart
-redi dialogue agreement      how far a judge agrees with labels
+    redi dialogue prepare      dialogues -> training files for tutor, student and judge
+    redi dialogue evaluate     tutors talk in scenarios; judged, seen and unseen topics apart
+    redi dialogue report         its report again, or two evaluations compared
+redi dialogue agreement    how far a judge agrees with labels
+
+redi dialogue SUBCOMMAND --help
 """
 
 import importlib
@@ -10,7 +13,7 @@ import sys
 
 from redi.config import UserError, program
 
-SUBCOMMANDS = ("prepare", "evaluate", "agreement")  # modules, imported when they run
+SUBCOMMANDS = ("prepare", "evaluate", "report", "agreement")  # modules, imported when they run
 
 
 @program

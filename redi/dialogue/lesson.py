@@ -31,7 +31,8 @@ class Lesson:
 
     def scene(self) -> str:
         """What the student is told, and the commands."""
-        return f"{self.scenario.prompt('student')}\n/hint: what you could say; /help: all commands\n"
+        commands = "/hint: what you could say; /help: all commands"
+        return f"{self.scenario.prompt('student')}\n{commands}\n"
 
     def system(self) -> Message:
         return {"role": "system", "content": self.scenario.prompt("tutor")}

@@ -1,12 +1,14 @@
 """The labels of a judge, and what it is asked.
 
-# rubric.toml               a table that is missing is redi's own; each needs the label good
-[replies]
-good = "right, and the next step"
-rude = "not polite"
-[hints]
-good = "can be said now"
-unfit = "cannot be said now"
+    # rubric.toml                  a table that is missing is redi's own; each needs the label good
+    [replies]
+    good = "right, and the next step"
+    rude = "not polite"
+    [hints]
+    good = "can be said now"
+    unfit = "cannot be said now"
+
+A judge is trained with the rubric in its prompts, so it needs the same one later.
 """
 
 from collections.abc import Mapping
@@ -65,9 +67,10 @@ def judge_messages(reply: Reply, rubric: Rubric) -> list[Message]:
     labels = "\n".join(f"{label}: {text}" for label, text in rubric.labels(reply).items())
     scenario = reply.scenario
     names = {"assistant": scenario.tutor, "user": scenario.student}
-    lines = [f"{names[m['role']]}: {m['content']}" for m in reply.history]
-    what = "hint" if reply.is_hint else scenario.tutor
-    lines += [f"{what}: {reply.content}", "Judge the last line. Answer with one label."]
+    said = [(names[message["role"]], message["content"]) for message in reply.history]
+    said.append(("hint" if reply.is_hint else scenario.tutor, reply.content))
+    lines = [f"{who}: {' '.join(text.split())}" for who, text in said]  # a line each
+    lines.append("Judge the line above. Answer with one label.")
     return [
         {"role": "system", "content": f"Labels:\n{labels}\n\n{scenario.prompt('judge')}"},
         {"role": "user", "content": "\n".join(lines)},

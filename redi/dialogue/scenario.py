@@ -168,7 +168,9 @@ def without_end(text: str, growing: bool) -> str:
 
 def without_marks(text: str) -> str:
     """A student's words without the end marker and the hint request."""
-    return text.replace(END, "").replace(HINT, "").strip()
+    while END in text or HINT in text:
+        text = text.replace(END, "").replace(HINT, "")
+    return text.strip()
 
 
 def words_used(scenario: Scenario, messages: list[Message]) -> list[str]:

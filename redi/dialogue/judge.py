@@ -1,0 +1,183 @@
+"""Judges of replies: fine-tuned language models whose log-probs are read; no text is parsed.
+
+    labels      "The waiter in a cafe talks with ...", the transcript, the reply -> "wrong"
+                P(label) from the log-probs of all labels; an instruct model judges untrained, too
+    likelihood  how likely the reply's tokens are under a tutor that was fine-tuned on good
+                dialogues; not the tutor that is judged, because a model likes its own words
+
+The second one takes the least likely token: where several words are right, each costs a little,
+whatever is said; a wrong word costs far more. redi dialogue agreement measures a judge and writes
+its settings with the thresholds:
+
+    judge = load_judge("out/judge", "out/judge/agreement.json")
+    for judgement in judge.judge(replies): judgement.label, judgement.good
+
+Left out: reasons in words, which cost a hundred times the tokens; pairs of replies.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from redi import distributed
+from redi.checkpoint.folder import Source, load_model
+from redi.config import UserError, check_table, types_of
+from redi.dialogue.dialogues import Reply
+from redi.dialogue.prefix_trees import Question, answer_logps
+from redi.dialogue.rubric import GOOD, Rubric, judge_messages
+from redi.dialogue.scenario import HINT
+from redi.distributed import World
+from redi.model import Transformer
+
+BAD = "bad"  # the other label of the likelihood, which knows no faults
+
+
+@dataclass(frozen=True)
+class Judgement:
+    label: str  # good, or a fault; of the likelihood, good or bad
+    good: float  # in [0, 1], from 0.5 on the label is good
+    score: float  # what `good` is made of, by JudgeSettings.statistic
+    mass: float = 1.0  # P(any label) before the labels' probabilities were made to add up to 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """good = 1 / (1 + exp((threshold - score) / scale)), so that it is 0.5 at the threshold."""
+
+    kind: Annotated[Literal["labels", "likelihood"], "of the judge"] = "labels"
+    statistic: Annotated[str, "the score: logit of P(good); min or mean of log-probs"] = "logit"
+    cuts: Annotated[dict, "replies, hints -> [threshold, scale]"] = field(default_factory=dict)
+    rubric: Annotated[dict, "of a judge of labels: replies, hints"] = field(default_factory=dict)
+
+    def good(self, score: float, reply: Reply) -> float:
+        """Hints have the cut of replies if they have none of their own."""
+        cut = self.cuts.get("hints") if reply.is_hint else None
+        threshold, scale = cut or self.cuts.get("replies") or (0.0, 1.0)
+        return 0.5 + 0.5 * math.tanh((score - threshold) / scale / 2)  # the same, and no overflow
+
+
+class Judge(Protocol):
+    settings: JudgeSettings
+
+    def scores(self, replies: Sequence[Reply]) -> dict[str, list[float]]:
+        """Statistic -> the score of each reply by it."""
+
+    def judge(self, replies: Sequence[Reply]) -> list[Judgement]: ...
+
+
+class LabelJudge:
+    """Reads the probability of each label of a rubric after the prompt of `judge_messages`."""
+
+    def __init__(self, model: Transformer, source: Source, settings: JudgeSettings):
+        self.model, self.chat, self.settings = model, source.chat, settings
+        self.rubric = Rubric.of(settings.rubric, f"rubric of {source.name}")
+        labels = {**self.rubric.replies, **self.rubric.hints}
+        asked = [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}]
+        answers = [(asked, {"role": "assistant", "content": label}) for label in labels]
+        rows = self.chat.encode_rows(answers)
+        self.ids = {label: row.response_ids for label, row in zip(labels, rows)}  # stop token last
+
+    def label_logps(self, replies: Sequence[Reply]) -> list[dict[str, float]]:
+        """Of each reply, label -> log-prob of its tokens and the stop token, in nats."""
+        of_reply = [self.rubric.labels(reply) for reply in replies]
+        questions = []
+        for reply, labels in zip(replies, of_reply):
+            prompt = self.chat.encode_prompt(judge_messages(reply, self.rubric))
+            group = f"{reply.is_hint} {reply.scenario.id}"  # the rubrics differ
+            questions.append(Question(group, prompt, [self.ids[label] for label in labels]))
+        found = answer_logps(self.model, questions)
+        sums = [[part.double().sum().item() for part in parts] for parts in found]
+        return [dict(zip(labels, values)) for labels, values in zip(of_reply, sums)]
+
+    def scores(self, replies: Sequence[Reply]) -> dict[str, list[float]]:
+        return {"logit": [_logit_of_good(logps) for logps in self.label_logps(replies)]}
+
+    def judge(self, replies: Sequence[Reply]) -> list[Judgement]:
+        judgements = []
+        for reply, logps in zip(replies, self.label_logps(replies)):
+            score = _logit_of_good(logps)
+            good = self.settings.good(score, reply)
+            worst = max(logps.keys() - {GOOD}, key=logps.get)
+            mass = math.exp(_log_sum(logps.values()))
+            judgements.append(Judgement(GOOD if good >= 0.5 else worst, good, score, mass))
+        return judgements
+
+
+class LikelihoodJudge:
+    """Reads the log-probs of a reply's tokens as a tutor's next turn, the stop token included; a
+    hint's as its answer to the request for one."""
+
+    def __init__(self, model: Transformer, source: Source, settings: JudgeSettings):
+        self.model, self.chat, self.settings = model, source.chat, settings
+
+    def scores(self, replies: Sequence[Reply]) -> dict[str, list[float]]:
+        conversations = []
+        for reply in replies:
+            system = {"role": "system", "content": reply.scenario.prompt("tutor")}
+            request = [{"role": "user", "content": HINT}] if reply.is_hint else []
+            answer = {"role": "assistant", "content": reply.content}
+            conversations.append(([system, *reply.history, *request], answer))
+        rows = self.chat.encode_rows(conversations)
+        questions = [
+            Question(reply.scenario.id, row.prompt_ids, [row.response_ids])
+            for reply, row in zip(replies, rows)
+        ]
+        logps = [found.double() for [found] in answer_logps(self.model, questions)]
+        return {"min": [x.min().item() for x in logps], "mean": [x.mean().item() for x in logps]}
+
+    def judge(self, replies: Sequence[Reply]) -> list[Judgement]:
+        scores = self.scores(replies)[self.settings.statistic]
+        goods = [self.settings.good(*pair) for pair in zip(scores, replies)]
+        return [Judgement(GOOD if g >= 0.5 else BAD, g, s) for g, s in zip(goods, scores)]
+
+
+def _logit_of_good(logps: dict[str, float]) -> float:
+    """Log of P(good) over P(any other label)."""
+    return logps[GOOD] - _log_sum(logp for label, logp in logps.items() if label != GOOD)
+
+
+def _log_sum(logps) -> float:
+    logps = list(logps)
+    largest = max(logps)
+    return largest + math.log(sum(math.exp(logp - largest) for logp in logps))
+
+
+# ---------------------------------------------------------------- a judge from files
+
+
+def load_judge(model: str, settings_file: str | None = None, world: World | None = None) -> Judge:
+    """The judge of a model folder or hub id. settings_file: written by redi dialogue agreement;
+    None: labels by redi's own rubric. world: None if the program has not started one yet. Raises
+    UserError."""
+    return make_judge(model, read_settings(settings_file), world)
+
+
+def make_judge(model: str, settings: JudgeSettings, world: World | None = None) -> Judge:
+    weights, source = load_model(model)
+    if source.chat is None:
+        raise UserError(f"{source.folder}: no tokenizer.json; a judge needs one")
+    world = world or distributed.start(timeout_minutes=30)
+    weights.to(world.device, distributed.compute_dtype("auto", world)).requires_grad_(False)
+    return (LabelJudge if settings.kind == "labels" else LikelihoodJudge)(weights, source, settings)
+
+
+def read_settings(path: str | None) -> JudgeSettings:
+    """The settings in an agreement.json; None: the defaults. Raises UserError."""
+    table = read_agreement(path)["judge"] if path else {}
+    return JudgeSettings(**check_table(table, types_of(JudgeSettings), str(path)))
+
+
+def read_agreement(path: str) -> dict[str, Any]:
+    """What redi dialogue agreement wrote. Raises UserError."""
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; redi dialogue agreement writes it") from None
+    except (OSError, ValueError):
+        facts = None
+    if not isinstance(facts, dict) or not {"judge", "measured"} <= set(facts):
+        raise UserError(f"{path}: not written by redi dialogue agreement")
+    return facts
