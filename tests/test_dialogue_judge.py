@@ -18,7 +18,8 @@ from redi.dialogue.dialogues import Reply, read_dialogues
 from redi.dialogue.judge import JudgeSettings, load_judge, make_judge
 from redi.dialogue.rubric import Rubric, judge_messages, read_rubric
 from redi.dialogue.scenario import HINT
-from redi.dialogue.world import judge_hint, judge_reply, make_dialogue, make_scenario, topics
+from redi.dialogue.oracle import judge_hint, judge_reply, topics
+from redi.dialogue.world import make_dialogue, make_scenario
 from redi.toy import student as toy
 
 # One token, several, the same first token, and a label that is the beginning of another one.

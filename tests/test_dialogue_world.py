@@ -6,7 +6,7 @@ import random
 import pytest
 from processes import run_command
 
-from redi.dialogue import world
+from redi.dialogue import oracle, world
 from redi.dialogue.scenario import Scenario
 
 GARAGE = Scenario(
@@ -36,7 +36,7 @@ def test_a_good_tutor_has_no_fault_in_a_thousand_dialogues_of_all_topics():
         scenario, messages = Scenario(**row["scenario"]), row["messages"]
         topics.add(scenario.topic)
         labels |= {
-            world.judge_reply(scenario, messages[:i], message["content"])
+            oracle.judge_reply(scenario, messages[:i], message["content"])
             for i, message in enumerate(messages)
             if message["role"] == "assistant"
         }
@@ -77,15 +77,15 @@ REPLIES = [  # what was said, the reply, its label
 
 @pytest.mark.parametrize(("history", "reply", "label"), REPLIES)
 def test_a_reply_is_labeled_by_its_meaning_whatever_its_wording(history, reply, label):
-    assert world.judge_reply(GARAGE, said(*history), reply) == label
+    assert oracle.judge_reply(GARAGE, said(*history), reply) == label
 
 
 def test_a_hint_is_good_if_it_is_an_offered_answer_to_what_was_asked():
     history = said(FIRST, "Friday.", SECOND)
-    assert world.judge_hint(GARAGE, history, "I take the mirror.") == "good"
-    assert world.judge_hint(GARAGE, history, "How much is the engine?") == "good"
+    assert oracle.judge_hint(GARAGE, history, "I take the mirror.") == "good"
+    assert oracle.judge_hint(GARAGE, history, "How much is the engine?") == "good"
     for unfit in ("Friday, please.", "A window, please.", "Do you like football?", "Brake. [end]"):
-        assert world.judge_hint(GARAGE, history, unfit) == "unfit"
+        assert oracle.judge_hint(GARAGE, history, unfit) == "unfit"
 
 
 def test_a_student_answers_from_its_card_asks_back_and_strays():

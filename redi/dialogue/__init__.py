@@ -15,5 +15,6 @@ evaluate.py      the program for it
 report.py        its rates, tables and comparisons
 page.py          its dialogues as an HTML page
 lesson.py        a scenario in redi chat
-world.py         a generated world, whose oracle labels any reply
+oracle.py        what a reply means in the generated world, and whether it is right
+world.py         the generated world: scenarios, a good tutor, a student
 """

@@ -32,7 +32,7 @@ from redi.dialogue import jobs, report
 from redi.dialogue.dialogues import Reply
 from redi.dialogue.jobs import Job
 from redi.dialogue.talk import Voice, talk
-from redi.dialogue.world import judge_hint, judge_reply
+from redi.dialogue.oracle import judge_hint, judge_reply
 from redi.distributed import World
 from redi.eval.engine.sampling import Sampling
 from redi.eval.engine.streaming import Speaker

@@ -11,7 +11,7 @@ from redi.data.tokenizer import Message
 from redi.dialogue.dialogues import Dialogue, Reply, read_dialogues
 from redi.dialogue.scenario import Scenario, read_scenarios, without_marks
 from redi.dialogue.talk import Steps, Who, ask, converse, replay
-from redi.dialogue.world import Menu
+from redi.dialogue.oracle import Menu
 
 
 @dataclass(frozen=True)
