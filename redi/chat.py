@@ -29,7 +29,7 @@ from redi.config import UserError, parse, program, require
 from redi.data.files import write_aside
 from redi.data.tokenizer import Message
 from redi.dialogue.lesson import Lesson
-from redi.dialogue.scenario import HINT, split_end, without_end, without_marks
+from redi.dialogue.scenario import HINT, split_end, use_templates, without_end, without_marks
 from redi.eval.engine.sampling import Sampling
 from redi.eval.engine.streaming import Speaker
 from redi.eval.protocol import request_key
@@ -50,6 +50,7 @@ class ChatConfig:
     model: Annotated[str, "folder or hub id"]
     p: Annotated[str | None, "answer this and end"] = None
     scenario: Annotated[str | None, "file: talk in its first scenario"] = None
+    templates: Annotated[str | None, "TOML file: what the scenario's sides are told"] = None
     judge: Annotated[str | None, "model that labels the scenario's replies at the end"] = None
     judge_settings: Annotated[str | None, "the judge's agreement.json"] = None
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.6
@@ -230,6 +231,7 @@ def main() -> None:
     model.to(world.device, distributed.compute_dtype("auto", world)).requires_grad_(False)
     speaker, lesson = Speaker(model, source), None
     if config.scenario:
+        use_templates(config.templates)
         lesson = Lesson.load(config.scenario, config.judge, config.judge_settings, world)
         print(lesson.scene())
     conversation = Conversation(speaker, config, sys.stdout.isatty(), lesson)

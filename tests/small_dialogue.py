@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from redi.dialogue.scenario import Scenario
 from redi.dialogue.oracle import topics
+from redi.dialogue.scenario import Scenario
 from redi.dialogue.world import make_dialogue, make_scenario
 from redi.toy import student as toy
 

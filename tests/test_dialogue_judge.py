@@ -16,9 +16,9 @@ from redi.dialogue.__main__ import main as dialogue_main
 from redi.dialogue.agreement import Rates, corrected_rate
 from redi.dialogue.dialogues import Reply, read_dialogues
 from redi.dialogue.judge import JudgeSettings, load_judge, make_judge
+from redi.dialogue.oracle import judge_hint, judge_reply, topics
 from redi.dialogue.rubric import Rubric, judge_messages, read_rubric
 from redi.dialogue.scenario import HINT
-from redi.dialogue.oracle import judge_hint, judge_reply, topics
 from redi.dialogue.world import make_dialogue, make_scenario
 from redi.toy import student as toy
 

@@ -171,7 +171,7 @@ def test_hints_of_one_state_make_pairs_that_ask_for_one():
         (0, Reply(scenario, TALK[:1], text, label, is_hint=True))
         for text, label in [("Tea.", "good"), ("Bye.", "unfit")]
     ]
-    found = pair(state, TEMPLATES, 1, Counter())
+    found = pair(state, 1, Counter())
     assert found["prompt"][1:] == [TALK[0], user(HINT)]
 
 
@@ -265,15 +265,20 @@ def test_general_rows_are_a_share_of_the_tutors_rows_evenly_spread():
         "takes 180"  # fmt: skip
 
 
-def test_own_templates():
-    Path("t.txt").write_text("Be {tutor} {here is} {level}\n{level}\n", encoding="utf-8")
-    [found] = prepared([row()], tutor_template="t.txt")["tutor"]
+def test_own_templates(monkeypatch):
+    monkeypatch.setitem(TEMPLATES, "tutor", "")  # restored at the end
+    text = "Be {tutor} {here is} {level}\n{level}\n"
+    Path("own.toml").write_text(f"tutor = {json.dumps(text)}", encoding="utf-8")
+    [found] = prepared([row()], templates="own.toml")["tutor"]
     assert found["messages"][0]["content"] == "Be the waiter {here is} "
-    assert card()["templates"]["tutor"] == Path("t.txt").read_text()
-    Path("t.txt").write_text("Be {waiter}.", encoding="utf-8")
-    message = refusal(prepared, [row()], tutor_template="t.txt")
-    assert message.startswith("t.txt: unknown field {waiter}; fields: topic, place, tutor")
-    assert "no.txt" in refusal(prepared, [row()], student_template="no.txt")
+    assert card()["templates"]["tutor"] == text
+    for toml, error in (
+        ('tutor = "Be {waiter}."', "own.toml: key 'tutor': unknown field {waiter}; fields: topic"),
+        ('tutor = " "', "own.toml: key 'tutor': the template is empty"),
+        ('tutors = ""', "own.toml: unknown key 'tutors'"),
+    ):
+        Path("own.toml").write_text(toml, encoding="utf-8")
+        assert refusal(prepared, [row()], templates="own.toml").startswith(error)
 
 
 def test_every_row_that_is_left_out_is_counted():

@@ -26,6 +26,7 @@ from redi.dialogue.dialogues import Reply, read_dialogues
 from redi.dialogue.figures import LEVEL, auroc, bootstrap, choose_cut, confusion, figures, kappa
 from redi.dialogue.judge import Judge, Judgement, JudgeSettings, make_judge, read_agreement
 from redi.dialogue.rubric import GOOD, read_rubric
+from redi.dialogue.scenario import use_templates
 from redi.tables import text_table
 
 
@@ -37,6 +38,7 @@ class AgreementConfig:
     unseen: Annotated[list[str], "the same of unseen topics"] = field(default_factory=list)
     dev: Annotated[list[str], "others, to choose the threshold on"] = field(default_factory=list)
     rubric: Annotated[str | None, "TOML file of labels; none: redi's own"] = None
+    templates: Annotated[str | None, "TOML file: what tutor, student and judge are told"] = None
     out: Annotated[str, "file to write"] = "agreement.json"
 
     def __post_init__(self) -> None:
@@ -178,6 +180,7 @@ def as_table(measured: dict[str, dict[str, Any]], of_labels: bool) -> str:
 def main() -> None:
     config = parse(AgreementConfig, "Measure how far a judge agrees with labels.")
     refuse_overwriting("out", config.out, [*config.files, *config.unseen, *config.dev])
+    use_templates(config.templates)
     left_out: Counter[str] = Counter()
     sources = {"seen": config.files, "unseen": config.unseen, "dev": config.dev}
     replies = {side: labeled_replies(files, left_out) for side, files in sources.items()}

@@ -31,8 +31,9 @@ from redi.data.files import Row, hash_files, whole_lines, write_aside
 from redi.dialogue import jobs, report
 from redi.dialogue.dialogues import Reply
 from redi.dialogue.jobs import Job
-from redi.dialogue.talk import Voice, talk
 from redi.dialogue.oracle import judge_hint, judge_reply
+from redi.dialogue.scenario import TEMPLATES, use_templates
+from redi.dialogue.talk import Voice, talk
 from redi.distributed import World
 from redi.eval.engine.sampling import Sampling
 from redi.eval.engine.streaming import Speaker
@@ -51,6 +52,7 @@ class EvaluateConfig:
     student: Annotated[str, "recorded, world, or a model: folder or hub id"] = "recorded"
     judge: Annotated[str | None, "world, or a model: folder or hub id; none: no labels"] = None
     judge_settings: Annotated[str | None, "the judge's agreement.json"] = None
+    templates: Annotated[str | None, "TOML file: what tutor, student and judge are told"] = None
     hints: Annotated[bool, "at each of the student's turns, ask for a suggestion"] = False
     samples: Annotated[int, "dialogues of each scenario, or replies to each recorded state"] = 1
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.0
@@ -78,6 +80,7 @@ def evaluate(config: EvaluateConfig) -> str:
     """Talk, judge and report; what is on disk is kept. Returns what to print. Raises UserError."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("redi dialogue evaluate runs in one process: start it without torchrun")
+    use_templates(config.templates)
     if config.out is None:
         folder = "out/dialogue/" if is_hub_id(config.model) else ""
         config.out = f"{folder}{config.model}/dialogue"
@@ -122,7 +125,8 @@ def facts_of(
     config: EvaluateConfig, to_do: Sequence[Job], models: dict[str, Source]
 ) -> dict[str, str]:
     """Hashes of all that the result depends on beside the settings."""
-    facts = {"scenarios": _hash([(job.side, job.scenario, job.states) for job in to_do])}
+    told = [(job.side, job.scenario, job.states) for job in to_do]
+    facts = {"scenarios or templates": _hash((told, TEMPLATES))}
     if config.judge_settings:
         facts["judge's settings"] = hash_files([Path(config.judge_settings)])[:16]
     for who, source in models.items():

@@ -23,7 +23,6 @@ from redi.dialogue.rubric import GOOD, Rubric, judge_messages
 from redi.dialogue.scenario import HINT, without_marks
 
 Row = dict[str, Any]  # in a form of redi.data.formats
-Templates = Mapping[str, str]  # view -> template
 # Replies to one state: place (0: said in a dialogue; from 1: in a list of replies), reply.
 State = list[tuple[int, Reply]]
 
@@ -62,16 +61,14 @@ def has_opening(dialogue: Dialogue) -> bool:
     return bool(opening and dialogue.messages and dialogue.messages[0]["content"] == opening)
 
 
-def tutor_row(
-    dialogue: Dialogue, templates: Templates, seed: int, hint_share: float, counts: Counter[str]
-) -> Row | None:
+def tutor_row(dialogue: Dialogue, seed: int, hint_share: float, counts: Counter[str]) -> Row | None:
     """None, and counted, if there is no reply to learn. counts: also the student's turns, and those
     before which a hint is put. Of a dialogue with several last replies, only the first right one is
     learned, and no hint is put in: its turns come again in the rows of other states."""
     scenario, opening = dialogue.scenario, has_opening(dialogue)
     identity = [scenario.id, [(said["role"], said["content"]) for said in dialogue.messages]]
     right = [reply for reply in dialogue.replies if is_right(reply)][:1]
-    conversation, learned = [message("system", scenario.prompt("tutor", templates))], 0
+    conversation, learned = [message("system", scenario.prompt("tutor"))], 0
     for number, said in enumerate([*dialogue.messages, *right]):
         words = said["content"]
         if said.get("role") == "user":
@@ -97,7 +94,7 @@ def is_right(said: Mapping[str, Any]) -> bool:
     return said.get("label", GOOD) == GOOD and said.get("weight") != 0
 
 
-def student_row(dialogue: Dialogue, templates: Templates, counts: Counter[str]) -> Row | None:
+def student_row(dialogue: Dialogue, counts: Counter[str]) -> Row | None:
     """None, and counted, if there is no turn to learn; None for one with several last replies."""
     if dialogue.replies:
         return None
@@ -106,7 +103,7 @@ def student_row(dialogue: Dialogue, templates: Templates, counts: Counter[str]) 
     if turns and not is_answer(turns[-1]):
         turns.pop()
     counts["student: no turn to learn"] += not turns
-    system = message("system", dialogue.scenario.prompt("student", templates))
+    system = message("system", dialogue.scenario.prompt("student"))
     return {"messages": [system, *turns]} if turns else None
 
 
@@ -124,7 +121,7 @@ def judge_row(reply: Reply, rubric: Rubric, seen: set[str], counts: Counter[str]
     return row
 
 
-def pair(state: State, templates: Templates, seed: int, counts: Counter[str]) -> Row | None:
+def pair(state: State, seed: int, counts: Counter[str]) -> Row | None:
     """The first good and the first bad reply: by their places, and among equal ones drawn. counts:
     gets the reason if there is no pair."""
     drawn = sorted(state, key=lambda entry: (entry[0], chance(seed, "reply", entry[1].content)))
@@ -136,7 +133,7 @@ def pair(state: State, templates: Templates, seed: int, counts: Counter[str]) ->
     if good.content == bad.content:
         counts["pairs: chosen equals rejected"] += 1
         return None
-    system = message("system", good.scenario.prompt("tutor", templates))
+    system = message("system", good.scenario.prompt("tutor"))
     request = [message("user", HINT)] if good.is_hint else []
     return {
         "prompt": [system, *good.history, *request],

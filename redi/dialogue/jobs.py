@@ -9,9 +9,9 @@ from redi.config import UserError
 from redi.data.files import Row
 from redi.data.tokenizer import Message
 from redi.dialogue.dialogues import Dialogue, Reply, read_dialogues
+from redi.dialogue.oracle import Menu
 from redi.dialogue.scenario import Scenario, read_scenarios, without_marks
 from redi.dialogue.talk import Steps, Who, ask, converse, replay
-from redi.dialogue.oracle import Menu
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ each also as *_test (scenarios that no training row has) and *_unseen (topics th
 files that would be empty are not written. Topics, scenarios and hints are drawn by keyed hashes:
 whatever the order of the rows, they are the same. So an evaluation of the tutor, read with the same
 flags (redi dialogue prepare out/eval), keeps what is unseen unseen. If it has fewer topics, name
-the unseen ones, as card.json does. Left out: a template for judges, who would not know of it.
+the unseen ones, as card.json does.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from redi.dialogue import examples
 from redi.dialogue.dialogues import Dialogue, read_dialogues
 from redi.dialogue.examples import Row, State, chance, has_opening
 from redi.dialogue.rubric import read_rubric
-from redi.dialogue.scenario import TEMPLATES, Scenario, read_scenarios, read_template
+from redi.dialogue.scenario import TEMPLATES, Scenario, read_scenarios, use_templates
 from redi.hub import CARD, dataset_files
 from redi.tables import text_table
 
@@ -56,8 +56,7 @@ class PrepareConfig:
     hint_share: Annotated[float, "of the student's turns, with a hint before them"] = 0.15
     mix: Annotated[str | None, "rows of general instructions to mix into tutor.jsonl"] = None
     mix_share: Annotated[float, "of tutor.jsonl, that these rows are"] = 0.1
-    tutor_template: Annotated[str | None, "file: what the tutor is told, with {fields}"] = None
-    student_template: Annotated[str | None, "file: what the student is told"] = None
+    templates: Annotated[str | None, "TOML file: what tutor, student and judge are told"] = None
     rubric: Annotated[str | None, "TOML file: the judge's labels; none: redi's own"] = None
     seed: Annotated[int, "of the topics, scenarios, hints and mixed rows that are drawn"] = 1
 
@@ -130,16 +129,16 @@ def make_rows(
     config: PrepareConfig, dialogues: list[Dialogue], sides: dict[str, str], counts: Counter[str]
 ) -> dict[str, list[Row]]:
     """File name without .jsonl -> rows. counts: gets turns, hints, and what files leave out."""
-    templates, rubric = templates_of(config), read_rubric(config.rubric)
+    rubric = read_rubric(config.rubric)
     rows: dict[str, list[Row]] = defaultdict(list)
     states: dict[str, State] = defaultdict(list)
     judged: set[str] = set()
     for dialogue in dialogues:
         side = sides[dialogue.scenario.id]
         seed, share = config.seed, config.hint_share
-        if row := examples.tutor_row(dialogue, templates, seed, share, counts):
+        if row := examples.tutor_row(dialogue, seed, share, counts):
             rows[f"tutor{side}"].append(row)
-        if row := examples.student_row(dialogue, templates, counts):
+        if row := examples.student_row(dialogue, counts):
             rows[f"student{side}"].append(row)
         replies = list(dialogue.all_replies())[has_opening(dialogue) :]
         for place, reply in enumerate(replies, 1 + len(dialogue.replies) - len(replies)):
@@ -151,14 +150,9 @@ def make_rows(
     for state in states.values():
         if len(state) > 1 or state[0][0]:  # not the only reply in a dialogue
             counts["states with several replies"] += 1
-            if row := examples.pair(state, templates, config.seed, counts):
+            if row := examples.pair(state, config.seed, counts):
                 rows[f"pairs{sides[state[0][1].scenario.id]}"].append(row)
     return rows
-
-
-def templates_of(config: PrepareConfig) -> dict[str, str]:
-    own = {"tutor": config.tutor_template, "student": config.student_template}
-    return TEMPLATES | {view: read_template(path) for view, path in own.items() if path}
 
 
 def leaks(unseen: Iterable[Scenario], rows: Iterable[Row]) -> tuple[list[str], int]:
@@ -176,6 +170,7 @@ def leaks(unseen: Iterable[Scenario], rows: Iterable[Row]) -> tuple[list[str], i
 def prepare(config: PrepareConfig) -> dict:
     """Write the files into `config.out`, card.json last. Returns what card.json holds. Raises
     UserError: bad input, nothing to train on, or a file that cannot be written."""
+    use_templates(config.templates)
     inside = [(file, Path(file) / "dialogues.jsonl") for file in config.files]  # an evaluation's
     config = dataclasses.replace(config, files=[str(p) if p.is_file() else f for f, p in inside])
     others = [file for file in (config.scenarios, config.mix) if file]
@@ -211,7 +206,7 @@ def prepare(config: PrepareConfig) -> dict:
         "rows": {name: len(rows[name]) for name in NAMES},
         "topics": {side: sorted(names) for side, names in topics.items()},
         "leak": {"words_of_unseen_topics": words, "in_tutor.jsonl": leaked},
-        "templates": templates_of(config),
+        "templates": TEMPLATES,
         "read_sha256": {str(path): hash_files([path]) for path in read},
     }
     write(out, rows, facts)

@@ -31,7 +31,7 @@ from redi.data.tokenizer import Message
 
 END = "[end]"
 HINT = "(What could I say?)"  # asks the tutor for what the student could say next
-# A line whose fields are all empty is left out.
+# What each side is told. A line whose fields are all empty is left out.
 TEMPLATES = {
     "tutor": """\
 You are {tutor} in {place}. Talk with {student} about {topic}.
@@ -105,7 +105,7 @@ class Scenario:
         """The fields that have a value, for JSON."""
         return {name: value for name, value in vars(self).items() if value}
 
-    def prompt(self, view: str, templates: dict[str, str] = TEMPLATES) -> str:
+    def prompt(self, view: str) -> str:
         """What the tutor, the student or the judge is told."""
         values = {
             name: ("; " if name in ("tasks", "facts", "wants") else ", ").join(value)
@@ -114,7 +114,7 @@ class Scenario:
             for name, value in vars(self).items()
         }
         lines = []
-        for line in templates[view].splitlines():
+        for line in TEMPLATES[view].splitlines():
             names = re.findall(r"{(\w+)}", line)
             if any(values[name] for name in names) or not names:
                 text = re.sub(r"{(\w+)}", lambda field: values[field[1]], line)
@@ -136,20 +136,18 @@ def read_scenarios(source: str) -> Iterator[Scenario]:
         yield Scenario.of(row, where)
 
 
-def read_template(path: str | Path) -> str:
-    """A template for `prompt`: text with the fields of a scenario in braces; other braces are text.
-    Raises UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as text ({error})") from None
-    known = types_of(Scenario)
-    for name in re.findall(r"{(\w+)}", text):
-        if name not in known:
-            raise UserError(f"{path}: unknown field {{{name}}}; fields: {', '.join(known)}")
-    if not text.strip():
-        raise UserError(f"{path}: the template is empty")
-    return text
+def use_templates(path: str | None) -> None:
+    """From here on, use the templates in a TOML file (tutor = "...") in place of redi's own. Braces
+    around anything but a word are text. Raises UserError."""
+    own = check_table(load_toml(path, path), dict.fromkeys(TEMPLATES, str), path) if path else {}
+    for view, text in own.items():
+        for name in re.findall(r"{(\w+)}", text):
+            if name not in types_of(Scenario):
+                known = ", ".join(types_of(Scenario))
+                raise UserError(f"{path}: key {view!r}: unknown field {{{name}}}; fields: {known}")
+        if not text.strip():
+            raise UserError(f"{path}: key {view!r}: the template is empty")
+    TEMPLATES.update(own)
 
 
 def split_end(text: str) -> tuple[str, bool]:
