@@ -1,13 +1,13 @@
 """Talk to a model in a terminal.
 
     redi chat out/redi                      a conversation; /help lists the commands
-    redi chat out/redi -p "6-1-9*7=?"       one answer
+    redi chat out/redi -p "What is 6*7?"    one answer
     redi chat out/redi < questions.txt      an answer to every line
     redi chat out/tutor --scenario cafe.toml [--judge out/judge]    a dialogue in a scene
 
-The text of an answer appears as soon as it cannot change any more, thoughts dimmed. Ctrl-C ends the
-answer, and a second one the program. What the conversation has in common with the last prompt stays
-in the cache, by token ids: a template that drops earlier thoughts makes that part shorter.
+The text of an answer appears as soon as it cannot change any more, thoughts dimmed. Ctrl-C stops the
+answer; at the prompt it ends the program. The tokens that the prompt shares with the previous prompt
+and answer stay in the cache; a template that drops earlier thoughts makes that part shorter.
 Answers are sampled by evaluate.py's engine: `-p TEXT` is sample 0 of problem 1 in a benchmark named
 chat, with --user-prompt plain and an empty --prefix. In a scenario (redi/dialogue/lesson.py) they
 are those of redi dialogue evaluate.
@@ -82,12 +82,12 @@ class Conversation:
         self.messages = [m for m in self.messages if m["role"] == "system"]
         if not self.lesson:
             return
-        self.messages, self.attempt = [self.lesson.system()], 0
+        self.messages = [self.lesson.system()]
         if opening := self.lesson.scenario.opening:
             self._print(f"{opening}\n", dim=False)
             self.messages.append({"role": "assistant", "content": opening})
         else:
-            self._answer()
+            self._answer(self.messages)
 
     @property
     def ended(self) -> bool:
@@ -97,20 +97,16 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Add the user's turn and print the answer."""
         text = without_marks(text) if self.lesson else text
-        self.messages.append({"role": "user", "content": text})
-        self.attempt = 0
-        try:
-            self._answer()
-        except UserError:
-            self.messages.pop()
-            raise
+        self._answer([*self.messages, {"role": "user", "content": text}])
 
-    def _answer(self) -> None:
-        turn = sum(message["role"] == "user" for message in self.messages)
-        key = request_key("chat", str(turn), self.attempt)
+    def _answer(self, messages: list[Message], attempt: int = 0) -> None:
+        """Continue with these messages. If that fails, the conversation stays as it was."""
+        turn = sum(message["role"] == "user" for message in messages)
+        key = request_key("chat", str(turn), attempt)
         if self.lesson:
-            key = self.lesson.key(self.messages, self.attempt, "tutor")
-        self.messages.append({"role": "assistant", "content": self._say(self.messages, key)})
+            key = self.lesson.key(messages, attempt, "tutor")
+        self.messages = [*messages, {"role": "assistant", "content": self._say(messages, key)}]
+        self.attempt = attempt
 
     def _say(self, messages: list[Message], key: int) -> str:
         """Print and return the model's next turn. Raises UserError if the context is full."""
@@ -163,28 +159,27 @@ class Conversation:
         print(f"{DIM}{text}{PLAIN}" if colored else text, end="", flush=True)
 
     def command(self, line: str) -> None:
-        """Raises UserError for an unknown command, and where there is nothing to take back."""
+        """Run a /command; an unknown one prints the help. Raises UserError if there is no answer to
+        take back or to save."""
         name, _, argument = line.partition(" ")
         if name == "/hint" and self.lesson:
             asked = [*self.messages, {"role": "user", "content": HINT}]
             self._say(asked, self.lesson.key(self.messages, 0, "hint"))
         elif name == "/retry":
-            self._take_back("assistant")
-            self.attempt += 1
-            self._answer()
+            self._answer(self._without_answer(), self.attempt + 1)
         elif name == "/undo":
-            self._take_back("assistant")
-            if self.messages[-1:] and self.messages[-1]["role"] == "user":
-                self.messages.pop()
-            else:
+            before = self._without_answer()
+            if before[-1]["role"] == "user":
+                self.messages = before[:-1]
+            else:  # the tutor's first words
                 self.begin()
         elif name == "/clear":
             self.begin()
         elif name == "/system" and not self.lesson:
             self.messages = [{"role": "system", "content": argument}] if argument else []
         elif name == "/save" and argument:
-            if not self.messages:
-                raise UserError("nothing to save")
+            if not self._without_answer() or not self.messages[-1]["content"].strip():
+                raise UserError("the last answer is empty: nothing to save")
             row = {"messages": self.messages}
             row = self.lesson.row(self.messages) if self.lesson else row
             with write_aside(Path(argument)) as file:
@@ -193,29 +188,28 @@ class Conversation:
         else:
             print(HELP, file=sys.stderr)
 
-    def _take_back(self, role: str) -> None:
-        if not self.messages or self.messages[-1]["role"] != role:
+    def _without_answer(self) -> list[Message]:
+        if not self.messages or self.messages[-1]["role"] != "assistant":
             raise UserError("there is no answer yet")
-        self.messages.pop()
+        return self.messages[:-1]
 
 
 def is_thought(before: str, after: str) -> bool:
-    """Whether what came between the two is between <think> and </think>, or one of these."""
+    """Whether the newly printed text is part of a thought, tags included."""
     return any(text.rfind("<think>") > text.rfind("</think>") for text in (before, after))
 
 
 def lines_of_the_user() -> Iterator[str]:
-    """What is typed or piped, without empty lines. In a terminal, with a prompt and editing."""
-    if not sys.stdin.isatty():
-        yield from filter(None, (line.rstrip("\n") for line in sys.stdin))
-        return
-    import readline  # noqa: F401 (gives input() its editing and history)
-
+    """What is typed or piped up to /quit, without empty lines. In a terminal, with a prompt."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        import readline  # noqa: F401 (gives input() its editing and history)
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> " if is_terminal else "").strip()
         except EOFError:
-            print(file=sys.stderr)
+            if is_terminal:
+                print(file=sys.stderr)
             return
         if line == "/quit":
             return

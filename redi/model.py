@@ -38,9 +38,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, H, d), k, v (T, K, 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretch of the rotary positions (`rope_type` llama3), which divides the frequencies
-    that turn less than `low_freq_factor` times in the original context by `factor`, keeps those
-    that turn more than `high_freq_factor` times, and interpolates between."""
+    """Llama 3's rotary scaling (`rope_type` llama3). A frequency that makes fewer than
+    low_freq_factor turns over the original context is divided by factor; one that makes more than
+    high_freq_factor turns is unchanged; those between are interpolated."""
 
     factor: float
     low_freq_factor: float
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-        norm = RMSNorm if config.qk_norm else nn.Identity  # which has no parameters
+        norm = RMSNorm if config.qk_norm else nn.Identity  # no parameters
         self.q_norm = norm(self.head_dim, config.norm_eps)
         self.k_norm = norm(self.head_dim, config.norm_eps)
 

@@ -78,10 +78,10 @@ def test_only_what_the_cache_lacks_is_run(loaded, speaker):
 def test_a_conversation_is_retried_taken_back_and_saved(talk, tmp_path):
     first, second = talk("6-1=?"), talk("and 2?")
     assert talk("/retry") != second
-    messages = talk.conversation.messages
-    assert [m["role"] for m in messages] == ["user", "assistant"] * 2
+    assert [m["role"] for m in talk.conversation.messages] == ["user", "assistant"] * 2
     talk("/undo")
     assert talk("and 2?") == second
+    messages = talk.conversation.messages
     talk(f"/save {tmp_path / 'row.jsonl'}")
     saved = json.loads((tmp_path / "row.jsonl").read_text())["messages"]
     assert saved == messages

@@ -260,7 +260,9 @@ def test_what_a_user_can_get_wrong_is_one_line(home, talker, tmp_path, capsys, m
 def refused_later(capsys) -> str:
     assert run(*WORLD, "--out", "out", unseen=False) == 0
     write_jsonl(Path("seen.jsonl"), [one.as_row() for one in world_scenarios(5)])
-    assert "the scenarios or templates changed" in refused(capsys, *WORLD, "--out", "out", unseen=False)
+    assert "the scenarios or templates changed" in refused(
+        capsys, *WORLD, "--out", "out", unseen=False
+    )
     return refused(capsys, *WORLD, "--out", "out", "--seed", 3, unseen=False)
 
 

@@ -14,11 +14,11 @@ GARAGE = Scenario(
     place="a garage",
     tutor="the mechanic",
     student="a customer",
-    tasks=["choose the day", "choose the repair"],
-    facts=[
-        "day: Friday, Monday or Sunday",
-        "repair: brake (7 pounds), mirror (6 pounds) or engine (4 pounds)",
+    tasks=[
+        "choose the day: Friday, Monday or Sunday",
+        "choose the repair: brake, mirror or engine",
     ],
+    facts=["brake costs 7 pounds", "mirror costs 6 pounds", "engine costs 4 pounds"],
     wants=["day: Friday", "repair: brake"],
 )
 FIRST = "Hello! Which day would you like: Friday, Monday or Sunday?"

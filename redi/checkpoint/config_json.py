@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict[str, bool]] = {
     "qwen3": {"qkv_bias": False, "qk_norm": True},
     "llama": {"qkv_bias": False, "qk_norm": False},
 }
-# What redi/model.py implements: field -> its allowed values. It may also be missing or null.
+# What redi/model.py implements: field -> its allowed values. A missing or null field is allowed too.
 SUPPORTED: dict[str, list] = {
     "model_type": [*FAMILIES],
     "rope_type": ["default", "llama3"],
@@ -37,6 +37,7 @@ SUPPORTED: dict[str, list] = {
     "layer_types": ["full_attention"],
     "hidden_act": ["silu"],
     "attention_dropout": [0.0],
+    "tie_word_embeddings": [False, True],
     "quantization_config": [{}],
 }
 
@@ -53,20 +54,22 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
             if type(config[name]) is not int or not 1 <= config[name] <= LARGEST:
                 raise UserError(f"{where}: {name} is {config[name]!r}; expected 1 to {LARGEST}")
         heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
+        family, width = config["model_type"], config["hidden_size"]
+        # The defaults are those of transformers.
+        kv_heads = config.get("num_key_value_heads", heads if family == "llama" else 32) or heads
+        head_dim = config.get("head_dim") or (128 if family == "qwen3" else width // heads)
         if heads % kv_heads:
             raise UserError(f"{where}: {heads} heads cannot share {kv_heads} key/value heads")
         scaling = None
         if rope.get("rope_type") == "llama3":
-            scaling = RopeScaling(**{field.name: rope[field.name] for field in fields(RopeScaling)})
-        default_dim = 128 if config["model_type"] == "qwen3" else config["hidden_size"] // heads
+            scaling = RopeScaling(*(float(rope[field.name]) for field in fields(RopeScaling)))
         return ModelConfig(
             **{field: config[name] for name, field in SIZES.items()},
             num_kv_heads=kv_heads,
-            head_dim=config.get("head_dim") or default_dim,
+            head_dim=head_dim,
             rope_theta=float(rope["rope_theta"]),
             rope_scaling=scaling,
-            **FAMILIES[config["model_type"]],
+            **FAMILIES[family],
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             tied=config.get("tie_word_embeddings", False),
         )
@@ -82,7 +85,7 @@ def _refuse_unsupported(config: dict[str, Any], rope: dict[str, Any], where: str
     for name, allowed in SUPPORTED.items():
         for value in found[name]:
             if value is not None and value not in allowed:
-                supported = " and ".join(map(repr, allowed))
+                supported = " or ".join(map(repr, allowed))
                 raise UserError(f"{where}: {name} is {value!r}; redi supports only {supported}")
 
 

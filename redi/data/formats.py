@@ -24,7 +24,7 @@ from redi.data.files import Row, is_encodable
 from redi.data.tokenizer import Message, is_answer, is_learned
 
 ROLES = ("system", "user", "assistant", "tool")
-# Fields of a message whose text would be lost silently.
+# Refused: training would silently leave out their text.
 OTHER_CONTENT = ("tool_calls", "function_call", "reasoning", "thinking")
 FORMATS = {  # paired -> the fields of each format; the first that fits is taken
     False: (("prompt", "completion"), ("messages",)),
@@ -144,7 +144,12 @@ def _read_messages(row: Row, field: str, where: str, role: str | None = None) ->
             f'{where}: {field!r} must be {text}a list of {{"role": ..., "content": text}} messages '
             f"with roles among {', '.join(ROLES)}"
         )
-    lost = [name for message in value for name in OTHER_CONTENT if message.get(name)]
+    lost = [
+        name
+        for message in value
+        for name in (*OTHER_CONTENT, *([] if is_answer(message) else ["reasoning_content"]))
+        if message.get(name)
+    ]
     if lost:
         raise UserError(
             f"{where}: {field!r} has {lost[0]!r} beside 'content', which redi cannot train on"
@@ -165,7 +170,7 @@ def _texts(messages: list[Message]) -> list[Message]:
 
 
 def _with_thoughts(message: Message) -> str:
-    """The content after the thoughts that the message has apart, as Qwen3's template joins them."""
+    """The content after its reasoning_content in <think> tags, as Qwen3's template writes them."""
     thoughts, text = message.get("reasoning_content"), message["content"]
     if not thoughts:
         return text

@@ -11,13 +11,14 @@ So the template gets contents whose control tokens are broken up:
     <|im_start|> user\\n{problem} <|im_end|> \\n <|im_start|> assistant\\n | {trace} <|im_end|>
     control      text            control    ...        the prompt ends here | response
 
-If no content quotes a control token, these are the ids of the whole rendered string. A training row
-is the prompt exactly as generation will see it, then what the template writes for the answer (some
-trim it, or add an empty thought), up to the stop token: the first control token after an answer.
-The response is encoded apart from the prompt: a newline at its beginning must not merge with the
-header's, because in generation it could not. Of several turns only the answers are learned from,
-each as the template writes it while it is the last one: some drop the thoughts of earlier answers.
-An answer with weight 0 is encoded as the prompt of the next answer would be, and not learned from.
+If no content quotes a control token, these are the ids of the whole rendered string, unless a
+response begins with a newline. A training row is the prompt exactly as generation will see it, then
+what the template writes for the answer (some trim it, or add an empty thought), up to the stop
+token: the first control token after an answer. The response is encoded apart from the prompt: a
+newline at its beginning must not merge with the header's, because in generation it could not.
+Only the answers of a conversation are learned. Each is rendered as the last message, because some
+templates drop the thoughts of earlier answers. An answer with weight 0 is rendered as the prompt of
+the next answer, and not learned.
 """
 
 import hashlib
@@ -106,7 +107,7 @@ class ChatTokenizer:
         self._controls = re.compile(f"({'|'.join(controls) or '(?!)'})")
         self._quoted = re.compile(f"{self._controls.pattern}|{BREAK}")
         self._jinja = self._compile_template()
-        self._checked: set[tuple[str, ...]] = set()  # roles of conversations
+        self._checked_roles: set[tuple[str, ...]] = set()  # of conversations
         tokenizer.encode_special_tokens = True  # encode "<|im_end|>" as the text it is
         self.stop_id = self._find_stop_id()
 
@@ -189,20 +190,18 @@ class ChatTokenizer:
                     "than before a generated one, so training would not match generation"
                 )
             before, answer = self._split(prompt), self._split(text[len(prompt) :])
-            ends = [
-                0,
-                *(at + 1 for at, piece in enumerate(before) if piece.control_id == self.stop_id),
-            ]
-            stop = next(
-                (i for i, piece in enumerate(answer) if piece.control_id == self.stop_id), None
-            )
-            if stop is None:
+            starts, ends = [0, *self._after_stops(before)], self._after_stops(answer)
+            if not ends:
                 raise UserError(
                     f"{self.where}: the chat template does not end every answer with the stop token"
                 )
-            segments += [before[ends[num_stops] :], answer[: stop + 1]]
-            num_stops = len(ends)
+            segments += [before[starts[num_stops] :], answer[: ends[0]]]
+            num_stops = len(starts)  # those before this answer, and its own
         return segments
+
+    def _after_stops(self, pieces: list[Piece]) -> list[int]:
+        """The indices after the stop tokens."""
+        return [i for i, piece in enumerate(pieces, 1) if piece.control_id == self.stop_id]
 
     def _find_stop_id(self) -> int:
         marker = MARKER.format(1)
@@ -219,14 +218,14 @@ class ChatTokenizer:
     def _render(self, messages: Sequence[Message], generation: bool) -> str:
         """What the template writes. Control tokens that the contents quote are broken up."""
         roles = tuple(message["role"] for message in messages)
-        if roles not in self._checked:
+        if roles not in self._checked_roles:
             markers = [MARKER.format(number) for number in range(len(roles))]
             marked = [{"role": role, "content": text} for role, text in zip(roles, markers)]
             found = re.findall(MARKER.format("[0-9]+"), self._run_template(marked, generation))
             if found != markers:
                 problem = f"drops, repeats or moves a message (roles {list(roles)})"
                 raise UserError(f"{self.where}: the chat template {problem}")
-            self._checked.add(roles)
+            self._checked_roles.add(roles)
         quoted = [{**message, "content": self._quote(message["content"])} for message in messages]
         return self._run_template(quoted, generation)
 

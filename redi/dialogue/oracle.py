@@ -36,18 +36,19 @@ def topics() -> dict[str, tuple[str, str, str, list[str]]]:
 
 @dataclass(frozen=True)
 class Menu:
-    """What a scenario's facts and tasks say: choice -> option -> price, None if it has none."""
+    """What a scenario's tasks and facts say."""
 
-    offered: dict[str, dict[str, int | None]]  # in the order of the tasks
+    offered: dict[str, dict[str, int | None]]  # choice -> option -> price, if it has one
     known_words: dict[str, list[str]]  # choice -> all words of the world for it
 
     @classmethod
     def of(cls, scenario: Scenario) -> "Menu":
         offered, own = {}, topics()[scenario.topic]
-        for fact in scenario.facts:
-            slot, _, options = fact.partition(": ")
-            options = re.findall(r"([\w' -]+?)(?: \((\d+) pounds\))?(?:, | or |$)", options)
-            offered[slot] = {word: int(price) if price else None for word, price in options}
+        prices = dict(re.findall(r"(.+) costs (\d+) pounds", "\n".join(scenario.facts)))
+        for task in scenario.tasks:
+            slot, _, options = task.removeprefix("choose the ").partition(": ")
+            words = re.split(", | or ", options)
+            offered[slot] = {word: int(prices[word]) if word in prices else None for word in words}
         lists = {slot: words.split(", ") for slot, words in SHARED.items()} | {own[2]: own[3]}
         return cls(offered, {slot: lists[slot] for slot in offered})
 

@@ -35,7 +35,7 @@ HINT = "(What could I say?)"  # asks the tutor for what the student could say ne
 TEMPLATES = {
     "tutor": """\
 You are {tutor} in {place}. Talk with {student} about {topic}.
-{student} has these tasks, in this order: {tasks}.
+{student} has these tasks, in this order: {tasks}
 Facts: {facts}.
 Words to practice: {words}.
 Use words of level {level}.
@@ -44,14 +44,14 @@ When all tasks are done, repeat what was agreed, say goodbye and end with [end].
 """,
     "student": """\
 You are {student} in {place}. Talk with {tutor} about {topic}.
-Your tasks, in this order: {tasks}.
+Your tasks, in this order: {tasks}
 You want: {wants}.
 Words to practice: {words}.
 Use words of level {level}.
 """,
     "judge": """\
 {tutor} in {place} talks with {student} about {topic}.
-{student} has these tasks, in this order: {tasks}.
+{student} has these tasks, in this order: {tasks}
 Facts: {facts}.
 {student} wants: {wants}.
 When all tasks are done, {tutor} says goodbye and ends with [end].
@@ -107,12 +107,10 @@ class Scenario:
 
     def prompt(self, view: str) -> str:
         """What the tutor, the student or the judge is told."""
-        values = {
-            name: ("; " if name in ("tasks", "facts", "wants") else ", ").join(value)
-            if isinstance(value, (list, tuple))
-            else str(value)
-            for name, value in vars(self).items()
-        }
+        values = {name: str(value) for name, value in vars(self).items()}
+        values["tasks"] = " ".join(f"{n}. {task}." for n, task in enumerate(self.tasks, 1))
+        values |= {name: "; ".join(getattr(self, name)) for name in ("facts", "wants")}
+        values["words"] = ", ".join(self.words)
         lines = []
         for line in TEMPLATES[view].splitlines():
             names = re.findall(r"{(\w+)}", line)

@@ -91,19 +91,19 @@ def make_scenario(topic: str, number: int, seed: int) -> Scenario:
     lists = {own: items, **{name: words.split(", ") for name, words in SHARED.items()}}
     slots = [own, *rng.sample(sorted(SHARED), rng.randint(1, 3))]
     rng.shuffle(slots)
-    facts, wants = [], []
+    tasks, facts, wants = [], [], []
     for slot in slots:
         offered = rng.sample(lists[slot], OFFERED)
+        tasks.append(f"choose the {slot}: {listed(offered, 'or')}")
         wants.append(f"{slot}: {rng.choice(offered)}")
         if slot == own:
-            offered = [f"{item} ({rng.randint(2, 19)} pounds)" for item in offered]
-        facts.append(f"{slot}: {listed(offered, 'or')}")
+            facts += [f"{item} costs {rng.randint(2, 19)} pounds" for item in offered]
     return Scenario(
         topic=topic,
         place=place,
         tutor=tutor,
         student="a customer",
-        tasks=[f"choose the {slot}" for slot in slots],
+        tasks=tasks,
         facts=facts,
         wants=wants,
         max_turns=12,

@@ -5,8 +5,8 @@
     python -m redi.show rows.parquet --html page.html
 
 prints the rows' sources, how many tokens they have, what the texts contain, what training will do
-with them, and one row with its mask and what the chat template did to its messages. The page says
-the same of all rows, and shows five token by token. The fields of the first row decide the stage,
+with them, and one row with its mask and what the chat template did to its messages. The page has
+the same report, and five rows token by token. The fields of the first row decide the stage,
 and so the default step size and limits. Lengths come from the token store, which training reuses.
 Left out: what takes a model or all texts at once (redi.prepare finds repeated problems).
 """
@@ -40,7 +40,7 @@ class ShowConfig:
     file: Annotated[str, "rows to train on: file, folder or hub id"]
     model: Annotated[str, "whose tokenizer: folder or hub id"] = SFTConfig.model
     row: Annotated[int | None, "row to draw, counted from 1 in the file; none: the first"] = None
-    html: Annotated[str | None, "write a page: all of this, and five rows token by token"] = None
+    html: Annotated[str | None, "write a page: the report, and five rows token by token"] = None
     rows_per_step: Annotated[int | None, "rows in an optimizer step; none: as published"] = None
     max_prompt: Annotated[int | None, "longest prompt, tokens; none: as published"] = None
     max_response: Annotated[int | None, "longest response; none: as published"] = None

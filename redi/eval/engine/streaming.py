@@ -1,4 +1,4 @@
-"""Conversations token by token, each with what it has in common with its last prompt in the cache.
+"""Answers token by token, in conversations whose keys and values stay in the cache between turns.
 
     speaker = Speaker(model, source)
     for token in speaker.answer(prompt_ids, key, sampling, limit): ...
@@ -7,8 +7,8 @@
     for row, token in speaker.answers([Turn(row, prompt_ids, key, limit), ...], sampling): ...
 
 A conversation's next prompt begins with the last prompt and answer, unless the template changes
-them, so only its new tokens are run. With an empty cache, the tokens are those of `generate`, to
-the last bit for a row alone. Prompts are run one after another, answers decoded together.
+them, so only its new tokens are run. With an empty cache and one row, the tokens are those of
+`generate`, on a CPU to the last bit. Prompts are run one after another, answers decoded together.
 Left out: conversations that share pages, or give theirs up to others when memory is short.
 Letters: B rows of a step, L tokens of a row, H heads, K kv heads, d head size, V vocabulary.
 """
@@ -53,8 +53,8 @@ class Speaker:
         pages = rows * pages_for(self.context)
         self.cache = Cache(model, pages, None, rows, longest=self.context)
         self.decoder = make_decoder(model, self.cache)
-        # Whose keys and values are in the cache, by row
-        self.ids: list[list[int]] = [[] for _ in range(rows)]
+        # By row: the tokens whose keys and values are in the cache
+        self.cached_ids: list[list[int]] = [[] for _ in range(rows)]
 
     def answer(
         self, prompt: Sequence[int], key: int, sampling: Sampling, limit: int
@@ -68,10 +68,10 @@ class Speaker:
         """(row, token) of one turn per row: up to `limit` tokens each; the stop token is the last,
         if one comes. Raises UserError if the logits are not finite or the cache is full."""
         for turn in turns:
-            pairs = zip(self.ids[turn.row], turn.prompt_ids[:-1])
+            pairs = zip(self.cached_ids[turn.row], turn.prompt_ids[:-1])
             known = takewhile(lambda pair: pair[0] == pair[1], pairs)
-            self.ids[turn.row] = [token for token, _ in known]
-            self.cache.shorten(turn.row, len(self.ids[turn.row]))
+            self.cached_ids[turn.row] = [token for token, _ in known]
+            self.cache.shorten(turn.row, len(self.cached_ids[turn.row]))
         logits = torch.cat([self._prefill(turn.row, turn.prompt_ids) for turn in turns])
         for position in count():
             if not torch.isfinite(logits.sum()):
@@ -90,16 +90,16 @@ class Speaker:
             self._require_pages(self.cache.pages_to_append(rows))
             logits = self.decoder.step(rows, tokens)
             for row, token in zip(rows, tokens):
-                self.ids[row].append(token)
+                self.cached_ids[row].append(token)
 
     def _require_pages(self, number: int) -> None:
         if number > len(self.cache.free):
-            rows = len(self.ids)
+            rows = len(self.cached_ids)
             raise UserError(f"no memory is left for keys and values: fewer --slots than {rows}")
 
     def _prefill(self, row: int, prompt: Sequence[int]) -> Tensor:
         """Append the prompt's tokens to the row, but for those it has -> logits (1, V) after it."""
-        begin, length = len(self.ids[row]), len(prompt)
+        begin, length = len(self.cached_ids[row]), len(prompt)
         ids = list(prompt[begin:])
         cache, device = self.cache, self.cache.keys[0].device
         self._require_pages(pages_for(length) - pages_for(begin))
@@ -126,5 +126,5 @@ class Speaker:
             return found[0].transpose(0, 1)
 
         hidden = self.decoder.hidden(to_device(ids, device), to_device(positions, device), attend)
-        self.ids[row] += ids
+        self.cached_ids[row] += ids
         return self.decoder.project(hidden[-1:])
