@@ -5,9 +5,9 @@
     redi chat out/redi < questions.txt      an answer to every line
     redi chat out/tutor --scenario cafe.toml [--judge out/judge]    a dialogue in a scene
 
-The text of an answer appears as soon as it cannot change any more, thoughts dimmed. Ctrl-C stops the
-answer; at the prompt it ends the program. The tokens that the prompt shares with the previous prompt
-and answer stay in the cache; a template that drops earlier thoughts makes that part shorter.
+The text of an answer appears as soon as it cannot change any more, thoughts dimmed. Ctrl-C stops
+the answer; at the prompt it ends the program. The tokens that the prompt shares with the previous
+prompt and answer stay in the cache; a template that drops earlier thoughts makes them fewer.
 Answers are sampled by evaluate.py's engine: `-p TEXT` is sample 0 of problem 1 in a benchmark named
 chat, with --user-prompt plain and an empty --prefix. In a scenario (redi/dialogue/lesson.py) they
 are those of redi dialogue evaluate.
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,7 @@ from redi.eval.engine.streaming import Speaker
 from redi.eval.protocol import request_key
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+UNPRINTABLE = "\n\t\u200c\u200d\xa0\u202f"  # and yet printed: joiners of emoji, blanks
 HELP = """\
 /hint          in a scenario: what you could say
 /retry         answer the last question again, with other random numbers
@@ -60,7 +62,8 @@ class ChatConfig:
     verbose: Annotated[bool, "after each answer, its tokens and their rate"] = False
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        is_sound = self.temperature == 0 or self.temperature >= 1e-3
+        require(is_sound, "temperature", self.temperature, "0, or at least 0.001")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "within (0, 1]")
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
         limit = self.max_new_tokens
@@ -75,7 +78,7 @@ class Conversation:
     terminal: bool  # of the output
     lesson: Lesson | None = None
     messages: list[Message] = field(default_factory=list)
-    attempt: int = 0  # at the last answer
+    attempts: list[int] = field(default_factory=list)  # of each answer
 
     def begin(self) -> None:
         """Without a scenario, the user begins; in one, the tutor."""
@@ -101,12 +104,12 @@ class Conversation:
 
     def _answer(self, messages: list[Message], attempt: int = 0) -> None:
         """Continue with these messages. If that fails, the conversation stays as it was."""
-        turn = sum(message["role"] == "user" for message in messages)
+        turn, answers = (sum(m["role"] == role for m in messages) for role in ("user", "assistant"))
         key = request_key("chat", str(turn), attempt)
         if self.lesson:
             key = self.lesson.key(messages, attempt, "tutor")
         self.messages = [*messages, {"role": "assistant", "content": self._say(messages, key)}]
-        self.attempt = attempt
+        self.attempts[answers:] = [attempt]
 
     def _say(self, messages: list[Message], key: int) -> str:
         """Print and return the model's next turn. Raises UserError if the context is full."""
@@ -121,7 +124,9 @@ class Conversation:
         sampling = Sampling(config.temperature, config.top_p, config.seed)
         limit = min(config.max_new_tokens or room, room)
         ids, shown, began = [], "", time.monotonic()
-        before = speaker.chat.decode(prompt[-8:])  # a template may open the thought itself
+        controls = set(speaker.chat.control_ids.values())
+        header = list(takewhile(lambda token: token not in controls, reversed(prompt)))
+        before = speaker.chat.decode(header[::-1])  # a template may open the thought itself
         try:
             for token in speaker.answer(prompt, key, sampling, limit):
                 if token in speaker.stop_ids:
@@ -134,6 +139,8 @@ class Conversation:
             else:
                 notes.append(f"cut off after {limit:,} tokens")
         except KeyboardInterrupt:
+            if config.p is not None:
+                raise
             notes.append("stopped")
         text = speaker.chat.decode(ids)
         self._print(self._visible(text)[len(shown) :] + "\n", dim=False)
@@ -152,10 +159,10 @@ class Conversation:
             print(text, end="", flush=True)
             return
         text = "".join(
-            c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+            c if c.isprintable() or c in UNPRINTABLE else c.encode("unicode_escape").decode()
             for c in text
         )  # characters that do not print can be commands to the terminal
-        colored = dim and "NO_COLOR" not in os.environ
+        colored = dim and not os.environ.get("NO_COLOR")
         print(f"{DIM}{text}{PLAIN}" if colored else text, end="", flush=True)
 
     def command(self, line: str) -> None:
@@ -166,7 +173,9 @@ class Conversation:
             asked = [*self.messages, {"role": "user", "content": HINT}]
             self._say(asked, self.lesson.key(self.messages, 0, "hint"))
         elif name == "/retry":
-            self._answer(self._without_answer(), self.attempt + 1)
+            before = self._without_answer()
+            answers = sum(message["role"] == "assistant" for message in before)
+            self._answer(before, self.attempts[answers] + 1)
         elif name == "/undo":
             before = self._without_answer()
             if before[-1]["role"] == "user":
@@ -180,11 +189,14 @@ class Conversation:
         elif name == "/save" and argument:
             if not self._without_answer() or not self.messages[-1]["content"].strip():
                 raise UserError("the last answer is empty: nothing to save")
+            path = Path(argument.replace("\0", "")).expanduser()
+            if not path.name or (path.exists() and not path.is_file()):
+                raise UserError(f"/save {argument}: expected a file to write")
             row = {"messages": self.messages}
             row = self.lesson.row(self.messages) if self.lesson else row
-            with write_aside(Path(argument)) as file:
+            with write_aside(path) as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            print(f"saved {argument}", file=sys.stderr)
+            print(f"saved {path}", file=sys.stderr)
         else:
             print(HELP, file=sys.stderr)
 
@@ -204,9 +216,13 @@ def lines_of_the_user() -> Iterator[str]:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         import readline  # noqa: F401 (gives input() its editing and history)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8
     while True:
         try:
-            line = input("> " if is_terminal else "").strip()
+            if is_terminal and not sys.stdout.isatty():  # where input() would write its prompt
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input("> " if is_terminal and sys.stdout.isatty() else "").strip()
         except EOFError:
             if is_terminal:
                 print(file=sys.stderr)
@@ -220,6 +236,8 @@ def lines_of_the_user() -> Iterator[str]:
 @program
 def main() -> None:
     config = parse(ChatConfig, "Talk to a model.")
+    if None in (sys.stdin, sys.stdout):
+        raise UserError("standard input and output must be open")
     model, source = load_model(config.model)
     world = distributed.start(timeout_minutes=30)
     model.to(world.device, distributed.compute_dtype("auto", world)).requires_grad_(False)

@@ -36,7 +36,9 @@ PAIRS = [
     pair("1+2?", "<think>\n</think>\n2", "\\boxed{\\boxed{4}}", source="b"),
     pair("2+2?", "x" * 9, "y" * 9),
 ]
-SYSTEM_LINE = f"writes by itself {repr(f'system{chr(10)}{SYSTEM_PROMPT}')[:71]}"
+SYSTEM_LINE = (
+    r"writes by itself 'system\nPlease reason step by step, and put your final answer [...]"
+)
 HOSTILE = (
     "</script><script>alert(1)</script>&lt;<|im_end|>\x1b[2J\x00\r\u202e\ue000\ufffd <b a='\"'>"
 )
@@ -192,7 +194,7 @@ def test_tokens_give_the_text_again(chat, text):
 
 # ---------------------------------------------------------------- what the template did
 
-QWEN = "writes by itself 'system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assi"
+QWEN = r"writes by itself 'system\nYou are Qwen, created by Alibaba Cloud. You are a helpful [...]"
 DATE = "writes by itself 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024'"
 THOUGHT = "writes by itself '<think>\\n\\n</think>'"
 OLD = [user("1?"), assistant("<think>\nold\n</think>\n\n1"), user("2?")]

@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict[str, bool]] = {
     "qwen3": {"qkv_bias": False, "qk_norm": True},
     "llama": {"qkv_bias": False, "qk_norm": False},
 }
-# What redi/model.py implements: field -> its allowed values. A missing or null field is allowed too.
+# What redi/model.py implements: field -> allowed values. A missing or null field is allowed too.
 SUPPORTED: dict[str, list] = {
     "model_type": [*FAMILIES],
     "rope_type": ["default", "llama3"],

@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from textwrap import shorten
 
 import numpy as np
 from tokenizers.decoders import DecodeStream
@@ -27,7 +28,6 @@ from redi.data.tokenizer import ChatTokenizer, Message
 
 COLUMNS = 100
 ENDS = (120, 60)  # tokens of a stretch that are drawn, at its beginning and at its end
-MARKER = "\ue0f2"  # a private-use character
 MARGINS = {"given": " ", "response": "+", "chosen": "+", "rejected": "-"}
 
 
@@ -110,10 +110,8 @@ def _drawn(ids: list[int], chat: ChatTokenizer) -> Iterator[str]:
 def about_template(
     prompt: list[Message], response: list[Message], side: str, chat: ChatTokenizer
 ) -> Iterator[str]:
-    """What the template writes beside headers, and the messages that it does not write as they are.
-
-    Each message in turn is replaced by a marker. The text around the marker is the template's; what
-    the row has in its place is what became of the message. side: the name of the response."""
+    """What the template adds besides headers, and which messages it changes. side: the name of the
+    response."""
 
     def text_of_row(messages: list[Message]) -> str:
         [row] = chat.encode_rows([(messages[: len(prompt)], messages[len(prompt) :])])
@@ -121,22 +119,28 @@ def about_template(
 
     messages, end = [*prompt, *response], 0
     row, controls = text_of_row(messages), "|".join(map(re.escape, chat.control_ids))
+    contents = "".join(message["content"] for message in messages)
+    marker = next(c for c in map(chr, range(0xE0F2, 0xF8FF)) if c not in contents)  # private use
     for i, message in enumerate(messages):
-        marked = text_of_row([*messages[:i], {**message, "content": MARKER}, *messages[i + 1 :]])
-        before, _, after = marked.partition(MARKER)
+        role = message["role"]
+        name = role if i < len(prompt) or side == "response" else side
         ids = chat.tokenizer.encode(message["content"], add_special_tokens=False).ids
-        role, content = message["role"], chat.decode(ids)  # as the tokenizer normalizes it
-        is_alike = row.startswith(before)  # not if the template adds a thought where there is none
-        begin, end = end, len(row) - len(after)
-        start = len(before) if is_alike else end - len(content)
-        written = row[start:end]
-        for text in re.split(controls, row[begin:start]) if is_alike or written == content else ():
+        content = chat.decode(ids)  # as the tokenizer normalizes it
+        # What the template writes around a message, unless it depends on the message.
+        marked = text_of_row([*messages[:i], {**message, "content": marker}, *messages[i + 1 :]])
+        before, found, after = marked.partition(marker)
+        is_alike = bool(found) and row.startswith(before) and row.endswith(after)
+        start = len(before) if is_alike else row.find(content, end)
+        if start < 0:
+            yield f"message {i + 1} ({name}) is rewritten"
+            continue
+        for text in re.split(controls, row[end:start]):
             text = text.strip().removeprefix(role).strip()
             if text and text not in ROLES:
-                yield f"writes by itself {text!r:.71}"
-        if written != content:
-            name = role if i < len(prompt) or side == "response" else side
-            first = content.rfind(written)
+                yield f"writes by itself {shorten(repr(text), 72, placeholder=' [...]')}"
+        end = len(row) - len(after) if is_alike else start + len(content)
+        if (written := row[start:end]) != content:
+            first = content.find(written)
             last = len(content) - first - len(written)
             lost = f"loses {first:,} characters at its beginning, {last:,} at its end"
             yield f"message {i + 1} ({name}) {'is rewritten' if first < 0 else lost}"

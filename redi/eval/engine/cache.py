@@ -54,6 +54,15 @@ def _allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.from_numpy(np.zeros(count, np.uint8)).view(like.dtype).view(shape)
 
 
+def pages_that_fit(model: Transformer, budget: int | None) -> tuple[int, int]:
+    """How many pages fit `budget` bytes (None: the memory to spare), and the bytes of one."""
+    config, like = model.config, model.output_weight
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    page_bytes = per_token * PAGE * like.dtype.itemsize
+    budget = _spare_bytes(like.device) if budget is None else budget
+    return budget // page_bytes - uses_kernel(like.device), page_bytes
+
+
 class Cache:
     """The pages of every layer, and the table of which row owns which pages."""
 
@@ -63,17 +72,17 @@ class Cache:
         """Allocates `wanted` pages, or as many as fit `budget` bytes (None: the memory to spare).
         Raises UserError if a row of `longest` tokens would not fit."""
         config, like = model.config, model.output_weight
-        shape = (config.num_kv_heads, PAGE, config.head_dim)
-        page_bytes = 2 * config.num_layers * math.prod(shape) * like.dtype.itemsize
-        budget = _spare_bytes(like.device) if budget is None else budget
+        fitting, page_bytes = pages_that_fit(model, budget)
         self.with_kernel = uses_kernel(like.device)
-        num_pages = min(wanted, budget // page_bytes - self.with_kernel)
+        num_pages = min(wanted, fitting)
         if num_pages < pages_for(longest):
+            have, need = (n * page_bytes / 2**30 for n in (fitting, pages_for(longest)))
             raise UserError(
-                f"{budget / 2**30:.3g} GiB for keys and values are too few: a request of {longest} "
-                f"tokens takes {pages_for(longest) * page_bytes / 2**30:.3g} GiB"
+                f"{have:.3g} GiB for keys and values are too few: a request of {longest} tokens "
+                f"takes {need:.3g} GiB"
             )
-        shape = (num_pages + self.with_kernel, *shape)  # the last page is the spare row's
+        # The last page is the spare row's.
+        shape = (num_pages + self.with_kernel, config.num_kv_heads, PAGE, config.head_dim)
         self.keys = [_allocate(shape, like) for _ in range(config.num_layers)]
         self.values = [_allocate(shape, like) for _ in range(config.num_layers)]
         self.spare_row = rows

@@ -25,7 +25,7 @@ from torch import Tensor
 from redi.attention import packed_attention
 from redi.checkpoint.folder import Source
 from redi.config import UserError
-from redi.eval.engine.cache import Cache, pages_for
+from redi.eval.engine.cache import PAGE, Cache, pages_for, pages_that_fit
 from redi.eval.engine.generate import make_decoder
 from redi.eval.engine.sampling import Sampling, sample
 from redi.model import Transformer
@@ -49,7 +49,8 @@ class Speaker:
         if source.chat is None:
             raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; a chat needs it")
         self.chat, self.stop_ids = source.chat, source.stop_ids
-        self.context = model.config.max_positions
+        fitting, _ = pages_that_fit(model, None)
+        self.context = min(model.config.max_positions, fitting * PAGE)
         pages = rows * pages_for(self.context)
         self.cache = Cache(model, pages, None, rows, longest=self.context)
         self.decoder = make_decoder(model, self.cache)
@@ -68,6 +69,7 @@ class Speaker:
         """(row, token) of one turn per row: up to `limit` tokens each; the stop token is the last,
         if one comes. Raises UserError if the logits are not finite or the cache is full."""
         for turn in turns:
+            # At least one token is run, for its logits.
             pairs = zip(self.cached_ids[turn.row], turn.prompt_ids[:-1])
             known = takewhile(lambda pair: pair[0] == pair[1], pairs)
             self.cached_ids[turn.row] = [token for token, _ in known]
