@@ -94,6 +94,11 @@ def edit(name: str, **changes) -> Change:
     return change
 
 
+def shards(index: str) -> Change:
+    """An index in place of the one file."""
+    return lambda folder: (remove(WEIGHTS)(folder), write(INDEX, index)(folder))
+
+
 def put(changes: dict[str, torch.Tensor]) -> Change:
     """Change tensors; a value of ... removes one."""
 
@@ -159,6 +164,17 @@ def test_a_tied_head_that_is_stored_and_equal_is_accepted_and_saved_once(folder,
     put({HEAD: stored(folder)["model.embed_tokens.weight"]})(folder)
     load_and_save(folder, tmp_path / "out")
     assert bits(tmp_path / "out") == before
+
+
+def test_an_index_beside_the_one_file_and_rotary_frequencies_are_ignored_as_in_transformers(
+    folder, tmp_path
+):
+    before, expected = bits(folder), logits(folder)
+    put({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})(folder)
+    write(INDEX, LOST)(folder)
+    load_and_save(folder, tmp_path / "out")
+    assert bits(tmp_path / "out") == before
+    assert torch.equal(logits(folder), expected)
 
 
 def test_an_older_config_json_and_overrides_are_saved_in_both_forms(folder, tmp_path, capsys):
@@ -341,14 +357,17 @@ BROKEN = [  # what is done to a folder; what the error says
     ),
     (edit("config.json", rms_norm_eps="tiny"), ["config.json: a field has", "type", "'tiny'"]),
     (edit("generation_config.json", eos_token_id=[0, 320]), ["eos_token_id is 320"]),
+    (edit("generation_config.json", eos_token_id=[[1]]), ["eos_token_id is [1]"]),
     (add_token_320, ["tokenizer.json: token id 320 has no embedding", "vocab_size is 320"]),
     (remove(WEIGHTS), ["model.safetensors: no such file"]),
     (
         lambda folder: os.truncate(folder / WEIGHTS, 10_000),
         ["model.safetensors: not a complete safetensors file"],
     ),
-    (write(INDEX, LOST), ["model-00001-of-00002.safetensors: no such file"]),
-    (write(INDEX, '{"weight_map": 3}'), [INDEX, "weight_map"]),
+    (shards(LOST), ["model-00001-of-00002.safetensors: no such file"]),
+    (shards('{"weight_map": 3}'), [INDEX, "weight_map"]),
+    (shards('{"weight_map": {}}'), [INDEX, "file names"]),
+    (shards('{"weight_map": {"a": 5}}'), [INDEX, "'weight_map'"]),
     (put({NORM: torch.ones(31)}), ["model.norm.weight has shape [31]", "[32]"]),
     (put({NORM: torch.ones(32, dtype=torch.int8)}), ["model.norm.weight is I8"]),
     (

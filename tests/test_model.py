@@ -1,6 +1,7 @@
 """redi/model.py and redi/attention.py against transformers' Qwen2 and a dense block mask."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -73,6 +74,10 @@ def test_parameters_have_transformers_names_and_gradients(save_qwen2, tmp_path, 
 # ---------------------------------------------------------------- configurations
 
 THETA = {"rope_theta": 10_000.0}
+LLAMA3 = {
+    **THETA, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 REFUSED = [  # the field that the message names, and changes of config.json; ... removes a field
     ("model_type", {"model_type": "mistral"}),
     ("model_type", {"model_type": ...}),
@@ -94,6 +99,18 @@ REFUSED = [  # the field that the message names, and changes of config.json; ...
     ("rope_theta", {"rope_parameters": {"rope_type": "default"}}),
     ("rope_theta", {"rope_parameters": ...}),
     ("hidden_size", {"hidden_size": "large"}),
+    ("is_causal", {"is_causal": False}),
+    (
+        "original_max_position_embeddings",
+        {"original_max_position_embeddings": 64, "rope_parameters": LLAMA3},
+    ),
+    ("full_attention", {"rope_parameters": {"full_attention": {**THETA, "rope_type": "default"}}}),
+    *(("rope_theta", {"rope_parameters": {"rope_theta": n}}) for n in (0, -5.0, math.nan)),
+    *(("rms_norm_eps", {"rms_norm_eps": n}) for n in (-1e-6, math.nan, math.inf)),
+    *(("low_freq_factor", {"rope_parameters": {**LLAMA3, "low_freq_factor": n}}) for n in (0, 4)),
+    *(("factor", {"rope_parameters": {**LLAMA3, "factor": n}}) for n in (0, -1.0, math.nan)),
+    ("head_dim", {"head_dim": 15}),
+    ("head_dim", {"head_dim": None, "num_attention_heads": 32, "num_key_value_heads": 32}),
     ("key/value heads", {"num_attention_heads": 4, "num_key_value_heads": 3}),
 ]
 REQUIRED = (

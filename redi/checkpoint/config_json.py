@@ -4,6 +4,7 @@ Both forms are read: `rope_parameters` (transformers 5), and the older `rope_sca
 `rope_theta` at the top level. The dtype is that of the stored weights, whatever config.json says.
 """
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -33,6 +34,7 @@ SUPPORTED: dict[str, list] = {
     "partial_rotary_factor": [1.0],
     "attention_bias": [False],  # Qwen3 and Llama: of q, k, v and o
     "mlp_bias": [False],
+    "is_causal": [True],
     "use_sliding_window": [False],
     "layer_types": ["full_attention"],
     "hidden_act": ["silu"],
@@ -63,14 +65,29 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
         scaling = None
         if rope.get("rope_type") == "llama3":
             scaling = RopeScaling(*(float(rope[field.name]) for field in fields(RopeScaling)))
+        theta, eps = float(rope["rope_theta"]), float(config.get("rms_norm_eps", 1e-6))
+        ranges = [
+            ("head_dim", head_dim, head_dim % 2 == 0, "an even number"),
+            ("rope_theta", theta, 0 < theta < math.inf, "a number above 0"),
+            ("rms_norm_eps", eps, 0 <= eps < math.inf, "a number of at least 0"),
+        ]
+        if scaling is not None:
+            low, high, factor = scaling.low_freq_factor, scaling.high_freq_factor, scaling.factor
+            ranges += [
+                ("factor", factor, 0 < factor < math.inf, "a number above 0"),
+                ("low_freq_factor", low, 0 < low < high, f"0 to {high:g}, high_freq_factor"),
+            ]
+        for name, value, valid, expected in ranges:
+            if not valid:
+                raise UserError(f"{where}: {name} is {value}; expected {expected}")
         return ModelConfig(
             **{field: config[name] for name, field in SIZES.items()},
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            rope_theta=float(rope["rope_theta"]),
+            rope_theta=theta,
             rope_scaling=scaling,
             **FAMILIES[family],
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            norm_eps=eps,
             tied=config.get("tie_word_embeddings", False),
         )
     except KeyError as missing:
@@ -101,10 +118,14 @@ def _read_rope(config: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of both forms: rope_theta, rope_type, those of a scaling. Raises UserError if two
     disagree."""
     found: dict[str, Any] = {}
-    tables = [config.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-    for table in ({"rope_theta": config.get("rope_theta")}, *tables):
+    top = {name: config.get(name) for name in ("rope_theta", "original_max_position_embeddings")}
+    for table in (top, config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
         for name, value in table.items():
             name = "rope_type" if name == "type" else name
+            if isinstance(value, dict):
+                raise UserError(
+                    f"{where}: {name} has its own rotation; expected one for all layers"
+                )
             if value is not None and found.setdefault(name, value) != value:
                 raise UserError(f"{where}: {name} is {found[name]!r} and also {value!r}")
     return found

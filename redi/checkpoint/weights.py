@@ -29,7 +29,9 @@ def check_weights(model: Transformer, folder: Path) -> torch.dtype:
     """The dtype of the stored weights, by the headers of the files. Raises UserError unless these
     are the tensors of `model`, all and no others, with their shapes."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored = dict(stored_tensors(weight_files(folder)))
+    tensors = stored_tensors(weight_files(folder))
+    # Older Llama files hold a table of rotary frequencies, which config.json determines.
+    stored = {name: t for name, t in tensors if not name.endswith("rotary_emb.inv_freq")}
     if model.config.tied and HEAD in stored:
         shapes[HEAD] = list(model.output_weight.shape)  # `fill` compares the two
     missing = [name for name in shapes if name not in stored]
@@ -124,12 +126,13 @@ def stored_tensors(files: list[Path]) -> Iterator[tuple[str, Any]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The one file, or the shards sorted by name. Raises UserError if a file is missing."""
+    """The one file if it exists, as in transformers, else the shards sorted by name. Raises
+    UserError if a file is missing."""
     names = [WEIGHTS]
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{folder / INDEX}: the field 'weight_map' is missing")
+        if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
+            raise UserError(f"{folder / INDEX}: expected file names in the field 'weight_map'")
         names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file():
