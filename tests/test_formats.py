@@ -159,6 +159,14 @@ REFUSED = {  # row, paired, what the error says
         {"chosen": [user("a"), *RIGHT], "rejected": ASKED + WRONG}, True, "no prompt",
     ),
     "two plain texts": ({"chosen": "Q: a A: b", "rejected": "Q: a A: c"}, True, "no prompt"),
+    "thoughts in the text": (
+        {"messages": [*ASKED, {**assistant("a </think> b"), "reasoning_content": ""}]}, False,
+        "'messages' has a reasoning_content, and <think> or </think> in a text",
+    ),
+    "tags in the thoughts": (
+        {"messages": [*ASKED, {**RIGHT[0], "reasoning_content": "a <think> b"}]}, False,
+        "'messages' has a reasoning_content, and",
+    ),
     "tool calls": (
         {"messages": [*ASKED, {**RIGHT[0], "tool_calls": [{"id": 1}]}]}, False,
         "'messages' has 'tool_calls' beside 'content'",

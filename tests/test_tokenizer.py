@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_run import assistant, refusal, user
-from tokenizers import AddedToken, Tokenizer, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from redi.data.formats import to_example
 from redi.data.tokenizer import ChatTokenizer, TokenizedRow, chatml
@@ -193,7 +193,12 @@ def prepared_by_trl(folder: Path, theirs, row: dict, generation: str | None = No
 
 @pytest.mark.parametrize(
     ("template", "generation", "rows"),
-    [(chatml(), None, SINGLE), (MATH_TEMPLATE, None, SINGLE), (chatml(), GENERATION, SEVERAL)],
+    [
+        (chatml(), None, SINGLE),
+        (MATH_TEMPLATE, None, SINGLE),
+        (chatml(), GENERATION, SEVERAL),
+        (GENERATION, GENERATION, SEVERAL),
+    ],
 )
 def test_tokens_and_mask_of_sft_are_trls(save_tokenizer, tmp_path, template, generation, rows):
     ours, theirs = both_of(save_tokenizer(tmp_path, template))
@@ -297,6 +302,10 @@ FILES = [
     ("tokenizer_config.json", "{", "not readable as JSON"),
     ("tokenizer_config.json", "[1]", "expected a JSON object"),
     ("tokenizer_config.json", "{}", "no chat template"),
+    ("tokenizer_config.json", '{"chat_template": 5}', "no chat template"),
+    ("tokenizer_config.json", '{"chat_template": {"default": "x"}}', "no chat template"),
+    ("tokenizer_config.json", '{"chat_template": [1]}', "not text"),
+    ("tokenizer_config.json", '{"bos_token": {"x": 1}}', "not text"),
     *(("chat_template.jinja", template, message) for template, message in REFUSED),
 ]
 
@@ -317,16 +326,62 @@ def test_a_control_token_may_begin_like_another(tokenizer_json):
     assert chat.token(chat.stop_id) == "<|im_end|><|im_end|>"
 
 
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_a_control_token_that_depends_on_its_neighbors_is_refused(tokenizer_json, flag):
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.add_special_tokens([AddedToken("<|end|>", **{flag: True})])
+    assert refusal(ChatTokenizer, tokenizer, chatml()).startswith("tokenizer: <|end|> has lstrip")
+
+
 @pytest.mark.parametrize(
-    "eos", ["<|im_end|>", {"__type": "AddedToken", "content": "<|im_end|>", "special": True}]
+    "part",
+    [
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        pre_tokenizers.Metaspace(prepend_scheme="first"),
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+        normalizers.Prepend("▁"),
+    ],
 )
-def test_templates_see_the_special_tokens_and_no_tools(save_tokenizer, tmp_path, eos):
+def test_a_tokenizer_that_begins_texts_with_a_blank_is_refused(part):
+    tokenizer = Tokenizer(models.BPE({"▁": 0, "Ġ": 1, "x": 2}, []))
+    is_normalizer = isinstance(part, normalizers.Normalizer)
+    setattr(tokenizer, "normalizer" if is_normalizer else "pre_tokenizer", part)
+    assert "begins every text with a blank" in refusal(ChatTokenizer, tokenizer, chatml())
+
+
+def test_truncation_and_padding_of_a_tokenizer_are_ignored_as_in_transformers(
+    tokenizer_json, save_tokenizer, tmp_path
+):
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding()
+    tokenizer.save(str(save_tokenizer(tmp_path, MATH_TEMPLATE) / "tokenizer.json"))
+    assert_rows_are_those_of_transformers(tmp_path)
+
+
+ADDED = {"content": "<|im_end|>", "special": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "eos"),
+    [
+        ("tokenizer_config.json", "<|im_end|>"),
+        ("tokenizer_config.json", {"__type": "AddedToken", **ADDED}),
+        ("special_tokens_map.json", "<|im_end|>"),
+        ("special_tokens_map.json", ADDED),
+    ],
+)
+def test_templates_see_the_special_tokens_and_no_tools(save_tokenizer, tmp_path, name, eos):
     template = (
         "{{ bos_token }}{% if tools is not none or documents is not none %}tools{% endif %}"
         + per_message("{{ m['role'] + ':' + m['content'] + eos_token }}")
         + "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    save_tokenizer(tmp_path, template, bos_token="<|endoftext|>", eos_token=eos)
+    tokens = {"bos_token": "<|endoftext|>", "eos_token": eos}
+    if name == "tokenizer_config.json":
+        save_tokenizer(tmp_path, template, **tokens)
+    else:
+        save_tokenizer(tmp_path, template).joinpath(name).write_text(json.dumps(tokens))
     ours, theirs = both_of(tmp_path)
     row, ids = row_of(ours, "?", "!"), whole(theirs, user("?"), assistant("!"))
     assert row.prompt_ids + row.response_ids == ids

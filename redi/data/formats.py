@@ -13,6 +13,7 @@ Left out: ShareGPT's {"from", "value"}, tool calls, images; a prompt inside two 
 it ends would be a guess). Teachers' traces with verdicts are for redi.prepare.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -154,9 +155,15 @@ def _read_messages(row: Row, field: str, where: str, role: str | None = None) ->
         raise UserError(
             f"{where}: {field!r} has {lost[0]!r} beside 'content', which redi cannot train on"
         )
-    for weight in (message.get("weight") for message in value):
+    for message in value:
+        weight, thoughts = message.get("weight"), message.get("reasoning_content")
         if weight not in (None, 0, 1):
             raise UserError(f"{where}: {field!r} has the weight {weight!r}; expected 0 or 1")
+        text = f"{thoughts}{message['content']}"
+        if is_answer(message) and thoughts is not None and re.search("</?think>", text):
+            raise UserError(
+                f"{where}: {field!r} has a reasoning_content, and <think> or </think> in a text"
+            )
     return [
         {"role": message["role"], "content": _with_thoughts(message)}
         | ({"weight": 0} if is_answer(message) and message.get("weight") == 0 else {})

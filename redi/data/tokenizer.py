@@ -101,7 +101,8 @@ class ChatTokenizer:
         self.tokenizer, self.template, self.where = tokenizer, template, where
         self.special_tokens = special_tokens or {}  # bos_token, eos_token, ...: templates use them
         added = tokenizer.get_added_tokens_decoder()
-        self.control_ids = {token.content: i for i, token in added.items() if token.special}
+        special = {i: token for i, token in added.items() if token.special}
+        self.control_ids = {token.content: i for i, token in special.items()}
         # Longest first: a control token may begin with another one.
         controls = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
         self._controls = re.compile(f"({'|'.join(controls) or '(?!)'})")
@@ -109,6 +110,13 @@ class ChatTokenizer:
         self._jinja = self._compile_template()
         self._checked_roles: set[tuple[str, ...]] = set()  # of conversations
         tokenizer.encode_special_tokens = True  # encode "<|im_end|>" as the text it is
+        tokenizer.no_truncation()  # tokenizer.json may ask for both
+        tokenizer.no_padding()
+        # A conversation is encoded in parts, so no part may depend on what is beside it.
+        if flagged := [t for t in special.values() if t.lstrip or t.rstrip or t.single_word]:
+            raise UserError(f"{where}: {flagged[0]} has lstrip, rstrip or single_word; unsupported")
+        if "".join(tokenizer.encode("x", add_special_tokens=False).tokens).startswith(("▁", "Ġ")):
+            raise UserError(f"{where}: the tokenizer begins every text with a blank; unsupported")
         self.stop_id = self._find_stop_id()
 
     @classmethod
@@ -124,15 +132,21 @@ class ChatTokenizer:
             raise UserError(f"{path}: not a tokenizer ({error})") from None
         path = folder / "tokenizer_config.json"
         config = read_json(path) if path.is_file() else {}
+        older = folder / "special_tokens_map.json"
+        if older.is_file() and "added_tokens_decoder" not in config:  # as in transformers
+            config |= read_json(older)
         special = {k: v for k, v in config.items() if k.endswith("_token") and v is not None}
-        special = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items()}
         template = config.get("chat_template")
-        if isinstance(template, list):  # several named ones
-            template = {one["name"]: one["template"] for one in template}.get("default")
+        try:
+            special = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items()}
+            if isinstance(template, list):  # several named ones
+                template = {one["name"]: one["template"] for one in template}.get("default")
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: a token or template is not text ({error!r})") from None
         path = folder / "chat_template.jinja"
         if path.is_file():
             template = path.read_text(encoding="utf-8", errors="replace")
-        if not template:
+        if not isinstance(template, str):
             raise UserError(f"{path}: no such file, and no chat template in tokenizer_config.json")
         return cls(tokenizer, template, special, where=str(folder))
 
@@ -256,8 +270,10 @@ class ChatTokenizer:
         )
         env.globals.update(self.special_tokens, tools=None, documents=None, raise_exception=refuse)
         env.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+        # TRL marks what is learned: {% generation %} ... {% endgeneration %}. A scope, like `with`.
+        unmarked = re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", self.template)
         try:
-            return env.from_string(self.template)
+            return env.from_string(unmarked)
         except TemplateError as error:
             raise UserError(f"{self.where}: broken chat template ({error})") from None
 
