@@ -25,25 +25,19 @@ BLOCK = 4096  # logits of a row in a program's registers at a time
 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """The log-probs alone, of `softmax_gradient_`; logits are not changed."""
-    return _launch(logits, targets)[1]
+    return softmax_gradient_(logits, targets)[1]
 
 
 def softmax_gradient_(
-    logits: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype
+    logits: Tensor, targets: Tensor, weights: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient (C, V) in dtype, log-probs of the targets (C,) fp32, entropies (C,) fp32).
 
     gradient = weights * (onehot(targets) - softmax(logits)), written over the logits; a 16-bit one
     fills the first half of each row. logits (C, V) fp32 with contiguous rows, targets (C,) int64,
-    weights (C,) fp32 of either sign. Raises ValueError for other logits.
+    weights (C,) fp32 of either sign; without them only the log-probs are computed. Raises
+    ValueError for other logits.
     """
-    return _launch(logits, targets, weights, dtype)
-
-
-def _launch(
-    logits: Tensor, targets: Tensor, weights: Tensor | None = None, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `softmax_gradient_`; without weights, only the log-probs are computed."""
     if logits.dtype != torch.float32 or logits.stride(1) != 1:
         raise ValueError("logits must be fp32 with contiguous rows")
     rows, vocabulary = logits.shape

@@ -125,18 +125,17 @@ class _TwoPasses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logps: Tensor, _):
         hidden, weight, targets = ctx.saved_tensors
-        gradients = _gradients(hidden, weight, targets, grad_logps)
-        ctx.entropies.copy_(gradients.entropies)
-        return gradients.hidden.to(hidden.dtype), gradients.weight.to(weight.dtype), None
+        d_hidden, d_weight, _, entropies = _gradients(hidden, weight, targets, grad_logps)
+        ctx.entropies.copy_(entropies)
+        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None
 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
-        gradients = _gradients(hidden, weight, targets, token_weights)
-        ctx.save_for_backward(gradients.hidden, gradients.weight)
+        *gradients, logps, entropies = _gradients(hidden, weight, targets, token_weights)
+        ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden.dtype, weight.dtype
-        logps, entropies = gradients.token_logps, gradients.entropies
         ctx.mark_non_differentiable(logps, entropies)
         return logps @ token_weights.to(logps.dtype), logps, entropies
 
@@ -169,18 +168,11 @@ def _token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return logps
 
 
-class _Gradients(NamedTuple):
-    """Of sum_t token_weights[t] * token_logps[t]."""
-
-    hidden: Tensor  # (R, D)
-    weight: Tensor  # (V, D)
-    token_logps: Tensor  # (R,)
-    entropies: Tensor  # (R,)
-
-
 def _gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor
-) -> _Gradients:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of sum_t token_weights[t] * token_logps[t] by hidden (R, D) and by weight
+    (V, D); the log-probs (R,) and entropies (R,)."""
     head = _Head(hidden, weight)
     token_weights = token_weights.to(head.dtype)
     logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
@@ -206,7 +198,7 @@ def _gradients(
             entropies[rows] = -logps[rows] - torch.linalg.vecdot(part, d_part) / total[:, 0]
             d_part.mul_(scale)
             torch.addmm(d_weight, unscaled.T, part * scale, out=d_weight)
-    return _Gradients(d_hidden, d_weight, logps, entropies.clamp_(min=0.0))  # rounding
+    return d_hidden, d_weight, logps, entropies.clamp_(min=0.0)  # rounding
 
 
 def _in_triton(logits: Tensor) -> bool:

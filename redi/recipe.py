@@ -67,21 +67,18 @@ class TrainConfig:
     dry_run: Annotated[bool, "load, check, plan and report, then stop", may_change] = False
 
     def __post_init__(self) -> None:
-        at_least_1 = (
-            "rows_per_step", "epochs", "pack_tokens", "eval_every", "eval_samples", "max_prompt",
-            "save_every", "keep", "collapse_steps", "max_steps",
+        smallest = {"max_response": 2, "max_length": 2, "weight_decay": 0, "eval_temperature": 0}
+        smallest |= dict.fromkeys(
+            ("rows_per_step", "epochs", "pack_tokens", "eval_every", "eval_samples", "max_prompt",
+            "save_every", "keep", "collapse_steps", "max_steps"), 1,
         )  # fmt: skip
-        for name in at_least_1:
+        for name, least in smallest.items():
             value = getattr(self, name)
-            require(value in (None, "all") or value >= 1, name, value, "at least 1")
-        for name in ("max_response", "max_length"):
-            require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2")
+            require(value in (None, "all") or value >= least, name, value, f"at least {least}")
         for name in ("lr", "clip", "timeout", "collapse_threshold"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, name, value, "above 0")
         require(self.timeout <= 525_600, "timeout", self.timeout, "at most 525600, a year")
-        for name in ("weight_decay", "eval_temperature"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
         for name in ("rope_theta", "max_position_embeddings"):
             value = getattr(self, name)

@@ -160,10 +160,6 @@ class Progress(contextlib.AbstractContextManager):
 Track = Callable[[str, int, dict[str, float]], None]  # gets each record: kind, step, values
 
 
-def _no_tracker(folder: Path, settings: str) -> Track:
-    return lambda kind, step, values: None
-
-
 def _tensorboard(folder: Path, settings: str) -> Track:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -187,7 +183,7 @@ def _wandb(folder: Path, settings: str) -> Track:
     )
 
 
-TRACKERS = {"none": _no_tracker, "tensorboard": _tensorboard, "wandb": _wandb}
+TRACKERS = {"none": lambda *_: lambda *_: None, "tensorboard": _tensorboard, "wandb": _wandb}
 
 
 @dataclass(kw_only=True)

@@ -66,20 +66,14 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
         if rope.get("rope_type") == "llama3":
             scaling = RopeScaling(*(float(rope[field.name]) for field in fields(RopeScaling)))
         theta, eps = float(rope["rope_theta"]), float(config.get("rms_norm_eps", 1e-6))
-        ranges = [
-            ("head_dim", head_dim, head_dim % 2 == 0, "an even number"),
-            ("rope_theta", theta, 0 < theta < math.inf, "a number above 0"),
-            ("rms_norm_eps", eps, 0 <= eps < math.inf, "a number of at least 0"),
-        ]
-        if scaling is not None:
-            low, high, factor = scaling.low_freq_factor, scaling.high_freq_factor, scaling.factor
-            ranges += [
-                ("factor", factor, 0 < factor < math.inf, "a number above 0"),
-                ("low_freq_factor", low, 0 < low < high, f"0 to {high:g}, high_freq_factor"),
-            ]
-        for name, value, valid, expected in ranges:
-            if not valid:
-                raise UserError(f"{where}: {name} is {value}; expected {expected}")
+        positive = {"rope_theta": theta, "rms_norm_eps": eps, **(vars(scaling) if scaling else {})}
+        for name, value in positive.items():
+            if not 0 < value < math.inf:
+                raise UserError(f"{where}: {name} is {value}; expected a number above 0")
+        if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise UserError(f"{where}: low_freq_factor is not below high_freq_factor")
+        if head_dim % 2:
+            raise UserError(f"{where}: head_dim is {head_dim}; expected an even number")
         return ModelConfig(
             **{field: config[name] for name, field in SIZES.items()},
             num_kv_heads=kv_heads,

@@ -101,8 +101,7 @@ class ChatTokenizer:
         self.tokenizer, self.template, self.where = tokenizer, template, where
         self.special_tokens = special_tokens or {}  # bos_token, eos_token, ...: templates use them
         added = tokenizer.get_added_tokens_decoder()
-        special = {i: token for i, token in added.items() if token.special}
-        self.control_ids = {token.content: i for i, token in special.items()}
+        self.control_ids = {token.content: i for i, token in added.items() if token.special}
         # Longest first: a control token may begin with another one.
         controls = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
         self._controls = re.compile(f"({'|'.join(controls) or '(?!)'})")
@@ -113,8 +112,9 @@ class ChatTokenizer:
         tokenizer.no_truncation()  # tokenizer.json may ask for both
         tokenizer.no_padding()
         # A conversation is encoded in parts, so no part may depend on what is beside it.
-        if flagged := [t for t in special.values() if t.lstrip or t.rstrip or t.single_word]:
-            raise UserError(f"{where}: {flagged[0]} has lstrip, rstrip or single_word; unsupported")
+        for t in added.values():
+            if t.special and (t.lstrip or t.rstrip or t.single_word):
+                raise UserError(f"{where}: {t} has lstrip, rstrip or single_word; unsupported")
         if "".join(tokenizer.encode("x", add_special_tokens=False).tokens).startswith(("▁", "Ġ")):
             raise UserError(f"{where}: the tokenizer begins every text with a blank; unsupported")
         self.stop_id = self._find_stop_id()
