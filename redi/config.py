@@ -97,9 +97,6 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-# ---------------------------------------------------------------- flags and recipes -> dataclass
-
-
 def parse(config_class: type[C], description: str, argv: Sequence[str] | None = None) -> C:
     """Read `config_class` from a recipe and flags. Raises UserError; exits with 0 after --help."""
     flags = vars(_parser_for(config_class, description).parse_args(argv))

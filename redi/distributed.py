@@ -220,11 +220,6 @@ def sum_over_ranks(tensor: Tensor, world: World, group: dist.ProcessGroup | None
         dist.all_reduce(tensor, group=group)
 
 
-def wait_for_all(world: World) -> None:
-    """Return when all ranks have called it."""
-    sum_over_ranks(torch.zeros(()), world)
-
-
 def all_ranks_ok(ok: bool, world: World, group: dist.ProcessGroup | None = None) -> bool:
     """Whether something succeeded on every rank. All ranks must call it; `group` holds them all."""
     failed = torch.tensor(0.0 if ok else 1.0)

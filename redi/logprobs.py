@@ -109,9 +109,6 @@ def _needs_gradient(hidden: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
 
 
-# ---------------------------------------------------------------- for autograd
-
-
 class _TwoPasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor):

@@ -1,16 +1,8 @@
 """How much memory a training step needs, and how many blocks to checkpoint so that it fits.
 
-The peak is where the last pack of a step turns from forward to backward. With N parameters, n ranks
-on a node, e bytes per number of the compute dtype (bf16: 2), L blocks of width D, and at most T
-tokens in a pack:
-
-    12 N / n            fp32 weights and two Adam moments, sharded
-    4 N                 fp32 gradients, whole until the last backward pass reduces them over ranks
-    e N                 whole weights in the compute dtype, if the fp32 ones are sharded or wider
-    e L T D             the input of every block
-    per kept block      activations that autograd saves, measured on a block of this size; if all
-                        blocks are checkpointed, those of the one that is being recomputed
-    head or backward    the larger of what the head and what the first backward of a block needs
+The peak is where the last pack of a step turns from forward to backward. `step_memory` adds up what
+is held then. Of the activations that autograd saves in a block, those of one block are held even if
+all blocks are checkpointed: the one that is being recomputed.
 
 Sharded gradients add nothing: each is created as the whole one is freed. A checkpointed block is
 recomputed in backward, which adds a third to its compute. The first blocks are checkpointed: by the

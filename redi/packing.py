@@ -107,9 +107,6 @@ def _best_fit(pieces: list[tuple[int, list]], pack_tokens: int) -> list[list]:
     return packs
 
 
-# ---------------------------------------------------------------- a pack as tensors
-
-
 @dataclass(frozen=True)
 class PackedBatch:
     """One pack, as the model and the loss see it. Lists are on the host, where reading them does

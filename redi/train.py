@@ -64,9 +64,6 @@ def num_steps(data: TrainData, config: TrainConfig) -> int:
     return min(steps, config.max_steps or steps)
 
 
-# ---------------------------------------------------------------- the loop
-
-
 def train(
     model: Transformer,
     data: TrainData,
@@ -184,9 +181,6 @@ def held_out(model: Transformer, data: TrainData) -> dict[str, float]:
         for batch in data.batches(step, totals):
             sums.add(batch, data.objective.loss(model, batch, totals))
     return sums.gather().summary(entropies=False)
-
-
-# ---------------------------------------------------------------- when to stop
 
 
 class StopSignals:

@@ -346,7 +346,7 @@ def test_a_tokenizer_that_begins_texts_with_a_blank_is_refused(part):
     tokenizer = Tokenizer(models.BPE({"▁": 0, "Ġ": 1, "x": 2}, []))
     is_normalizer = isinstance(part, normalizers.Normalizer)
     setattr(tokenizer, "normalizer" if is_normalizer else "pre_tokenizer", part)
-    assert "begins every text with a blank" in refusal(ChatTokenizer, tokenizer, chatml())
+    assert "adds a blank before texts" in refusal(ChatTokenizer, tokenizer, chatml())
 
 
 def test_truncation_and_padding_of_a_tokenizer_are_ignored_as_in_transformers(

@@ -116,7 +116,7 @@ class ChatTokenizer:
             if t.special and (t.lstrip or t.rstrip or t.single_word):
                 raise UserError(f"{where}: {t} has lstrip, rstrip or single_word; unsupported")
         if "".join(tokenizer.encode("x", add_special_tokens=False).tokens).startswith(("▁", "Ġ")):
-            raise UserError(f"{where}: the tokenizer begins every text with a blank; unsupported")
+            raise UserError(f"{where}: a tokenizer that adds a blank before texts is unsupported")
         self.stop_id = self._find_stop_id()
 
     @classmethod

@@ -17,7 +17,7 @@ from redi.checkpoint.folder import Source, load_model, open_model
 from redi.checkpoint.weights import weights_hash
 from redi.config import UserError, require
 from redi.data.files import refuse_overwriting
-from redi.distributed import World, local_rank_zero_first, require_same, wait_for_all
+from redi.distributed import World, all_ranks_ok, local_rank_zero_first, require_same
 from redi.eval import external, report
 from redi.eval.benchmarks import Benchmark, load_all
 from redi.eval.completions import Completion, Store, store_inputs
@@ -158,7 +158,7 @@ def sample(
     out = Path(config.out)
     stores = {b.name: Store(out, b, config.samples, world.rank) for b in benchmarks}
     left = [p for p in prompted if (p.problem.id, p.sample) not in stores[p.benchmark].done]
-    wait_for_all(world)  # before a rank appends to what another still reads
+    all_ranks_ok(True, world)  # waits before a rank appends to what another still reads
     if done := len(prompted) - len(left):
         print(f"{out} holds {done} of {len(prompted)} completions; the rest are sampled now")
     name = benchmarks[0].name if len(benchmarks) == 1 else f"{len(benchmarks)} benchmarks"
@@ -169,7 +169,7 @@ def sample(
         done = sum(len(store.done) for store in stores.values())
         message = f"{out} holds {done} of {len(prompted)} completions; the same command resumes"
         raise KeyboardInterrupt(message) from None
-    wait_for_all(world)
+    all_ranks_ok(True, world)  # waits for all
     if world.rank == 0:
         for store in stores.values():
             store.finish()
