@@ -15,7 +15,7 @@ from processes import main_in_this_process
 from small_run import assistant, user, write_jsonl
 from tokenizers import Tokenizer
 
-from redi.data.tokenizer import SYSTEM_PROMPT, ChatTokenizer
+from redi.data.tokenizer import ChatTokenizer
 from redi.recipe import REDIConfig, SFTConfig
 from redi.show import __main__ as show
 from redi.show.rows import about_template, tokens_of, visible

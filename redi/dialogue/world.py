@@ -2,7 +2,7 @@
 
     python -m redi.dialogue.world OUT --dialogues 400      scenarios, and dialogues of good tutors
 
-A tutor sells or books something: it asks for two to four choices in the scenario's order, says back
+A tutor sells or books something: it asks for two or three choices in the scenario's order, says back
 what it heard, answers questions, and ends when all is known.
 
     tutor      Hello! Which day would you like: Friday, Monday or Sunday?
@@ -32,6 +32,7 @@ from redi.dialogue.oracle import SHARED, Menu, asked_choices, read_state, topics
 from redi.dialogue.scenario import END, Scenario
 
 OFFERED = 3
+HABIT = 4  # times as often as each other wording
 # The acts of a tutor, and a student's. {v}: values; {o}: options; {s}: what is chosen; {n}: a price
 OPEN = ("Hello!", "Good morning!", "Welcome!", "Nice to see you!")
 ASK = (
@@ -73,7 +74,7 @@ ASK_PRICE = (
     "What is the price of the {v}?",
     "How much do I pay for the {v}?",
 )
-ASK_MISSING = ("Do you have {v}?", "Is there {v}?", "I want {v}.", "Can I have {v}?")
+ASK_MISSING = ("Do you have {v}?", "Is there {v}?", "Can I have {v}?", "What about {v}?")
 STRAY = (
     "Do you like football?", "It is raining today.", "My dog is ill.", "Where is the station?",
     "I saw a good film yesterday.", "What is your name?", "I am very tired.", "Can you sing?",
@@ -85,11 +86,11 @@ ODD = 0.35  # of the student's turns
 
 
 def make_scenario(topic: str, number: int, seed: int) -> Scenario:
-    """The scenario of this number. The topic's own choice and one to three of the shared ones."""
+    """The scenario of this number. The topic's own choice and one or two of the shared ones."""
     rng = random.Random(f"scenario {seed} {topic} {number}")
     place, tutor, own, items = topics()[topic]
     lists = {own: items, **{name: words.split(", ") for name, words in SHARED.items()}}
-    slots = [own, *rng.sample(sorted(SHARED), rng.randint(1, 3))]
+    slots = [own, *rng.sample(sorted(SHARED), rng.randint(1, 2))]
     rng.shuffle(slots)
     tasks, facts, wants = [], [], []
     for slot in slots:
@@ -126,23 +127,28 @@ def say_as_tutor(scenario: Scenario, history: Sequence[Message], rng: random.Ran
     state, said = read_state(menu, history), []
     left = [slot for slot in menu.offered if slot not in state.values]
     if not history:
-        said.append(rng.choice(OPEN))
+        said.append(wording(OPEN, rng))
     elif not left:
         values = listed([state.values[slot] for slot in menu.offered], "and")
-        return rng.choice(CLOSE).format(v=values)
+        return wording(CLOSE, rng).format(v=values)
     elif state.new:
         values = listed([state.values[slot] for slot in state.new], "and")
-        said.append(rng.choice(CONFIRM).format(v=values))
+        said.append(wording(CONFIRM, rng).format(v=values))
     elif state.price_of:
         slot, word = state.price_of
-        said.append(rng.choice(PRICE).format(v=word, n=menu.offered[slot][word]))
+        said.append(wording(PRICE, rng).format(v=word, n=menu.offered[slot][word]))
     elif state.missing:
-        said.append(rng.choice(MISSING).format(v=state.missing))
+        said.append(wording(MISSING, rng).format(v=state.missing))
     else:
-        said.append(rng.choice(STEER).format(s=left[0], t=scenario.tutor))
+        said.append(wording(STEER, rng).format(s=left[0], t=scenario.tutor))
     options = listed(list(menu.offered[left[0]]), "or")
-    said.append(rng.choice(ASK).format(s=left[0], o=options))
+    said.append(wording(ASK, rng).format(s=left[0], o=options))
     return " ".join(said)
+
+
+def wording(ways: Sequence[str], rng: random.Random) -> str:
+    """One of several: a speaker has a habit, the first, and other ways."""
+    return rng.choices(ways, [HABIT, *[1] * (len(ways) - 1)])[0]
 
 
 def say_as_student(scenario: Scenario, history: Sequence[Message], rng: random.Random) -> str:
