@@ -16,15 +16,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WORLDS = {1: 520, 2: 420, 3: 1020}  # seed -> dialogues: for the tutor, for judges, to evaluate on
+WORLDS = {1: 700, 2: 520, 3: 1020}  # seed -> dialogues: for the tutor, for judges, to evaluate on
 SEEN, UNSEEN = 123, 100  # scenarios to evaluate on: 3 of each seen topic, 10 of each unseen one
 TRAIN = (
     "--rope-theta keep --max-position-embeddings keep --max-length 1024 --pack-tokens 2048 "
     "--rows-per-step 4 --epochs 1 --save-every 20 --keep all"
 )
+# Fine-tuned models are told less than a prompted one: they learn from dialogues how to talk.
+SHORT = "--templates docs/dialogue_templates.toml"
+PREPARE = f"--test-share 0 {SHORT}"
 SCENES = "--scenarios {out}/seen.jsonl --unseen {out}/unseen.jsonl --max-new-tokens 48 --slots 24"
 TALK = f"{SCENES} --student world --judge world"
-REPLAY = "--student recorded --judge world --max-new-tokens 48 --slots 24"
+REPLAY = f"--student recorded --judge world --max-new-tokens 48 --slots 24 {SHORT}"
 STEPS = {"early": 20, "late": 60}  # of young tutors, whose replies are judged
 
 
@@ -65,7 +68,7 @@ def make_worlds(stages: Stages) -> None:
         stages.run(
             f"data{seed}/card.json",
             f"redi.dialogue.world {{out}}/world{seed} --dialogues {count} --seed {seed}",
-            f"redi dialogue prepare {{out}}/world{seed} --out {{out}}/data{seed} --test-share 0",
+            f"redi dialogue prepare {{out}}/world{seed} --out {{out}}/data{seed} {PREPARE}",
         )
     for side, count in (("seen", SEEN), ("unseen", UNSEEN)):
         write_rows(out / f"{side}.jsonl", read_rows(out / f"data3/scenarios_{side}.jsonl")[:count])
@@ -125,8 +128,8 @@ def train_judges(stages: Stages) -> None:
     labeled = " ".join(f"{{out}}/replies/labels_{age}" for age in STEPS)
     stages.run(
         "data_judge/card.json",
-        f"redi dialogue prepare {labeled} --out {{out}}/data_judge --unseen-topics 0 "
-        "--test-share 0 --rubric docs/dialogue_rubric.toml",
+        f"redi dialogue prepare {labeled} --out {{out}}/data_judge {PREPARE} --unseen-topics 0 "
+        "--rubric docs/dialogue_rubric.toml",
     )
     flags = f"--data {{out}}/data_judge/judge.jsonl --out {{out}}/judge --lr 3e-4 {TRAIN}"
     stages.run("judge/config.json", f"redi train-sft --model {{out}}/second {flags}")
@@ -140,7 +143,7 @@ def train_judges(stages: Stages) -> None:
             f"agreement_{kind}.json",
             f"redi dialogue agreement {{out}}/{model} {{out}}/test_seen.jsonl --kind {kind} "
             "--unseen {out}/test_unseen.jsonl --dev {out}/replies/dev/dialogues.jsonl "
-            f"--out {{out}}/agreement_{kind}.json{rubric}",
+            f"--out {{out}}/agreement_{kind}.json {SHORT}{rubric}",
         )
 
 
@@ -151,19 +154,23 @@ def train_redi(stages: Stages) -> None:
     stages.run("replies/redi/report.md", f"redi dialogue evaluate {{out}}/tutor {flags}")
     stages.run(
         "data_redi/card.json",
-        "redi dialogue prepare {out}/replies/redi --out {out}/data_redi --unseen-topics 0 "
-        "--test-share 0",
+        f"redi dialogue prepare {{out}}/replies/redi --out {{out}}/data_redi {PREPARE} "
+        "--unseen-topics 0",
     )
     flags = f"--data {{out}}/data_redi/pairs.jsonl --out {{out}}/redi --lr 2e-5 {TRAIN}"
     stages.run("redi/config.json", f"redi train-redi --model {{out}}/tutor {flags}")
 
 
 def evaluate(stages: Stages, model: str) -> None:
-    models = {"tutor": "{out}/tutor --hints", "redi": "{out}/redi", "prompted": model}
+    models = {
+        "tutor": f"{{out}}/tutor --hints {SHORT}",
+        "redi": f"{{out}}/redi {SHORT}",
+        "prompted": model,
+    }
     for name, tutor in models.items():
         flags = f"{TALK} --out {{out}}/eval/{name}"
         stages.run(f"eval/{name}/report.md", f"redi dialogue evaluate {tutor} {flags}")
-    flags = f"{SCENES} --student world --judge {{out}}/second --out {{out}}/eval/judged"
+    flags = f"{SCENES} {SHORT} --student world --judge {{out}}/second --out {{out}}/eval/judged"
     flags += " --judge-settings {out}/agreement_likelihood.json"
     stages.run("eval/judged/report.md", f"redi dialogue evaluate {{out}}/tutor {flags}")
     for first in ("prompted", "redi"):
