@@ -24,7 +24,8 @@ from redi import config
 from redi.__main__ import COMMANDS, SUBCOMMANDS
 
 SCRIPTS = ("train_sft.py", "train_redi.py", "evaluate.py")
-OTHER_FLAGS = {"--config", "--help", "--nnodes", "--shutdown-timeout"}  # of all, of torchrun
+# Of all programs, of torchrun, of redi.dialogue.world
+OTHER_FLAGS = {"--config", "--help", "--nnodes", "--shutdown-timeout", "--dialogues"}
 # Run elsewhere, or too long for any test.
 NOT_RUN = re.compile(r"make|pip|git|\. |python -m (pytest|bench)|python docs/make|redi study \S+$")
 
@@ -95,7 +96,8 @@ def test_no_command_hides_outside_an_sh_block():
 def test_flags_that_the_pages_name_exist():
     lone = ("train-sft", "train-redi", "evaluate", "doctor")
     shortest = [[name] if name in lone else [name, "x"] for name in COMMANDS if name != "dialogue"]
-    shortest.append(["dialogue", "prepare", "x"])
+    of_dialogue = ("prepare x", "report x", "agreement x y", "evaluate x --scenarios y")
+    shortest += [["dialogue", *words.split()] for words in of_dialogue]
     names = {field.name for words in shortest for field in fields(settings(words))}
     flags = OTHER_FLAGS | {f"--{name.replace('_', '-')}" for name in names}
     for page, text in TEXTS.items():

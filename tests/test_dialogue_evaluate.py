@@ -238,7 +238,7 @@ def test_what_a_user_can_get_wrong_is_one_line(home, talker, tmp_path, capsys, m
     given = ("--scenarios", "none.toml", *WORLD)
     assert main_in_this_process(evaluate.main, "model", *given) == 2
     assert "expected at least one scenario" in capsys.readouterr().err
-    assert "--student: expected recorded, world" in refused(capsys, "--student", "nobody")
+    assert "nobody: no such file or folder" in refused(capsys, "--student", "nobody")
     write_jsonl(Path("again.jsonl"), [world_scenarios(1)[0].as_row() | {"id": "other"}])
     error = refused(capsys, *WORLD, "--unseen", "again.jsonl")
     assert "--unseen: the topic 'buying bread' is in --scenarios" in error

@@ -71,8 +71,6 @@ class EvaluateConfig:
         require(is_sound, "temperature", self.temperature, "0, or at least 0.001")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "within (0, 1]")
         require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
-        known = self.student in NO_MODELS or Path(self.student).is_dir() or is_hub_id(self.student)
-        require(known, "student", self.student, "recorded, world, or a model's folder or hub id")
         require(self.judge != "recorded", "judge", self.judge, "world or a model")
 
 
