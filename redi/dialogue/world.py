@@ -2,7 +2,7 @@
 
     python -m redi.dialogue.world OUT --dialogues 400      scenarios, and dialogues of good tutors
 
-A tutor sells or books something. It asks for two or three choices in the scenario's order, repeats
+A tutor sells or books something. It asks for two to four choices in the order of the scenario, repeats
 what it hears, answers questions, and ends when all is known.
 
     tutor      Hello! Which day would you like: Friday, Monday or Sunday?
@@ -86,11 +86,11 @@ ODD = 0.35  # of the student's turns
 
 
 def make_scenario(topic: str, number: int, seed: int) -> Scenario:
-    """The scenario of this number. The topic's own choice and one or two of the shared ones."""
+    """The scenario of this number. The topic's own choice and one to three of the shared ones."""
     rng = random.Random(f"scenario {seed} {topic} {number}")
     place, tutor, own, items = topics()[topic]
     lists = {own: items, **{name: words.split(", ") for name, words in SHARED.items()}}
-    slots = [own, *rng.sample(sorted(SHARED), rng.randint(1, 2))]
+    slots = [own, *rng.sample(sorted(SHARED), rng.randint(1, 3))]
     rng.shuffle(slots)
     tasks, facts, wants = [], [], []
     for slot in slots:
