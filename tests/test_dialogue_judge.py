@@ -119,7 +119,9 @@ def of_likelihood(folder):
 
 def test_the_labels_of_these_tests_are_what_they_should_be(of_labels):
     ids = {label: found[:-1] for label, found in of_labels.ids.items()}
-    assert {len(found) for found in ids.values()} >= {1, 2}
+    lengths = {len(found) for found in ids.values()}
+    assert 1 in lengths
+    assert max(lengths) > 1
     assert ids["good"] == ids["goods"][:-1]
     assert ids["good"][:1] == ids["g"]
     assert len({found[-1] for found in of_labels.ids.values()}) == 1  # the stop token

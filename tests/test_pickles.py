@@ -181,7 +181,8 @@ def test_no_file_of_redi_uses_a_function_that_unpickles():
             text = ast.unparse(node) if isinstance(node, kinds) else ""
             if isinstance(node, ast.Call) and not text.startswith("np.load("):
                 text = ast.unparse(node.func)
-            found |= {path.name} if re.search(UNPICKLES, text) else set()
+            is_generator = text == "steps.send"  # in redi/dialogue/talk.py
+            found |= {path.name} if re.search(UNPICKLES, text) and not is_generator else set()
     assert found == set()
 
 

@@ -55,6 +55,7 @@ class Lesson:
             lines.append(f"words practiced: {len(used)} of {len(words)} ({', '.join(used)})")
         if self.judge:
             replies = list(Dialogue(self.scenario, turns, []).all_replies())
+            replies = replies[bool(self.scenario.opening) :]  # which is not the tutor's own
             found = zip(replies, self.judge.judge(replies))
             lines.append(text_table([(j.label, split_end(r.content)[0]) for r, j in found]))
         return "\n".join(lines)

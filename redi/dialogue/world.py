@@ -2,8 +2,8 @@
 
     python -m redi.dialogue.world OUT --dialogues 400      scenarios, and dialogues of good tutors
 
-A tutor sells or books something. It asks for two to four choices in the order of the scenario, repeats
-what it hears, answers questions, and ends when all is known.
+A tutor sells or books something. It asks for two to four choices in the order of the scenario,
+repeats what it hears, answers questions, and ends when all is known.
 
     tutor      Hello! Which day would you like: Friday, Monday or Sunday?
     student    I would like Friday.
