@@ -254,10 +254,10 @@ def test_the_loss_ignores_answers_of_weight_0(here):
     )
     assert one == same != other
     sides = {"chosen": weighted[1:], "rejected": [context("2"), TURNS[2], assistant("4")]}
-    write_jsonl(Path("pairs.jsonl"), [{"prompt": "1+1?", **sides}])
+    write_jsonl(Path("sides.jsonl"), [{"prompt": "1+1?", **sides}])
     write_jsonl(Path("plain.jsonl"), [{"prompt": TURNS[:3], "chosen": "3", "rejected": "4"}])
     one, same = (
         run(redi_config(data=f"{name}.jsonl", out=f"{name}-run", rows_per_step=1))[0]["loss"]
-        for name in ("pairs", "plain")
+        for name in ("sides", "plain")
     )
     assert one == same
