@@ -22,13 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+import numpy as np
+
 from redi import distributed
 from redi.checkpoint.folder import Source, load_model
 from redi.config import UserError, check_table, types_of
-from redi.dialogue.dialogues import Reply
+from redi.dialogue.dialogues import Reply, conversation
 from redi.dialogue.prefix_trees import Question, answer_logps
 from redi.dialogue.rubric import GOOD, Rubric, judge_messages
-from redi.dialogue.scenario import HINT
 from redi.distributed import World
 from redi.model import Transformer
 
@@ -60,11 +61,6 @@ class JudgeSettings:
 
 
 class Judge(Protocol):
-    settings: JudgeSettings
-
-    def scores(self, replies: Sequence[Reply]) -> dict[str, list[float]]:
-        """Statistic -> the score of each reply by it."""
-
     def judge(self, replies: Sequence[Reply]) -> list[Judgement]: ...
 
 
@@ -100,9 +96,9 @@ class LabelJudge:
         for reply, logps in zip(replies, self.label_logps(replies)):
             score = _logit_of_good(logps)
             good = self.settings.good(score, reply)
-            worst = max(logps.keys() - {GOOD}, key=logps.get)
-            mass = math.exp(_log_sum(logps.values()))
-            judgements.append(Judgement(GOOD if good >= 0.5 else worst, good, score, mass))
+            fault = max((label for label in logps if label != GOOD), key=logps.get)
+            mass = sum(map(math.exp, logps.values()))
+            judgements.append(Judgement(GOOD if good >= 0.5 else fault, good, score, mass))
         return judgements
 
 
@@ -114,13 +110,14 @@ class LikelihoodJudge:
         self.model, self.chat, self.settings = model, source.chat, settings
 
     def scores(self, replies: Sequence[Reply]) -> dict[str, list[float]]:
-        conversations = []
-        for reply in replies:
-            system = {"role": "system", "content": reply.scenario.prompt("tutor")}
-            request = [{"role": "user", "content": HINT}] if reply.is_hint else []
-            answer = {"role": "assistant", "content": reply.content}
-            conversations.append(([system, *reply.history, *request], answer))
-        rows = self.chat.encode_rows(conversations)
+        answers = [
+            (
+                conversation("tutor", reply.scenario, reply.history, reply.is_hint),
+                {"role": "assistant", "content": reply.content},
+            )
+            for reply in replies
+        ]
+        rows = self.chat.encode_rows(answers)
         questions = [
             Question(reply.scenario.id, row.prompt_ids, [row.response_ids])
             for reply, row in zip(replies, rows)
@@ -136,13 +133,8 @@ class LikelihoodJudge:
 
 def _logit_of_good(logps: dict[str, float]) -> float:
     """Log of P(good) over P(any other label)."""
-    return logps[GOOD] - _log_sum(logp for label, logp in logps.items() if label != GOOD)
-
-
-def _log_sum(logps) -> float:
-    logps = list(logps)
-    largest = max(logps)
-    return largest + math.log(sum(math.exp(logp - largest) for logp in logps))
+    others = [logp for label, logp in logps.items() if label != GOOD]
+    return float(logps[GOOD] - np.logaddexp.reduce(others))
 
 
 # ---------------------------------------------------------------- a judge from files

@@ -14,17 +14,15 @@ import hashlib
 import random
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from redi.data.files import Row
-from redi.data.tokenizer import Message
-from redi.dialogue.scenario import HINT, Scenario, split_end, without_marks
+from redi.data.tokenizer import Message, is_answer
+from redi.dialogue.dialogues import Who, conversation
+from redi.dialogue.scenario import Scenario, split_end, without_marks
 from redi.dialogue.world import say_as_student
 from redi.eval.engine.sampling import Sampling
 from redi.eval.engine.streaming import Speaker, Turn
-
-Who = Literal["tutor", "student"]
-Messages = Sequence[Mapping[str, Any]]  # role, content, and what is known of them
 
 
 class Ask(NamedTuple):
@@ -81,22 +79,16 @@ def turn_key(scenario_id: str, sample: int, turn: int, who: str) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
 
 
-def ask(who: Who, scenario: Scenario, messages: Messages, sample: int, hint: bool = False) -> Ask:
-    """What one side sees of a dialogue, its own words as the assistant's. hint: the tutor is asked
-    what the student could say, rather than for its reply."""
-    swapped = {"assistant": "user", "user": "assistant"} if who == "student" else {}
-    seen = [{"role": "system", "content": scenario.prompt(who)}]
-    for message in messages:
-        role = message["role"]
-        seen.append({"role": swapped.get(role, role), "content": message["content"]})
-    if hint:
-        seen.append({"role": "user", "content": HINT})
+def ask(
+    who: Who, scenario: Scenario, messages: Sequence[Row], sample: int, hint: bool = False
+) -> Ask:
+    """hint: see `conversation`."""
     key = turn_key(scenario.id, sample, num_replies(messages), "hint" if hint else who)
-    return Ask(who, seen, key)
+    return Ask(who, conversation(who, scenario, messages, hint), key)
 
 
-def num_replies(messages: Messages) -> int:
-    return sum(message["role"] == "assistant" for message in messages)
+def num_replies(messages: Sequence[Row]) -> int:
+    return sum(map(is_answer, messages))
 
 
 def converse(
@@ -108,7 +100,7 @@ def converse(
     The row's "end" is tutor, max_turns, length (a reply was cut), context (no room for more words)
     or student (it said nothing, or was cut). "tokens" are the tutor's, without hints.
     """
-    messages: list[dict[str, Any]] = []
+    messages: list[Row] = []
     if scenario.opening:
         messages.append({"role": "assistant", "content": scenario.opening})
     num_tokens, end = 0, None
@@ -144,7 +136,7 @@ def converse(
 
 
 def replay(
-    scenario: Scenario, histories: Sequence[Messages], samples: int, hints: bool = False
+    scenario: Scenario, histories: Sequence[list[Row]], samples: int, hints: bool = False
 ) -> Steps:
     """Several replies to each of the states of a recorded dialogue; a row for each. A reply that
     was cut has "cut", and one for which the context has no room is missing."""
