@@ -15,12 +15,10 @@ its settings with the thresholds:
 Left out: reasons in words, which cost a hundred times the tokens; pairs of replies.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 
@@ -28,6 +26,7 @@ from redi import distributed
 from redi.checkpoint.folder import Source, load_model
 from redi.config import UserError, check_table, types_of
 from redi.dialogue.dialogues import Reply, conversation
+from redi.dialogue.figures import read_agreement
 from redi.dialogue.prefix_trees import Question, answer_logps
 from redi.dialogue.rubric import GOOD, Rubric, judge_messages
 from redi.distributed import World
@@ -41,7 +40,6 @@ class Judgement:
     label: str  # good, or a fault; of the likelihood, good or bad
     good: float  # in [0, 1], from 0.5 on the label is good
     score: float  # what `good` is made of, by JudgeSettings.statistic
-    mass: float = 1.0  # P(any label) before the labels' probabilities were made to add up to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +95,7 @@ class LabelJudge:
             score = _logit_of_good(logps)
             good = self.settings.good(score, reply)
             fault = max((label for label in logps if label != GOOD), key=logps.get)
-            mass = sum(map(math.exp, logps.values()))
-            judgements.append(Judgement(GOOD if good >= 0.5 else fault, good, score, mass))
+            judgements.append(Judgement(GOOD if good >= 0.5 else fault, good, score))
         return judgements
 
 
@@ -144,32 +141,17 @@ def load_judge(model: str, settings_file: str | None = None, world: World | None
     """The judge of a model folder or hub id. settings_file: written by redi dialogue agreement;
     None: labels by redi's own rubric. world: None if the program has not started one yet. Raises
     UserError."""
-    return make_judge(model, read_settings(settings_file), world)
+    table = read_agreement(settings_file)["judge"] if settings_file else {}
+    settings = JudgeSettings(**check_table(table, types_of(JudgeSettings), str(settings_file)))
+    return make_judge(model, settings, world)
 
 
-def make_judge(model: str, settings: JudgeSettings, world: World | None = None) -> Judge:
+def make_judge(
+    model: str, settings: JudgeSettings, world: World | None = None
+) -> LabelJudge | LikelihoodJudge:
     weights, source = load_model(model)
     if source.chat is None:
         raise UserError(f"{source.folder}: no tokenizer.json; a judge needs one")
     world = world or distributed.start(timeout_minutes=30)
     weights.to(world.device, distributed.compute_dtype("auto", world)).requires_grad_(False)
     return (LabelJudge if settings.kind == "labels" else LikelihoodJudge)(weights, source, settings)
-
-
-def read_settings(path: str | None) -> JudgeSettings:
-    """The settings in an agreement.json; None: the defaults. Raises UserError."""
-    table = read_agreement(path)["judge"] if path else {}
-    return JudgeSettings(**check_table(table, types_of(JudgeSettings), str(path)))
-
-
-def read_agreement(path: str) -> dict[str, Any]:
-    """What redi dialogue agreement wrote. Raises UserError."""
-    try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; redi dialogue agreement writes it") from None
-    except (OSError, ValueError):
-        facts = None
-    if not isinstance(facts, dict) or not {"judge", "measured"} <= set(facts):
-        raise UserError(f"{path}: not written by redi dialogue agreement")
-    return facts
