@@ -11,18 +11,21 @@ answers to the last message instead of one. A hint is what the tutor suggested t
 Other fields are ignored. redi dialogue evaluate and chat's /save write such rows.
 """
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from redi.config import UserError
-from redi.data.files import Row, is_encodable, read_rows
+from redi.data.files import Row, is_encodable, read_rows, write_aside
 from redi.data.tokenizer import Message, is_answer
 from redi.dialogue.scenario import HINT, Scenario, without_marks
 
 Who = Literal["tutor", "student"]
-TEXTS = ("content", "label", "hint", "hint_label")  # of a message
+TEXTS = ("content", "label", "hint", "hint_label")
+FIELDS = ("role", *TEXTS, "weight")  # of a message
 
 
 @dataclass(frozen=True)
@@ -104,20 +107,26 @@ def read_dialogues(
         yield Dialogue(scenario, messages, _checked(row.get("replies") or [], "replies", where))
 
 
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    with write_aside(path) as file:
+        file.writelines(map(to_line, rows))
+
+
+def to_line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def _checked(values: Any, name: str, where: str) -> list[Row]:
     """Messages or replies, with those of the fields that have a value. Raises UserError."""
-    if not isinstance(values, list) or not all(
-        isinstance(value, dict) and isinstance(value.get("content"), str) for value in values
-    ):
-        raise UserError(f'{where}: {name!r} must be a list of {{"content": text, ...}}')
-    for value in values:
-        texts = (value[key] for key in TEXTS if value.get(key) is not None)
+    found = []
+    for value in values if isinstance(values, list) else [None]:
+        if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+            raise UserError(f'{where}: {name!r} must be a list of {{"content": text, ...}}')
+        one = {key: value[key] for key in FIELDS if value.get(key) not in (None, "")}
+        texts = [one[key] for key in TEXTS if key in one]
         if not all(isinstance(text, str) and is_encodable(text) for text in texts):
             raise UserError(f"{where}: {', '.join(TEXTS)} must be text in UTF-8")
-        if value.get("weight") not in (None, 0, 1):
+        if one.get("weight", 1) not in (0, 1):
             raise UserError(f"{where}: a message's weight must be 0 or 1")
-    known = ("role", *TEXTS, "weight")
-    return [
-        {key: value[key] for key in known if key == "content" or value.get(key) not in (None, "")}
-        for value in values
-    ]
+        found.append({"content": "", **one})
+    return found

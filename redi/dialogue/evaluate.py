@@ -16,8 +16,9 @@ makes the tables and the page. A killed evaluation ends in the same bytes as an 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,22 +28,29 @@ from redi import distributed
 from redi.checkpoint.folder import Source, load_model, open_model
 from redi.checkpoint.weights import weights_hash
 from redi.config import UserError, may_change, parse, program, require
-from redi.data.files import Row, hash_files, whole_lines, write_aside
-from redi.dialogue import jobs, report
-from redi.dialogue.dialogues import Dialogue, Reply
-from redi.dialogue.jobs import Job
+from redi.data.files import Row, hash_files, whole_lines
+from redi.data.tokenizer import Message
+from redi.dialogue import report
+from redi.dialogue.dialogues import (
+    Dialogue,
+    Reply,
+    Who,
+    conversation,
+    read_dialogues,
+    to_line,
+    write_rows,
+)
 from redi.dialogue.judge import Judge, Judgement, load_judge
 from redi.dialogue.oracle import Menu, judge_hint, judge_reply
 from redi.dialogue.rubric import GOOD
-from redi.dialogue.scenario import TEMPLATES, Scenario, use_templates
-from redi.dialogue.talk import Voice, talk
+from redi.dialogue.scenario import TEMPLATES, Scenario, read_scenarios, use_templates
+from redi.dialogue.talk import Steps, Voice, converse, replay, talk
 from redi.distributed import World
 from redi.eval.engine.sampling import Sampling
 from redi.eval.engine.streaming import Speaker
 from redi.hub import is_hub_id
 from redi.runlog import Progress, RunLog, is_finished, read_facts
 
-SIDES = ("seen", "unseen")
 NO_MODELS = ("recorded", "world", None)
 JUDGED_AT_ONCE = 256  # replies
 
@@ -74,6 +82,16 @@ class EvaluateConfig:
         require(self.judge != "recorded", "judge", self.judge, "world or a model")
 
 
+@dataclass(frozen=True)
+class Job:
+    """A dialogue to hold, or a recorded one to answer."""
+
+    side: str  # of the split by topics: seen or unseen
+    scenario: Scenario
+    start: Callable[[], Steps]
+    states: tuple[list[Message], ...] = ()  # of a recorded dialogue
+
+
 def evaluate(config: EvaluateConfig) -> str:
     """Talk, judge and report; what is on disk is kept. Returns what to print. Raises UserError."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -93,7 +111,7 @@ def evaluate(config: EvaluateConfig) -> str:
     if finished:
         return f"{(out / 'report.md').read_text('utf-8')}\n{out} is finished: nothing to do"
     for who in models.keys() - {"judge"}:
-        jobs.check_prompts(to_do, models[who], who)
+        check_prompts(to_do, models[who], who)
     world, log = distributed.start(timeout_minutes=30), RunLog(config.out, config)
     log.start({"torch": torch.__version__, **facts})
     path = out / "dialogues.jsonl"
@@ -114,18 +132,60 @@ def evaluate(config: EvaluateConfig) -> str:
 
 def read_jobs(config: EvaluateConfig) -> list[Job]:
     """Raises UserError, also for a topic on both sides and a scenario that is not the world's."""
-    sides = {"seen": config.scenarios} | ({"unseen": config.unseen} if config.unseen else {})
-    if config.student == "recorded":
-        found = jobs.states_to_answer(sides, config.samples, config.hints)
-    else:
-        seed = config.seed if config.student == "world" else None
-        found = jobs.dialogues_to_hold(sides, config.samples, config.hints, seed)
-    seen, unseen = ({job.scenario.topic for job in found if job.side == side} for side in SIDES)
+    read = states_to_answer if config.student == "recorded" else dialogues_to_hold
+    jobs, known = [], set()
+    for side, source in (("seen", config.scenarios), ("unseen", config.unseen)):
+        jobs += read(side, source, config, known) if source else ()
+    seen, unseen = (
+        {job.scenario.topic for job in jobs if job.side == side} for side in report.SIDES
+    )
     if both := sorted(seen & unseen):
         raise UserError(f"--unseen: the topic {both[0]!r} is in --scenarios, too")
-    for job in found if "world" in (config.student, config.judge) else ():
+    for job in jobs if "world" in (config.student, config.judge) else ():
         Menu.of(job.scenario)
-    return found
+    return jobs
+
+
+def dialogues_to_hold(
+    side: str, source: str, config: EvaluateConfig, known: set[str]
+) -> Iterator[Job]:
+    """By scenario and sample. known: ids of earlier scenarios. Raises UserError if one recurs."""
+    seed = config.seed if config.student == "world" else None
+    for scenario in read_scenarios(source):
+        if scenario.id in known:
+            raise UserError(f"{source}: another scenario has the id {scenario.id!r} already")
+        known.add(scenario.id)
+        for sample in range(config.samples):
+            yield Job(side, scenario, partial(converse, scenario, sample, config.hints, seed))
+
+
+def states_to_answer(
+    side: str, source: str, config: EvaluateConfig, known: set[str]
+) -> Iterator[Job]:
+    """By recorded dialogue: the states before the tutor's replies. known: those of earlier
+    dialogues, which are left out."""
+    for dialogue in read_dialogues(source, {}):
+        scenario, states = dialogue.scenario, []
+        for reply in dialogue.all_replies():
+            name = repr((scenario.id, reply.history))
+            if not reply.is_hint and not reply.place and name not in known:
+                known.add(name)
+                states.append(reply.history)
+        start = partial(replay, scenario, states, config.samples, config.hints)
+        yield Job(side, scenario, start, tuple(states))
+
+
+def check_prompts(jobs: Sequence[Job], source: Source, who: Who) -> None:
+    """Raises UserError if a scenario's prompt fills the context of the model."""
+    context = source.config["max_position_embeddings"]
+    heard = [{"role": "assistant", "content": "?"}] if who == "student" else []
+    for scenario in {job.scenario.id: job.scenario for job in jobs}.values():
+        length = len(source.chat.encode_prompt(conversation(who, scenario, heard)))
+        if length >= context:
+            raise UserError(
+                f"scenario {scenario.id!r}: its prompt for the {who} has {length} tokens, and the "
+                f"context of {source.name} is {context}"
+            )
 
 
 def facts_of(
@@ -166,7 +226,7 @@ def hold(to_do: Sequence[Job], config: EvaluateConfig, world: World, part: Path)
             try:
                 steps = ((number, to_do[number].start()) for number in left)
                 for number, rows in talk(steps, voices, slots):
-                    file.write(_line({"number": number, "rows": rows}).encode())
+                    file.write(to_line({"number": number, "rows": rows}).encode())
                     file.flush()  # from here on it survives a kill of this process
                     done[number] = rows
                     progress.update({})
@@ -174,15 +234,6 @@ def hold(to_do: Sequence[Job], config: EvaluateConfig, world: World, part: Path)
                 text = f"{part} holds {len(done)} of {len(to_do)} dialogues"
                 raise KeyboardInterrupt(f"{text}; the same command resumes") from None
     return [done[number] for number in range(len(to_do))]
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    with write_aside(path) as file:
-        file.writelines(map(_line, rows))
 
 
 def load_voices(config: EvaluateConfig, world: World, slots: int) -> dict[str, Voice]:

@@ -31,7 +31,7 @@ from redi.config import UserError, parse, program, require
 from redi.data.files import Row, hash_files, make_folder, refuse_overwriting, write_aside
 from redi.data.tokenizer import is_answer
 from redi.dialogue import examples
-from redi.dialogue.dialogues import Dialogue, Reply, read_dialogues
+from redi.dialogue.dialogues import Dialogue, Reply, read_dialogues, write_rows
 from redi.dialogue.examples import chance
 from redi.dialogue.rubric import read_rubric
 from redi.dialogue.scenario import TEMPLATES, Scenario, read_scenarios, use_templates
@@ -226,8 +226,7 @@ def prepare(config: PrepareConfig) -> dict:
     make_folder(out)
     for name in NAMES:
         if rows[name]:
-            with write_aside(out / f"{name}.jsonl") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name])
+            write_rows(out / f"{name}.jsonl", rows[name])
         else:  # a file of an earlier run would not fit these
             (out / f"{name}.jsonl").unlink(missing_ok=True)
     with write_aside(out / CARD) as file:

@@ -18,7 +18,6 @@ meaning: which choice it asks for, which values and prices it names, whether it 
 worded does not matter. Everything is drawn by keyed random numbers: rows do not depend on order.
 """
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from pathlib import Path
 from typing import Annotated
 
 from redi.config import parse, program, require
-from redi.data.files import make_folder, write_aside
+from redi.data.files import make_folder
 from redi.data.tokenizer import Message
+from redi.dialogue.dialogues import write_rows
 from redi.dialogue.oracle import SHARED, Menu, asked_choices, read_state, topics
 from redi.dialogue.scenario import END, Scenario
 
@@ -218,9 +218,7 @@ def main() -> None:
     config = parse(WorldConfig, "Make scenarios and dialogues of a world of 51 topics.")
     make_folder(config.out)
     path = Path(config.out) / "dialogues.jsonl"
-    with write_aside(path) as file:
-        for row in rows(config.dialogues, config.seed):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_rows(path, rows(config.dialogues, config.seed))
     print(f"saved {path}: {config.dialogues} dialogues")
 
 
