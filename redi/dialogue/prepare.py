@@ -40,15 +40,8 @@ from redi.tables import text_table
 
 KINDS = ("tutor", "student", "judge", "pairs")
 SIDES = ("", "_test", "_unseen")  # endings of their files
-
-
-def file_of(kind: str, side: str) -> str:
-    """The name without .jsonl."""
-    return f"{kind}{side or '_seen'}" if kind == "scenarios" else f"{kind}{side}"
-
-
-NAMES = [file_of(kind, side) for side in SIDES for kind in KINDS]
-NAMES += [file_of("scenarios", side) for side in SIDES]
+SCENARIOS = ("scenarios_seen", "scenarios_test", "scenarios_unseen")  # of these sides
+NAMES = (*(f"{kind}{side}" for side in SIDES for kind in KINDS), *SCENARIOS)
 
 
 @dataclass(kw_only=True)
@@ -130,7 +123,7 @@ def split(config: PrepareConfig, scenarios: Mapping[str, Scenario]) -> dict[str,
         unseen = drawn[: unseen[0]]
     for topic in unseen:
         require(topic in topics, "unseen_topics", repr(topic), "one number, or topics of the rows")
-    if topics == set(unseen):
+    if topics and topics == set(unseen):
         raise UserError(f"--unseen-topics: of {len(topics)} topics, none is left to train on")
     sides = {}
     for name, scenario in scenarios.items():
@@ -151,14 +144,14 @@ def make_rows(
 
     def add(kind: str, scenario: Scenario, row: Row | None) -> None:
         if row:
-            rows[file_of(kind, sides[scenario.id])].append(row)
+            rows[f"{kind}{sides[scenario.id]}"].append(row)
 
-    for scenario in scenarios.values():
-        add("scenarios", scenario, scenario.as_row())
+    for name, scenario in scenarios.items():
+        rows[SCENARIOS[SIDES.index(sides[name])]].append(scenario.as_row())
     for dialogue in dialogues:
         scenario = dialogue.scenario
-        row = examples.tutor_row(dialogue, config.seed, config.hint_share, counts)
-        add("tutor", scenario, row)
+        learned = examples.tutor_row(dialogue, config.seed, config.hint_share, counts)
+        add("tutor", scenario, learned)
         add("student", scenario, examples.student_row(dialogue, counts))
         for reply in dialogue.all_replies():
             if reply.label or reply.place:
@@ -198,24 +191,21 @@ def prepare(config: PrepareConfig) -> dict:
         refuse_overwriting("out", Path(config.out) / f"{name}.jsonl", read)
     dropped, counts = Counter(), Counter()
     dialogues = read_all(config, dropped, counts)
-    if not dialogues:
-        raise UserError(f"{config.files[0]}: no dialogue to train on; {shown(dropped)}")
     rows = make_rows(config, dialogues, counts)
     if not any(rows[kind] for kind in KINDS):
-        raise UserError(f"{config.files[0]}: no row to train on; {shown(counts)}")
+        why = ", ".join(f"{number} {reason}" for reason, number in (dropped + counts).items())
+        raise UserError(f"{config.files[0]}: no row to train on; {why}")
     leak, num_talks = leaks(rows), len(rows["tutor"])
     if config.mix:
         rows["tutor"] = examples.mixed(rows["tutor"], config.mix, config.mix_share, config.seed)
         counts["mixed in"] = len(rows["tutor"]) - num_talks
-    seen, test, unseen = (
-        {row["topic"] for row in rows[file_of("scenarios", side)]} for side in SIDES
-    )
+    seen, test, unseen = ({row["topic"] for row in rows[name]} for name in SCENARIOS)
     facts = {
         "redi": redi.__version__,
         "settings": {k: v for k, v in vars(config).items() if k != "out"},
-        "dropped": dropped,
+        "dropped": +dropped,
         "dialogues": len(dialogues),
-        "counts": counts,
+        "counts": +counts,
         "rows": {name: len(rows[name]) for name in NAMES},
         "topics": {"seen": sorted(seen | test), "unseen": sorted(unseen)},
         "leak": leak,
@@ -234,36 +224,26 @@ def prepare(config: PrepareConfig) -> dict:
     return facts
 
 
-def shown(counts: Counter[str]) -> str:
-    return ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
+def account(facts: dict) -> str:
+    """What became of every row, and the rows of each file."""
+    lines = [("rows", facts["dialogues"] + facts["dropped"].total())]
+    lines += [(f"  {reason}", number) for reason, number in facts["dropped"].items()]
+    lines += [("dialogues", facts["dialogues"])]
+    lines += [(f"  {reason}", number) for reason, number in facts["counts"].items()]
+    lines += [(f"{name}.jsonl", number) for name, number in facts["rows"].items() if number]
+    leaked = f"{len(facts['leak']['in_tutor.jsonl'])} of {facts['leak']['words_of_unseen_topics']}"
+    return "\n".join([
+        text_table([(name, str(number)) for name, number in lines]),
+        f"unseen topics: {', '.join(facts['topics']['unseen']) or 'none'}",
+        f"leak: {leaked} words of their words and facts occur in tutor.jsonl",
+    ])  # fmt: skip
 
 
 @program
 def main() -> None:
     config = parse(PrepareConfig, "Turn dialogues into files to train tutor, student and judge on.")
     print(account(prepare(config)))
-    print(f"saved in {config.out}")
-
-
-def account(facts: dict) -> str:
-    """What became of every row, and what each side got."""
-    rows, counts, dropped = facts["rows"], facts["counts"], facts["dropped"]
-    lines = [("rows", facts["dialogues"] + dropped.total())]
-    lines += [(f"  {reason}", number) for reason, number in dropped.items() if number]
-    lines += [("dialogues", facts["dialogues"])]
-    lines += [(f"  {reason}", number) for reason, number in counts.items() if number]
-    seen, unseen = facts["topics"].values()
-    table = [("", "train", "test", "unseen"), ("topics", str(len(seen)), "", str(len(unseen)))]
-    for kind in ("scenarios", *KINDS):
-        table.append((kind, *(str(rows[file_of(kind, side)]) for side in SIDES)))
-    leak = facts["leak"]
-    leaked = f"{len(leak['in_tutor.jsonl'])} of {leak['words_of_unseen_topics']}"
-    return "\n".join([
-        text_table([(name, str(number)) for name, number in lines]),
-        text_table(table),
-        f"unseen topics: {', '.join(unseen) or 'none'}",
-        f"leak: {leaked} words of their words and facts occur in tutor.jsonl",
-    ])  # fmt: skip
+    print(f"saved in {config.out}, with {CARD}")
 
 
 if __name__ == "__main__":
