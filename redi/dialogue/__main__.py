@@ -2,8 +2,8 @@
 
     redi dialogue prepare      dialogues -> training files for tutor, student and judge
     redi dialogue evaluate     tutors talk in scenarios; judged, seen and unseen topics apart
-    redi dialogue report         its report again, or two evaluations compared
-redi dialogue agreement    how far a judge agrees with labels
+    redi dialogue report       the report of an evaluation again, or two of them compared
+    redi dialogue agreement    how far a judge agrees with labels
 
 redi dialogue SUBCOMMAND --help
 """
