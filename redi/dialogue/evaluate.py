@@ -31,15 +31,7 @@ from redi.config import UserError, may_change, parse, program, require
 from redi.data.files import Row, hash_files, whole_lines
 from redi.data.tokenizer import Message
 from redi.dialogue import report
-from redi.dialogue.dialogues import (
-    Dialogue,
-    Reply,
-    Who,
-    conversation,
-    read_dialogues,
-    to_line,
-    write_rows,
-)
+from redi.dialogue.dialogues import Dialogue, Reply, read_dialogues, to_line, write_rows
 from redi.dialogue.judge import Judge, Judgement, load_judge
 from redi.dialogue.oracle import Menu, judge_hint, judge_reply
 from redi.dialogue.rubric import GOOD
@@ -110,8 +102,6 @@ def evaluate(config: EvaluateConfig) -> str:
         raise UserError(f"--out {out}: the {what} changed since it was started; choose another")
     if finished:
         return f"{(out / 'report.md').read_text('utf-8')}\n{out} is finished: nothing to do"
-    for who in models.keys() - {"judge"}:
-        check_prompts(to_do, models[who], who)
     world, log = distributed.start(timeout_minutes=30), RunLog(config.out, config)
     log.start({"torch": torch.__version__, **facts})
     path = out / "dialogues.jsonl"
@@ -121,10 +111,10 @@ def evaluate(config: EvaluateConfig) -> str:
         numbered = ((job.side, row) for job, rows in zip(to_do, done) for row in rows)
         write_rows(path, [{"side": side, **row} for side, row in numbered])
     part.unlink(missing_ok=True)
-    if config.judge:
-        is_model = config.judge != "world"
-        settings = config.judge_settings
-        label_replies(path, load_judge(config.judge, settings, world) if is_model else WorldJudge())
+    if config.judge == "world":
+        label_replies(path, WorldJudge())
+    elif config.judge:
+        label_replies(path, load_judge(config.judge, config.judge_settings, world))
     written = report.write(out)
     log.finish()
     return written
@@ -136,13 +126,12 @@ def read_jobs(config: EvaluateConfig) -> list[Job]:
     jobs, known = [], set()
     for side, source in (("seen", config.scenarios), ("unseen", config.unseen)):
         jobs += read(side, source, config, known) if source else ()
-    seen, unseen = (
-        {job.scenario.topic for job in jobs if job.side == side} for side in report.SIDES
-    )
-    if both := sorted(seen & unseen):
-        raise UserError(f"--unseen: the topic {both[0]!r} is in --scenarios, too")
-    for job in jobs if "world" in (config.student, config.judge) else ():
-        Menu.of(job.scenario)
+    seen = {job.scenario.topic for job in jobs if job.side == "seen"}
+    for job in jobs:
+        if job.side == "unseen" and job.scenario.topic in seen:
+            raise UserError(f"--unseen: the topic {job.scenario.topic!r} is in --scenarios, too")
+        if "world" in (config.student, config.judge):
+            Menu.of(job.scenario)
     return jobs
 
 
@@ -175,19 +164,6 @@ def states_to_answer(
         yield Job(side, scenario, start, tuple(states))
 
 
-def check_prompts(jobs: Sequence[Job], source: Source, who: Who) -> None:
-    """Raises UserError if a scenario's prompt fills the context of the model."""
-    context = source.config["max_position_embeddings"]
-    heard = [{"role": "assistant", "content": "?"}] if who == "student" else []
-    for scenario in {job.scenario.id: job.scenario for job in jobs}.values():
-        length = len(source.chat.encode_prompt(conversation(who, scenario, heard)))
-        if length >= context:
-            raise UserError(
-                f"scenario {scenario.id!r}: its prompt for the {who} has {length} tokens, and the "
-                f"context of {source.name} is {context}"
-            )
-
-
 def facts_of(
     config: EvaluateConfig, to_do: Sequence[Job], models: dict[str, Source]
 ) -> dict[str, str]:
@@ -197,15 +173,10 @@ def facts_of(
     if config.judge_settings:
         facts["judge's settings"] = hash_files([Path(config.judge_settings)])[:16]
     for who, source in models.items():
-        if source.chat is None:
-            raise UserError(
-                f"{source.folder / 'tokenizer.json'}: no such file; a dialogue needs it"
-            )
+        tokenizer = source.chat.fingerprint if source.chat else ""
         settings = json.dumps(source.config, sort_keys=True)
         facts[f"{who}'s weights"] = weights_hash(source.folder)
-        facts[f"{who}'s tokenizer or settings"] = _hash(
-            (source.chat.fingerprint, settings, source.stop_ids)
-        )
+        facts[f"{who}'s tokenizer or settings"] = _hash((tokenizer, settings, source.stop_ids))
     return facts
 
 
@@ -271,9 +242,8 @@ def label_replies(path: Path, judge: Judge) -> None:
             some = replies[begin : begin + JUDGED_AT_ONCE]
             for reply, found in zip(some, judge.judge(some)):
                 kind = "hint_" if reply.is_hint else ""
-                reply.said.update(
-                    {f"{kind}label": found.label, f"{kind}good": round(found.good, 6)}
-                )
+                reply.said[f"{kind}label"] = found.label
+                reply.said[f"{kind}good"] = round(found.good, 6)
                 progress.update({})
     write_rows(path, rows)
 

@@ -1,4 +1,4 @@
-r"""The report of an evaluation; two evaluations of the same scenarios compared.
+r"""The report of an evaluation, and the comparison of two on the same scenarios.
 
     redi dialogue report out/tutor/dialogue                  write report.json, .md and .html again
     redi dialogue report out/sft/dialogue out/redi/dialogue  is the second one better?
@@ -6,12 +6,10 @@ r"""The report of an evaluation; two evaluations of the same scenarios compared.
     response success     share of the tutor's replies that are good
     suggestion success   the same of its hints
     session success      share of dialogues that the tutor ended and in which no reply is bad
-    pass^k               mean over scenarios of C(c, k) / C(n, k): the chance that k of the n
-                         sessions of one, of which c succeed, all do
 
 Intervals are the middle 95 % over scenarios drawn with replacement, since the replies of a dialogue
-are not independent; by topic, over topics: how far the rate holds for others. The corrected rates
-use the judge's TPR and TNR. Left out: a correction for comparing many runs.
+are not independent, and over topics: how far the rate holds for other topics. Corrected rates use
+the judge's TPR and TNR. Left out: a correction for comparing many runs.
 """
 
 import json
@@ -69,22 +67,9 @@ def summed(rows: list[Row], rate: str, key: str = "id") -> dict[str, np.ndarray]
 def rate_interval(rows: list[Row], rate: str, key: str) -> list[float] | None:
     """With what has one value of the field drawn as a whole. None if there is only one value."""
     pairs = np.array(list(summed(rows, rate, key).values()))
-
-    def of_drawn(drawn: np.ndarray) -> float:
-        good, count = pairs[drawn].sum(0)
-        return good / count
-
-    return bootstrap(of_drawn, len(pairs), DRAWS).tolist() if len(pairs) > 1 else None
-
-
-def pass_hat(rows: list[Row]) -> dict[str, float]:
-    """pass^k for k = 1, 2, 4, ... samples."""
-    pairs = [pair.tolist() for pair in summed(rows, SESSION).values()]
-    most, k, found = min((n for _, n in pairs), default=0), 1, {}
-    while k <= most:
-        found[f"pass^{k}"] = sum(math.comb(c, k) / math.comb(n, k) for c, n in pairs) / len(pairs)
-        k *= 2
-    return found
+    if len(pairs) == 1:
+        return None
+    return bootstrap(lambda drawn: np.divide(*pairs[drawn].sum(0)), len(pairs), DRAWS).tolist()
 
 
 def counts(rows: list[Row]) -> dict[str, int]:
@@ -127,7 +112,7 @@ def summary(settings: Row, rows: list[Row]) -> Row:
                 if measured := known.get(f"{side} {MEASURED.get(name)}"):
                     rates[name]["corrected"] = corrected_rate(good / count, count, measured)
         if some:
-            sides[side] = {"rates": rates, "pass^k": pass_hat(some), "counts": counts(some)}
+            sides[side] = {"rates": rates, "counts": counts(some)}
     return {"settings": settings, "sides": sides}
 
 
@@ -136,14 +121,9 @@ def cells(found: Row) -> Cells:
     sides = found["sides"].values()
     rows = [["", *found["sides"]]]
     for name in (RESPONSE, SUGGESTION, SESSION):
-        of = [one["rates"].get(name, {}) for one in sides]
-        if any(of):
-            rows.append([name, *(_percent(one.get("rate")) for one in of)])
-        for line in ("interval by scenarios", "interval by topics", "corrected"):
-            if any(one.get(line) for one in of):
-                rows.append([f"  {line}", *(_percent(one.get(line)) for one in of)])
-    for name in dict.fromkeys(name for one in sides for name in one["pass^k"]):
-        rows.append([name, *(_percent(one["pass^k"].get(name)) for one in sides)])
+        for line in ("rate", *(f"interval by {by}" for by in KEYS), "corrected"):
+            values = [_percent(one["rates"].get(name, {}).get(line)) for one in sides]
+            rows += [[name if line == "rate" else f"  {line}", *values]] if any(values) else []
     for name in dict.fromkeys(name for one in sides for name in one["counts"]):
         rows.append([name, *(f"{one['counts'].get(name, 0):,}" for one in sides)])
     return rows

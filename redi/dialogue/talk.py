@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from redi.config import UserError
 from redi.data.files import Row
 from redi.data.tokenizer import Message, is_answer
 from redi.dialogue.dialogues import Who, conversation
@@ -51,12 +52,19 @@ class Voice:
     max_new_tokens: int  # of a turn
 
     def say(self, asks: Mapping[int, Ask]) -> dict[int, Said]:
-        """By row of the speaker: what is asked -> what is said."""
+        """By row of the speaker: what is asked -> what is said. Raises UserError if there is no
+        room for a dialogue at all."""
         speaker, turns, said = self.speaker, [], {}
         for row, ask in asks.items():
             prompt = speaker.chat.encode_prompt(ask.messages)
             room = speaker.context - len(prompt)
             if room < 1:
+                length = len(speaker.chat.encode_prompt(ask.messages[:1]))
+                if length >= speaker.context:
+                    raise UserError(
+                        f"a scenario's prompt for the {ask.who} has {length} tokens, and the "
+                        f"model's context is {speaker.context}"
+                    )
                 said[row] = Said("", 0, "context")
             else:
                 turns.append(Turn(row, prompt, ask.key, min(room, self.max_new_tokens)))
