@@ -1,12 +1,11 @@
-"""How far a judge agrees with labels, and what that says about a rate that it measured.
+"""How far a judge agrees with labels: the figures of figures.py, with intervals.
 
     redi dialogue agreement out/judge test.jsonl --unseen unseen.jsonl --dev dev.jsonl
     redi dialogue agreement out/second_tutor test.jsonl --kind likelihood --dev dev.jsonl
 
 Files are dialogues with labels (dialogues.py), best of tutors that the judge was not trained on.
 The threshold, and min or mean for the likelihood, are chosen on --dev alone. agreement.json has the
-figures of figures.py with their intervals, and the judge's settings.
-Left out: a second annotator; rows that name a scenario of another file.
+judge's settings, too. Left out: a second annotator; rows that name a scenario of another file.
 """
 
 import json

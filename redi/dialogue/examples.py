@@ -1,9 +1,4 @@
-"""A dialogue -> rows to train on.
-
-    tutor      system, assistant, user, ...     a bad reply has weight 0: context, not learned
-    student    the same with the roles swapped
-    pairs      of a state (scenario, history) the first good and the first bad of its replies
-    mixed      rows of general instructions between a tutor's
+"""A dialogue -> rows to train tutor, student and judge on, and pairs of replies.
 
 What is drawn depends on a seed and on what a row says, never on its place in a file.
 """

@@ -104,7 +104,7 @@ def choose_cut(good: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Rates:
-    """A judge's TPR over num_good labelled replies, and TNR over num_bad."""
+    """A judge's TPR over num_good labeled replies, and TNR over num_bad."""
 
     tpr: float
     num_good: int
@@ -125,10 +125,8 @@ def corrected_rate(p: float, n: int, rates: Rates) -> tuple[float, float, float]
     # Counts as if a few more had been seen: no share is 0 or 1, where its variance would vanish.
     n, num_good, num_bad = n + z**2, rates.num_good + 2, rates.num_bad + 2
     p = p + z**2 * (0.5 - p) / n
-    tpr, tnr = (
-        (1 + rates.tpr * rates.num_good) / num_good,
-        (1 + rates.tnr * rates.num_bad) / num_bad,
-    )
+    tpr = (1 + rates.tpr * rates.num_good) / num_good
+    tnr = (1 + rates.tnr * rates.num_bad) / num_bad
     of_p, of_tpr, of_tnr = p * (1 - p) / n, tpr * (1 - tpr) / num_good, tnr * (1 - tnr) / num_bad
     middle = (p + tnr - 1) / (tpr + tnr - 1)
     variance = of_p + middle**2 * of_tpr + (1 - middle) ** 2 * of_tnr
@@ -138,8 +136,7 @@ def corrected_rate(p: float, n: int, rates: Rates) -> tuple[float, float, float]
 
 
 def read_rates(path: str) -> dict[str, Rates]:
-    """The rates in an agreement.json, by "seen replies", "unseen replies", "seen hints", "unseen
-    hints", as far as they were measured. Raises UserError."""
+    """The rates in an agreement.json, by "seen replies", "unseen hints" and the like."""
     measured = read_agreement(path)["measured"]
     return {name: Rates(**group["rates"]) for name, group in measured.items()}
 

@@ -5,13 +5,8 @@
     likelihood  how likely the reply's tokens are under a tutor that was fine-tuned on good
                 dialogues; not the tutor that is judged, because a model likes its own words
 
-The second one takes the least likely token: where several words are right, each costs a little,
-whatever is said; a wrong word costs far more. redi dialogue agreement measures a judge and writes
-its settings with the thresholds:
-
-    judge = load_judge("out/judge", "out/judge/agreement.json")
-    for judgement in judge.judge(replies): judgement.label, judgement.good
-
+The likelihood is that of the least likely token, or the mean: redi dialogue agreement chooses the
+better one, sets the thresholds, and writes both as a judge's settings.
 Left out: reasons in words, which cost a hundred times the tokens; pairs of replies.
 """
 

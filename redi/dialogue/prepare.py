@@ -11,9 +11,8 @@
 
 Each also comes as *_test (scenarios that no training row has) and *_unseen (topics that none has).
 Files that would be empty are not written. Topics, scenarios and hints are drawn by keyed hashes, so
-they do not depend on the order of the rows, and an evaluation of the tutor that is read with the
-same flags (redi dialogue prepare out/eval) keeps what is unseen unseen. If it has fewer topics,
-name the unseen ones: card.json lists them.
+an evaluation of the tutor, read with the same flags (redi dialogue prepare out/eval), keeps what is
+unseen unseen. If it has fewer topics, name the unseen ones: card.json lists them.
 """
 
 import dataclasses

@@ -135,13 +135,13 @@ def use_templates(path: str | None) -> None:
     """From here on, use the templates in a TOML file (tutor = "...") in place of redi's own. Braces
     around anything but a word are text. Raises UserError."""
     own = check_table(load_toml(path, path), dict.fromkeys(TEMPLATES, str), path) if path else {}
+    known = types_of(Scenario)
     for view, text in own.items():
-        for name in re.findall(r"{(\w+)}", text):
-            if name not in types_of(Scenario):
-                known = ", ".join(types_of(Scenario))
-                raise UserError(f"{path}: key {view!r}: unknown field {{{name}}}; fields: {known}")
         if not text.strip():
             raise UserError(f"{path}: key {view!r}: the template is empty")
+        for name in set(re.findall(r"{(\w+)}", text)) - set(known):
+            fields = ", ".join(known)
+            raise UserError(f"{path}: key {view!r}: unknown field {{{name}}}; fields: {fields}")
     TEMPLATES.update(own)
 
 

@@ -1,13 +1,11 @@
 """Many dialogues side by side, in rounds: all tutors' turns, then all students'.
 
     voices = {"tutor": Voice(speaker, sampling, 256), "student": Voice(...)}
-    dialogues = [converse(scenario, sample=0, ...), replay(scenario, histories, ...), ...]
-    for number, rows in talk(dialogues, voices, slots=16): ...
+    for number, rows in talk([(0, converse(scenario, sample=0)), ...], voices, slots=16): ...
 
 A dialogue is a generator: it yields whom it waits for and what that side sees, is sent what was
 said, and returns its rows for a file. So it knows nothing of the others, and its random numbers
-depend on its scenario, sample and turn only. A dialogue keeps its row of each voice's cache until
-it ends. `replay` samples the tutor's next reply to every state of a recorded dialogue instead.
+depend on its scenario, sample and turn only. It keeps its row of each voice's cache until it ends.
 """
 
 import hashlib
