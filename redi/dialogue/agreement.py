@@ -20,7 +20,7 @@ from redi.config import UserError, parse, program, require
 from redi.data.files import refuse_overwriting, write_aside
 from redi.dialogue.dialogues import Reply, read_dialogues
 from redi.dialogue.figures import Rates, auroc, choose_cut, figures, intervals
-from redi.dialogue.judge import Judgement, JudgeSettings, LabelJudge, LikelihoodJudge, make_judge
+from redi.dialogue.judge import Judgement, JudgeSettings, ModelJudge, make_judge
 from redi.dialogue.rubric import GOOD, read_rubric
 from redi.dialogue.scenario import use_templates
 from redi.tables import text_table
@@ -66,9 +66,7 @@ def require_both(replies: Sequence[Reply], where: str) -> None:
         raise UserError(f"{where}: {count}; both are needed to measure a judge")
 
 
-def choose_settings(
-    judge: LabelJudge | LikelihoodJudge, dev: dict[str, list[Reply]]
-) -> JudgeSettings:
+def choose_settings(judge: ModelJudge, dev: dict[str, list[Reply]]) -> JudgeSettings:
     """The statistic with the highest AUROC on replies, and the thresholds. Hints that are all good
     or all bad get the threshold of replies."""
     statistic, cuts = judge.settings.statistic, {}
@@ -76,7 +74,7 @@ def choose_settings(
     for kind, replies in dev.items():
         good = is_good(replies)
         if len(set(good)) == 2:
-            scores = {name: np.array(values) for name, values in judge.scores(replies).items()}
+            scores = {name: np.array(values) for name, values in judge.read(replies)[0].items()}
             if kind == "replies":
                 statistic = max(scores, key=lambda name: auroc(good, scores[name]))
             cuts[kind] = [float(x) for x in choose_cut(good, scores[statistic])]

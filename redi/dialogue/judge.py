@@ -57,76 +57,73 @@ class Judge(Protocol):
     def judge(self, replies: Sequence[Reply]) -> list[Judgement]: ...
 
 
-class LabelJudge:
-    """Reads the probability of each label of a rubric after the prompt of `judge_messages`."""
+class ModelJudge:
+    """A judge whose scores a subclass reads from a model's log-probs."""
 
     def __init__(self, model: Transformer, source: Source, settings: JudgeSettings):
-        self.model, self.chat, self.settings = model, source.chat, settings
-        self.rubric = Rubric.of(settings.rubric, f"rubric of {source.name}")
-        labels = {**self.rubric.replies, **self.rubric.hints}
-        asked = [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}]
-        answers = [(asked, {"role": "assistant", "content": label}) for label in labels]
-        rows = self.chat.encode_rows(answers)
-        self.ids = {label: row.response_ids for label, row in zip(labels, rows)}  # stop token last
+        self.model, self.source, self.settings = model, source, settings
 
-    def label_logps(self, replies: Sequence[Reply]) -> list[dict[str, float]]:
-        """Of each reply, label -> log-prob of its tokens and the stop token, in nats."""
-        of_reply = [self.rubric.labels(reply) for reply in replies]
-        questions = []
-        for reply, labels in zip(replies, of_reply):
-            prompt = self.chat.encode_prompt(judge_messages(reply, self.rubric))
-            group = f"{reply.is_hint} {reply.scenario.id}"  # the rubrics differ
-            questions.append(Question(group, prompt, [self.ids[label] for label in labels]))
-        found = answer_logps(self.model, questions)
-        sums = [[part.double().sum().item() for part in parts] for parts in found]
-        return [dict(zip(labels, values)) for labels, values in zip(of_reply, sums)]
-
-    def scores(self, replies: Sequence[Reply]) -> dict[str, list[float]]:
-        return {"logit": [_logit_of_good(logps) for logps in self.label_logps(replies)]}
+    def read(self, replies: Sequence[Reply]) -> tuple[dict[str, list[float]], list[str]]:
+        """(statistic -> the score of each reply by it, the label of each if it is bad)"""
+        raise NotImplementedError
 
     def judge(self, replies: Sequence[Reply]) -> list[Judgement]:
-        judgements = []
-        for reply, logps in zip(replies, self.label_logps(replies)):
-            score = _logit_of_good(logps)
+        (scores, faults), judgements = self.read(replies), []
+        for reply, score, fault in zip(replies, scores[self.settings.statistic], faults):
             good = self.settings.good(score, reply)
-            fault = max((label for label in logps if label != GOOD), key=logps.get)
             judgements.append(Judgement(GOOD if good >= 0.5 else fault, good, score))
         return judgements
 
 
-class LikelihoodJudge:
+class LabelJudge(ModelJudge):
+    """Reads the probability of each label of a rubric after the prompt of `judge_messages`."""
+
+    def __init__(self, model: Transformer, source: Source, settings: JudgeSettings):
+        super().__init__(model, source, settings)
+        self.rubric = Rubric.of(settings.rubric, f"rubric of {source.name}")
+        labels = {**self.rubric.replies, **self.rubric.hints}
+        asked = [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}]
+        answers = [(asked, {"role": "assistant", "content": label}) for label in labels]
+        rows = source.chat.encode_rows(answers)
+        self.ids = {label: row.response_ids for label, row in zip(labels, rows)}  # stop token last
+
+    def label_logps(self, replies: Sequence[Reply]) -> list[dict[str, float]]:
+        """Of each reply, label -> log-prob of its tokens and the stop token, in nats."""
+        questions = []
+        for reply in replies:
+            prompt = self.source.chat.encode_prompt(judge_messages(reply, self.rubric))
+            group = f"{reply.is_hint} {reply.scenario.id}"  # the rubrics differ
+            answers = [self.ids[label] for label in self.rubric.labels(reply)]
+            questions.append(Question(group, prompt, answers))
+        found = zip(replies, answer_logps(self.model, questions))
+        sums = ((reply, [part.double().sum().item() for part in parts]) for reply, parts in found)
+        return [dict(zip(self.rubric.labels(reply), values)) for reply, values in sums]
+
+    def read(self, replies: Sequence[Reply]) -> tuple[dict[str, list[float]], list[str]]:
+        logits, faults = [], []
+        for logps in self.label_logps(replies):
+            others = {label: logp for label, logp in logps.items() if label != GOOD}
+            logits.append(float(logps[GOOD] - np.logaddexp.reduce(list(others.values()))))
+            faults.append(max(others, key=others.get))
+        return {"logit": logits}, faults
+
+
+class LikelihoodJudge(ModelJudge):
     """Reads the log-probs of a reply's tokens as a tutor's next turn, the stop token included; a
     hint's as its answer to the request for one."""
 
-    def __init__(self, model: Transformer, source: Source, settings: JudgeSettings):
-        self.model, self.chat, self.settings = model, source.chat, settings
-
-    def scores(self, replies: Sequence[Reply]) -> dict[str, list[float]]:
-        answers = [
-            (
-                conversation("tutor", reply.scenario, reply.history, reply.is_hint),
-                {"role": "assistant", "content": reply.content},
-            )
-            for reply in replies
-        ]
-        rows = self.chat.encode_rows(answers)
+    def read(self, replies: Sequence[Reply]) -> tuple[dict[str, list[float]], list[str]]:
+        answers = []
+        for reply in replies:
+            seen = conversation("tutor", reply.scenario, reply.history, reply.is_hint)
+            answers.append((seen, {"role": "assistant", "content": reply.content}))
         questions = [
             Question(reply.scenario.id, row.prompt_ids, [row.response_ids])
-            for reply, row in zip(replies, rows)
+            for reply, row in zip(replies, self.source.chat.encode_rows(answers))
         ]
         logps = [found.double() for [found] in answer_logps(self.model, questions)]
-        return {"min": [x.min().item() for x in logps], "mean": [x.mean().item() for x in logps]}
-
-    def judge(self, replies: Sequence[Reply]) -> list[Judgement]:
-        scores = self.scores(replies)[self.settings.statistic]
-        goods = [self.settings.good(*pair) for pair in zip(scores, replies)]
-        return [Judgement(GOOD if g >= 0.5 else BAD, g, s) for g, s in zip(goods, scores)]
-
-
-def _logit_of_good(logps: dict[str, float]) -> float:
-    """Log of P(good) over P(any other label)."""
-    others = [logp for label, logp in logps.items() if label != GOOD]
-    return float(logps[GOOD] - np.logaddexp.reduce(others))
+        scores = {"min": [x.min().item() for x in logps], "mean": [x.mean().item() for x in logps]}
+        return scores, [BAD] * len(logps)
 
 
 # ---------------------------------------------------------------- a judge from files
@@ -141,9 +138,7 @@ def load_judge(model: str, settings_file: str | None = None, world: World | None
     return make_judge(model, settings, world)
 
 
-def make_judge(
-    model: str, settings: JudgeSettings, world: World | None = None
-) -> LabelJudge | LikelihoodJudge:
+def make_judge(model: str, settings: JudgeSettings, world: World | None = None) -> ModelJudge:
     weights, source = load_model(model)
     if source.chat is None:
         raise UserError(f"{source.folder}: no tokenizer.json; a judge needs one")
