@@ -198,7 +198,7 @@ def test_what_prompts_share_runs_once(of_labels, replies):
 
 def test_the_likelihood_is_that_of_a_tutors_next_turn(of_likelihood, peer, replies):
     some = replies[:60]
-    scores = of_likelihood.scores(some)
+    scores, _ = of_likelihood.read(some)
     for reply, least, mean in zip(some, scores["min"], scores["mean"]):
         request = [{"role": "user", "content": HINT}] if reply.is_hint else []
         system = {"role": "system", "content": reply.scenario.prompt("tutor")}
