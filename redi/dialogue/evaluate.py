@@ -167,7 +167,7 @@ def states_to_answer(
 def facts_of(
     config: EvaluateConfig, to_do: Sequence[Job], models: dict[str, Source]
 ) -> dict[str, str]:
-    """Hashes of all that the result depends on beside the settings. Raises UserError."""
+    """Hashes of everything else that the result depends on."""
     told = [(job.side, job.scenario, job.states) for job in to_do]
     facts = {"scenarios or templates": _hash((told, TEMPLATES))}
     if config.judge_settings:
@@ -249,7 +249,7 @@ def label_replies(path: Path, judge: Judge) -> None:
 
 
 def replies_to_judge(row: Row) -> list[Reply]:
-    """The tutor's own: of a recorded dialogue not what was said in it."""
+    """What the tutor generated; not the replies that a recorded dialogue already had."""
     scenario = Scenario.of(row["scenario"], "scenario")
     found = Dialogue(scenario, row["messages"], row.get("replies", [])).all_replies()
     return [one for one in found if one.is_hint or one.place or "replies" not in row]

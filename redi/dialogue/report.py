@@ -57,7 +57,7 @@ def successes(row: Row) -> dict[str, tuple[int, int]]:
 
 
 def summed(rows: list[Row], rate: str, key: str = "id") -> dict[str, np.ndarray]:
-    """A field of the scenario -> (good, count), where anything counts."""
+    """Value of a field of the scenario -> (good, count), where the count is not 0."""
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2, dtype=int))
     for row in rows:
         sums[row["scenario"][key]] += successes(row)[rate]
@@ -65,7 +65,7 @@ def summed(rows: list[Row], rate: str, key: str = "id") -> dict[str, np.ndarray]
 
 
 def rate_interval(rows: list[Row], rate: str, key: str) -> list[float] | None:
-    """With what has one value of the field drawn as a whole. None if there is only one value."""
+    """Dialogues with the same value of the field are drawn together. None if all have the same."""
     pairs = np.array(list(summed(rows, rate, key).values()))
     if len(pairs) == 1:
         return None

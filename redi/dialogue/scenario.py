@@ -61,7 +61,7 @@ When all tasks are done, {tutor} says goodbye and ends with [end].
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    topic: Annotated[str, "what the split into seen and unseen is by"] = ""
+    topic: Annotated[str, "is either seen or unseen in training"] = ""
     place: Annotated[str, "where it is"] = ""
     tutor: Annotated[str, "the model's role"] = ""
     student: Annotated[str, "the other's role"] = ""

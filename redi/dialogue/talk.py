@@ -59,10 +59,8 @@ class Voice:
             if room < 1:
                 length = len(speaker.chat.encode_prompt(ask.messages[:1]))
                 if length >= speaker.context:
-                    raise UserError(
-                        f"a scenario's prompt for the {ask.who} has {length} tokens, and the "
-                        f"model's context is {speaker.context}"
-                    )
+                    what = f"a scenario's prompt for the {ask.who} has {length} tokens"
+                    raise UserError(f"{what}, and the model's context is {speaker.context}")
                 said[row] = Said("", 0, "context")
             else:
                 turns.append(Turn(row, prompt, ask.key, min(room, self.max_new_tokens)))

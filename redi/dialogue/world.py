@@ -8,9 +8,9 @@ repeats what it hears, answers questions, and ends when all is known.
     tutor      Hello! Which day would you like: Friday, Monday or Sunday?
     student    I would like Friday.
     tutor      OK, Friday. And the repair: brake, mirror or engine?
-    student    How much is the engine?                  a third of the student's turns are no plain
-    tutor      The engine costs 4 pounds. What ...?     answers: a price, something that is not to
-    student    The brake, please.                       be had, small talk, two answers at once
+    student    How much is the engine?                  a third of the student's turns are not plain
+    tutor      The engine costs 4 pounds. What ...?     answers: it asks a price or for something
+    student    The brake, please.                       else, chats, or answers two things at once
     tutor      That is Friday and brake. Goodbye! [end]
 
 Each act has at least four wordings (wordings.txt). Everything is drawn by keyed random numbers, so
