@@ -6,18 +6,17 @@
     redi chat out/tutor --scenario cafe.toml [--judge out/judge]    a dialogue in a scene
 
 The text of an answer appears as soon as it cannot change any more, thoughts dimmed. Ctrl-C stops
-the answer; at the prompt it ends the program. The tokens that the prompt shares with the previous
-prompt and answer stay in the cache; a template that drops earlier thoughts makes them fewer.
-Answers are sampled by evaluate.py's engine: `-p TEXT` is sample 0 of problem 1 in a benchmark named
-chat, with --user-prompt plain and an empty --prefix. In a scenario (redi/dialogue/lesson.py) they
-are those of redi dialogue evaluate.
+the answer; at the prompt it ends the program. The tokens that a prompt shares with the previous
+prompt and answer stay in the cache. `-p TEXT` prints what evaluate.py samples first for problem 1
+of a benchmark named chat, with --user-prompt plain and an empty --prefix; in a scenario
+(redi/dialogue/lesson.py) the answers are those of redi dialogue evaluate.
 Left out: several conversations, tools, other samplers.
 """
 
-import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -27,10 +26,11 @@ from typing import Annotated
 from redi import distributed
 from redi.checkpoint.folder import load_model
 from redi.config import UserError, parse, program, require
-from redi.data.files import write_aside
-from redi.data.tokenizer import Message
+from redi.data.tokenizer import Message, is_answer
+from redi.dialogue.dialogues import write_rows
 from redi.dialogue.lesson import Lesson
-from redi.dialogue.scenario import HINT, split_end, use_templates, without_end, without_marks
+from redi.dialogue.scenario import HINT, use_templates, without_end, without_marks
+from redi.dialogue.talk import num_replies
 from redi.eval.engine.sampling import Sampling
 from redi.eval.engine.streaming import Speaker
 from redi.eval.protocol import request_key
@@ -62,13 +62,10 @@ class ChatConfig:
     verbose: Annotated[bool, "after each answer, its tokens and their rate"] = False
 
     def __post_init__(self) -> None:
-        is_sound = self.temperature == 0 or self.temperature >= 1e-3
-        require(is_sound, "temperature", self.temperature, "0, or at least 0.001")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "within (0, 1]")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
+        Sampling(self.temperature, self.top_p, self.seed)
         limit = self.max_new_tokens
         require(limit is None or limit >= 1, "max_new_tokens", limit, "at least 1")
-        require(not (self.p and self.scenario), "p", self.p, "no --scenario beside it")
+        require(not (self.p and self.scenario), "p", self.p, "nothing beside --scenario")
 
 
 @dataclass
@@ -78,24 +75,18 @@ class Conversation:
     terminal: bool  # of the output
     lesson: Lesson | None = None
     messages: list[Message] = field(default_factory=list)
-    attempts: list[int] = field(default_factory=list)  # of each answer
+    attempts: Counter[int] = field(default_factory=Counter)  # by the number of answers before
 
     def begin(self) -> None:
         """Without a scenario, the user begins; in one, the tutor."""
-        self.messages = [m for m in self.messages if m["role"] == "system"]
         if not self.lesson:
+            self.messages = [m for m in self.messages if m["role"] == "system"]
             return
-        self.messages = [self.lesson.system()]
-        if opening := self.lesson.scenario.opening:
-            self._print(f"{opening}\n", dim=False)
-            self.messages.append({"role": "assistant", "content": opening})
+        self.messages = self.lesson.begin()
+        if is_answer(self.messages[-1]):
+            self._print(self.messages[-1]["content"] + "\n", dim=False)
         else:
             self._answer(self.messages)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the scenario's tutor has ended the dialogue."""
-        return self.lesson is not None and split_end(self.messages[-1]["content"])[1]
 
     def ask(self, text: str) -> None:
         """Add the user's turn and print the answer."""
@@ -104,12 +95,12 @@ class Conversation:
 
     def _answer(self, messages: list[Message], attempt: int = 0) -> None:
         """Continue with these messages. If that fails, the conversation stays as it was."""
-        turn, answers = (sum(m["role"] == role for m in messages) for role in ("user", "assistant"))
-        key = request_key("chat", str(turn), attempt)
         if self.lesson:
             key = self.lesson.key(messages, attempt, "tutor")
+        else:
+            key = request_key("chat", str(sum(m["role"] == "user" for m in messages)), attempt)
         self.messages = [*messages, {"role": "assistant", "content": self._say(messages, key)}]
-        self.attempts[answers:] = [attempt]
+        self.attempts[num_replies(messages)] = attempt
 
     def _say(self, messages: list[Message], key: int) -> str:
         """Print and return the model's next turn. Raises UserError if the context is full."""
@@ -144,7 +135,7 @@ class Conversation:
             notes.append("stopped")
         text = speaker.chat.decode(ids)
         self._print(self._visible(text)[len(shown) :] + "\n", dim=False)
-        if self.config.verbose:
+        if config.verbose:
             rate = len(ids) / (time.monotonic() - began)
             notes.append(f"{len(prompt):,} + {len(ids):,} tokens, {rate:.1f} tok/s")
         if notes:
@@ -174,14 +165,13 @@ class Conversation:
             self._say(asked, self.lesson.key(self.messages, 0, "hint"))
         elif name == "/retry":
             before = self._without_answer()
-            answers = sum(message["role"] == "assistant" for message in before)
-            self._answer(before, self.attempts[answers] + 1)
+            self._answer(before, self.attempts[num_replies(before)] + 1)
         elif name == "/undo":
             before = self._without_answer()
-            if before[-1]["role"] == "user":
-                self.messages = before[:-1]
-            else:  # the tutor's first words
+            if before[-1]["role"] == "system":  # it was the tutor's first
                 self.begin()
+            else:
+                self.messages = before[:-1]
         elif name == "/clear":
             self.begin()
         elif name == "/system" and not self.lesson:
@@ -192,16 +182,14 @@ class Conversation:
             path = Path(argument.replace("\0", "")).expanduser()
             if not path.name or (path.exists() and not path.is_file()):
                 raise UserError(f"/save {argument}: expected a file to write")
-            row = {"messages": self.messages}
-            row = self.lesson.row(self.messages) if self.lesson else row
-            with write_aside(path) as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            own = {"messages": self.messages}
+            write_rows(path, [self.lesson.row(self.messages) if self.lesson else own])
             print(f"saved {path}", file=sys.stderr)
         else:
             print(HELP, file=sys.stderr)
 
     def _without_answer(self) -> list[Message]:
-        if not self.messages or self.messages[-1]["role"] != "assistant":
+        if not self.messages or not is_answer(self.messages[-1]):
             raise UserError("there is no answer yet")
         return self.messages[:-1]
 
@@ -256,7 +244,7 @@ def main() -> None:
             (conversation.command if line.startswith("/") else conversation.ask)(line)
         except UserError as error:
             print(error, file=sys.stderr)
-        if conversation.ended:
+        if lesson and lesson.is_ended_by(conversation.messages):
             break
     if lesson:
         print(lesson.summary(conversation.messages))

@@ -25,8 +25,32 @@ th, td { padding: .15rem .9rem .15rem 0; text-align: right; vertical-align: top;
   border-bottom: 1px solid var(--line); white-space: nowrap; font-weight: 400; }
 th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 .wide { overflow-x: auto; } img { max-width: 100%; border-radius: 6px; }
+.filters { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1rem 0; align-items: center; }
+select, input { font: inherit; max-width: 14rem; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--raised); padding: .7rem; font-size: .85rem; }
 figure { margin: 1rem 0; } figcaption, .faint { color: var(--faint); }
+"""
+FILTER_SCRIPT = """\
+"use strict";
+const units = [...document.querySelectorAll("[data-tags]")];
+const selects = [...document.querySelectorAll("select")];
+const byId = id => document.getElementById(id);
+function refresh() {
+  const words = byId("words").value.toLowerCase().split(/\\s+/);
+  for (const unit of units) {
+    const tags = JSON.parse(unit.dataset.tags);
+    const searched = byId("deep").checked ? unit : unit.querySelector(".about");
+    const text = searched.textContent.toLowerCase();
+    unit.hidden = !selects.every(s => s.value === "" || tags[s.name].includes(s.value)) ||
+      !words.every(word => text.includes(word));
+  }
+  const count = units.filter(unit => !unit.hidden).length;
+  byId("count").textContent = `${count} of ${units.length} ${byId("count").dataset.unit}`;
+}
+for (const input of document.querySelectorAll("select, input"))
+  input.addEventListener("input", refresh);
+refresh();
 """
 
 
@@ -62,3 +86,23 @@ def figure(name: str, png: bytes, caption: str) -> str:
     data = base64.b64encode(png).decode()
     image = f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def filters(options: dict[str, list[str]], units: str, texts: str) -> str:
+    """The controls of FILTER_SCRIPT, which hides the elements that do not fit them. An element has
+    data-tags, JSON {name of an option: [values]}, and inside it the class `about`, whose words are
+    searched first. units, texts: what such elements are, and what else is in them."""
+    selects = "".join(_select(name, values) for name, values in options.items() if len(values) > 1)
+    return (
+        f'<div class="filters">{selects}'
+        f'<input type="search" id="words" placeholder="words of the {units}">'
+        f'<label><input type="checkbox" id="deep"> and of {texts}</label>'
+        f'<span class="faint" id="count" data-unit="{units}"></span></div>'
+    )
+
+
+def _select(name: str, values: list[str]) -> str:
+    texts = map(html.escape, values)  # without value=, an option's value has single spaces
+    options = "".join(f'<option value="{text}">{text}</option>' for text in texts)
+    options = f'<option value="">all</option>{options}'
+    return f'<label>{name} <select name="{name}">{options}</select></label>'

@@ -1,9 +1,9 @@
 """redi dialogue evaluate and report: killed runs end in the same bytes, and rates are right."""
 
+import dataclasses
 import json
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +14,12 @@ from processes import command, main_in_this_process, wait_until
 from small_dialogue import make_talker, world_scenarios
 from small_run import files_in, read_jsonl, write_jsonl
 
-from redi.dialogue import evaluate, jobs, report
-from redi.dialogue.dialogues import Dialogue, read_dialogues
+from redi.dialogue import evaluate, report
+from redi.dialogue.dialogues import read_dialogues
+from redi.dialogue.evaluate import EvaluateConfig
+from redi.dialogue.figures import Rates, corrected_rate
 from redi.dialogue.report import Run
-from redi.dialogue.scenario import END, HINT, Scenario
+from redi.dialogue.scenario import END, HINT
 from redi.dialogue.world import make_dialogue
 
 WORLD = ("--student", "world", "--judge", "world", "--max-new-tokens", 60, "--slots", 3)
@@ -103,7 +105,9 @@ def test_stopped_again_and_again_it_ends_in_the_same_bytes(home, monkeypatch, ca
         assert f"holds {done} of 14 dialogues; the same command resumes" in capsys.readouterr().err
         with open("out/dialogues.unfinished.jsonl", "ab") as file:
             file.write(b'{"number": 1, "ro')  # a line that a kill cut short
-    monkeypatch.setattr(evaluate, "judge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        evaluate, "label_replies", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     monkeypatch.setattr(evaluate, "talk", real)
     assert run(*flags, "--out", "out") == 130  # all dialogues are there, without labels
     assert "label" not in read_jsonl("out/dialogues.jsonl")[0]["messages"][0]
@@ -166,7 +170,7 @@ def test_a_model_plays_the_student_and_a_model_judges(home, monkeypatch, capsys)
 
         return SimpleNamespace(judge=judge)
 
-    monkeypatch.setitem(sys.modules, "redi.dialogue.judge", SimpleNamespace(load_judge=load_judge))
+    monkeypatch.setattr(evaluate, "load_judge", load_judge)
     assert run("--student", "model", "--judge", "model", "--max-new-tokens", 40, unseen=False) == 0
     assert seen.pop(0) == ("model", None)
     rows = read_jsonl("model/dialogue/dialogues.jsonl")
@@ -207,12 +211,17 @@ def test_a_state_that_two_dialogues_share_is_answered_once_and_commands_are_text
     user = [{"role": "user", "content": text} for text in (f"Hi {END}", "Ho")]
     first = {"role": "assistant", "content": "Hello"}
     rows = [{"scenario": scenario, "messages": [first, one, first]} for one in (*user, user[1])]
-    path = str(write_jsonl(tmp_path / "d.jsonl", rows))
-    found = jobs.states_to_answer({"seen": path}, 1, False)
-    assert [[len(state) for state in job.states] for job in found] == [[0, 2], [2], []]
-    assert found[0].states[1][1]["content"] == "Hi"
-    opened = Scenario(**{**scenario, "opening": "Hello"})
-    assert len(list(jobs.states_of(Dialogue(opened, rows[0]["messages"], [])))) == 1
+
+    def states(rows: list[dict]) -> list[tuple]:
+        path = str(write_jsonl(tmp_path / "d.jsonl", rows))
+        return [job.states for job in evaluate.read_jobs(EvaluateConfig(model="m", scenarios=path))]
+
+    found = states(rows)
+    assert [[len(state) for state in one] for one in found] == [[0, 2], [2], []]
+    assert found[0][1][1]["content"] == "Hi"
+    opened = {**scenario, "opening": "Hello"}
+    [[state]] = states([{"scenario": opened, "messages": [first, user[0], first]}])
+    assert len(state) == 2  # the opening is not asked for
 
 
 def test_an_opening_and_recorded_replies_are_not_judged():
@@ -222,13 +231,13 @@ def test_an_opening_and_recorded_replies_are_not_judged():
         {"role": "user", "content": "x", "hint": ""},
         {"role": "assistant", "content": "b"},
     ]
-    held = list(jobs.replies_to_judge({"scenario": scenario, "messages": messages}))
-    assert [(one.content, one.is_hint, len(one.history)) for one, _ in held] == [
+    held = evaluate.replies_to_judge({"scenario": scenario, "messages": messages})
+    assert [(one.content, one.is_hint, len(one.history)) for one in held] == [
         ("", True, 1), ("b", False, 2),
     ]  # fmt: skip
-    assert held[1][1] is messages[2]
+    assert held[1].said is messages[2]
     state = {"scenario": scenario, "messages": messages[:2], "replies": [{"content": "c"}]}
-    assert [one.content for one, _ in jobs.replies_to_judge(state)] == ["", "c"]
+    assert [one.content for one in evaluate.replies_to_judge(state)] == ["", "c"]
 
 
 def test_what_a_user_can_get_wrong_is_one_line(home, talker, tmp_path, capsys, monkeypatch):
@@ -237,7 +246,7 @@ def test_what_a_user_can_get_wrong_is_one_line(home, talker, tmp_path, capsys, m
     Path("none.toml").write_text("scenario = []")
     given = ("--scenarios", "none.toml", *WORLD)
     assert main_in_this_process(evaluate.main, "model", *given) == 2
-    assert "expected at least one scenario" in capsys.readouterr().err
+    assert "none.toml: expected one scenario" in capsys.readouterr().err
     assert "nobody: no such file or folder" in refused(capsys, "--student", "nobody")
     write_jsonl(Path("again.jsonl"), [world_scenarios(1)[0].as_row() | {"id": "other"}])
     error = refused(capsys, *WORLD, "--unseen", "again.jsonl")
@@ -251,7 +260,7 @@ def test_what_a_user_can_get_wrong_is_one_line(home, talker, tmp_path, capsys, m
     assert main_in_this_process(evaluate.main, "model", *given) == 2
     assert "not of the world" in capsys.readouterr().err
     make_talker(Path("short"), context=64)
-    assert "and the context of short is 64" in refused(capsys, *WORLD, model="short")
+    assert "and the model's context is 64" in refused(capsys, *WORLD, model="short")
     assert "another run" in refused_later(capsys)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "start it without torchrun" in refused(capsys, *WORLD)
@@ -280,6 +289,7 @@ def session(topic: str, number: int, labels: str, end: str = "tutor", side: str 
     for label in labels:
         if messages:
             hint = {"hint": "?", "hint_label": "good" if label == "g" else "unfit"}
+            hint["hint_good"] = float(label == "g")
             messages.append({"role": "user", "content": "a menu, please", **hint})
         messages.append(said(names[label]))
     scenario = {"id": f"{topic} {number}", "topic": topic, "words": ["Menu", "bill"]}
@@ -305,16 +315,11 @@ def test_rates_and_counts_by_hand():
     }  # fmt: skip
     assert unseen["rates"]["session success"]["rate"] == 0.5
     assert seen["counts"] == {
-        "topics": 2, "scenarios": 4, "dialogues or states": 5, "replies per dialogue": 2.4,
+        "scenarios": 4, "topics": 2, "dialogues or states": 5,
         "ended by: max_turns": 1, "ended by: student": 1, "ended by: tutor": 3,
         "failed because of: student": 1, "failed because of: the tutor": 2,
-        "fault: skips": 1, "fault: wrong": 1, "first bad reply: 2": 2, "replies": 12,
-        "tutor's tokens": 120, "words to practice": 10, "words to practice, used": 5,
+        "fault: skips": 1, "fault: wrong": 1, "replies": 12, "tutor's tokens": 120,
     }  # fmt: skip
-    assert unseen["counts"]["first bad reply: 1"] == 1
-    difference = found["unseen - seen"]["session success"]
-    assert difference["rate"] == pytest.approx(0.1)
-    assert difference["interval by topics"][0] <= 0.1 <= difference["interval by topics"][1]
     assert json.loads(json.dumps(found)) == found
 
 
@@ -332,15 +337,9 @@ def test_intervals_are_those_of_drawing_scenarios_and_topics_one_by_one():
         for _ in range(4000):
             drawn = [x for i in rng.integers(0, len(groups), len(groups)) for x in groups[i]]
             rates.append(drawn.count("good") / len(drawn))
-        found = report.of_side(rows, 1)["rates"]["response success"][f"interval by {by}"]
+        side = report.summary(SETTINGS, rows)["sides"]["seen"]
+        found = side["rates"]["response success"][f"interval by {by}"]
         assert found == pytest.approx(np.quantile(rates, [0.025, 0.975]), abs=0.015)
-
-
-def test_pass_hat_k_by_hand():
-    rows = [session("tea", 1, one) for one in ("gg", "gg", "gg", "gw")]
-    rows += [session("tea", 2, one) for one in ("gg", "gw", "gw", "gw")]
-    assert report.pass_hat(rows) == {"pass^1": 0.5, "pass^2": 0.25, "pass^4": 0.0}
-    assert report.pass_hat([]) == {}
 
 
 def test_a_session_without_a_reply_has_failed_and_one_topic_has_no_interval():
@@ -354,24 +353,20 @@ def test_a_session_without_a_reply_has_failed_and_one_topic_has_no_interval():
     assert found["counts"]["failed because of: student"] == 1
 
 
-def test_rates_are_corrected_where_the_judge_was_measured(monkeypatch):
-    def read_rates(path):
-        assert path == "agreement.json"
-        return {"seen replies": (0.9, 0.8)}
-
-    def corrected_rate(p, n, rates):
-        return (p + rates[1] - 1) / (sum(rates) - 1), 0.1, n / 100
-
-    module = SimpleNamespace(read_rates=read_rates, corrected_rate=corrected_rate)
-    monkeypatch.setitem(sys.modules, "redi.dialogue.agreement", module)
-    found = report.summary({**SETTINGS, "judge_settings": "agreement.json"}, ROWS)
-    rates = found["sides"]["seen"]["rates"]
-    assert rates["response success"]["corrected"] == pytest.approx(
-        ((10 / 12 - 0.2) / 0.7, 0.1, 0.12)
-    )
-    assert "corrected" not in rates["session success"]
+def test_rates_are_corrected_where_the_judge_was_measured(tmp_path):
+    rates = Rates(tpr=0.9, num_good=50, tnr=0.8, num_bad=40)
+    group = {"rates": dataclasses.asdict(rates)}
+    path = tmp_path / "agreement.json"
+    path.write_text(json.dumps({"judge": {}, "measured": {"seen replies": group}}))
+    found = report.summary({**SETTINGS, "judge_settings": str(path)}, ROWS)
+    seen = found["sides"]["seen"]["rates"]
+    expected = corrected_rate(10 / 12, 12, rates)
+    assert seen["response success"]["corrected"] == expected
+    assert expected[0] == pytest.approx((10 / 12 - 0.2) / 0.7)
+    assert "corrected" not in seen["session success"]
     assert "corrected" not in found["sides"]["unseen"]["rates"]["response success"]
-    assert ["  corrected", "90.5 [10.0, 12.0]", "", ""] in report.cells(found)
+    low, high = (f"{100 * end:.1f}" for end in expected[1:])
+    assert ["  corrected", f"90.5 [{low}, {high}]", ""] in report.cells(found)
 
 
 def test_without_a_judge_only_counts_are_reported():
@@ -400,7 +395,7 @@ def test_text_stays_text_in_the_page_and_in_the_table(tmp_path, capsys):
     assert page.count("</script>") == 1
     assert "<b>&" not in page
     assert page.count("&lt;/script&gt;&lt;b&gt;&amp;amp;") > 8
-    for value in ("seen", "tea", "good"):
+    for value in ("tea", "good"):
         assert f'<option value="{value}">' in page
     assert '<span class="faint">0.50</span>' in page
 

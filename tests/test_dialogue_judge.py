@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +10,10 @@ import torch
 from processes import main_in_this_process
 from small_run import refusal, write_jsonl
 
-from redi.dialogue import agreement, figures, judge, prefix_trees
+from redi.dialogue import figures, judge, prefix_trees
 from redi.dialogue.__main__ import main as dialogue_main
-from redi.dialogue.agreement import Rates, corrected_rate
 from redi.dialogue.dialogues import Reply, read_dialogues
+from redi.dialogue.figures import Rates, corrected_rate
 from redi.dialogue.judge import JudgeSettings, load_judge, make_judge
 from redi.dialogue.oracle import judge_hint, judge_reply, topics
 from redi.dialogue.rubric import Rubric, judge_messages, read_rubric
@@ -153,9 +152,7 @@ def test_a_reply_alone_is_judged_as_in_company(of_labels, of_likelihood, replies
         for others in (backwards, alone):
             assert [a.label for a in others] == [a.label for a in whole]
             for a, b in zip(others, whole):
-                assert (a.score, a.good, a.mass) == pytest.approx(
-                    (b.score, b.good, b.mass), abs=1e-5
-                )
+                assert (a.score, a.good) == pytest.approx((b.score, b.good), abs=1e-5)
 
 
 def test_every_turn_is_one_line_of_the_prompt(replies):
@@ -177,7 +174,6 @@ def test_probabilities_of_labels(of_labels, replies):
     judgements = of_labels.judge(replies[:30])
     for judgement, logps in zip(judgements, of_labels.label_logps(replies[:30])):
         chances = {label: math.exp(logp) for label, logp in logps.items()}
-        assert judgement.mass == pytest.approx(sum(chances.values()))
         assert judgement.good == pytest.approx(chances["good"] / sum(chances.values()))
         is_good = judgement.good >= 0.5
         faults = {label: chance for label, chance in chances.items() if label != "good"}
@@ -202,7 +198,7 @@ def test_what_prompts_share_runs_once(of_labels, replies):
 
 def test_the_likelihood_is_that_of_a_tutors_next_turn(of_likelihood, peer, replies):
     some = replies[:60]
-    scores = of_likelihood.scores(some)
+    scores, _ = of_likelihood.read(some)
     for reply, least, mean in zip(some, scores["min"], scores["mean"]):
         request = [{"role": "user", "content": HINT}] if reply.is_hint else []
         system = {"role": "system", "content": reply.scenario.prompt("tutor")}
@@ -237,11 +233,6 @@ def test_kappa_of_a_confusion():
     assert math.isnan(figures.kappa(np.array([[4, 0], [0, 0]])))
 
 
-def test_confusion_has_a_row_for_every_label():
-    found = figures.confusion(["good", "wrong", "wrong"], ["good", "good", "skips"])
-    assert found == {"good": Counter(good=1), "skips": {}, "wrong": Counter(good=1, skips=1)}
-
-
 def test_auroc_is_the_share_of_pairs_in_order():
     random = np.random.default_rng(0)
     for _ in range(50):
@@ -262,8 +253,10 @@ def test_calibration_error_by_hand():
 def test_intervals_draw_dialogues():
     values = np.repeat([0.0, 1.0] * 20, 5)  # 40 dialogues of five equal replies
     ids = np.repeat([f"d{i}" for i in range(40)], 5)
-    [by_dialogue] = figures.bootstrap(lambda rows: [values[rows].mean()], ids)
-    [by_reply] = figures.bootstrap(lambda rows: [values[rows].mean()], range(200))
+    by_dialogue, by_reply = (
+        figures.intervals(lambda rows: {"mean": values[rows].mean()}, some)["mean"]
+        for some in (ids, range(200))
+    )
     assert by_dialogue == pytest.approx([0.345, 0.655], abs=0.03)  # 0.5 +- 1.96 / (2 sqrt(40))
     assert np.ptp(by_reply) < 0.6 * np.ptp(by_dialogue)
 
@@ -330,7 +323,6 @@ def test_agreement_writes_what_load_judge_reads(folder, replies, kind, tmp_path,
     assert run(model, *files, "--dev", folder / "dev.jsonl", "--kind", kind, "--out", out) == 0
     shown = capsys.readouterr().out
     assert "recall of" in shown
-    assert ("mass of labels" in shown) == (kind == "labels")
     assert "left out" not in shown
     facts = json.loads(out.read_text())
     groups = ["seen replies", "seen hints", "unseen replies", "unseen hints"]
@@ -340,7 +332,7 @@ def test_agreement_writes_what_load_judge_reads(folder, replies, kind, tmp_path,
     assert loaded.settings.kind == kind
     seen = [r for r in replies if r.scenario.id in _ids(folder / "seen.jsonl") and not r.is_hint]
     judged = [one.good >= 0.5 for one in loaded.judge(seen)]
-    rates = agreement.read_rates(str(out))["seen replies"]
+    rates = figures.read_rates(str(out))["seen replies"]
     of_good = [j for j, reply in zip(judged, seen) if reply.label == "good"]
     assert rates.num_good + rates.num_bad == len(seen)
     assert rates.num_good == len(of_good)

@@ -64,6 +64,10 @@ def lesson(talker, monkeypatch, capsys):
     return say
 
 
+def is_ended(lesson) -> bool:
+    return lesson.conversation.lesson.is_ended_by(lesson.conversation.messages)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_the_tutor_says_what_the_evaluation_samples(
     talker, temperature, tmp_path, monkeypatch, capsys
@@ -93,14 +97,14 @@ def test_the_end_marker_is_not_shown_while_it_is_written(lesson, monkeypatch):
     assert "".join(shown) == "Bye! \n"
     assert not any("[" in text for text in shown)
     assert lesson.conversation.messages[-1]["content"] == f"Bye! {END}"
-    assert lesson.conversation.ended
+    assert is_ended(lesson)
 
 
 def test_what_a_student_types_is_no_command_to_the_tutor(lesson):
     lesson(None, "Hello!")
     lesson(f"Tea. {END} {HINT}", "A tea?")
     assert lesson.conversation.messages[2]["content"] == "Tea."
-    assert not lesson.conversation.ended
+    assert not is_ended(lesson)
 
 
 def test_a_hint_is_shown_and_leaves_the_dialogue_as_it_was(lesson):
@@ -142,7 +146,8 @@ def test_an_opening_is_the_tutors_and_is_not_judged(lesson, capsys):
     scenario = Scenario(**CAFE.as_row() | {"opening": "Coffee for you?"})
     lesson.conversation.lesson = Lesson(scenario, GoodJudge())
     assert lesson(None) == "Coffee for you?\n"
-    assert lesson("Tea.", "Yes.") == "Yes.\n"
+    lesson("Tea.", "No.")
+    assert lesson("/retry", "Yes.") == "Yes.\n"
     told = lesson.conversation.lesson.summary(lesson.conversation.messages)
     assert "Coffee" not in told
 

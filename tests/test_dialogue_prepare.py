@@ -168,7 +168,7 @@ def test_dialogues_that_share_a_state_make_pairs_in_any_order():
 def test_hints_of_one_state_make_pairs_that_ask_for_one():
     scenario = Scenario(**CAFE)
     state = [
-        (0, Reply(scenario, TALK[:1], text, label, is_hint=True))
+        Reply(scenario, TALK[:1], text, label, is_hint=True)
         for text, label in [("Tea.", "good"), ("Bye.", "unfit")]
     ]
     found = pair(state, 1, Counter())
@@ -343,16 +343,13 @@ rows                   2
   unknown scenario id  1
 dialogues              1
   student's turns      2
-           train  test  unseen
-topics         1             0
-scenarios      1     0       0
-tutor          1     0       0
-student        1     0       0
-judge          2     0       0
-pairs          0     0       0
+tutor.jsonl            1
+student.jsonl          1
+judge.jsonl            2
+scenarios_seen.jsonl   1
 unseen topics: none
 leak: 0 of 0 words of their words and facts occur in tutor.jsonl
-saved in out: tutor.jsonl, student.jsonl, judge.jsonl, scenarios_seen.jsonl, card.json
+saved in out, with card.json
 """
     )
     assert not Path("out/pairs.jsonl").exists()
@@ -366,7 +363,7 @@ REFUSED = {  # rows, settings, what the error says
     "below 0": ([row()], {"unseen_topics": [-1]}, "--unseen-topics: expected at least 0"),
     "share": ([row()], {"hint_share": 1.5}, "--hint-share: expected from 0 to 1; got 1.5"),
     "one id": ([row(), row(scenario=OTHER)], {}, "rows.jsonl: two scenarios have the id 'cafe'"),
-    "nothing": ([row(scenario="x")], {}, "no dialogue to train on; 1 unknown scenario id"),
+    "nothing": ([row(scenario="x")], {}, "no row to train on; 1 unknown scenario id"),
     "all are held out": ([row()], {"test_share": 0.999}, "rows.jsonl: no row to train on; 2 stu"),
     "label": ([row(labels=[1])], {}, "rows.jsonl:1: content, label, hint, .* must be text"),
     "weight": ([row([TALK[0] | {"weight": 2}])], {}, "rows.jsonl:1: a message's weight must be"),

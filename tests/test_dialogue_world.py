@@ -93,7 +93,7 @@ def test_a_student_answers_from_its_card_asks_back_and_strays():
     plain = [text for text in says if "Friday" in text and "brake" not in text]
     assert len(plain) / 400 == pytest.approx(0.65, abs=0.06)
     assert any("Friday and brake" in text for text in says)
-    assert any(text in world.STRAY for text in says)
+    assert any(text in world.WORDINGS["stray"] for text in says)
     after = said(FIRST, "My dog is ill.", FIRST)
     assert all("Friday" in world.say_as_student(GARAGE, after, random.Random(n)) for n in range(9))
     assert world.say_as_student(GARAGE, said("Hello!"), random.Random(0)) == world.LOST

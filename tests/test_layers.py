@@ -72,4 +72,4 @@ def test_line_budgets():
     assert long == []
     assert core <= 5_200
     assert method <= 1_600
-    assert whole <= 15_700
+    assert whole <= 15_400

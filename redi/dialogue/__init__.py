@@ -7,11 +7,10 @@ prepare.py       the program for it
 rubric.py        the labels of a judge, and what it is asked
 prefix_trees.py  log-probs of several answers to many prompts, in one pass
 judge.py         two judges: by labels, and by likelihood
-figures.py       how far a judge agrees with labels: pure functions
+figures.py       how far a judge agrees with labels, and a rate corrected for it: pure functions
 agreement.py     the program for it
 talk.py          many dialogues side by side
-jobs.py          which dialogues an evaluation holds, and which replies it judges
-evaluate.py      the program for it
+evaluate.py      the program that holds and judges them
 report.py        its rates, tables and comparisons
 page.py          its dialogues as an HTML page
 lesson.py        a scenario in redi chat

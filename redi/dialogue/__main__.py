@@ -1,11 +1,9 @@
 """Situational dialogue, as subcommands.
 
-    redi dialogue prepare      dialogues -> training files for tutor, student and judge
-    redi dialogue evaluate     tutors talk in scenarios; judged, seen and unseen topics apart
-    redi dialogue report         its report again, or two evaluations compared
+redi dialogue prepare      dialogues -> training files for tutor, student and judge
+redi dialogue evaluate     tutors talk in scenarios; judged, seen and unseen topics apart
+redi dialogue report       the report of an evaluation again, or two of them compared
 redi dialogue agreement    how far a judge agrees with labels
-
-redi dialogue SUBCOMMAND --help
 """
 
 import importlib
@@ -20,7 +18,7 @@ SUBCOMMANDS = ("prepare", "evaluate", "report", "agreement")  # modules, importe
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h"):
-        print(f"usage: redi dialogue SUBCOMMAND [--flag value ...]\n\n{(__doc__ or '').strip()}")
+        print(f"usage: redi dialogue SUBCOMMAND [--flag value ...]\n\n{__doc__}")
     elif name not in SUBCOMMANDS:
         raise UserError(f"dialogue {name}: no such subcommand; there are {', '.join(SUBCOMMANDS)}")
     else:

@@ -6,85 +6,127 @@
         {"role": "assistant", "content": "Here is your coffee.", "label": "wrong"}],
      "replies": [{"content": "Here you are.", "label": "good"}, ...]}
 
-A scenario is a table, or the id of one that another file holds. Labels are optional. `replies` are
-several answers to the last message, in place of one. A hint is what the tutor suggested that the
-student say. Other fields are ignored. redi dialogue evaluate writes such rows, chat --save as well.
+A scenario is a table, or the id of one in another file. Labels are optional. `replies` are several
+answers to the last message instead of one. A hint is what the tutor suggested that the student say.
+Other fields are ignored. redi dialogue evaluate and chat's /save write such rows.
 """
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from redi.config import UserError
-from redi.data.files import is_encodable, read_rows
-from redi.data.tokenizer import Message
-from redi.dialogue.scenario import Scenario
+from redi.data.files import Row, is_encodable, read_rows, write_aside
+from redi.data.tokenizer import Message, is_answer
+from redi.dialogue.scenario import HINT, Scenario, without_marks
 
-TEXTS = ("content", "label", "hint", "hint_label")  # of a message
+Who = Literal["tutor", "student"]
+TEXTS = ("content", "label", "hint", "hint_label")
+FIELDS = ("role", *TEXTS, "weight")  # of a message
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a tutor says in a state of a dialogue, to the student or, as a hint, for it."""
+    """What a tutor says in a state of a dialogue: to the student or, as a hint, for the student."""
 
     scenario: Scenario
     history: list[Message]  # role and content, as the tutor saw them, without hints
     content: str
     label: str | None = None  # good or a fault, if it is known
     is_hint: bool = False
+    place: int = 0  # in the list of several replies, from 1; 0: said in the dialogue
+    said: Row = field(default_factory=dict)  # the entry of the dialogue's row that holds it
 
 
 @dataclass(frozen=True)
 class Dialogue:
     scenario: Scenario
-    messages: list[dict[str, Any]]  # role, content, and what the module's docstring lists
-    replies: list[dict[str, Any]]  # content, label
+    messages: list[Row]  # role, content, and what the module's docstring lists
+    replies: list[Row]  # content, label
+
+    @property
+    def has_opening(self) -> bool:
+        """Whether it begins with the scenario's opening, which is neither generated nor judged."""
+        opening = self.scenario.opening
+        return bool(opening and self.messages and self.messages[0]["content"] == opening)
 
     def all_replies(self) -> Iterator[Reply]:
-        """Every reply and hint with its state, in order."""
+        """Every reply and hint with its state, in order, but for the scenario's opening."""
         history: list[Message] = []
-        for message in self.messages:
-            if message["role"] == "assistant":
-                yield Reply(self.scenario, history, message["content"], message.get("label"))
-            elif hint := message.get("hint"):
-                yield Reply(self.scenario, history, hint, message.get("hint_label"), is_hint=True)
-            history = [*history, {"role": message["role"], "content": message["content"]}]
-        for reply in self.replies:
-            yield Reply(self.scenario, history, reply["content"], reply.get("label"))
+        for said in self.messages:
+            if not is_answer(said) and "hint" in said:
+                label = said.get("hint_label")
+                yield Reply(self.scenario, history, said["hint"], label, is_hint=True, said=said)
+            elif is_answer(said) and (history or not self.has_opening):
+                yield Reply(self.scenario, history, said["content"], said.get("label"), said=said)
+            history = [*history, {"role": said["role"], "content": said["content"]}]
+        for place, said in enumerate(self.replies, 1):
+            label = said.get("label")
+            yield Reply(self.scenario, history, said["content"], label, place=place, said=said)
+
+
+def conversation(
+    who: Who, scenario: Scenario, messages: Sequence[Row], hint: bool = False
+) -> list[Message]:
+    """What one side sees of a dialogue, its own words as the assistant's. hint: the tutor is asked
+    what the student could say, rather than for its reply."""
+    swapped = {"assistant": "user", "user": "assistant"} if who == "student" else {}
+    seen = [{"role": "system", "content": scenario.prompt(who)}]
+    for said in messages:
+        role = said["role"]
+        seen.append({"role": swapped.get(role, role), "content": said["content"]})
+    return [*seen, {"role": "user", "content": HINT}] if hint else seen
 
 
 def read_dialogues(
-    source: str, scenarios: Mapping[str, Scenario], unknown: Counter[str] | None = None
+    source: str, scenarios: Mapping[str, Scenario], dropped: Counter[str] | None = None
 ) -> Iterator[Dialogue]:
-    """The dialogues of a file, folder or hub id. scenarios: by id, for rows that name theirs.
-    unknown: counts rows by the id of a scenario that is not there; None: such a row is an error.
-    Raises UserError: a row without a scenario, or with messages of another shape."""
+    """The dialogues of a file, folder or hub id; the student's words without marks. scenarios: by
+    id, for rows that name theirs. dropped: counts rows with an unknown id; None: such a row is an
+    error. Raises UserError: a row without a scenario, or with messages of another shape."""
     for where, row in read_rows(source):
         scenario = row.get("scenario")
         if isinstance(scenario, dict):
             scenario = Scenario.of(scenario, where)
         elif isinstance(scenario, str) and scenario in scenarios:
             scenario = scenarios[scenario]
-        elif isinstance(scenario, str) and unknown is not None:
-            unknown[scenario] += 1
+        elif isinstance(scenario, str) and dropped is not None:
+            dropped["unknown scenario id"] += 1
             continue
         else:
             raise UserError(f"{where}: 'scenario' must be a table or the id of a known scenario")
-        messages, replies = row.get("messages"), row.get("replies") or []
-        for name, values in (("messages", messages), ("replies", replies)):
-            if not isinstance(values, list) or not all(map(_has_content, values)):
-                raise UserError(f'{where}: {name!r} must be a list of {{"content": text, ...}}')
-        for value in (*messages, *replies):
-            texts = (value[name] for name in TEXTS if value.get(name) is not None)
-            if not all(isinstance(text, str) and is_encodable(text) for text in texts):
-                raise UserError(f"{where}: {', '.join(TEXTS)} must be text in UTF-8")
-            if value.get("weight") not in (None, 0, 1):
-                raise UserError(f"{where}: a message's weight must be 0 or 1")
-        if any(message.get("role") not in ("assistant", "user") for message in messages):
-            raise UserError(f"{where}: 'messages' must have the roles assistant and user")
-        yield Dialogue(scenario, messages, replies)
+        messages = _checked(row.get("messages"), "messages", where)
+        for said in messages:
+            if said.get("role") not in ("assistant", "user"):
+                raise UserError(f"{where}: 'messages' must have the roles assistant and user")
+            if not is_answer(said):
+                said["content"] = without_marks(said["content"])
+        yield Dialogue(scenario, messages, _checked(row.get("replies") or [], "replies", where))
 
 
-def _has_content(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("content"), str)
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    with write_aside(path) as file:
+        file.writelines(map(to_line, rows))
+
+
+def to_line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _checked(values: Any, name: str, where: str) -> list[Row]:
+    """Messages or replies, with those of the fields that have a value. Raises UserError."""
+    found = []
+    for value in values if isinstance(values, list) else [None]:
+        if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+            raise UserError(f'{where}: {name!r} must be a list of {{"content": text, ...}}')
+        one = {key: value[key] for key in FIELDS if value.get(key) not in (None, "")}
+        texts = [one[key] for key in TEXTS if key in one]
+        if not all(isinstance(text, str) and is_encodable(text) for text in texts):
+            raise UserError(f"{where}: {', '.join(TEXTS)} must be text in UTF-8")
+        if one.get("weight", 1) not in (0, 1):
+            raise UserError(f"{where}: a message's weight must be 0 or 1")
+        found.append({"content": "", **one})
+    return found

@@ -16,8 +16,9 @@ makes the tables and the page. A killed evaluation ends in the same bytes as an 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,13 +28,15 @@ from redi import distributed
 from redi.checkpoint.folder import Source, load_model, open_model
 from redi.checkpoint.weights import weights_hash
 from redi.config import UserError, may_change, parse, program, require
-from redi.data.files import Row, hash_files, whole_lines, write_aside
-from redi.dialogue import jobs, report
-from redi.dialogue.dialogues import Reply
-from redi.dialogue.jobs import Job
-from redi.dialogue.oracle import judge_hint, judge_reply
-from redi.dialogue.scenario import TEMPLATES, use_templates
-from redi.dialogue.talk import Voice, talk
+from redi.data.files import Row, hash_files, whole_lines
+from redi.data.tokenizer import Message
+from redi.dialogue import report
+from redi.dialogue.dialogues import Dialogue, Reply, read_dialogues, to_line, write_rows
+from redi.dialogue.judge import Judge, Judgement, load_judge
+from redi.dialogue.oracle import Menu, judge_hint, judge_reply
+from redi.dialogue.rubric import GOOD
+from redi.dialogue.scenario import TEMPLATES, Scenario, read_scenarios, use_templates
+from redi.dialogue.talk import Steps, Voice, converse, replay, talk
 from redi.distributed import World
 from redi.eval.engine.sampling import Sampling
 from redi.eval.engine.streaming import Speaker
@@ -67,11 +70,18 @@ class EvaluateConfig:
         require(self.scenarios, "scenarios", "nothing", "a file")
         for name in ("samples", "max_new_tokens", "slots"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        is_sound = self.temperature == 0 or self.temperature >= 1e-3
-        require(is_sound, "temperature", self.temperature, "0, or at least 0.001")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "within (0, 1]")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
+        Sampling(self.temperature, self.top_p, self.seed)
         require(self.judge != "recorded", "judge", self.judge, "world or a model")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A dialogue to hold, or a recorded one to answer."""
+
+    side: str  # of the split by topics: seen or unseen
+    scenario: Scenario
+    start: Callable[[], Steps]
+    states: tuple[list[Message], ...] = ()  # of a recorded dialogue
 
 
 def evaluate(config: EvaluateConfig) -> str:
@@ -92,45 +102,80 @@ def evaluate(config: EvaluateConfig) -> str:
         raise UserError(f"--out {out}: the {what} changed since it was started; choose another")
     if finished:
         return f"{(out / 'report.md').read_text('utf-8')}\n{out} is finished: nothing to do"
-    for who in models.keys() - {"judge"}:
-        jobs.check_prompts(to_do, models[who], who)
     world, log = distributed.start(timeout_minutes=30), RunLog(config.out, config)
     log.start({"torch": torch.__version__, **facts})
     path = out / "dialogues.jsonl"
     part = path.with_name("dialogues.unfinished.jsonl")
     if not path.is_file():
-        hold(to_do, config, world, path, part)
+        done = hold(to_do, config, world, part)
+        numbered = ((job.side, row) for job, rows in zip(to_do, done) for row in rows)
+        write_rows(path, [{"side": side, **row} for side, row in numbered])
     part.unlink(missing_ok=True)
-    if config.judge:
-        judge(path, judge_of(config, world))
+    if config.judge == "world":
+        label_replies(path, WorldJudge())
+    elif config.judge:
+        label_replies(path, load_judge(config.judge, config.judge_settings, world))
     written = report.write(out)
     log.finish()
     return written
 
 
 def read_jobs(config: EvaluateConfig) -> list[Job]:
-    sides = {"seen": config.scenarios} | ({"unseen": config.unseen} if config.unseen else {})
-    if config.student == "recorded":
-        found = jobs.states_to_answer(sides, config.samples, config.hints)
-    else:
-        seed = config.seed if config.student == "world" else None
-        found = jobs.dialogues_to_hold(sides, config.samples, config.hints, seed)
-    jobs.check_topics(found, of_the_world="world" in (config.student, config.judge))
-    return found
+    """Raises UserError, also for a topic on both sides and a scenario that is not the world's."""
+    read = states_to_answer if config.student == "recorded" else dialogues_to_hold
+    jobs, known = [], set()
+    for side, source in (("seen", config.scenarios), ("unseen", config.unseen)):
+        jobs += read(side, source, config, known) if source else ()
+    seen = {job.scenario.topic for job in jobs if job.side == "seen"}
+    for job in jobs:
+        if job.side == "unseen" and job.scenario.topic in seen:
+            raise UserError(f"--unseen: the topic {job.scenario.topic!r} is in --scenarios, too")
+        if "world" in (config.student, config.judge):
+            Menu.of(job.scenario)
+    return jobs
+
+
+def dialogues_to_hold(
+    side: str, source: str, config: EvaluateConfig, known: set[str]
+) -> Iterator[Job]:
+    """By scenario and sample. known: ids of earlier scenarios. Raises UserError if one recurs."""
+    seed = config.seed if config.student == "world" else None
+    for scenario in read_scenarios(source):
+        if scenario.id in known:
+            raise UserError(f"{source}: another scenario has the id {scenario.id!r} already")
+        known.add(scenario.id)
+        for sample in range(config.samples):
+            yield Job(side, scenario, partial(converse, scenario, sample, config.hints, seed))
+
+
+def states_to_answer(
+    side: str, source: str, config: EvaluateConfig, known: set[str]
+) -> Iterator[Job]:
+    """By recorded dialogue: the states before the tutor's replies. known: those of earlier
+    dialogues, which are left out."""
+    for dialogue in read_dialogues(source, {}):
+        scenario, states = dialogue.scenario, []
+        for reply in dialogue.all_replies():
+            name = repr((scenario.id, reply.history))
+            if not reply.is_hint and not reply.place and name not in known:
+                known.add(name)
+                states.append(reply.history)
+        start = partial(replay, scenario, states, config.samples, config.hints)
+        yield Job(side, scenario, start, tuple(states))
 
 
 def facts_of(
     config: EvaluateConfig, to_do: Sequence[Job], models: dict[str, Source]
 ) -> dict[str, str]:
-    """Hashes of all that the result depends on beside the settings."""
+    """Hashes of everything else that the result depends on."""
     told = [(job.side, job.scenario, job.states) for job in to_do]
     facts = {"scenarios or templates": _hash((told, TEMPLATES))}
     if config.judge_settings:
         facts["judge's settings"] = hash_files([Path(config.judge_settings)])[:16]
     for who, source in models.items():
         tokenizer = source.chat.fingerprint if source.chat else ""
-        facts[f"{who}'s weights"] = weights_hash(source.folder)
         settings = json.dumps(source.config, sort_keys=True)
+        facts[f"{who}'s weights"] = weights_hash(source.folder)
         facts[f"{who}'s tokenizer or settings"] = _hash((tokenizer, settings, source.stop_ids))
     return facts
 
@@ -139,10 +184,8 @@ def _hash(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def hold(
-    to_do: Sequence[Job], config: EvaluateConfig, world: World, path: Path, part: Path
-) -> None:
-    """Hold the dialogues that `part` does not have yet, then write all of them to `path`."""
+def hold(to_do: Sequence[Job], config: EvaluateConfig, world: World, part: Path) -> list[list[Row]]:
+    """Hold the dialogues that `part` does not have yet. Returns the rows of all."""
     with open(part, "ab") as file:
         lines = list(whole_lines(part))
         file.truncate(sum(map(len, lines)))
@@ -150,26 +193,18 @@ def hold(
         left = [number for number in range(len(to_do)) if number not in done]
         slots = min(config.slots, len(left))
         voices = load_voices(config, world, slots) if left else {}
-        if done:
-            print(f"{part} holds {len(done)} of {len(to_do)} dialogues")
         with Progress(len(to_do), "talk", "dialogue", done=len(done)) as progress:
             try:
                 steps = ((number, to_do[number].start()) for number in left)
                 for number, rows in talk(steps, voices, slots):
-                    file.write(_line({"number": number, "rows": rows}).encode())
+                    file.write(to_line({"number": number, "rows": rows}).encode())
                     file.flush()  # from here on it survives a kill of this process
                     done[number] = rows
                     progress.update({})
             except KeyboardInterrupt:
                 text = f"{part} holds {len(done)} of {len(to_do)} dialogues"
                 raise KeyboardInterrupt(f"{text}; the same command resumes") from None
-    with write_aside(path) as file:
-        for number, job in enumerate(to_do):
-            file.writelines(_line({"side": job.side, **row}) for row in done[number])
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return [done[number] for number in range(len(to_do))]
 
 
 def load_voices(config: EvaluateConfig, world: World, slots: int) -> dict[str, Voice]:
@@ -185,40 +220,39 @@ def load_voices(config: EvaluateConfig, world: World, slots: int) -> dict[str, V
 
 # ---------------------------------------------------------------- judging
 
-JudgeReplies = Callable[[Sequence[Reply]], list[tuple[str, float]]]  # -> labels, scores
+
+class WorldJudge:
+    """Finds the labels that are right by the world's rules."""
+
+    def judge(self, replies: Sequence[Reply]) -> list[Judgement]:
+        found = []
+        for one in replies:
+            of_world = judge_hint if one.is_hint else judge_reply
+            label = of_world(one.scenario, one.history, one.content)
+            found.append(Judgement(label, float(label == GOOD), float(label == GOOD)))
+        return found
 
 
-def judge_of(config: EvaluateConfig, world: World) -> JudgeReplies:
-    if config.judge == "world":
-        return judge_by_the_world
-    from redi.dialogue.judge import load_judge
-
-    judge = load_judge(config.judge, config.judge_settings, world)
-    return lambda replies: [(one.label, one.good) for one in judge.judge(replies)]
-
-
-def judge_by_the_world(replies: Sequence[Reply]) -> list[tuple[str, float]]:
-    labels = [
-        (judge_hint if reply.is_hint else judge_reply)(reply.scenario, reply.history, reply.content)
-        for reply in replies
-    ]
-    return [(label, float(label == "good")) for label in labels]
-
-
-def judge(path: Path, judge_replies: JudgeReplies) -> None:
+def label_replies(path: Path, judge: Judge) -> None:
     """Write labels and scores beside the replies and hints in an evaluation's dialogues."""
     rows = [json.loads(line) for line in whole_lines(path)]
-    places = [place for row in rows for place in jobs.replies_to_judge(row)]
-    with Progress(len(places), "judge", "reply") as progress:
-        for begin in range(0, len(places), JUDGED_AT_ONCE):
-            some = places[begin : begin + JUDGED_AT_ONCE]
-            judgements = judge_replies([reply for reply, _ in some])
-            for (reply, message), (label, good) in zip(some, judgements):
+    replies = [reply for row in rows for reply in replies_to_judge(row)]
+    with Progress(len(replies), "judge", "reply") as progress:
+        for begin in range(0, len(replies), JUDGED_AT_ONCE):
+            some = replies[begin : begin + JUDGED_AT_ONCE]
+            for reply, found in zip(some, judge.judge(some)):
                 kind = "hint_" if reply.is_hint else ""
-                message |= {f"{kind}label": label, f"{kind}good": round(good, 6)}
+                reply.said[f"{kind}label"] = found.label
+                reply.said[f"{kind}good"] = round(found.good, 6)
                 progress.update({})
-    with write_aside(path) as file:
-        file.writelines(map(_line, rows))
+    write_rows(path, rows)
+
+
+def replies_to_judge(row: Row) -> list[Reply]:
+    """What the tutor generated; not the replies that a recorded dialogue already had."""
+    scenario = Scenario.of(row["scenario"], "scenario")
+    found = Dialogue(scenario, row["messages"], row.get("replies", [])).all_replies()
+    return [one for one in found if one.is_hint or one.place or "replies" not in row]
 
 
 @program

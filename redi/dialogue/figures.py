@@ -9,15 +9,20 @@
 Intervals are the middle 95 % over dialogues (scenarios) drawn with replacement.
 """
 
+import json
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 from redi.config import UserError
+from redi.eval.reporting.statistics import LEVEL, bootstrap
 
-LEVEL, DRAWS, BINS = 0.95, 1000, 10
+DRAWS, BINS = 1000, 10
 
 
 def kappa(confusion: np.ndarray) -> float:
@@ -26,14 +31,6 @@ def kappa(confusion: np.ndarray) -> float:
     observed = np.trace(confusion) / total
     expected = confusion.sum(0) @ confusion.sum(1) / total**2
     return float((observed - expected) / (1 - expected)) if expected < 1 else math.nan
-
-
-def confusion(labels: Sequence[str], judged: Sequence[str]) -> dict[str, Counter[str]]:
-    """label -> what it was judged to be -> count; every label of either side has a row."""
-    counts = {label: Counter() for label in sorted({*labels, *judged})}
-    for label, other in zip(labels, judged):
-        counts[label][other] += 1
-    return counts
 
 
 def two_by_two(good: np.ndarray, judged: np.ndarray) -> np.ndarray:
@@ -73,17 +70,19 @@ def figures(good: np.ndarray, chances: np.ndarray, scores: np.ndarray) -> dict[s
     }
 
 
-def bootstrap(
-    statistics: Callable[[np.ndarray], Sequence[float]], ids: Sequence[str]
-) -> np.ndarray:
-    """(S, 2): the interval of each of S statistics. statistics: of the numbers of replies, which
-    may repeat. ids: the dialogue of each reply; dialogues are drawn, with all their replies."""
+def intervals(
+    figures: Callable[[np.ndarray], dict[str, float]], ids: Sequence[str]
+) -> dict[str, list[float]]:
+    """The interval of each of the figures. figures: of the numbers of replies, which may repeat.
+    ids: the dialogue of each reply; dialogues are drawn, with all their replies."""
     _, dialogues = np.unique(ids, return_inverse=True)
     members = [np.flatnonzero(dialogues == i) for i in range(dialogues.max() + 1)]
-    random = np.random.default_rng(42)
-    draws = random.integers(0, len(members), (DRAWS, len(members)))
-    values = [statistics(np.concatenate([members[i] for i in draw])) for draw in draws]
-    return np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).T
+
+    def of_drawn(drawn: np.ndarray) -> list[float]:
+        return list(figures(np.concatenate([members[i] for i in drawn])).values())
+
+    names = figures(np.arange(len(ids)))
+    return dict(zip(names, bootstrap(of_drawn, len(members), DRAWS).T.tolist()))
 
 
 def choose_cut(good: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
@@ -98,3 +97,58 @@ def choose_cut(good: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     signed = np.where(good, threshold - scores, scores - threshold)
     scales = np.geomspace(0.05, 20, 61)
     return threshold, min(scales, key=lambda scale: np.logaddexp(0, signed / scale).sum())
+
+
+# ---------------------------------------------------------------- correcting a rate
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A judge's TPR over num_good labeled replies, and TNR over num_bad."""
+
+    tpr: float
+    num_good: int
+    tnr: float
+    num_bad: int
+
+
+def corrected_rate(p: float, n: int, rates: Rates) -> tuple[float, float, float] | None:
+    """The share of good replies, and its 95 % interval, if a judge finds a share p of n good.
+
+    (p + TNR - 1) / (TPR + TNR - 1), with the adjusted interval of Lang and Reiczigel (2014), which
+    Lee et al. (2511.21140) use for judges: the uncertainty of p, TPR and TNR enters. Replies count
+    as independent. None if the judge is no better than chance: then p says nothing."""
+    if rates.tpr + rates.tnr <= 1:
+        return None
+    rate = (p + rates.tnr - 1) / (rates.tpr + rates.tnr - 1)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    # Counts as if a few more had been seen: no share is 0 or 1, where its variance would vanish.
+    n, num_good, num_bad = n + z**2, rates.num_good + 2, rates.num_bad + 2
+    p = p + z**2 * (0.5 - p) / n
+    tpr = (1 + rates.tpr * rates.num_good) / num_good
+    tnr = (1 + rates.tnr * rates.num_bad) / num_bad
+    of_p, of_tpr, of_tnr = p * (1 - p) / n, tpr * (1 - tpr) / num_good, tnr * (1 - tnr) / num_bad
+    middle = (p + tnr - 1) / (tpr + tnr - 1)
+    variance = of_p + middle**2 * of_tpr + (1 - middle) ** 2 * of_tnr
+    reach = z * math.sqrt(variance) / (tpr + tnr - 1)
+    middle += 2 * z**2 * (middle * of_tpr - (1 - middle) * of_tnr)
+    return tuple(min(max(value, 0.0), 1.0) for value in (rate, middle - reach, middle + reach))
+
+
+def read_rates(path: str) -> dict[str, Rates]:
+    """The rates in an agreement.json, by "seen replies", "unseen hints" and the like."""
+    measured = read_agreement(path)["measured"]
+    return {name: Rates(**group["rates"]) for name, group in measured.items()}
+
+
+def read_agreement(path: str) -> dict[str, Any]:
+    """What redi dialogue agreement wrote. Raises UserError."""
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; redi dialogue agreement writes it") from None
+    except (OSError, ValueError):
+        facts = None
+    if not isinstance(facts, dict) or not {"judge", "measured"} <= set(facts):
+        raise UserError(f"{path}: not written by redi dialogue agreement")
+    return facts

@@ -5,30 +5,25 @@
     likelihood  how likely the reply's tokens are under a tutor that was fine-tuned on good
                 dialogues; not the tutor that is judged, because a model likes its own words
 
-The second one takes the least likely token: where several words are right, each costs a little,
-whatever is said; a wrong word costs far more. redi dialogue agreement measures a judge and writes
-its settings with the thresholds:
-
-    judge = load_judge("out/judge", "out/judge/agreement.json")
-    for judgement in judge.judge(replies): judgement.label, judgement.good
-
+The likelihood is that of the least likely token, or the mean: redi dialogue agreement chooses the
+better one, sets the thresholds, and writes both as a judge's settings.
 Left out: reasons in words, which cost a hundred times the tokens; pairs of replies.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
+
+import numpy as np
 
 from redi import distributed
 from redi.checkpoint.folder import Source, load_model
 from redi.config import UserError, check_table, types_of
-from redi.dialogue.dialogues import Reply
+from redi.dialogue.dialogues import Reply, conversation
+from redi.dialogue.figures import read_agreement
 from redi.dialogue.prefix_trees import Question, answer_logps
 from redi.dialogue.rubric import GOOD, Rubric, judge_messages
-from redi.dialogue.scenario import HINT
 from redi.distributed import World
 from redi.model import Transformer
 
@@ -40,7 +35,6 @@ class Judgement:
     label: str  # good, or a fault; of the likelihood, good or bad
     good: float  # in [0, 1], from 0.5 on the label is good
     score: float  # what `good` is made of, by JudgeSettings.statistic
-    mass: float = 1.0  # P(any label) before the labels' probabilities were made to add up to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,89 +54,76 @@ class JudgeSettings:
 
 
 class Judge(Protocol):
-    settings: JudgeSettings
-
-    def scores(self, replies: Sequence[Reply]) -> dict[str, list[float]]:
-        """Statistic -> the score of each reply by it."""
-
     def judge(self, replies: Sequence[Reply]) -> list[Judgement]: ...
 
 
-class LabelJudge:
+class ModelJudge:
+    """A judge whose scores a subclass reads from a model's log-probs."""
+
+    def __init__(self, model: Transformer, source: Source, settings: JudgeSettings):
+        self.model, self.source, self.settings = model, source, settings
+
+    def read(self, replies: Sequence[Reply]) -> tuple[dict[str, list[float]], list[str]]:
+        """(statistic -> the score of each reply by it, the label of each if it is bad)"""
+        raise NotImplementedError
+
+    def judge(self, replies: Sequence[Reply]) -> list[Judgement]:
+        (scores, faults), judgements = self.read(replies), []
+        for reply, score, fault in zip(replies, scores[self.settings.statistic], faults):
+            good = self.settings.good(score, reply)
+            judgements.append(Judgement(GOOD if good >= 0.5 else fault, good, score))
+        return judgements
+
+
+class LabelJudge(ModelJudge):
     """Reads the probability of each label of a rubric after the prompt of `judge_messages`."""
 
     def __init__(self, model: Transformer, source: Source, settings: JudgeSettings):
-        self.model, self.chat, self.settings = model, source.chat, settings
+        super().__init__(model, source, settings)
         self.rubric = Rubric.of(settings.rubric, f"rubric of {source.name}")
         labels = {**self.rubric.replies, **self.rubric.hints}
         asked = [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}]
         answers = [(asked, {"role": "assistant", "content": label}) for label in labels]
-        rows = self.chat.encode_rows(answers)
+        rows = source.chat.encode_rows(answers)
         self.ids = {label: row.response_ids for label, row in zip(labels, rows)}  # stop token last
 
     def label_logps(self, replies: Sequence[Reply]) -> list[dict[str, float]]:
         """Of each reply, label -> log-prob of its tokens and the stop token, in nats."""
-        of_reply = [self.rubric.labels(reply) for reply in replies]
         questions = []
-        for reply, labels in zip(replies, of_reply):
-            prompt = self.chat.encode_prompt(judge_messages(reply, self.rubric))
+        for reply in replies:
+            prompt = self.source.chat.encode_prompt(judge_messages(reply, self.rubric))
             group = f"{reply.is_hint} {reply.scenario.id}"  # the rubrics differ
-            questions.append(Question(group, prompt, [self.ids[label] for label in labels]))
-        found = answer_logps(self.model, questions)
-        sums = [[part.double().sum().item() for part in parts] for parts in found]
-        return [dict(zip(labels, values)) for labels, values in zip(of_reply, sums)]
+            answers = [self.ids[label] for label in self.rubric.labels(reply)]
+            questions.append(Question(group, prompt, answers))
+        found = zip(replies, answer_logps(self.model, questions))
+        sums = ((reply, [part.double().sum().item() for part in parts]) for reply, parts in found)
+        return [dict(zip(self.rubric.labels(reply), values)) for reply, values in sums]
 
-    def scores(self, replies: Sequence[Reply]) -> dict[str, list[float]]:
-        return {"logit": [_logit_of_good(logps) for logps in self.label_logps(replies)]}
-
-    def judge(self, replies: Sequence[Reply]) -> list[Judgement]:
-        judgements = []
-        for reply, logps in zip(replies, self.label_logps(replies)):
-            score = _logit_of_good(logps)
-            good = self.settings.good(score, reply)
-            worst = max(logps.keys() - {GOOD}, key=logps.get)
-            mass = math.exp(_log_sum(logps.values()))
-            judgements.append(Judgement(GOOD if good >= 0.5 else worst, good, score, mass))
-        return judgements
+    def read(self, replies: Sequence[Reply]) -> tuple[dict[str, list[float]], list[str]]:
+        logits, faults = [], []
+        for logps in self.label_logps(replies):
+            others = {label: logp for label, logp in logps.items() if label != GOOD}
+            logits.append(float(logps[GOOD] - np.logaddexp.reduce(list(others.values()))))
+            faults.append(max(others, key=others.get))
+        return {"logit": logits}, faults
 
 
-class LikelihoodJudge:
+class LikelihoodJudge(ModelJudge):
     """Reads the log-probs of a reply's tokens as a tutor's next turn, the stop token included; a
     hint's as its answer to the request for one."""
 
-    def __init__(self, model: Transformer, source: Source, settings: JudgeSettings):
-        self.model, self.chat, self.settings = model, source.chat, settings
-
-    def scores(self, replies: Sequence[Reply]) -> dict[str, list[float]]:
-        conversations = []
+    def read(self, replies: Sequence[Reply]) -> tuple[dict[str, list[float]], list[str]]:
+        answers = []
         for reply in replies:
-            system = {"role": "system", "content": reply.scenario.prompt("tutor")}
-            request = [{"role": "user", "content": HINT}] if reply.is_hint else []
-            answer = {"role": "assistant", "content": reply.content}
-            conversations.append(([system, *reply.history, *request], answer))
-        rows = self.chat.encode_rows(conversations)
+            seen = conversation("tutor", reply.scenario, reply.history, reply.is_hint)
+            answers.append((seen, {"role": "assistant", "content": reply.content}))
         questions = [
             Question(reply.scenario.id, row.prompt_ids, [row.response_ids])
-            for reply, row in zip(replies, rows)
+            for reply, row in zip(replies, self.source.chat.encode_rows(answers))
         ]
         logps = [found.double() for [found] in answer_logps(self.model, questions)]
-        return {"min": [x.min().item() for x in logps], "mean": [x.mean().item() for x in logps]}
-
-    def judge(self, replies: Sequence[Reply]) -> list[Judgement]:
-        scores = self.scores(replies)[self.settings.statistic]
-        goods = [self.settings.good(*pair) for pair in zip(scores, replies)]
-        return [Judgement(GOOD if g >= 0.5 else BAD, g, s) for g, s in zip(goods, scores)]
-
-
-def _logit_of_good(logps: dict[str, float]) -> float:
-    """Log of P(good) over P(any other label)."""
-    return logps[GOOD] - _log_sum(logp for label, logp in logps.items() if label != GOOD)
-
-
-def _log_sum(logps) -> float:
-    logps = list(logps)
-    largest = max(logps)
-    return largest + math.log(sum(math.exp(logp - largest) for logp in logps))
+        scores = {"min": [x.min().item() for x in logps], "mean": [x.mean().item() for x in logps]}
+        return scores, [BAD] * len(logps)
 
 
 # ---------------------------------------------------------------- a judge from files
@@ -152,32 +133,15 @@ def load_judge(model: str, settings_file: str | None = None, world: World | None
     """The judge of a model folder or hub id. settings_file: written by redi dialogue agreement;
     None: labels by redi's own rubric. world: None if the program has not started one yet. Raises
     UserError."""
-    return make_judge(model, read_settings(settings_file), world)
+    table = read_agreement(settings_file)["judge"] if settings_file else {}
+    settings = JudgeSettings(**check_table(table, types_of(JudgeSettings), str(settings_file)))
+    return make_judge(model, settings, world)
 
 
-def make_judge(model: str, settings: JudgeSettings, world: World | None = None) -> Judge:
+def make_judge(model: str, settings: JudgeSettings, world: World | None = None) -> ModelJudge:
     weights, source = load_model(model)
     if source.chat is None:
         raise UserError(f"{source.folder}: no tokenizer.json; a judge needs one")
     world = world or distributed.start(timeout_minutes=30)
     weights.to(world.device, distributed.compute_dtype("auto", world)).requires_grad_(False)
     return (LabelJudge if settings.kind == "labels" else LikelihoodJudge)(weights, source, settings)
-
-
-def read_settings(path: str | None) -> JudgeSettings:
-    """The settings in an agreement.json; None: the defaults. Raises UserError."""
-    table = read_agreement(path)["judge"] if path else {}
-    return JudgeSettings(**check_table(table, types_of(JudgeSettings), str(path)))
-
-
-def read_agreement(path: str) -> dict[str, Any]:
-    """What redi dialogue agreement wrote. Raises UserError."""
-    try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; redi dialogue agreement writes it") from None
-    except (OSError, ValueError):
-        facts = None
-    if not isinstance(facts, dict) or not {"judge", "measured"} <= set(facts):
-        raise UserError(f"{path}: not written by redi dialogue agreement")
-    return facts

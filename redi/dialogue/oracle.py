@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from redi.data.tokenizer import Message
+from redi.config import UserError
+from redi.data.tokenizer import Message, is_answer
 from redi.dialogue.scenario import END, Scenario, split_end
 
 SHARED = {
@@ -43,13 +44,16 @@ class Menu:
 
     @classmethod
     def of(cls, scenario: Scenario) -> "Menu":
-        offered, own = {}, topics()[scenario.topic]
+        """Raises UserError for a scenario of something else."""
+        offered, own = {}, topics().get(scenario.topic, ("", "", "", []))
         prices = dict(re.findall(r"(.+) costs (\d+) pounds", "\n".join(scenario.facts)))
         for task in scenario.tasks:
             slot, _, options = task.removeprefix("choose the ").partition(": ")
             words = re.split(", | or ", options)
             offered[slot] = {word: int(prices[word]) if word in prices else None for word in words}
         lists = {slot: words.split(", ") for slot, words in SHARED.items()} | {own[2]: own[3]}
+        if scenario.topic not in topics() or not offered.keys() <= lists.keys():
+            raise UserError(f"scenario {scenario.id!r}: not of the world (redi.dialogue.world)")
         return cls(offered, {slot: lists[slot] for slot in offered})
 
     def find(self, text: str, slot: str) -> list[str]:
@@ -172,14 +176,10 @@ def _ignores(menu: Menu, state: State, text: str) -> bool:
 def judge_hint(scenario: Scenario, history: Sequence[Message], hint: str) -> str:
     """good if the student could say this now: an offered word of the choice that was asked last."""
     menu = Menu.of(scenario)
-    asked = [slot for m in history if is_tutor(m) for slot in asked_choices(menu, m["content"])]
+    asked = [slot for m in history if is_answer(m) for slot in asked_choices(menu, m["content"])]
     words = menu.find(hint, asked[-1]) if asked else []
     fits = words and all(word in menu.offered[asked[-1]] for word in words)
     return "good" if fits and END not in hint else "unfit"
-
-
-def is_tutor(message: Message) -> bool:
-    return message["role"] == "assistant"
 
 
 def _says(text: str, word: str) -> bool:

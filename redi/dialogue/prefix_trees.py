@@ -1,16 +1,13 @@
-"""Log-probs of answers to prompts, where whatever prompts or answers begin with alike runs once.
+"""Log-probs of answers to prompts, where what prompts or answers begin with alike runs once.
 
     prompts   a b c d    a b c e f                a - b - c - d - x
     answers   x y, x z   x y, x z                           \\ e - f - x
 
 A token attends to itself and its ancestors in the tree, and its position is its depth, so an answer
 has the log-probs that it has alone behind its prompt. The last token of an answer is predicted but
-not run. The replies of a dialogue, each behind a longer part of the transcript, cost little more
-than the dialogue once. A pack is several trees, one for each group of prompts; what all prompts of
-the pack begin with, such as a rubric, runs once for all of its trees.
-
-Left out: the cache of the engine, which shares whole prompts only. Letters: T tokens of a pack,
-N nodes of a tree, H heads, K kv heads, d head size.
+not run. A pack is several trees, one for each group of prompts; what all prompts of the pack begin
+with, such as a rubric, runs once. Letters: T tokens of a pack, N nodes of a tree, H heads, K kv
+heads, d head size.
 """
 
 from collections.abc import Iterator, Sequence

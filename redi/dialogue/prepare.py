@@ -2,46 +2,45 @@
 
     redi dialogue prepare talks.jsonl --out data/dialogue
 
-    tutor.jsonl      every reply is learned but bad ones, which stay as context; before 15 % of the
-                     student's turns a hint is put: (What could I say?) -> the student's words
+    tutor.jsonl      every reply is learned but bad ones, which stay as context; 15 % of the
+                     student's turns have a hint before them: (What could I say?) -> its words
     student.jsonl    the same dialogues with the roles swapped
-    judge.jsonl      every labelled reply and hint -> its label
+    judge.jsonl      every labeled reply and hint -> its label
     pairs.jsonl      of a state (scenario, history) the first good and the first bad reply
     scenarios_seen.jsonl, and card.json: the account, topics, templates, hashes
 
-each also as *_test (scenarios that no training row has) and *_unseen (topics that none has). The
-files that would be empty are not written. Topics, scenarios and hints are drawn by keyed hashes:
-whatever the order of the rows, they are the same. So an evaluation of the tutor, read with the same
-flags (redi dialogue prepare out/eval), keeps what is unseen unseen. If it has fewer topics, name
-the unseen ones, as card.json does.
+Each also comes as *_test (scenarios that no training row has) and *_unseen (topics that none has).
+Files that would be empty are not written. Topics, scenarios and hints are drawn by keyed hashes, so
+an evaluation of the tutor, read with the same flags (redi dialogue prepare out/eval), keeps what is
+unseen unseen. If it has fewer topics, name the unseen ones: card.json lists them.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import redi
 from redi.config import UserError, parse, program, require
-from redi.data.files import hash_files, make_folder, refuse_overwriting, to_disk, write_aside
+from redi.data.files import Row, hash_files, make_folder, refuse_overwriting, write_aside
+from redi.data.tokenizer import is_answer
 from redi.dialogue import examples
-from redi.dialogue.dialogues import Dialogue, read_dialogues
-from redi.dialogue.examples import Row, State, chance, has_opening
+from redi.dialogue.dialogues import Dialogue, Reply, read_dialogues, write_rows
+from redi.dialogue.examples import chance
 from redi.dialogue.rubric import read_rubric
 from redi.dialogue.scenario import TEMPLATES, Scenario, read_scenarios, use_templates
 from redi.hub import CARD, dataset_files
 from redi.tables import text_table
 
 KINDS = ("tutor", "student", "judge", "pairs")
-# Ending of a side's files -> what its scenarios' file ends with.
-SIDES = {"": "_seen", "_test": "_test", "_unseen": "_unseen"}
-NAMES = [f"{kind}{side}" for side in SIDES for kind in KINDS]
-NAMES += [f"scenarios{ending}" for ending in SIDES.values()]
+SIDES = ("", "_test", "_unseen")  # endings of their files
+SCENARIOS = ("scenarios_seen", "scenarios_test", "scenarios_unseen")  # of these sides
+NAMES = (*(f"{kind}{side}" for side in SIDES for kind in KINDS), *SCENARIOS)
 
 
 @dataclass(kw_only=True)
@@ -77,11 +76,11 @@ def read_all(config: PrepareConfig, dropped: Counter[str], counts: Counter[str])
 
     for scenario in read_scenarios(config.scenarios) if config.scenarios else ():
         check(scenario, config.scenarios)
-    named, unknown, seen, kept = dict(known), Counter(), set(), []
+    named, seen, kept = dict(known), set(), []
     for file in config.files:
-        for row in read_dialogues(file, named, unknown):
-            dialogue = examples.cleaned(row)
-            counts["blank ones of several replies"] += len(row.replies) - len(dialogue.replies)
+        for whole in read_dialogues(file, named, dropped):
+            dialogue = without_blanks(whole)
+            counts["blank ones of several replies"] += len(whole.replies) - len(dialogue.replies)
             check(dialogue.scenario, file)
             content = json.dumps([dialogue.scenario.id, dialogue.messages, dialogue.replies])
             if reason := reason_to_drop(dialogue) or ("duplicate" if content in seen else None):
@@ -89,13 +88,21 @@ def read_all(config: PrepareConfig, dropped: Counter[str], counts: Counter[str])
             else:
                 seen.add(content)
                 kept.append(dialogue)
-    dropped["unknown scenario id"] += unknown.total()
     return kept
+
+
+def without_blanks(dialogue: Dialogue) -> Dialogue:
+    """Without a last turn in which the student said nothing, and without blank replies."""
+    messages = dialogue.messages
+    if messages and not is_answer(messages[-1]) and not messages[-1]["content"]:
+        messages = messages[:-1]
+    replies = [reply for reply in dialogue.replies if reply["content"].strip()]
+    return Dialogue(dialogue.scenario, messages, replies)
 
 
 def reason_to_drop(dialogue: Dialogue) -> str | None:
     roles = [said["role"] for said in dialogue.messages] + ["assistant"] * bool(dialogue.replies)
-    num_replies = roles.count("assistant") - has_opening(dialogue)
+    num_replies = roles.count("assistant") - dialogue.has_opening
     if not num_replies:
         return "no tutor reply"
     if roles != [("assistant", "user")[number % 2] for number in range(len(roles))]:
@@ -105,7 +112,7 @@ def reason_to_drop(dialogue: Dialogue) -> str | None:
     return "over max_turns" if num_replies > dialogue.scenario.max_turns else None
 
 
-def split(config: PrepareConfig, scenarios: dict[str, Scenario]) -> dict[str, str]:
+def split(config: PrepareConfig, scenarios: Mapping[str, Scenario]) -> dict[str, str]:
     """Scenario id -> its side. Raises UserError: unknown topics, or none left to train on."""
     topics = {scenario.topic for scenario in scenarios.values()}
     unseen = config.unseen_topics
@@ -115,56 +122,60 @@ def split(config: PrepareConfig, scenarios: dict[str, Scenario]) -> dict[str, st
         unseen = drawn[: unseen[0]]
     for topic in unseen:
         require(topic in topics, "unseen_topics", repr(topic), "one number, or topics of the rows")
-    if topics == set(unseen):
+    if topics and topics == set(unseen):
         raise UserError(f"--unseen-topics: of {len(topics)} topics, none is left to train on")
-
-    def side(scenario: Scenario) -> str:
-        is_tested = chance(config.seed, "test", scenario.id) < config.test_share
-        return "_unseen" if scenario.topic in unseen else "_test" if is_tested else ""
-
-    return {name: side(scenario) for name, scenario in scenarios.items()}
+    sides = {}
+    for name, scenario in scenarios.items():
+        is_test = chance(config.seed, "test", name) < config.test_share
+        sides[name] = "_unseen" if scenario.topic in unseen else "_test" if is_test else ""
+    return sides
 
 
 def make_rows(
-    config: PrepareConfig, dialogues: list[Dialogue], sides: dict[str, str], counts: Counter[str]
+    config: PrepareConfig, dialogues: list[Dialogue], counts: Counter[str]
 ) -> dict[str, list[Row]]:
-    """File name without .jsonl -> rows. counts: gets turns, hints, and what files leave out."""
-    rubric = read_rubric(config.rubric)
+    """File name without .jsonl -> rows. counts: turns, hints, and what the files leave out."""
+    scenarios = {dialogue.scenario.id: dialogue.scenario for dialogue in dialogues}
+    sides, rubric = split(config, scenarios), read_rubric(config.rubric)
     rows: dict[str, list[Row]] = defaultdict(list)
-    states: dict[str, State] = defaultdict(list)
+    states: dict[str, list[Reply]] = defaultdict(list)
     judged: set[str] = set()
+
+    def add(kind: str, scenario: Scenario, row: Row | None) -> None:
+        if row:
+            rows[f"{kind}{sides[scenario.id]}"].append(row)
+
+    for name, scenario in scenarios.items():
+        rows[SCENARIOS[SIDES.index(sides[name])]].append(scenario.as_row())
     for dialogue in dialogues:
-        side = sides[dialogue.scenario.id]
-        seed, share = config.seed, config.hint_share
-        if row := examples.tutor_row(dialogue, seed, share, counts):
-            rows[f"tutor{side}"].append(row)
-        if row := examples.student_row(dialogue, counts):
-            rows[f"student{side}"].append(row)
-        replies = list(dialogue.all_replies())[has_opening(dialogue) :]
-        for place, reply in enumerate(replies, 1 + len(dialogue.replies) - len(replies)):
-            if reply.label or place > 0:
-                key = json.dumps([reply.scenario.id, reply.is_hint, reply.history])
-                states[key].append((max(0, place), reply))
-            if reply.label and (row := examples.judge_row(reply, rubric, judged, counts)):
-                rows[f"judge{side}"].append(row)
+        scenario = dialogue.scenario
+        learned = examples.tutor_row(dialogue, config.seed, config.hint_share, counts)
+        add("tutor", scenario, learned)
+        add("student", scenario, examples.student_row(dialogue, counts))
+        for reply in dialogue.all_replies():
+            if reply.label or reply.place:
+                key = json.dumps([scenario.id, reply.is_hint, reply.history])
+                states[key].append(reply)
+            if reply.label:
+                add("judge", scenario, examples.judge_row(reply, rubric, judged, counts))
     for state in states.values():
-        if len(state) > 1 or state[0][0]:  # not the only reply in a dialogue
+        if len(state) > 1 or state[0].place:  # not the only reply in a dialogue
             counts["states with several replies"] += 1
-            if row := examples.pair(state, config.seed, counts):
-                rows[f"pairs{sides[state[0][1].scenario.id]}"].append(row)
+            add("pairs", state[0].scenario, examples.pair(state, config.seed, counts))
     return rows
 
 
-def leaks(unseen: Iterable[Scenario], rows: Iterable[Row]) -> tuple[list[str], int]:
-    """The words in the words and facts of unseen scenarios: those that rows have, and how many in
-    all. Numbers are no words."""
+def leaks(rows: Mapping[str, list[Row]]) -> dict:
+    """How many words the words and facts of unseen scenarios have, and which of them the tutor's
+    rows have. Numbers are not words."""
 
     def words(texts: Iterable[str]) -> set[str]:
         return set(re.findall(r"[^\W\d_]+", " ".join(texts).lower()))
 
-    of_unseen = words(text for scenario in unseen for text in (*scenario.words, *scenario.facts))
-    of_rows = words(said["content"] for row in rows for said in row["messages"])
-    return sorted(of_unseen & of_rows), len(of_unseen)
+    lists = (row.get(key, ()) for row in rows["scenarios_unseen"] for key in ("words", "facts"))
+    of_unseen = words(chain.from_iterable(lists))
+    of_rows = words(said["content"] for row in rows["tutor"] for said in row["messages"])
+    return {"words_of_unseen_topics": len(of_unseen), "in_tutor.jsonl": sorted(of_unseen & of_rows)}
 
 
 def prepare(config: PrepareConfig) -> dict:
@@ -175,98 +186,63 @@ def prepare(config: PrepareConfig) -> dict:
     config = dataclasses.replace(config, files=[str(p) if p.is_file() else f for f, p in inside])
     others = [file for file in (config.scenarios, config.mix) if file]
     read = [path for file in (*config.files, *others) for path in dataset_files(file)]
-    out = Path(config.out)
     for name in NAMES:
-        refuse_overwriting("out", out / f"{name}.jsonl", read)
+        refuse_overwriting("out", Path(config.out) / f"{name}.jsonl", read)
     dropped, counts = Counter(), Counter()
     dialogues = read_all(config, dropped, counts)
-    if not dialogues:
-        raise UserError(f"{config.files[0]}: no dialogue to train on; {shown(dropped)}")
-    scenarios = {dialogue.scenario.id: dialogue.scenario for dialogue in dialogues}
-    sides = split(config, scenarios)
-    rows = make_rows(config, dialogues, sides, counts)
+    rows = make_rows(config, dialogues, counts)
     if not any(rows[kind] for kind in KINDS):
-        raise UserError(f"{config.files[0]}: no row to train on; {shown(counts)}")
-    topics: dict[str, set[str]] = {"seen": set(), "unseen": set()}
-    for name, scenario in scenarios.items():
-        rows[f"scenarios{SIDES[sides[name]]}"].append(scenario.as_row())
-        topics["unseen" if sides[name] == "_unseen" else "seen"].add(scenario.topic)
-    unseen = [scenario for name, scenario in scenarios.items() if sides[name] == "_unseen"]
-    leaked, words = leaks(unseen, rows["tutor"])
+        why = ", ".join(f"{number} {reason}" for reason, number in (dropped + counts).items())
+        raise UserError(f"{config.files[0]}: no row to train on; {why}")
+    leak, num_talks = leaks(rows), len(rows["tutor"])
     if config.mix:
-        num_talks = len(rows["tutor"])
         rows["tutor"] = examples.mixed(rows["tutor"], config.mix, config.mix_share, config.seed)
         counts["mixed in"] = len(rows["tutor"]) - num_talks
+    seen, test, unseen = ({row["topic"] for row in rows[name]} for name in SCENARIOS)
     facts = {
         "redi": redi.__version__,
         "settings": {k: v for k, v in vars(config).items() if k != "out"},
-        "dropped": dropped,
+        "dropped": +dropped,
         "dialogues": len(dialogues),
-        "counts": counts,
+        "counts": +counts,
         "rows": {name: len(rows[name]) for name in NAMES},
-        "topics": {side: sorted(names) for side, names in topics.items()},
-        "leak": {"words_of_unseen_topics": words, "in_tutor.jsonl": leaked},
+        "topics": {"seen": sorted(seen | test), "unseen": sorted(unseen)},
+        "leak": leak,
         "templates": TEMPLATES,
         "read_sha256": {str(path): hash_files([path]) for path in read},
     }
-    write(out, rows, facts)
+    out = Path(config.out)
+    make_folder(out)
+    for name in NAMES:
+        if rows[name]:
+            write_rows(out / f"{name}.jsonl", rows[name])
+        else:  # a file of an earlier run would not fit these
+            (out / f"{name}.jsonl").unlink(missing_ok=True)
+    with write_aside(out / CARD) as file:
+        file.write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return facts
 
 
-def write(out: Path, rows: dict[str, list[Row]], facts: dict) -> None:
-    make_folder(out)
-    with contextlib.ExitStack() as opened:
-        # They are renamed in reverse order, so card.json last.
-        card = opened.enter_context(write_aside(out / CARD))
-        facts["sha256"] = {}
-        for name in filter(rows.get, NAMES):
-            file = opened.enter_context(write_aside(out / f"{name}.jsonl"))
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name])
-            to_disk(file)
-            facts["sha256"][f"{name}.jsonl"] = hash_files([Path(file.name)])
-        json.dump(facts, card, indent=2, ensure_ascii=False)
-        card.write("\n")
-    for name in NAMES:
-        if not rows[name]:  # the file of an earlier run would belong to other files
-            (out / f"{name}.jsonl").unlink(missing_ok=True)
-
-
-def shown(counts: Counter[str]) -> str:
-    return ", ".join(f"{number} {reason}" for reason, number in counts.items() if number)
+def account(facts: dict) -> str:
+    """What became of every row, and the rows of each file."""
+    lines = [("rows", facts["dialogues"] + facts["dropped"].total())]
+    lines += [(f"  {reason}", number) for reason, number in facts["dropped"].items()]
+    lines += [("dialogues", facts["dialogues"])]
+    lines += [(f"  {reason}", number) for reason, number in facts["counts"].items()]
+    lines += [(f"{name}.jsonl", number) for name, number in facts["rows"].items() if number]
+    leaked = f"{len(facts['leak']['in_tutor.jsonl'])} of {facts['leak']['words_of_unseen_topics']}"
+    return "\n".join([
+        text_table([(name, str(number)) for name, number in lines]),
+        f"unseen topics: {', '.join(facts['topics']['unseen']) or 'none'}",
+        f"leak: {leaked} words of their words and facts occur in tutor.jsonl",
+    ])  # fmt: skip
 
 
 @program
 def main() -> None:
     config = parse(PrepareConfig, "Turn dialogues into files to train tutor, student and judge on.")
-    try:
-        facts = prepare(config)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"nothing was written to {config.out}") from None
-    print(account(facts))
-    print(f"saved in {config.out}: {', '.join(facts['sha256'])}, {CARD}")
-
-
-def account(facts: dict) -> str:
-    """What became of every row, and what each side got."""
-    rows, counts, dropped = facts["rows"], facts["counts"], facts["dropped"]
-    lines = [("rows", facts["dialogues"] + dropped.total())]
-    lines += [(f"  {reason}", number) for reason, number in dropped.items() if number]
-    lines += [("dialogues", facts["dialogues"])]
-    lines += [(f"  {reason}", number) for reason, number in counts.items() if number]
-    table = [("", "train", "test", "unseen")]
-    seen, unseen = facts["topics"].values()
-    table += [("topics", str(len(seen)), "", str(len(unseen)))]
-    for kind in ("scenarios", *KINDS):
-        endings = SIDES.values() if kind == "scenarios" else SIDES
-        table.append((kind, *(str(rows[f"{kind}{ending}"]) for ending in endings)))
-    leak = facts["leak"]
-    leaked = f"{len(leak['in_tutor.jsonl'])} of {leak['words_of_unseen_topics']}"
-    return "\n".join([
-        text_table([(name, str(number)) for name, number in lines]),
-        text_table(table),
-        f"unseen topics: {', '.join(unseen) or 'none'}",
-        f"leak: {leaked} words of their words and facts occur in tutor.jsonl",
-    ])  # fmt: skip
+    print(account(prepare(config)))
+    print(f"saved in {config.out}, with {CARD}")
 
 
 if __name__ == "__main__":

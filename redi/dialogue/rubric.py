@@ -1,6 +1,6 @@
 """The labels of a judge, and what it is asked.
 
-    # rubric.toml                  a table that is missing is redi's own; each needs the label good
+    # rubric.toml            a missing table is redi's own; each needs the label good
     [replies]
     good = "right, and the next step"
     rude = "not polite"

@@ -21,7 +21,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,11 +61,11 @@ When all tasks are done, {tutor} says goodbye and ends with [end].
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    topic: Annotated[str, "what the split into seen and unseen goes by"]
-    place: Annotated[str, "where it is"]
-    tutor: Annotated[str, "the model's role"]
-    student: Annotated[str, "the other's role"]
-    tasks: Annotated[list[str], "the student's, in the order in which they come"]
+    topic: Annotated[str, "is either seen or unseen in training"] = ""
+    place: Annotated[str, "where it is"] = ""
+    tutor: Annotated[str, "the model's role"] = ""
+    student: Annotated[str, "the other's role"] = ""
+    tasks: Annotated[list[str], "the student's, in this order"] = ()
     words: Annotated[list[str], "to practice"] = ()
     level: Annotated[str, "of the language, as A2"] = ""
     facts: Annotated[list[str], "what the tutor must not contradict"] = ()
@@ -91,9 +91,6 @@ class Scenario:
         """Raises UserError, which begins with `where`: a key that is unknown, missing or wrong."""
         given = {key: value for key, value in row.items() if value is not None}
         checked = check_table(given, types_of(cls), where)
-        required = {field.name for field in fields(cls)} - set(vars(cls))
-        if missing := sorted(required - set(checked)):
-            raise UserError(f"{where}: key {missing[0]!r} is missing")
         if not is_encodable(json.dumps(checked, ensure_ascii=False)):
             raise UserError(f"{where}: the scenario has text that UTF-8 cannot hold")
         try:
@@ -125,7 +122,7 @@ def read_scenarios(source: str) -> Iterator[Scenario]:
     if Path(source).suffix == ".toml":
         table = load_toml(source, source)
         rows = table.get("scenario", [table])
-        if not isinstance(rows, list) or set(table) > {"scenario"}:
+        if not rows or not isinstance(rows, list) or set(table) > {"scenario"}:
             raise UserError(f"{source}: expected one scenario, or [[scenario]] tables and no more")
         named = [(f"{source}: scenario {number}", row) for number, row in enumerate(rows, 1)]
     else:
@@ -138,13 +135,13 @@ def use_templates(path: str | None) -> None:
     """From here on, use the templates in a TOML file (tutor = "...") in place of redi's own. Braces
     around anything but a word are text. Raises UserError."""
     own = check_table(load_toml(path, path), dict.fromkeys(TEMPLATES, str), path) if path else {}
+    known = types_of(Scenario)
     for view, text in own.items():
-        for name in re.findall(r"{(\w+)}", text):
-            if name not in types_of(Scenario):
-                known = ", ".join(types_of(Scenario))
-                raise UserError(f"{path}: key {view!r}: unknown field {{{name}}}; fields: {known}")
         if not text.strip():
             raise UserError(f"{path}: key {view!r}: the template is empty")
+        for name in set(re.findall(r"{(\w+)}", text)) - set(known):
+            fields = ", ".join(known)
+            raise UserError(f"{path}: key {view!r}: unknown field {{{name}}}; fields: {fields}")
     TEMPLATES.update(own)
 
 

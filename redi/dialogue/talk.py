@@ -1,30 +1,27 @@
 """Many dialogues side by side, in rounds: all tutors' turns, then all students'.
 
     voices = {"tutor": Voice(speaker, sampling, 256), "student": Voice(...)}
-    dialogues = [converse(scenario, sample=0, ...), replay(scenario, histories, ...), ...]
-    for number, rows in talk(dialogues, voices, slots=16): ...
+    for number, rows in talk([(0, converse(scenario, sample=0)), ...], voices, slots=16): ...
 
 A dialogue is a generator: it yields whom it waits for and what that side sees, is sent what was
 said, and returns its rows for a file. So it knows nothing of the others, and its random numbers
-depend on its scenario, sample and turn only. A dialogue keeps its row of each voice's cache until
-it ends. `replay` samples the tutor's next reply to every state of a recorded dialogue instead.
+depend on its scenario, sample and turn only. It keeps its row of each voice's cache until it ends.
 """
 
 import hashlib
 import random
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from redi.config import UserError
 from redi.data.files import Row
-from redi.data.tokenizer import Message
-from redi.dialogue.scenario import HINT, Scenario, split_end, without_marks
+from redi.data.tokenizer import Message, is_answer
+from redi.dialogue.dialogues import Who, conversation
+from redi.dialogue.scenario import Scenario, split_end, without_marks
 from redi.dialogue.world import say_as_student
 from redi.eval.engine.sampling import Sampling
 from redi.eval.engine.streaming import Speaker, Turn
-
-Who = Literal["tutor", "student"]
-Messages = Sequence[Mapping[str, Any]]  # role, content, and what is known of them
 
 
 class Ask(NamedTuple):
@@ -53,12 +50,17 @@ class Voice:
     max_new_tokens: int  # of a turn
 
     def say(self, asks: Mapping[int, Ask]) -> dict[int, Said]:
-        """By row of the speaker: what is asked -> what is said."""
+        """By row of the speaker: what is asked -> what is said. Raises UserError if there is no
+        room for a dialogue at all."""
         speaker, turns, said = self.speaker, [], {}
         for row, ask in asks.items():
             prompt = speaker.chat.encode_prompt(ask.messages)
             room = speaker.context - len(prompt)
             if room < 1:
+                length = len(speaker.chat.encode_prompt(ask.messages[:1]))
+                if length >= speaker.context:
+                    what = f"a scenario's prompt for the {ask.who} has {length} tokens"
+                    raise UserError(f"{what}, and the model's context is {speaker.context}")
                 said[row] = Said("", 0, "context")
             else:
                 turns.append(Turn(row, prompt, ask.key, min(room, self.max_new_tokens)))
@@ -81,22 +83,16 @@ def turn_key(scenario_id: str, sample: int, turn: int, who: str) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
 
 
-def ask(who: Who, scenario: Scenario, messages: Messages, sample: int, hint: bool = False) -> Ask:
-    """What one side sees of a dialogue, its own words as the assistant's. hint: the tutor is asked
-    what the student could say, rather than for its reply."""
-    swapped = {"assistant": "user", "user": "assistant"} if who == "student" else {}
-    seen = [{"role": "system", "content": scenario.prompt(who)}]
-    for message in messages:
-        role = message["role"]
-        seen.append({"role": swapped.get(role, role), "content": message["content"]})
-    if hint:
-        seen.append({"role": "user", "content": HINT})
+def ask(
+    who: Who, scenario: Scenario, messages: Sequence[Row], sample: int, hint: bool = False
+) -> Ask:
+    """hint: see `conversation`."""
     key = turn_key(scenario.id, sample, num_replies(messages), "hint" if hint else who)
-    return Ask(who, seen, key)
+    return Ask(who, conversation(who, scenario, messages, hint), key)
 
 
-def num_replies(messages: Messages) -> int:
-    return sum(message["role"] == "assistant" for message in messages)
+def num_replies(messages: Sequence[Row]) -> int:
+    return sum(map(is_answer, messages))
 
 
 def converse(
@@ -108,7 +104,7 @@ def converse(
     The row's "end" is tutor, max_turns, length (a reply was cut), context (no room for more words)
     or student (it said nothing, or was cut). "tokens" are the tutor's, without hints.
     """
-    messages: list[dict[str, Any]] = []
+    messages: list[Row] = []
     if scenario.opening:
         messages.append({"role": "assistant", "content": scenario.opening})
     num_tokens, end = 0, None
@@ -144,7 +140,7 @@ def converse(
 
 
 def replay(
-    scenario: Scenario, histories: Sequence[Messages], samples: int, hints: bool = False
+    scenario: Scenario, histories: Sequence[list[Row]], samples: int, hints: bool = False
 ) -> Steps:
     """Several replies to each of the states of a recorded dialogue; a row for each. A reply that
     was cut has "cut", and one for which the context has no room is missing."""

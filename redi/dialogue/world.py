@@ -8,81 +8,42 @@ repeats what it hears, answers questions, and ends when all is known.
     tutor      Hello! Which day would you like: Friday, Monday or Sunday?
     student    I would like Friday.
     tutor      OK, Friday. And the repair: brake, mirror or engine?
-    student    How much is the engine?                          a third of the student's turns are
-    tutor      The engine costs 4 pounds. What repair ...?      no plain answers: a price, something
-    student    The brake, please.                               that is not to be had, small talk,
-    tutor      That is Friday and brake. Goodbye! [end]         two answers at once
+    student    How much is the engine?                  a third of the student's turns are not plain
+    tutor      The engine costs 4 pounds. What ...?     answers: it asks a price or for something
+    student    The brake, please.                       else, chats, or answers two things at once
+    tutor      That is Friday and brake. Goodbye! [end]
 
-The right next act follows from what was said, so `judge_reply` labels any reply of any model by its
-meaning: which choice it asks for, which values and prices it names, whether it ends. How it is
-worded does not matter. Everything is drawn by keyed random numbers: rows do not depend on order.
+Each act has at least four wordings (wordings.txt). Everything is drawn by keyed random numbers, so
+rows do not depend on their order. oracle.py labels the replies.
 """
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from redi.config import parse, program, require
-from redi.data.files import make_folder, write_aside
+from redi.data.files import make_folder
 from redi.data.tokenizer import Message
+from redi.dialogue.dialogues import write_rows
 from redi.dialogue.oracle import SHARED, Menu, asked_choices, read_state, topics
 from redi.dialogue.scenario import END, Scenario
 
 OFFERED = 3
 HABIT = 4  # times as often as each other wording
-# The acts of a tutor, and a student's. {v}: values; {o}: options; {s}: what is chosen; {n}: a price
-OPEN = ("Hello!", "Good morning!", "Welcome!", "Nice to see you!")
-ASK = (
-    "Which {s} would you like: {o}?",
-    "What {s} do you want: {o}?",
-    "And the {s}: {o}?",
-    "Can you choose the {s}: {o}?",
-    "Please tell me the {s}: {o}?",
-)
-CONFIRM = ("OK, {v}.", "Very good, {v}.", "You take {v}.", "I write down {v}.")
-PRICE = (
-    "The {v} costs {n} pounds.",
-    "The {v} is {n} pounds.",
-    "You pay {n} pounds for the {v}.",
-    "That is {n} pounds for the {v}.",
-)
-MISSING = (
-    "Sorry, we have no {v}.",
-    "There is no {v} today.",
-    "I am sorry, {v} is not possible.",
-    "We do not have {v}.",
-)
-STEER = (
-    "Let us stay with the {s}.",
-    "We can talk about that later.",
-    "I cannot help with that here.",
-    "I do not know, I am only {t}.",
-)
-CLOSE = (
-    "So you take {v}. Goodbye! [end]",
-    "That is {v}. Have a nice day! [end]",
-    "All done: {v}. See you soon! [end]",
-    "Thank you, it is {v}. Goodbye! [end]",
-)
-ANSWER = ("I want {v}.", "{v}, please.", "I would like {v}.", "Let us say {v}.", "I take {v}.")
-ASK_PRICE = (
-    "How much is the {v}?",
-    "What does the {v} cost?",
-    "What is the price of the {v}?",
-    "How much do I pay for the {v}?",
-)
-ASK_MISSING = ("Do you have {v}?", "Is there {v}?", "Can I have {v}?", "What about {v}?")
-STRAY = (
-    "Do you like football?", "It is raining today.", "My dog is ill.", "Where is the station?",
-    "I saw a good film yesterday.", "What is your name?", "I am very tired.", "Can you sing?",
-    "My brother lives in Canada.", "The bus was late again.", "Do you have children?",
-    "I lost my keys.",
-)  # fmt: skip
 LOST = "I do not understand."  # what the student says if it is asked nothing
 ODD = 0.35  # of the student's turns
+
+
+def read_wordings() -> dict[str, list[str]]:
+    """Act of a tutor or a student -> its wordings. {v}: values; {o}: options; {s}: what is chosen;
+    {n}: a price; {t}: the tutor."""
+    lines = Path(__file__).with_name("wordings.txt").read_text("utf-8").splitlines()
+    return {act: wordings for act, *wordings in (line.split("|") for line in lines)}
+
+
+WORDINGS = read_wordings()
 
 
 def make_scenario(topic: str, number: int, seed: int) -> Scenario:
@@ -99,17 +60,8 @@ def make_scenario(topic: str, number: int, seed: int) -> Scenario:
         wants.append(f"{slot}: {rng.choice(offered)}")
         if slot == own:
             facts += [f"{item} costs {rng.randint(2, 19)} pounds" for item in offered]
-    return Scenario(
-        topic=topic,
-        place=place,
-        tutor=tutor,
-        student="a customer",
-        tasks=tasks,
-        facts=facts,
-        wants=wants,
-        max_turns=12,
-        id=f"{topic} {seed}.{number}",
-    )
+    scene = {"topic": topic, "place": place, "tutor": tutor, "student": "a customer"}
+    return Scenario(**scene, tasks=tasks, facts=facts, wants=wants, id=f"{topic} {seed}.{number}")
 
 
 def listed(words: Sequence[str], last: str) -> str:
@@ -127,28 +79,29 @@ def say_as_tutor(scenario: Scenario, history: Sequence[Message], rng: random.Ran
     state, said = read_state(menu, history), []
     left = [slot for slot in menu.offered if slot not in state.values]
     if not history:
-        said.append(wording(OPEN, rng))
+        said.append(wording("open", rng))
     elif not left:
         values = listed([state.values[slot] for slot in menu.offered], "and")
-        return wording(CLOSE, rng).format(v=values)
+        return wording("close", rng, v=values)
     elif state.new:
         values = listed([state.values[slot] for slot in state.new], "and")
-        said.append(wording(CONFIRM, rng).format(v=values))
+        said.append(wording("confirm", rng, v=values))
     elif state.price_of:
         slot, word = state.price_of
-        said.append(wording(PRICE, rng).format(v=word, n=menu.offered[slot][word]))
+        said.append(wording("price", rng, v=word, n=menu.offered[slot][word]))
     elif state.missing:
-        said.append(wording(MISSING, rng).format(v=state.missing))
+        said.append(wording("missing", rng, v=state.missing))
     else:
-        said.append(wording(STEER, rng).format(s=left[0], t=scenario.tutor))
+        said.append(wording("steer", rng, s=left[0], t=scenario.tutor))
     options = listed(list(menu.offered[left[0]]), "or")
-    said.append(wording(ASK, rng).format(s=left[0], o=options))
+    said.append(wording("ask", rng, s=left[0], o=options))
     return " ".join(said)
 
 
-def wording(ways: Sequence[str], rng: random.Random) -> str:
+def wording(act: str, rng: random.Random, **values: Any) -> str:
     """One of several: a speaker has a habit, the first, and other ways."""
-    return rng.choices(ways, [HABIT, *[1] * (len(ways) - 1)])[0]
+    ways = WORDINGS[act]
+    return rng.choices(ways, [HABIT, *[1] * (len(ways) - 1)])[0].format(**values)
 
 
 def say_as_student(scenario: Scenario, history: Sequence[Message], rng: random.Random) -> str:
@@ -160,25 +113,21 @@ def say_as_student(scenario: Scenario, history: Sequence[Message], rng: random.R
     asked = [slot for slot in asked_choices(menu, history[-1]["content"]) if slot in wants]
     if not asked:
         return LOST
-    slot, said = asked[0], len(history) > 1
+    slot, said = asked[0], wants[asked[0]]
     later = [s for s in menu.offered if s not in state.values and s != slot]
-    if (state.new or not said) and rng.random() < ODD:  # never twice in a row
+    if (state.new or len(history) < 2) and rng.random() < ODD:  # never twice in a row
         acts = ["missing", "stray", *(["two"] if later else [])]
         acts += ["price"] * 2 if any(menu.offered[slot].values()) else []
         act = rng.choice(acts)
+        if act == "stray":
+            return rng.choice(WORDINGS["stray"])
         if act == "price":
-            return rng.choice(ASK_PRICE).format(v=rng.choice(list(menu.offered[slot])))
+            return rng.choice(WORDINGS["ask price"]).format(v=rng.choice(list(menu.offered[slot])))
         if act == "missing":
             others = [w for w in menu.known_words[slot] if w not in menu.offered[slot]]
-            return rng.choice(ASK_MISSING).format(v=rng.choice(others))
-        if act == "stray":
-            return rng.choice(STRAY)
-        both = listed([wants[slot], wants[later[0]]], "and")
-        return _sentence(rng.choice(ANSWER).format(v=both))
-    return _sentence(rng.choice(ANSWER).format(v=wants[slot]))
-
-
-def _sentence(text: str) -> str:
+            return rng.choice(WORDINGS["ask missing"]).format(v=rng.choice(others))
+        said = listed([wants[slot], wants[later[0]]], "and")
+    text = rng.choice(WORDINGS["answer"]).format(v=said)
     return text[:1].upper() + text[1:]
 
 
@@ -218,9 +167,7 @@ def main() -> None:
     config = parse(WorldConfig, "Make scenarios and dialogues of a world of 51 topics.")
     make_folder(config.out)
     path = Path(config.out) / "dialogues.jsonl"
-    with write_aside(path) as file:
-        for row in rows(config.dialogues, config.seed):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_rows(path, rows(config.dialogues, config.seed))
     print(f"saved {path}: {config.dialogues} dialogues")
 
 

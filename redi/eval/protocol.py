@@ -16,6 +16,7 @@ from redi.checkpoint.folder import Source
 from redi.config import UserError, may_change, require
 from redi.eval.benchmarks import KNOWN, Benchmark, Problem
 from redi.eval.engine.generate import Request
+from redi.eval.engine.sampling import Sampling
 from redi.eval.grading.grader import GraderChoice
 from redi.eval.grading.workers import MOST_SECONDS
 
@@ -67,12 +68,8 @@ class EvalConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if self.cache_gib is not None:
             require(0 < self.cache_gib <= 1e6, "cache_gib", self.cache_gib, "above 0, at most 1e6")
-        # Divided by less than 0.001, the rounding errors of logits would decide what is drawn.
-        is_sound = self.temperature == 0 or self.temperature >= 1e-3
-        require(is_sound, "temperature", self.temperature, "0, or at least 0.001")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "within (0, 1]")
+        Sampling(self.temperature, self.top_p, self.seed)
         require(len(self.benchmark) >= 1, "benchmark", self.benchmark, "at least one")
-        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
         seconds = self.grade_seconds
         require(0 < seconds <= MOST_SECONDS, "grade_seconds", seconds, "above 0, at most a day")
 

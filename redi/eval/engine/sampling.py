@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redi.config import require
 from redi.packing import to_device
 
 BLOCK = 64  # tokens whose weights are summed before the search
@@ -35,6 +36,14 @@ class Sampling:
     temperature: float = 0.6
     top_p: float = 0.95
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Raises UserError, which names the flag."""
+        # Divided by less than 0.001, the rounding errors of logits would decide what is drawn.
+        is_sound = self.temperature == 0 or self.temperature >= 1e-3
+        require(is_sound, "temperature", self.temperature, "0, or at least 0.001")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "within (0, 1]")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2^63")
 
 
 def random_numbers(seed: int, keys: np.ndarray, positions: np.ndarray, attempt: int = 0) -> Tensor:

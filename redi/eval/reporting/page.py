@@ -22,36 +22,13 @@ CHARACTERS = 50_000_000  # of all completions together
 SHORTENED = "Long completions are shortened; completions/ holds all of their text."
 SYMBOLS = {"correct": "✓", "incorrect": "✗", "no_answer": "∅", "truncated": "…", "timeout": "⧗"}
 STYLE = """
-body { max-width: 100rem; } select, input { font: inherit; max-width: 14rem; }
-.filters { display: flex; flex-wrap: wrap; gap: .4rem 1rem; margin: 1rem 0; align-items: center; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
+body { max-width: 100rem; }
 .problem { border-top: 1px solid var(--line); padding: .4rem 0; }
 .question { white-space: pre-wrap; overflow-wrap: anywhere; }
 .runs { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 1rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .correct { color: var(--up); } .incorrect, .no_answer, .truncated, .timeout { color: var(--down); }
 @media (max-width: 50rem) { .runs { grid-auto-flow: row; } }
-"""
-SCRIPT = """\
-"use strict";
-const problems = [...document.querySelectorAll(".problem")];
-const selects = [...document.querySelectorAll("select")];
-const byId = id => document.getElementById(id);
-function refresh() {
-  const words = byId("words").value.toLowerCase().split(/\\s+/);
-  for (const problem of problems) {
-    const tags = JSON.parse(problem.dataset.tags);
-    const searched = byId("deep").checked ? problem : problem.querySelector(".about");
-    const text = searched.textContent.toLowerCase();
-    problem.hidden = !selects.every(s => s.value === "" || tags[s.name].includes(s.value)) ||
-      !words.every(word => text.includes(word));
-  }
-  const count = problems.filter(problem => !problem.hidden).length;
-  byId("count").textContent = `${count} of ${problems.length} problems`;
-}
-for (const input of document.querySelectorAll("select, input"))
-  input.addEventListener("input", refresh);
-refresh();
 """
 
 Samples = dict[str, list[tuple[Mark, str]]]  # run -> marks and completions, the latter as HTML
@@ -93,14 +70,11 @@ def evaluation_page(evaluations: dict[str, Evaluation], scores: Cells) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         pages.table(scores),
-        '<div class="filters">',
-        *(_select(name, values) for name, values in options.items() if len(values) > 1),
-        '<input type="search" id="words" placeholder="words of the problem">',
-        '<label><input type="checkbox" id="deep"> and of completions</label>',
-        f'<span class="faint" id="count"></span> {SHORTENED if longest > limit else ""}</div>',
+        pages.filters(options, "problems", "completions"),
+        f'<p class="faint">{SHORTENED}</p>' if longest > limit else "",
         *map(_problem, problems, problems.values(), samples.values(), tags),
     ]
-    return pages.page(title, "\n".join(body), STYLE, SCRIPT)
+    return pages.page(title, "\n".join(body), STYLE, pages.FILTER_SCRIPT)
 
 
 def _tags(name: str, problem: Problem, samples: Samples) -> dict[str, list[str]]:
@@ -122,13 +96,6 @@ def _tags(name: str, problem: Problem, samples: Samples) -> dict[str, list[str]]
 
 def _share(run: list[tuple[Mark, str]]) -> float:
     return sum(mark.verdict == "correct" for mark, _ in run) / len(run)
-
-
-def _select(name: str, values: list[str]) -> str:
-    texts = map(escape, values)  # without value=, an option's value has single spaces
-    options = "".join(f'<option value="{text}">{text}</option>' for text in texts)
-    options = f'<option value="">all</option>{options}'
-    return f'<label>{name} <select name="{name}">{options}</select></label>'
 
 
 def _problem(

@@ -16,7 +16,8 @@ same verdicts give the same report.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,12 +39,17 @@ def sem(correct: np.ndarray) -> float | None:
 
 def interval(scores: Sequence[float]) -> tuple[float, float]:
     """The bootstrap's interval of the mean of problems' `scores` (P,)."""
-    tail = (1 - LEVEL) / 2
-    scores, count = np.asarray(scores, float), len(scores)
-    random = np.random.default_rng(42)
-    means = [scores[random.integers(0, count, count)].mean() for _ in range(DRAWS)]
-    low, high = np.quantile(means, [tail, 1 - tail])
+    scores = np.asarray(scores, float)
+    low, high = bootstrap(lambda drawn: scores[drawn].mean(), len(scores), DRAWS)
     return float(low), float(high)
+
+
+def bootstrap(statistics: Callable[[np.ndarray], Any], count: int, draws: int) -> np.ndarray:
+    """(2, ...): the ends of the intervals of `statistics` of `count` numbers below `count`, drawn
+    with replacement. A draw's statistic that is nan is left out."""
+    random, tail = np.random.default_rng(42), (1 - LEVEL) / 2
+    values = [statistics(random.integers(0, count, count)) for _ in range(draws)]
+    return np.nanquantile(values, [tail, 1 - tail], axis=0)
 
 
 def majority(votes: Sequence[tuple[str, bool]]) -> float:
