@@ -387,3 +387,16 @@ def test_input_is_not_overwritten():
     write_jsonl(Path("tutor.jsonl"), [row()])
     config = partial(PrepareConfig, files=["tutor.jsonl"], out=".")
     assert "--out tutor.jsonl: would overwrite tutor.jsonl" in refusal(prepare, config())
+
+
+def test_files_of_two_runs_are_never_beside_a_card(monkeypatch):
+    prepared([row()])
+    assert card()["dialogues"] == 1
+
+    def stopped(path: Path, rows: list) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("redi.dialogue.prepare.write_rows", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepared([row()])
+    assert not Path("out", "card.json").exists()

@@ -179,8 +179,9 @@ def leaks(rows: Mapping[str, list[Row]]) -> dict:
 
 
 def prepare(config: PrepareConfig) -> dict:
-    """Write the files into `config.out`, card.json last. Returns what card.json holds. Raises
-    UserError: bad input, nothing to train on, or a file that cannot be written."""
+    """Write the files into `config.out`, card.json last: without it, the others may not belong
+    together. Returns what card.json holds. Raises UserError: bad input, nothing to train on, or a
+    file that cannot be written."""
     use_templates(config.templates)
     inside = [(file, Path(file) / "dialogues.jsonl") for file in config.files]  # an evaluation's
     config = dataclasses.replace(config, files=[str(p) if p.is_file() else f for f, p in inside])
@@ -213,6 +214,7 @@ def prepare(config: PrepareConfig) -> dict:
     }
     out = Path(config.out)
     make_folder(out)
+    (out / CARD).unlink(missing_ok=True)
     for name in NAMES:
         if rows[name]:
             write_rows(out / f"{name}.jsonl", rows[name])
