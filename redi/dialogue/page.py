@@ -49,12 +49,13 @@ def _dialogue(row: Row, tags: dict[str, list[str]]) -> str:
             lines.append(_line("hint", said["hint"], said, "hint_"))
         who = "student" if said.get("role") == "user" else "tutor"
         lines.append(_line(who, said["content"], said))
-    card = "; ".join(f"{name}: {scenario[name]}" for name in ("facts", "wants") if name in scenario)
+    given = (name for name in ("tasks", "facts", "wants") if name in scenario)
+    card = "".join(f"<br>{name}: {escape('; '.join(scenario[name]))}" for name in given)
     return (
         f'<details class="dialogue" data-tags="{escape(json.dumps(tags))}"><summary class="about">'
         f'{escape(scenario["topic"])} <span class="faint">{escape(" · ".join(facts))}</span> '
         f"{' '.join(map(_label, tags['label']))}</summary>"
-        f'<p class="faint">{escape(card)}</p>{"".join(lines)}</details>'
+        f'<p class="faint">{card.removeprefix("<br>")}</p>{"".join(lines)}</details>'
     )
 
 
