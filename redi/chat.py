@@ -66,6 +66,9 @@ class ChatConfig:
         limit = self.max_new_tokens
         require(limit is None or limit >= 1, "max_new_tokens", limit, "at least 1")
         require(not (self.p and self.scenario), "p", self.p, "nothing beside --scenario")
+        require(self.scenario or not self.judge, "judge", self.judge, "--scenario beside it")
+        settings = self.judge_settings
+        require(self.judge or not settings, "judge_settings", settings, "--judge beside it")
 
 
 @dataclass
@@ -90,7 +93,12 @@ class Conversation:
 
     def ask(self, text: str) -> None:
         """Add the user's turn and print the answer."""
-        text = without_marks(text) if self.lesson else text
+        if self.lesson:
+            text = without_marks(text)
+            if not text:
+                return
+            if self.lesson.is_ended_by(self.messages):
+                raise UserError("the dialogue has ended: /save FILE, /clear or /quit")
         self._answer([*self.messages, {"role": "user", "content": text}])
 
     def _answer(self, messages: list[Message], attempt: int = 0) -> None:
@@ -233,8 +241,9 @@ def main() -> None:
     if config.scenario:
         use_templates(config.templates)
         lesson = Lesson.load(config.scenario, config.judge, config.judge_settings, world)
-        print(lesson.scene())
     conversation = Conversation(speaker, config, sys.stdout.isatty(), lesson)
+    if lesson:
+        conversation._print(f"{lesson.scene()}\n", dim=False)
     if config.p is not None:
         conversation.ask(config.p)
         return
@@ -244,10 +253,8 @@ def main() -> None:
             (conversation.command if line.startswith("/") else conversation.ask)(line)
         except UserError as error:
             print(error, file=sys.stderr)
-        if lesson and lesson.is_ended_by(conversation.messages):
-            break
     if lesson:
-        print(lesson.summary(conversation.messages))
+        conversation._print(lesson.summary(conversation.messages) + "\n", dim=False)
 
 
 if __name__ == "__main__":

@@ -175,3 +175,15 @@ def test_a_saved_row_is_one_that_prepare_reads(lesson, tmp_path, monkeypatch):
     assert main_in_this_process(prepare.main, "talk.jsonl", *flags) == 0
     [row] = read_jsonl(tmp_path / "data" / "tutor.jsonl")
     assert row["messages"] == lesson.conversation.messages
+
+
+def test_after_the_end_a_dialogue_is_saved_or_begun_again(lesson, tmp_path):
+    lesson(None, f"Bye. {END}")
+    with pytest.raises(UserError, match="the dialogue has ended"):
+        lesson("Tea.")
+    lesson(f"/save {tmp_path / 'talk.jsonl'}")
+    assert (tmp_path / "talk.jsonl").is_file()
+    lesson("/clear", "Hello!")
+    before = list(lesson.conversation.messages)
+    lesson(END)
+    assert lesson.conversation.messages == before

@@ -145,7 +145,7 @@ def test_a_pair_is_the_first_good_and_the_first_bad_reply_of_a_state():
     counts = card()["counts"]
     assert counts["states with several replies"] == 4
     assert [counts[f"pairs: {why}"] for why in (
-        "no bad reply", "no good reply", "chosen equals rejected"
+        "no bad reply", "no good reply", "rejected is also labeled good"
     )] == [1, 1, 1]  # fmt: skip
     learned = [to_example(r, "x", False).responses[0][-1]["content"] for r in found["tutor"]]
     assert learned == ["?", "a", "a"]  # nothing of the state without a good reply
@@ -400,3 +400,21 @@ def test_files_of_two_runs_are_never_beside_a_card(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepared([row()])
     assert not Path("out", "card.json").exists()
+
+
+def test_no_reply_that_was_cut_or_is_also_good_is_learned_as_such():
+    talk = [*TALK[:2], {**TALK[2], "content": "Here is", "label": "good", "cut": "length"}]
+    both = several(("Tea!", "good"), ("Cold", "wrong"), history=TALK[:2])
+    both["replies"] += [{"content": "Cold ", "label": "good"}]
+    found = prepared([{"scenario": CAFE, "messages": talk}, both])
+    assert [row["messages"][-1]["content"] for row in found["tutor"]] == ["Tea!"]
+    assert card()["counts"]["tutor: no reply to learn"] == 1
+    assert "pairs" not in found
+    first = several(("Short", "good"), ("Cold", "wrong"), history=TALK[:2])
+    first["replies"][0]["cut"] = "length"
+    assert "pairs" not in prepared([first])
+
+
+def test_a_label_that_is_nearly_good_is_an_error():
+    message = refusal(prepared, [several(("Tea!", "Good"), ("Cold", "wrong"), history=TALK[:2])])
+    assert message == "rows.jsonl:1: the label 'Good' is not spelled 'good'"

@@ -178,7 +178,8 @@ def test_a_full_context_ends_a_dialogue():
     [row] = finish(
         converse(SCENE, 0), lambda one: full if one.who == "student" else Said("a", 2, "stop")
     )
-    assert (row["end"], row["messages"][-1]) == ("context", {"role": "user", "content": ""})
+    silent = {"role": "user", "content": "", "cut": "context"}
+    assert (row["end"], row["messages"][-1]) == ("context", silent)
     said = iter([Said("a", 2, "stop"), full, Said("x", 2, "stop"), full])
     [row] = finish(converse(SCENE, 0, hints=True), lambda _: next(said))
     assert row["end"] == "context"

@@ -25,7 +25,7 @@ from redi.dialogue.scenario import HINT, Scenario, without_marks
 
 Who = Literal["tutor", "student"]
 TEXTS = ("content", "label", "hint", "hint_label")
-FIELDS = ("role", *TEXTS, "weight")  # of a message
+FIELDS = ("role", *TEXTS, "weight", "cut")  # of a message
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,9 @@ def _checked(values: Any, name: str, where: str) -> list[Row]:
         texts = [one[key] for key in TEXTS if key in one]
         if not all(isinstance(text, str) and is_encodable(text) for text in texts):
             raise UserError(f"{where}: {', '.join(TEXTS)} must be text in UTF-8")
+        for label in (one[key] for key in ("label", "hint_label") if key in one):
+            if label.strip().casefold() == "good" != label:
+                raise UserError(f"{where}: the label {label!r} is not spelled 'good'")
         if one.get("weight", 1) not in (0, 1):
             raise UserError(f"{where}: a message's weight must be 0 or 1")
         found.append({"content": "", **one})

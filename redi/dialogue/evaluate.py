@@ -72,6 +72,8 @@ class EvaluateConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         Sampling(self.temperature, self.top_p, self.seed)
         require(self.judge != "recorded", "judge", self.judge, "world or a model")
+        no_model = self.judge_settings and self.judge in NO_MODELS
+        require(not no_model, "judge_settings", self.judge_settings, "a model as --judge beside it")
 
 
 @dataclass(frozen=True)

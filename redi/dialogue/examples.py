@@ -57,15 +57,16 @@ def tutor_row(dialogue: Dialogue, seed: int, hint_share: float, counts: Counter[
 
 
 def is_right(said: Row) -> bool:
-    """Whether a reply has no fault that is known, and no weight 0."""
-    return said.get("label", GOOD) == GOOD and said.get("weight") != 0
+    """Whether a reply has no fault that is known, no weight 0, and was not cut by a limit."""
+    return said.get("label", GOOD) == GOOD and said.get("weight") != 0 and "cut" not in said
 
 
 def student_row(dialogue: Dialogue, counts: Counter[str]) -> Row | None:
     """None, and counted, if there is no turn to learn; None for one with several last replies."""
     if dialogue.replies:
         return None
-    turns = conversation("student", dialogue.scenario, dialogue.messages)
+    messages = [said for said in dialogue.messages if is_answer(said) or "cut" not in said]
+    turns = conversation("student", dialogue.scenario, messages)
     if not is_answer(turns[-1]):
         turns.pop()
     counts["student: no turn to learn"] += len(turns) < 2
@@ -90,13 +91,13 @@ def pair(state: Sequence[Reply], seed: int, counts: Counter[str]) -> Row | None:
     """The first good and the first bad reply: by their places, and among equal ones drawn. None,
     and counted, if there is no such pair."""
     drawn = sorted(state, key=lambda reply: (reply.place, chance(seed, "reply", reply.content)))
-    good = next((reply for reply in drawn if reply.label == GOOD), None)
+    good = next((r for r in drawn if r.label == GOOD and is_right(r.said)), None)
     bad = next((reply for reply in drawn if reply.label not in (None, GOOD)), None)
     if good is None or bad is None:
         counts[f"pairs: no {'good' if good is None else 'bad'} reply"] += 1
         return None
-    if good.content == bad.content:
-        counts["pairs: chosen equals rejected"] += 1
+    if bad.content.strip() in {r.content.strip() for r in state if r.label == GOOD}:
+        counts["pairs: rejected is also labeled good"] += 1
         return None
     return {
         "prompt": conversation("tutor", good.scenario, good.history, good.is_hint),

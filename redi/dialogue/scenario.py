@@ -169,4 +169,4 @@ def without_marks(text: str) -> str:
 def words_used(scenario: Scenario, messages: list[Message]) -> list[str]:
     """The scenario's words that the student has used, in any letter case."""
     said = " ".join(m["content"].lower() for m in messages if m["role"] == "user")
-    return [word for word in scenario.words if re.search(rf"\b{re.escape(word.lower())}\b", said)]
+    return [w for w in scenario.words if re.search(rf"(?<!\w){re.escape(w.lower())}(?!\w)", said)]

@@ -37,6 +37,10 @@ class Said(NamedTuple):
     num_tokens: int
     finish: Literal["stop", "length", "context"]  # what ended it; context: it may be empty
 
+    def cut(self) -> Row:
+        """For a file: what cut the text, if anything did."""
+        return {} if self.finish == "stop" else {"cut": self.finish}
+
 
 Steps = Generator[Ask, Said, list[Row]]
 
@@ -121,14 +125,14 @@ def converse(
                 rng = random.Random(f"student {world_seed} {scenario.id} {sample} {turn}")
                 words = Said(say_as_student(scenario, messages, rng), 0, "stop")
             text = without_marks(words.text)
-            messages.append({"role": "user", "content": text, **hint})
+            messages.append({"role": "user", "content": text, **hint, **words.cut()})
             if words.finish != "stop" or not text:
                 end = "context" if words.finish == "context" else "student"
                 break
         reply = yield ask("tutor", scenario, messages, sample)
         num_tokens += reply.num_tokens
         if reply.num_tokens:
-            messages.append({"role": "assistant", "content": reply.text})
+            messages.append({"role": "assistant", "content": reply.text, **reply.cut()})
         if split_end(reply.text)[1]:
             end = "tutor"
         elif reply.finish != "stop":
@@ -153,8 +157,7 @@ def replay(
         for sample in range(samples):
             reply = yield ask("tutor", scenario, history, sample)
             num_tokens += reply.num_tokens
-            cut = {} if reply.finish == "stop" else {"cut": reply.finish}
-            replies += [{"content": reply.text, **cut}] if reply.num_tokens else []
+            replies += [{"content": reply.text, **reply.cut()}] if reply.num_tokens else []
         row = {"scenario": scenario.as_row(), "messages": history, "replies": replies}
         rows.append({**row, "tokens": num_tokens})
     return rows
