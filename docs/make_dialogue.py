@@ -1,10 +1,9 @@
-"""Everything that docs/dialogue.md shows, by the commands that users have.
+"""The demonstration of situational dialogue, by the commands that users have.
 
     python docs/make_dialogue.py --model HuggingFaceTB/SmolLM2-135M-Instruct [--out out/dialogue]
 
 Stages whose result exists are skipped, and a stage that was stopped resumes, so the same command
-goes on after Ctrl-C. No stage takes over 30 minutes on two quiet cores; all together take about two
-hours. OUT/times.json has the seconds of each stage; the figures of the page are in the reports.
+resumes the whole after Ctrl-C. OUT/times.json has the seconds of each stage.
 """
 
 import argparse
@@ -22,7 +21,7 @@ TRAIN = (
     "--rope-theta keep --max-position-embeddings keep --max-length 1024 --pack-tokens 2048 "
     "--rows-per-step 4 --epochs 1 --save-every 20 --keep all"
 )
-# Fine-tuned models are told less than a prompted one: they learn from dialogues how to talk.
+# Fine-tuned models get a shorter prompt: they learn from dialogues how to talk.
 SHORT = "--templates docs/dialogue_templates.toml"
 PREPARE = f"--test-share 0 {SHORT}"
 SCENES = "--scenarios {out}/seen.jsonl --unseen {out}/unseen.jsonl --max-new-tokens 48 --slots 24"

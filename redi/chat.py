@@ -52,8 +52,8 @@ class ChatConfig:
     model: Annotated[str, "folder or hub id"]
     p: Annotated[str | None, "answer this and end"] = None
     scenario: Annotated[str | None, "file: talk in its first scenario"] = None
-    templates: Annotated[str | None, "TOML file: what the scenario's sides are told"] = None
-    judge: Annotated[str | None, "model that labels the scenario's replies at the end"] = None
+    templates: Annotated[str | None, "TOML file: the scenario's prompts"] = None
+    judge: Annotated[str | None, "model that labels the tutor's replies at the end"] = None
     judge_settings: Annotated[str | None, "the judge's agreement.json"] = None
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.6
     top_p: Annotated[float, "mass of the nucleus"] = 0.95

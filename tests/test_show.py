@@ -36,9 +36,7 @@ PAIRS = [
     pair("1+2?", "<think>\n</think>\n2", "\\boxed{\\boxed{4}}", source="b"),
     pair("2+2?", "x" * 9, "y" * 9),
 ]
-SYSTEM_LINE = (
-    r"writes by itself 'system\nPlease reason step by step, and put your final answer [...]"
-)
+SYSTEM_LINE = r"adds 'system\nPlease reason step by step, and put your final answer [...]"
 HOSTILE = (
     "</script><script>alert(1)</script>&lt;<|im_end|>\x1b[2J\x00\r\u202e\ue000\ufffd <b a='\"'>"
 )
@@ -194,9 +192,9 @@ def test_tokens_give_the_text_again(chat, text):
 
 # ---------------------------------------------------------------- what the template did
 
-QWEN = r"writes by itself 'system\nYou are Qwen, created by Alibaba Cloud. You are a helpful [...]"
-DATE = "writes by itself 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024'"
-THOUGHT = "writes by itself '<think>\\n\\n</think>'"
+QWEN = r"adds 'system\nYou are Qwen, created by Alibaba Cloud. You are a helpful [...]"
+DATE = "adds 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024'"
+THOUGHT = "adds '<think>\\n\\n</think>'"
 OLD = [user("1?"), assistant("<think>\nold\n</think>\n\n1"), user("2?")]
 DONE = [  # a template that the installed trl has, a row, the lines
     ("qwen2_5", positive(" 1 \n", "\n 2 "), [QWEN]),

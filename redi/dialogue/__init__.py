@@ -1,6 +1,6 @@
 """Situational dialogue (Xu et al., arXiv 2403.20005): `redi dialogue COMMAND` (__main__.py).
 
-scenario.py      a scene, read from a file, and what each side is told of it
+scenario.py      a scene, read from a file, and each side's prompt
 dialogues.py     dialogues in files, and the replies in them
 examples.py      a dialogue -> rows to train tutor, student and judge on
 prepare.py       the program for it

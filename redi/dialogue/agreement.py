@@ -34,7 +34,7 @@ class AgreementConfig:
     unseen: Annotated[list[str], "the same of unseen topics"] = field(default_factory=list)
     dev: Annotated[list[str], "others, to choose the threshold on"] = field(default_factory=list)
     rubric: Annotated[str | None, "TOML file of labels; none: redi's own"] = None
-    templates: Annotated[str | None, "TOML file: what tutor, student and judge are told"] = None
+    templates: Annotated[str | None, "TOML file: the prompts of tutor, student and judge"] = None
     out: Annotated[str, "file to write"] = "agreement.json"
 
     def __post_init__(self) -> None:

@@ -55,7 +55,7 @@ class EvaluateConfig:
     student: Annotated[str, "recorded, world, or a model: folder or hub id"] = "recorded"
     judge: Annotated[str | None, "world, or a model: folder or hub id; none: no labels"] = None
     judge_settings: Annotated[str | None, "the judge's agreement.json"] = None
-    templates: Annotated[str | None, "TOML file: what tutor, student and judge are told"] = None
+    templates: Annotated[str | None, "TOML file: the prompts of tutor, student and judge"] = None
     hints: Annotated[bool, "at each of the student's turns, ask for a suggestion"] = False
     samples: Annotated[int, "dialogues of each scenario, or replies to each recorded state"] = 1
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.0

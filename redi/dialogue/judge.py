@@ -11,6 +11,7 @@ Left out: reasons in words, which cost a hundred times the tokens; pairs of repl
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol
@@ -57,15 +58,15 @@ class Judge(Protocol):
     def judge(self, replies: Sequence[Reply]) -> list[Judgement]: ...
 
 
-class ModelJudge:
+class ModelJudge(ABC):
     """A judge whose scores a subclass reads from a model's log-probs."""
 
     def __init__(self, model: Transformer, source: Source, settings: JudgeSettings):
         self.model, self.source, self.settings = model, source, settings
 
+    @abstractmethod
     def read(self, replies: Sequence[Reply]) -> tuple[dict[str, list[float]], list[str]]:
         """(statistic -> the score of each reply by it, the label of each if it is bad)"""
-        raise NotImplementedError
 
     def judge(self, replies: Sequence[Reply]) -> list[Judgement]:
         (scores, faults), judgements = self.read(replies), []

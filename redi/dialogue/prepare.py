@@ -55,7 +55,7 @@ class PrepareConfig:
     hint_share: Annotated[float, "of the student's turns, with a hint before them"] = 0.15
     mix: Annotated[str | None, "rows of general instructions to mix into tutor.jsonl"] = None
     mix_share: Annotated[float, "of tutor.jsonl, that these rows are"] = 0.1
-    templates: Annotated[str | None, "TOML file: what tutor, student and judge are told"] = None
+    templates: Annotated[str | None, "TOML file: the prompts of tutor, student and judge"] = None
     rubric: Annotated[str | None, "TOML file: the judge's labels; none: redi's own"] = None
     seed: Annotated[int, "of the topics, scenarios, hints and mixed rows that are drawn"] = 1
 

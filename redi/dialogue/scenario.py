@@ -1,4 +1,4 @@
-"""A scenario: the scene of a dialogue, read from a file, and what each side is told of it.
+"""A scenario: the scene of a dialogue, read from a file, and each side's prompt.
 
     # cafe.toml: one scenario; or many, as [[scenario]] tables, or rows of .jsonl, .json, Parquet
     topic = "ordering food"
@@ -31,7 +31,7 @@ from redi.data.tokenizer import Message
 
 END = "[end]"
 HINT = "(What could I say?)"  # asks the tutor for what the student could say next
-# What each side is told. A line whose fields are all empty is left out.
+# The prompt of each side. A line whose fields are all empty is left out.
 TEMPLATES = {
     "tutor": """\
 You are {tutor} in {place}. Talk with {student} about {topic}.
@@ -103,7 +103,7 @@ class Scenario:
         return {name: value for name, value in vars(self).items() if value}
 
     def prompt(self, view: str) -> str:
-        """What the tutor, the student or the judge is told."""
+        """The prompt of the tutor, the student or the judge."""
         values = {name: str(value) for name, value in vars(self).items()}
         values["tasks"] = " ".join(f"{n}. {task}." for n, task in enumerate(self.tasks, 1))
         values |= {name: "; ".join(getattr(self, name)) for name in ("facts", "wants")}

@@ -137,7 +137,7 @@ def about_template(
         for text in re.split(controls, row[end:start]):
             text = text.strip().removeprefix(role).strip()
             if text and text not in ROLES:
-                yield f"writes by itself {shorten(repr(text), 72, placeholder=' [...]')}"
+                yield f"adds {shorten(repr(text), 72, placeholder=' [...]')}"
         end = len(row) - len(after) if is_alike else start + len(content)
         if (written := row[start:end]) != content:
             first = content.find(written)
