@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from processes import command, main_in_this_process, wait_until
 from small_dialogue import make_talker, world_scenarios
-from small_run import files_in, read_jsonl, write_jsonl
+from small_run import files_in, read_jsonl, refusal, write_jsonl
 
+from redi.config import UserError
 from redi.dialogue import evaluate, report
 from redi.dialogue.dialogues import read_dialogues
 from redi.dialogue.evaluate import EvaluateConfig
@@ -219,6 +220,13 @@ def test_a_state_that_two_dialogues_share_is_answered_once_and_commands_are_text
     found = states(rows)
     assert [[len(state) for state in one] for one in found] == [[0, 2], [2], []]
     assert found[0][1][1]["content"] == "Hi"
+    several = {"messages": [first, user[0]], "replies": [{"content": "a"}, {"content": "b"}]}
+    [found] = states([{"scenario": scenario, **several}])
+    assert [[message["content"] for message in state] for state in found] == [[], ["Hello", "Hi"]]
+    other = {"scenario": {**scenario, "place": "x"}, "messages": [first]}
+    assert refusal(states, [rows[0], other]).endswith(
+        f"two scenarios have the id {scenario['id']!r}"
+    )
     opened = {**scenario, "opening": "Hello"}
     [[state]] = states([{"scenario": opened, "messages": [first, user[0], first]}])
     assert len(state) == 2  # the opening is not asked for
@@ -370,13 +378,22 @@ def test_rates_are_corrected_where_the_judge_was_measured(tmp_path):
 
 
 def test_without_a_judge_only_counts_are_reported():
-    rows = [session("tea", 1, "gg")]
+    rows = [session("tea", 1, "gg"), session("tea", 2, "", end="student")]
     for message in rows[0]["messages"]:
         for name in ("label", "good", "hint_label"):
             message.pop(name, None)
     found = report.summary({"model": "m", "student": "world"}, rows)["sides"]["seen"]
     assert found["rates"] == {}
     assert found["counts"]["ended by: tutor"] == 1
+    assert not any(name.startswith("failed") for name in found["counts"])
+
+
+def test_an_opening_is_not_a_reply():
+    row = session("tea", 1, "g")
+    opening = {"role": "assistant", "content": "Hello"}
+    row["messages"] = [opening, {"role": "user", "content": "Hi"}, *row["messages"]]
+    row["scenario"]["opening"] = "Hello"
+    assert report.summary(SETTINGS, [row])["sides"]["seen"]["counts"]["replies"] == 1
 
 
 def test_text_stays_text_in_the_page_and_in_the_table(tmp_path, capsys):
@@ -415,14 +432,25 @@ def test_two_evaluations_are_compared_scenario_by_scenario(tmp_path, capsys):
     for name, rows in (("a", worse), ("b", better), ("c", better[1:])):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "dialogues.jsonl", rows)
-        (tmp_path / name / "config.toml").write_text("model = 'm'\n")
+        (tmp_path / name / "config.toml").write_text("judge = 'world'\n")
     assert main_in_this_process(report.main, tmp_path / "a", tmp_path / "b") == 0
     assert "session success, seen" in capsys.readouterr().out
     for folders, message in ((("a", "c"), "different scenarios"), (("a",) * 3, "one or two")):
         assert main_in_this_process(report.main, *(tmp_path / one for one in folders)) == 2
         assert message in capsys.readouterr().err
-    (tmp_path / "c" / "config.toml").write_text("model = 'm'\njudge = 'world'\n")
-    assert main_in_this_process(report.main, tmp_path / "a", tmp_path / "c") == 2
-    assert "different settings of --judge" in capsys.readouterr().err
+    with pytest.raises(UserError, match="different scenarios or sides"):
+        report.compare(
+            Run(SETTINGS, better), Run(SETTINGS, [r | {"side": "unseen"} for r in better])
+        )
+    for settings, message in (
+        ("judge = 'm'", "different settings of --judge"),
+        ("judge = 'world'\njudge_settings = 'x'", "different settings of --judge_settings"),
+    ):
+        (tmp_path / "c" / "config.toml").write_text(settings)
+        assert main_in_this_process(report.main, tmp_path / "a", tmp_path / "c") == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "c" / "config.toml").write_text("")
+    assert main_in_this_process(report.main, tmp_path / "c", tmp_path / "c") == 2
+    assert "have no --judge" in capsys.readouterr().err
     assert main_in_this_process(report.main, tmp_path / "no") == 2
     assert "no such file" in capsys.readouterr().err

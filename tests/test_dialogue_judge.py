@@ -392,6 +392,17 @@ def test_mistakes_end_in_one_line(folder, tmp_path, capsys):
     (tmp_path / "other.json").write_text("[]")
     other = refusal(load_judge, model, str(tmp_path / "other.json"))
     assert other.endswith("not written by redi dialogue agreement")
+    edited = write_jsonl(
+        tmp_path / "edited.json", [{"judge": {}, "measured": {"seen replies": {}}}]
+    )
+    assert refusal(figures.read_rates, str(edited)).endswith(
+        "not as redi dialogue agreement wrote it"
+    )
+    measured = {"judge": {"weights": "0"}, "measured": {}}
+    of_another = refusal(load_judge, model, str(write_jsonl(tmp_path / "m.json", [measured])))
+    assert of_another == f"--judge-settings: measured on another model than {model}"
+    assert run(model, folder / "seen.jsonl", "--dev", folder / "seen.jsonl") == 2
+    assert "--dev: expected other files than the measured ones" in capsys.readouterr().err
     good = [{**row, "messages": row["messages"][:1]} for row in rows_of(3, bad=False)]
     path = write_jsonl(tmp_path / "good.jsonl", good)
     assert run(model, path) == 2

@@ -267,10 +267,10 @@ def test_general_rows_are_a_share_of_the_tutors_rows_evenly_spread():
 
 def test_own_templates(monkeypatch):
     monkeypatch.setitem(TEMPLATES, "tutor", "")  # restored at the end
-    text = "Be {tutor} {here is} {level}\n{level}\n"
+    text = "Be {tutor} {here is}\nBe {tutor} of {level}\n"
     Path("own.toml").write_text(f"tutor = {json.dumps(text)}", encoding="utf-8")
     [found] = prepared([row()], templates="own.toml")["tutor"]
-    assert found["messages"][0]["content"] == "Be the waiter {here is} "
+    assert found["messages"][0]["content"] == "Be the waiter {here is}"
     assert card()["templates"]["tutor"] == text
     for toml, error in (
         ('tutor = "Be {waiter}."', "own.toml: key 'tutor': unknown field {waiter}; fields: topic"),
@@ -304,6 +304,32 @@ def test_every_row_that_is_left_out_is_counted():
     assert (facts["dialogues"], facts["rows"]["tutor"]) == (3, 2)
     counts = facts["counts"]
     assert counts["tutor: no reply to learn"] == counts["blank ones of several replies"] == 1
+
+
+def test_of_a_dialogue_with_and_without_labels_the_labels_stay():
+    rows = [row(), row(labels=LABELS), row(labels=(None, None, "wrong"))]
+    for number, some in enumerate((rows, rows[::-1])):
+        assert len(prepared(some, f"out{number}")["judge"]) == 2
+        assert card(f"out{number}")["dropped"] == {"duplicate": 2}
+
+
+def test_turns_and_hints_of_rows_that_are_not_learned_are_not_counted():
+    prepared([row(TALK[:3], [None, None, "wrong"])], hint_share=1.0)
+    assert "hints" not in card()["counts"]
+
+
+def test_topics_that_differ_in_letter_case_or_blanks_are_on_one_side():
+    rows = [row(scenario=CAFE | {"topic": t, "id": t}) for t in ("Tea time", "tea  time", "cake")]
+    sides = prepared(rows, unseen_topics=["TEA TIME"])
+    assert [one["topic"] for one in sides["scenarios_unseen"]] == ["Tea time", "tea  time"]
+    found = prepared(rows, unseen_topics=[1])["scenarios_unseen"]  # drawn
+    assert {one["topic"] for one in found} in ({"Tea time", "tea  time"}, {"cake"})
+
+
+def test_a_line_of_a_prompt_with_an_empty_field_is_left_out():
+    wants = Scenario(**CAFE).prompt("judge").splitlines()[3]
+    assert wants == "A guest wants: cocoa."
+    assert "wants" not in Scenario(**CAFE | {"wants": [], "id": "x"}).prompt("judge")
 
 
 def test_an_evaluation_and_scenarios_by_id_are_read():
@@ -359,7 +385,7 @@ OTHER = CAFE | {"place": "a bar"}
 REFUSED = {  # rows, settings, what the error says
     "one topic": ([row()], {"unseen_topics": [10]}, "of 1 topics, none is left to train on"),
     "unknown topic": ([row()], {"unseen_topics": ["tea"]}, "--unseen-topics: .* got 'tea'"),
-    "two numbers": ([row()], {"unseen_topics": [1, 2]}, "one number, or topics of the rows; got 1"),
+    "two numbers": ([row()], {"unseen_topics": [1, 2]}, "one number, or topics .* got '1'"),
     "below 0": ([row()], {"unseen_topics": [-1]}, "--unseen-topics: expected at least 0"),
     "share": ([row()], {"hint_share": 1.5}, "--hint-share: expected from 0 to 1; got 1.5"),
     "one id": ([row(), row(scenario=OTHER)], {}, "rows.jsonl: two scenarios have the id 'cafe'"),

@@ -187,9 +187,9 @@ def test_a_full_context_ends_a_dialogue():
 
 
 def test_a_given_opening_is_said_first_and_not_asked_for():
-    scene = Scenario(**{**SCENE.as_row(), "opening": "Welcome!", "max_turns": 1, "id": ""})
-    [row] = finish(converse(scene, 0), scripted(tutor=["b"], student=["x"]))
-    assert [m["content"] for m in row["messages"]] == ["Welcome!", "x", "b"]
+    scene = Scenario(**{**SCENE.as_row(), "opening": "Welcome!", "max_turns": 2, "id": ""})
+    [row] = finish(converse(scene, 0), scripted(tutor=["b", "c"], student=["x", "y"]))
+    assert [m["content"] for m in row["messages"]] == ["Welcome!", "x", "b", "y", "c"]
     assert row["end"] == "max_turns"
 
 

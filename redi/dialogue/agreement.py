@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -38,6 +39,9 @@ class AgreementConfig:
     out: Annotated[str, "file to write"] = "agreement.json"
 
     def __post_init__(self) -> None:
+        files = [Path(file).resolve() for file in (*self.files, *self.unseen, *self.dev)]
+        twice = next((file for file in files if files.count(file) > 1), None)
+        require(not twice, "dev", str(twice), "other files than the measured ones, each given once")
         needs_dev = self.kind == "likelihood" and not self.dev
         require(not needs_dev, "dev", "none", "labels to choose the likelihood's threshold on")
 

@@ -35,7 +35,14 @@ from redi.dialogue.dialogues import Dialogue, Reply, read_dialogues, to_line, wr
 from redi.dialogue.judge import Judge, Judgement, load_judge
 from redi.dialogue.oracle import Menu, judge_hint, judge_reply
 from redi.dialogue.rubric import GOOD
-from redi.dialogue.scenario import TEMPLATES, Scenario, read_scenarios, use_templates
+from redi.dialogue.scenario import (
+    TEMPLATES,
+    Scenario,
+    read_scenarios,
+    remember,
+    topic_key,
+    use_templates,
+)
 from redi.dialogue.talk import Steps, Voice, converse, replay, talk
 from redi.distributed import World
 from redi.eval.engine.sampling import Sampling
@@ -125,12 +132,12 @@ def evaluate(config: EvaluateConfig) -> str:
 def read_jobs(config: EvaluateConfig) -> list[Job]:
     """Raises UserError, also for a topic on both sides and a scenario that is not the world's."""
     read = states_to_answer if config.student == "recorded" else dialogues_to_hold
-    jobs, known = [], set()
+    jobs, known = [], {}
     for side, source in (("seen", config.scenarios), ("unseen", config.unseen)):
         jobs += read(side, source, config, known) if source else ()
-    seen = {job.scenario.topic for job in jobs if job.side == "seen"}
+    seen = {topic_key(job.scenario.topic) for job in jobs if job.side == "seen"}
     for job in jobs:
-        if job.side == "unseen" and job.scenario.topic in seen:
+        if job.side == "unseen" and topic_key(job.scenario.topic) in seen:
             raise UserError(f"--unseen: the topic {job.scenario.topic!r} is in --scenarios, too")
         if "world" in (config.student, config.judge):
             Menu.of(job.scenario)
@@ -138,29 +145,31 @@ def read_jobs(config: EvaluateConfig) -> list[Job]:
 
 
 def dialogues_to_hold(
-    side: str, source: str, config: EvaluateConfig, known: set[str]
+    side: str, source: str, config: EvaluateConfig, known: dict[str, Scenario]
 ) -> Iterator[Job]:
-    """By scenario and sample. known: ids of earlier scenarios. Raises UserError if one recurs."""
+    """By scenario and sample. known: earlier scenarios by id. Raises UserError if one recurs."""
     seed = config.seed if config.student == "world" else None
     for scenario in read_scenarios(source):
         if scenario.id in known:
             raise UserError(f"{source}: another scenario has the id {scenario.id!r} already")
-        known.add(scenario.id)
+        known[scenario.id] = scenario
         for sample in range(config.samples):
             yield Job(side, scenario, partial(converse, scenario, sample, config.hints, seed))
 
 
 def states_to_answer(
-    side: str, source: str, config: EvaluateConfig, known: set[str]
+    side: str, source: str, config: EvaluateConfig, known: dict[str, Scenario]
 ) -> Iterator[Job]:
-    """By recorded dialogue: the states before the tutor's replies. known: those of earlier
-    dialogues, which are left out."""
+    """By recorded dialogue: the states before the tutor's replies. A state that an earlier dialogue
+    of the file has is left out. known: earlier scenarios by id. Raises UserError."""
+    asked = set()
     for dialogue in read_dialogues(source, {}):
         scenario, states = dialogue.scenario, []
+        remember(known, scenario, source)
         for reply in dialogue.all_replies():
             name = repr((scenario.id, reply.history))
-            if not reply.is_hint and not reply.place and name not in known:
-                known.add(name)
+            if not reply.is_hint and name not in asked:
+                asked.add(name)
                 states.append(reply.history)
         start = partial(replay, scenario, states, config.samples, config.hints)
         yield Job(side, scenario, start, tuple(states))

@@ -36,6 +36,7 @@ def tutor_row(dialogue: Dialogue, seed: int, hint_share: float, counts: Counter[
     identity = [scenario.id, [(said["role"], said["content"]) for said in dialogue.messages]]
     right = [reply["content"] for reply in dialogue.replies if is_right(reply)][:1]
     turns, learned = [message("system", scenario.prompt("tutor"))], len(right)
+    drawn: Counter[str] = Counter()
     for number, said in enumerate(dialogue.messages):
         words = said["content"]
         if is_answer(said):
@@ -44,15 +45,15 @@ def tutor_row(dialogue: Dialogue, seed: int, hint_share: float, counts: Counter[
             learned += is_learned
             turns.append(message("assistant", words) | ({} if is_learned else {"weight": 0}))
         else:
-            counts["student's turns"] += not several
+            drawn["student's turns"] += not several
             if not several and chance(seed, "hint", identity, number) < hint_share:
-                counts["hints"] += 1
+                drawn["hints"] += 1
                 turns += [message("user", HINT), message("assistant", words)]
             turns.append(message("user", words))
     turns += [message("assistant", words) for words in right]
     if not is_answer(turns[-1]):
         turns.pop()
-    counts["tutor: no reply to learn"] += not learned
+    counts.update(drawn if learned else {"tutor: no reply to learn": 1})
     return {"messages": turns} if learned else None
 
 

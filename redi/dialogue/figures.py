@@ -138,7 +138,10 @@ def corrected_rate(p: float, n: int, rates: Rates) -> tuple[float, float, float]
 def read_rates(path: str) -> dict[str, Rates]:
     """The rates in an agreement.json, by "seen replies", "unseen hints" and the like."""
     measured = read_agreement(path)["measured"]
-    return {name: Rates(**group["rates"]) for name, group in measured.items()}
+    try:
+        return {name: Rates(**group["rates"]) for name, group in measured.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path}: not as redi dialogue agreement wrote it") from None
 
 
 def read_agreement(path: str) -> dict[str, Any]:

@@ -13,13 +13,14 @@ Left out: reasons in words, which cost a hundred times the tokens; pairs of repl
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, Protocol
 
 import numpy as np
 
 from redi import distributed
 from redi.checkpoint.folder import Source, load_model
+from redi.checkpoint.weights import weights_hash
 from redi.config import UserError, check_table, types_of
 from redi.dialogue.dialogues import Reply, conversation
 from redi.dialogue.figures import read_agreement
@@ -46,6 +47,7 @@ class JudgeSettings:
     statistic: Annotated[str, "the score: logit of P(good); min or mean of log-probs"] = "logit"
     cuts: Annotated[dict, "replies, hints -> [threshold, scale]"] = field(default_factory=dict)
     rubric: Annotated[dict, "of a judge of labels: replies, hints"] = field(default_factory=dict)
+    weights: Annotated[str, "hash of the model that was measured"] = ""
 
     def good(self, score: float, reply: Reply) -> float:
         """Hints have the cut of replies if they have none of their own."""
@@ -141,6 +143,10 @@ def load_judge(model: str, settings_file: str | None = None, world: World | None
 
 def make_judge(model: str, settings: JudgeSettings, world: World | None = None) -> ModelJudge:
     weights, source = load_model(model)
+    measured = weights_hash(source.folder)
+    if settings.weights not in ("", measured):
+        raise UserError(f"--judge-settings: measured on another model than {model}")
+    settings = replace(settings, weights=measured)
     if source.chat is None:
         raise UserError(f"{source.folder}: no tokenizer.json; a judge needs one")
     world = world or distributed.start(timeout_minutes=30)

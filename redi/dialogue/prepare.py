@@ -33,7 +33,14 @@ from redi.dialogue import examples
 from redi.dialogue.dialogues import Dialogue, Reply, read_dialogues, write_rows
 from redi.dialogue.examples import chance
 from redi.dialogue.rubric import read_rubric
-from redi.dialogue.scenario import TEMPLATES, Scenario, read_scenarios, use_templates
+from redi.dialogue.scenario import (
+    TEMPLATES,
+    Scenario,
+    read_scenarios,
+    remember,
+    topic_key,
+    use_templates,
+)
 from redi.hub import CARD, dataset_files
 from redi.tables import text_table
 
@@ -69,26 +76,30 @@ class PrepareConfig:
 def read_all(config: PrepareConfig, dropped: Counter[str], counts: Counter[str]) -> list[Dialogue]:
     """The dialogues to train on. Raises UserError, also if two scenarios have one id."""
     known: dict[str, Scenario] = {}
-
-    def check(scenario: Scenario, file: str) -> None:
-        if known.setdefault(scenario.id, scenario).as_row() != scenario.as_row():
-            raise UserError(f"{file}: two scenarios have the id {scenario.id!r}")
-
     for scenario in read_scenarios(config.scenarios) if config.scenarios else ():
-        check(scenario, config.scenarios)
-    named, seen, kept = dict(known), set(), []
+        remember(known, scenario, config.scenarios)
+    named, kept = dict(known), {}
     for file in config.files:
         for whole in read_dialogues(file, named, dropped):
             dialogue = without_blanks(whole)
             counts["blank ones of several replies"] += len(whole.replies) - len(dialogue.replies)
-            check(dialogue.scenario, file)
-            content = json.dumps([dialogue.scenario.id, dialogue.messages, dialogue.replies])
-            if reason := reason_to_drop(dialogue) or ("duplicate" if content in seen else None):
+            remember(known, dialogue.scenario, file)
+            if reason := reason_to_drop(dialogue):
                 dropped[reason] += 1
-            else:
-                seen.add(content)
-                kept.append(dialogue)
-    return kept
+                continue
+            said = dialogue.messages + dialogue.replies
+            texts = [one["content"] for one in said]
+            key = (dialogue.scenario.id, len(dialogue.messages), *texts)
+            dropped["duplicate"] += key in kept
+            # Of dialogues that differ in labels or hints alone, the one with most of them stays.
+            kept[key] = max(kept.get(key, dialogue), dialogue, key=num_labels)
+    return list(kept.values())
+
+
+def num_labels(dialogue: Dialogue) -> tuple[int, str]:
+    """How much beside the texts a dialogue has; and its content, which orders equal ones."""
+    said = dialogue.messages + dialogue.replies
+    return sum(map(len, said)), json.dumps(said, sort_keys=True)
 
 
 def without_blanks(dialogue: Dialogue) -> Dialogue:
@@ -114,20 +125,23 @@ def reason_to_drop(dialogue: Dialogue) -> str | None:
 
 def split(config: PrepareConfig, scenarios: Mapping[str, Scenario]) -> dict[str, str]:
     """Scenario id -> its side. Raises UserError: unknown topics, or none left to train on."""
-    topics = {scenario.topic for scenario in scenarios.values()}
+    topics = {topic_key(scenario.topic) for scenario in scenarios.values()}
     unseen = config.unseen_topics
     if [type(value) for value in unseen] == [int]:
         require(unseen[0] >= 0, "unseen_topics", unseen[0], "at least 0")
         drawn = sorted(topics, key=lambda topic: (chance(config.seed, "topic", topic), topic))
         unseen = drawn[: unseen[0]]
+    unseen = {topic_key(str(topic)) for topic in unseen}
     for topic in unseen:
         require(topic in topics, "unseen_topics", repr(topic), "one number, or topics of the rows")
-    if topics and topics == set(unseen):
+    if topics and topics == unseen:
         raise UserError(f"--unseen-topics: of {len(topics)} topics, none is left to train on")
     sides = {}
     for name, scenario in scenarios.items():
         is_test = chance(config.seed, "test", name) < config.test_share
-        sides[name] = "_unseen" if scenario.topic in unseen else "_test" if is_test else ""
+        sides[name] = (
+            "_unseen" if topic_key(scenario.topic) in unseen else "_test" if is_test else ""
+        )
     return sides
 
 

@@ -45,14 +45,12 @@ class ReportConfig:
 def successes(row: Row) -> dict[str, tuple[int, int]]:
     """Of a dialogue or state, rate -> how many are good, of how many."""
     replies, hints = labels(row), labels(row, "hint_label")
-    good = replies.count("good")
-    spoken = sum(map(is_answer, row["messages"])) - ("opening" in row["scenario"])
-    is_judged = "end" in row and len(replies) >= spoken
-    succeeded = is_judged and row["end"] == "tutor" and good == len(replies)
+    good, is_session = replies.count("good"), "end" in row
+    succeeded = is_session and row["end"] == "tutor" and good == len(replies)
     return {
         RESPONSE: (good, len(replies)),
         SUGGESTION: (hints.count("good"), len(hints)),
-        SESSION: (int(succeeded), int(is_judged)),
+        SESSION: (int(succeeded), int(is_session)),
     }
 
 
@@ -72,13 +70,14 @@ def rate_interval(rows: list[Row], rate: str, key: str) -> list[float] | None:
     return bootstrap(lambda drawn: np.divide(*pairs[drawn].sum(0)), len(pairs), DRAWS).tolist()
 
 
-def counts(rows: list[Row]) -> dict[str, int]:
+def counts(rows: list[Row], is_judged: bool) -> dict[str, int]:
     """What else happened; sorted, so that kinds of a thing are together. A session failed because
     of the tutor if a reply is bad or was cut; of the student if it said nothing or was cut; else of
     what ended it."""
     found: Counter[str] = Counter(dict.fromkeys(("replies", "tutor's tokens"), 0))
     for row in rows:
-        replies = row.get("replies", [m for m in row["messages"] if is_answer(m)])
+        said = [message for message in row["messages"] if is_answer(message)]
+        replies = row.get("replies", said["opening" in row["scenario"] :])
         found["replies"] += len(replies)
         found["tutor's tokens"] += row["tokens"]
         found["replies cut by their limit"] += sum("cut" in reply for reply in replies)
@@ -86,7 +85,7 @@ def counts(rows: list[Row]) -> dict[str, int]:
         found.update(f"fault: {label}" for label in faults)
         if "end" in row:
             found[f"ended by: {row['end']}"] += 1
-        if successes(row)[SESSION] == (0, 1):
+        if is_judged and successes(row)[SESSION] == (0, 1):
             is_tutors = faults or row["end"] == "length"
             found[f"failed because of: {'the tutor' if is_tutors else row['end']}"] += 1
     sizes = {name: len({row["scenario"][key] for row in rows}) for name, key in KEYS.items()}
@@ -100,7 +99,7 @@ def summary(settings: Row, rows: list[Row]) -> Row:
     for side in SIDES:
         some = [row for row in rows if row["side"] == side]
         rates: dict[str, Row] = {}
-        for name in (RESPONSE, SUGGESTION, SESSION):
+        for name in (RESPONSE, SUGGESTION, SESSION) if "judge" in settings else ():
             good, count = sum(summed(some, name).values(), np.zeros(2, dtype=int)).tolist()
             if count:
                 rates[name] = {
@@ -112,7 +111,7 @@ def summary(settings: Row, rows: list[Row]) -> Row:
                 if measured := known.get(f"{side} {MEASURED.get(name)}"):
                     rates[name]["corrected"] = corrected_rate(good / count, count, measured)
         if some:
-            sides[side] = {"rates": rates, "counts": counts(some)}
+            sides[side] = {"rates": rates, "counts": counts(some, "judge" in settings)}
     return {"settings": settings, "sides": sides}
 
 
@@ -170,13 +169,15 @@ def write(out: Path) -> str:
 
 def compare(first: Run, second: Run) -> Cells:
     """The second minus the first, paired over scenarios: means over these of the shares that are
-    good. Raises UserError if they differ in scenarios, student or judge."""
-    for name in ("student", "judge"):
+    good. Raises UserError if they differ in scenarios, student or judge, or have no judge."""
+    for name in ("student", "judge", "judge_settings"):
         if first.settings.get(name) != second.settings.get(name):
             raise UserError(f"the two evaluations have different settings of --{name}")
-    ids = [{row["scenario"]["id"] for row in run.rows} for run in (first, second)]
+    if "judge" not in first.settings:
+        raise UserError("the two evaluations have no --judge: there are no labels to compare")
+    ids = [{(row["side"], row["scenario"]["id"]) for row in run.rows} for run in (first, second)]
     if ids[0] != ids[1]:
-        raise UserError("the two evaluations have different scenarios: nothing is paired")
+        raise UserError("the two evaluations have different scenarios or sides: nothing is paired")
     table = [["second - first, points", "scenarios", "difference", "interval", "p"]]
     for side in SIDES:
         for name in (SESSION, RESPONSE):

@@ -11,7 +11,7 @@
     facts = ["coffee costs 3 pounds", "the soup has nuts"]    # what the tutor must not contradict
     wants = ["a tea", "no nuts"]                     # the student's card: the tutor never sees it
     opening = "Hello! What can I get you?"           # the tutor's first words; else it finds them
-    max_turns = 12                                   # replies of the tutor, at most
+    max_turns = 12                      # replies of the tutor at most, without the opening
 
 The tutor ends the dialogue with the plain text [end] after its last reply; any tokenizer can write
 it. What a student types is never a command: both marks below are taken out of it.
@@ -31,7 +31,7 @@ from redi.data.tokenizer import Message
 
 END = "[end]"
 HINT = "(What could I say?)"  # asks the tutor for what the student could say next
-# The prompt of each side. A line whose fields are all empty is left out.
+# The prompt of each side. A line with an empty field is left out.
 TEMPLATES = {
     "tutor": """\
 You are {tutor} in {place}. Talk with {student} about {topic}.
@@ -71,7 +71,7 @@ class Scenario:
     facts: Annotated[list[str], "what the tutor must not contradict"] = ()
     wants: Annotated[list[str], "the student's card, hidden from the tutor"] = ()
     opening: Annotated[str, "the tutor's first words; empty: it finds them"] = ""
-    max_turns: Annotated[int, "the tutor's replies, at most"] = 12
+    max_turns: Annotated[int, "the tutor's replies at most, without the opening"] = 12
     id: Annotated[str, "names the scenario; empty: a hash of the rest"] = ""
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class Scenario:
         lines = []
         for line in TEMPLATES[view].splitlines():
             names = re.findall(r"{(\w+)}", line)
-            if any(values[name] for name in names) or not names:
+            if all(values[name] for name in names):
                 text = re.sub(r"{(\w+)}", lambda field: values[field[1]], line)
                 lines.append(text[:1].upper() + text[1:])
         return "\n".join(lines)
@@ -129,6 +129,17 @@ def read_scenarios(source: str) -> Iterator[Scenario]:
         named = read_rows(source)
     for where, row in named:
         yield Scenario.of(row, where)
+
+
+def topic_key(topic: str) -> str:
+    """Topics that differ in letter case or blanks alone are one."""
+    return " ".join(topic.casefold().split())
+
+
+def remember(known: dict[str, Scenario], scenario: Scenario, file: str) -> None:
+    """Add a scenario to those known by id. Raises UserError if another one has its id."""
+    if known.setdefault(scenario.id, scenario) != scenario:
+        raise UserError(f"{file}: two scenarios have the id {scenario.id!r}")
 
 
 def use_templates(path: str | None) -> None:

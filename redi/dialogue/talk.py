@@ -137,7 +137,7 @@ def converse(
             end = "tutor"
         elif reply.finish != "stop":
             end = reply.finish
-        elif turn + 1 >= scenario.max_turns:
+        elif turn + 1 - bool(scenario.opening) >= scenario.max_turns:
             end = "max_turns"
     row = {"scenario": scenario.as_row(), "sample": sample, "messages": messages}
     return [{**row, "end": end, "tokens": num_tokens}]
