@@ -8,6 +8,7 @@ resumes the whole after Ctrl-C. OUT/times.json has the seconds of each stage.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ WORLDS = {1: 700, 2: 520, 3: 1020}  # seed -> dialogues: for the tutor, for judg
 SEEN, UNSEEN = 123, 100  # scenarios to evaluate on: 3 of each seen topic, 10 of each unseen one
 TRAIN = (
     "--rope-theta keep --max-position-embeddings keep --max-length 1024 --pack-tokens 2048 "
-    "--rows-per-step 4 --epochs 1 --save-every 20 --keep all"
+    "--rows-per-step 4 --epochs 1 --save-every 20"
 )
 # Fine-tuned models get a shorter prompt: they learn from dialogues how to talk.
 SHORT = "--templates docs/dialogue_templates.toml"
@@ -100,10 +101,11 @@ def train(stages: Stages, model: str) -> None:
     """The tutor; and a second one, on other dialogues, which judges by likelihood."""
     for name, data in (("tutor", "data1"), ("second", "data2")):
         flags = f"--data {{out}}/{data}/tutor.jsonl --out {{out}}/{name} --lr 5e-4 {TRAIN}"
-        stages.run(f"{name}/config.json", f"redi train-sft --model {model} {flags}")
+        stages.run(f"{name}/config.json", f"redi train-sft --model {model} {flags} --keep all")
         for age, step in STEPS.items():
             at = f"{{out}}/{name}/checkpoints/step-{step:06}"
             stages.run(f"{name}_{age}/config.json", f"redi export {at} --out {{out}}/{name}_{age}")
+        shutil.rmtree(stages.out / name / "checkpoints", ignore_errors=True)  # 11 GB
 
 
 def train_judges(stages: Stages) -> None:

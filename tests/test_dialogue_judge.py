@@ -357,10 +357,13 @@ def test_what_is_left_out_is_counted(folder, tmp_path, capsys):
         for message in row["messages"]:
             message.pop("hint", None)
     rows[1]["messages"][1] |= {"hint": "Yes.", "hint_label": "unfit"}
+    history = [{"role": one["role"], "content": one["content"]} for one in rows[2]["messages"]]
+    replies = [{"content": "x", "label": "good"}, {"content": "y"}]
+    rows.append({**rows[2], "messages": history[:2], "replies": replies})
     path = write_jsonl(tmp_path / "some.jsonl", rows)
     assert run(folder / "model", path, "--out", tmp_path / "a.json") == 0
     shown = capsys.readouterr().out
-    assert "left out: 1 replies without a label" in shown
+    assert "left out: 2 replies without a label" in shown
     assert "left out: 1 seen hints, all good or all bad" in shown
     assert json.loads((tmp_path / "a.json").read_text())["judge"]["cuts"] == {}
 

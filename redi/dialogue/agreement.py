@@ -52,10 +52,10 @@ def labeled_replies(files: Sequence[str], left_out: Counter[str]) -> dict[str, l
     for dialogue in (one for file in files for one in read_dialogues(file, {})):
         for reply in dialogue.all_replies():
             kind = "hints" if reply.is_hint else "replies"
-            if reply.label is None:
-                left_out[f"{kind} without a label"] += 1
-            else:
+            if reply.label is not None:
                 found[kind].append(reply)
+            elif reply.place or not dialogue.replies:  # not the history of several replies
+                left_out[f"{kind} without a label"] += 1
     return found
 
 
