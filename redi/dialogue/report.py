@@ -71,7 +71,7 @@ def rate_interval(rows: list[Row], rate: str, key: str) -> list[float] | None:
 
 
 def counts(rows: list[Row], is_judged: bool) -> dict[str, int]:
-    """What else happened; sorted, so that kinds of a thing are together. A session failed because
+    """What else happened. A session failed because
     of the tutor if a reply is bad or was cut; of the student if it said nothing or was cut; else of
     what ended it."""
     found: Counter[str] = Counter(dict.fromkeys(("replies", "tutor's tokens"), 0))
@@ -89,7 +89,7 @@ def counts(rows: list[Row], is_judged: bool) -> dict[str, int]:
             is_tutors = faults or row["end"] == "length"
             found[f"failed because of: {'the tutor' if is_tutors else row['end']}"] += 1
     sizes = {name: len({row["scenario"][key] for row in rows}) for name, key in KEYS.items()}
-    return {**sizes, "dialogues or states": len(rows), **dict(sorted((+found).items()))}
+    return {**sizes, "dialogues or states": len(rows), **+found}
 
 
 def summary(settings: Row, rows: list[Row]) -> Row:
@@ -123,7 +123,8 @@ def cells(found: Row) -> Cells:
         for line in ("rate", *(f"interval by {by}" for by in KEYS), "corrected"):
             values = [_percent(one["rates"].get(name, {}).get(line)) for one in sides]
             rows += [[name if line == "rate" else f"  {line}", *values]] if any(values) else []
-    for name in dict.fromkeys(name for one in sides for name in one["counts"]):
+    # By name, so that all kinds of a fault are together.
+    for name in sorted({name for one in sides for name in one["counts"]}):
         rows.append([name, *(f"{one['counts'].get(name, 0):,}" for one in sides)])
     return rows
 
