@@ -21,7 +21,7 @@ TRAINING_WAITS = {"monitor.StepSums.gather: copy to the host": 1}
 GENERATION_WAITS = {
     "kernel_steps.KernelDecoder.__init__: copy from memory that is not pinned",  # once
     "sampling.refused: nonzero()",  # per token
-    "generate._Engine.advance: copy to the host",  # per token
+    "sampling.sample: copy to the host",  # per token
 }
 GATHERING_WAITS = {"folder._gather: copy to the host": 12 * LAYERS + 2}  # per tensor
 

@@ -269,7 +269,7 @@ def test_the_cache_is_kept_so_the_work_is_about_the_length_of_the_dialogue(
         if positions[0] == 0:
             ids = source.chat.tokenizer.encode(next(said), add_special_tokens=False).ids
             speaking[:] = [*ids, source.stop_ids[0]]
-        return torch.tensor([speaking[positions[0]]])
+        return [speaking[positions[0]]]
 
     monkeypatch.setattr("redi.eval.engine.streaming.sample", forced)
     sizes: list[int] = []

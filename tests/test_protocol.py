@@ -51,11 +51,10 @@ def test_an_answer_may_use_what_the_context_leaves(prompted, capsys):
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(source):
     long = Benchmark("c", [Problem("7", "1+1?" * 400, ["2"])])
-    for settings, hint in (({"user_prompt": "plain"}, "out$"), ({}, "out or choose --user-prompt")):
-        with pytest.raises(
-            UserError, match=rf"^c: the prompt of problem 7 is \d+ .* 512; .*{hint}"
-        ):
-            prompt_samples([long], source, EvalConfig(**settings))
+    with pytest.raises(
+        UserError, match=r"^c: the prompt of problem 7 is \d+ .* 512; .*-prompt plain"
+    ):
+        prompt_samples([long], source, EvalConfig())
 
 
 @pytest.mark.parametrize(
@@ -101,9 +100,12 @@ def test_the_prompt_is_the_papers_word_for_word(prompted, source):
 
 
 def test_exported_prompts_are_what_our_own_sampling_reads(source, tmp_path):
-    config, path = EvalConfig(samples=3, max_new_tokens=100), tmp_path / "prompts.jsonl"
+    path = tmp_path / "prompts.jsonl"
+    config = EvalConfig(
+        model=str(tmp_path), export_prompts=str(path), samples=3, max_new_tokens=100
+    )
     prompted = prompt_samples([BENCHMARK], source, config)
-    export_prompts(path, prompted, source, config)
+    export_prompts(config, [BENCHMARK])
     rows = read_jsonl(path)
     requests = [one.request for one in prompted[::3]]
     assert [tuple(row.pop("prompt_token_ids")) for row in rows] == [r.prompt_ids for r in requests]

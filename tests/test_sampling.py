@@ -106,7 +106,7 @@ def test_a_million_draws_follow_the_nucleus_distribution(temperature, top_p, siz
     counts, keys = Counter(), np.arange(20_000)
     for position in range(50):
         rows, positions = logits.expand(len(keys), -1).clone(), np.full_like(keys, position)
-        counts.update(sample(rows, keys, positions, Sampling(temperature, top_p, seed=0)).tolist())
+        counts.update(sample(rows, keys, positions, Sampling(temperature, top_p, seed=0)))
     assert_follows(counts, defined_nucleus(logits.tolist(), temperature, top_p))
 
 
@@ -149,7 +149,7 @@ def test_sharp_logits_have_no_denormal_weights():
 
 def test_temperature_zero_takes_the_first_of_the_highest():
     logits, both = torch.tensor([[0.0, 2.0, 2.0], [3.0, 1.0, 3.0]]), np.arange(2)
-    assert sample(logits, both, both, Sampling(0.0)).tolist() == [1, 0]
+    assert sample(logits, both, both, Sampling(0.0)) == [1, 0]
 
 
 # ---------------------------------------------------------------- random numbers

@@ -110,24 +110,19 @@ def _problems(source: Path | list[Path]) -> list[Problem]:
 def _problem(row: dict[str, Any], number: int, where: str) -> Problem:
     """The problem of one row. The id of a row without one is its number, from 0."""
     fields = {
-        kind: next((name for name in names if row.get(name) is not None), None)
+        kind: next((name for name in names if row.get(name) is not None), names[0])
         for kind, names in FIELDS.items()
     }
-    for kind in ("problem", "answer"):
-        if fields[kind] is None:
-            names = " or ".join(map(repr, FIELDS[kind]))
-            raise UserError(f"{where}: no {kind}; expected a field {names}")
-    value = {kind: row.get(field) for kind, field in fields.items()}
-    id, problem, subject = value["id"], value["problem"], value["subject"]
-    given = value["answer"] if isinstance(value["answer"], list) else [value["answer"]]
-    answers = [answer_text(answer) for answer in given]
+    problem, answer, id, subject, difficulty = (row.get(field) for field in fields.values())
+    answers = [answer_text(one) for one in (answer if isinstance(answer, list) else [answer])]
     are_answers = answers != [] and all(map(is_text, answers))
+    names = {kind: f" ({' or '.join(FIELDS[kind])})" for kind in ("problem", "answer")}
     check_fields(
         row,
         where,
         (fields["id"], id is None or type(id) is int or is_text(id), "text or a whole number"),
-        (fields["problem"], is_text(problem), "the problem's text"),
-        (fields["answer"], are_answers, "text, a number or a list of them"),
+        (fields["problem"], is_text(problem), f"the problem's text{names['problem']}"),
+        (fields["answer"], are_answers, f"text, a number or a list of them{names['answer']}"),
     )
     # OlympiadBench has a field for what several questions share ("Let $T$ be the answer ...").
     context = row.get("context")
@@ -136,7 +131,7 @@ def _problem(row: dict[str, Any], number: int, where: str) -> Problem:
         problem=f"{context}\n{problem}" if is_text(context) else problem,
         answers=list(dict.fromkeys(answers)),
         subject=subject.strip() if is_text(subject) else None,
-        difficulty=_difficulty(value["difficulty"]),
+        difficulty=_difficulty(difficulty),
     )
 
 

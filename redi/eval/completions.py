@@ -10,10 +10,8 @@ completion is appended in one write as soon as it is finished. A killed evaluati
 files of all ranks, drops a line cut short, and samples the rest. Left out: resuming a completion.
 """
 
-import dataclasses
 import glob
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -79,15 +77,14 @@ def read_lines(path: Path, kind: type[L], unfinished: bool = False) -> Iterator[
     types = get_type_hints(kind)
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            is_whole = line.endswith(b"\n")
-            if unfinished and not is_whole:
+            if unfinished and not line.endswith(b"\n"):
                 return
             try:
                 row = kind(**json.loads(line))
             except (ValueError, TypeError, RecursionError):
-                fields = ", ".join(field.name for field in dataclasses.fields(kind))
-                got = f"{'got' if is_whole else 'the file is cut short after'} {line!r:.60}"
-                raise UserError(f"{path}:{number}: expected JSON with {fields}; {got}") from None
+                got = "got" if line.endswith(b"\n") else "the file is cut short after"
+                expected = f"expected JSON with {', '.join(types)}; {got} {line!r:.60}"
+                raise UserError(f"{path}:{number}: {expected}") from None
             check_table(vars(row), types, f"{path}:{number}")
             yield row
 
@@ -102,7 +99,7 @@ def to_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def by_problem(benchmark: Benchmark, rows: Sequence[L], where: str = "") -> list[list[L]]:
+def by_problem(benchmark: Benchmark, rows: Iterable[L], where: str = "") -> list[list[L]]:
     """Each problem's completions or marks, by sample. where: the file of the rows, for the error.
     Raises UserError: an unknown problem, a sample that occurs twice or is missing, for then neither
     the SEM nor pass@k is defined."""
@@ -114,12 +111,10 @@ def by_problem(benchmark: Benchmark, rows: Sequence[L], where: str = "") -> list
         found[row.id].append(row)
     n = max(1, *(len({row.sample for row in samples}) for samples in found.values()))
     for id, samples in found.items():
-        counts = Counter(row.sample for row in samples)
-        if wrong := [k for k in sorted({*range(n), *counts}) if counts[k] != (k < n)]:
-            raise UserError(
-                f"{name}: problem {id!r} has {len(samples)} samples, expected 0 to "
-                f"{n - 1}, once each; the first one missing, repeated or unexpected: {wrong[0]}"
-            )
+        numbers = [row.sample for row in samples]
+        if numbers != list(range(n)):
+            got = f"{len(samples)} samples, expected 0 to {n - 1}, once each; got {numbers!s:.60}"
+            raise UserError(f"{name}: problem {id!r} has {got}")
     return list(found.values())
 
 

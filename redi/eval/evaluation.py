@@ -7,22 +7,21 @@ grades them and writes the report. Sampling takes hours, so user errors are foun
 import hashlib
 import json
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import torch
 
 from redi import distributed
-from redi.checkpoint.folder import Source, load_model, open_model
+from redi.checkpoint.folder import Source, load_model
 from redi.checkpoint.weights import weights_hash
 from redi.config import UserError, require
-from redi.data.files import refuse_overwriting
 from redi.distributed import World, all_ranks_ok, local_rank_zero_first, require_same
 from redi.eval import external, report
 from redi.eval.benchmarks import Benchmark, load_all
 from redi.eval.completions import Completion, Store, store_inputs
 from redi.eval.engine.complete import complete
-from redi.eval.grading.grader import answer_rule, grade_evaluation, report_unreadable
+from redi.eval.grade import grade_evaluation
+from redi.eval.grading.grader import answer_rule, report_unreadable
 from redi.eval.grading.workers import Pool
 from redi.eval.protocol import EvalConfig, PromptedSample, prompt_samples
 from redi.hub import is_hub_id
@@ -32,13 +31,13 @@ from redi.runlog import NoLog, RunLog, is_finished, read_facts
 
 def run(config: EvalConfig, world: World) -> None:
     """The program evaluate.py. Raises UserError for everything a user can fix."""
-    per_node = dict.fromkeys(("slots", "cache_gib", "graders"))  # may differ, as the machines do
-    require_same(vars(config) | per_node, world)
+    may_differ = dict.fromkeys(("slots", "cache_gib", "graders"))  # as the machines do
+    require_same(vars(config) | may_differ, world)
     with local_rank_zero_first(world):  # one download per node
         benchmarks = load_all(config.benchmark)
     require_same({"sha256 of --benchmark": _hash(repr(benchmarks))}, world)
     if config.export_prompts:
-        return export(config, benchmarks) if world.rank == 0 else None
+        return external.export_prompts(config, benchmarks) if world.rank == 0 else None
     model, samples, completions = config.model, config.samples, None
     out = f"out/eval/{model}" if is_hub_id(model) else f"{model}/eval"
     if config.completions:
@@ -50,20 +49,6 @@ def run(config: EvalConfig, world: World) -> None:
             model = config.completions
     config = replace(config, model=model, samples=samples, out=config.out or out)
     evaluate(config, world, benchmarks, completions)
-
-
-def export(config: EvalConfig, benchmarks: list[Benchmark]) -> None:
-    """Write the prompts for another program."""
-    if config.completions:
-        raise UserError("--export-prompts: expected without --completions, which come later")
-    _, source = open_model(config.model, made_by=_made_by(config))
-    given = [Path(name).expanduser() for name in config.benchmark]
-    inputs = [*given, *chain(*(path.rglob("*") for path in given)), *source.folder.iterdir()]
-    refuse_overwriting("export-prompts", config.export_prompts, inputs)
-    prompted = prompt_samples(benchmarks, source, config)
-    external.export_prompts(config.export_prompts, prompted, source, config)
-    count = len(prompted) // config.samples
-    print(f"saved {config.export_prompts}: {count} prompts, {config.samples} samples of each")
 
 
 def evaluate(
@@ -78,8 +63,9 @@ def evaluate(
     finished = is_finished(config.out, config)
     facts = {"torch": torch.__version__}
     if completions is None:
-        model, source, contents = load_unchanged(config, world, finished)
+        model, source, contents = load_unchanged(config, world)
         facts |= {"model": source.name, **contents}
+    require_same({**facts, "finished": finished}, world)
     if finished:
         store_inputs(out, benchmarks, completions)
         print((out / "report.md").read_text("utf-8"), f"{out} is finished: nothing to do", sep="\n")
@@ -94,31 +80,26 @@ def evaluate(
             log = RunLog(config.out, config) if first else NoLog()
             log.start(facts)
             store_inputs(out, benchmarks, completions)
-        if completions is None:
-            model.to(world.device, distributed.compute_dtype(config.dtype, world))
-            model.requires_grad_(False)
-            sample(model, source, prompted, benchmarks, config, world)
-        if not first:
-            return
         try:
-            grade_evaluation(out, config.grader, answer_rule(config.prefix), pool)
+            if completions is None:
+                model.to(world.device, distributed.compute_dtype(config.dtype, world))
+                sample(model.requires_grad_(False), source, prompted, benchmarks, config, world)
+            if first:
+                grade_evaluation(out, config.grader, answer_rule(config.prefix), pool)
         except KeyboardInterrupt:
-            text = f"{out} holds all completions; the same command grades them"
+            text = f"{out} holds what is done; the same command resumes"
             raise KeyboardInterrupt(text) from None
-    written = report.write(out)
-    log.finish()
-    print(written)
+    if first:
+        written = report.write(out)
+        log.finish()
+        print(written)
 
 
-def load_unchanged(
-    config: EvalConfig, world: World, finished: bool
-) -> tuple[Transformer, Source, dict[str, str]]:
-    """(the model, without weights if the evaluation is finished; its source; hashes of its
-    contents). Raises UserError if the hashes differ from those that the evaluation in config.out
-    recorded, and if ranks have different models."""
+def load_unchanged(config: EvalConfig, world: World) -> tuple[Transformer, Source, dict[str, str]]:
+    """(the model, its source, hashes of its contents). Raises UserError if the hashes differ from
+    those that the evaluation in config.out recorded."""
     with local_rank_zero_first(world):  # one download per node
-        load = open_model if finished else load_model
-        model, source = load(config.model, made_by=_made_by(config))
+        model, source = load_model(config.model, made_by=config.made_by)
         settings = json.dumps([source.config, source.stop_ids], sort_keys=True)
         contents = {
             "weights": weights_hash(source.folder),
@@ -133,17 +114,11 @@ def load_unchanged(
                 f"--model {config.model}: its {' and its '.join(changed)} changed since "
                 f"{config.out} was started; choose another --out"
             )
-    require_same({"torch": torch.__version__, **contents, "finished": finished}, world)
     return model, source, contents
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _made_by(config: EvalConfig) -> str | None:
-    """The command that makes the default model, for the error if it does not exist."""
-    return "python -m redi train-redi" if config.model == EvalConfig.model else None
 
 
 def sample(
@@ -161,14 +136,8 @@ def sample(
     all_ranks_ok(True, world)  # waits before a rank appends to what another still reads
     if done := len(prompted) - len(left):
         print(f"{out} holds {done} of {len(prompted)} completions; the rest are sampled now")
-    name = benchmarks[0].name if len(benchmarks) == 1 else f"{len(benchmarks)} benchmarks"
-    try:
-        for benchmark, completion in complete(model, source, left, config, world, name):
-            stores[benchmark].append(completion)
-    except KeyboardInterrupt:
-        done = sum(len(store.done) for store in stores.values())
-        message = f"{out} holds {done} of {len(prompted)} completions; the same command resumes"
-        raise KeyboardInterrupt(message) from None
+    for benchmark, completion in complete(model, source, left, config, world, ", ".join(stores)):
+        stores[benchmark].append(completion)
     all_ranks_ok(True, world)  # waits for all
     if world.rank == 0:
         for store in stores.values():

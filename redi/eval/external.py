@@ -17,12 +17,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from redi.checkpoint.folder import Source
+from redi.checkpoint.folder import open_model
 from redi.config import UserError
-from redi.data.files import is_encodable, read_rows, write_aside
+from redi.data.files import is_encodable, read_rows, refuse_overwriting, write_aside
 from redi.eval.benchmarks import Benchmark, check_fields
 from redi.eval.completions import Completion, Key, by_problem, to_line
-from redi.eval.protocol import EvalConfig, PromptedSample, user_message
+from redi.eval.protocol import EvalConfig, prompt_samples, user_message
 
 # Of vLLM, SGLang, TGI, llama.cpp and the APIs of OpenAI, Anthropic and Google, in lower case.
 FINISH_REASONS = {
@@ -33,12 +33,18 @@ FIELDS = ("benchmark", "id", "sample", "text", "finish_reason", "num_tokens")  #
 MOST_TOKENS = 2**31  # of one response; a larger number is a mistake
 
 
-def export_prompts(
-    path: str | Path, prompted: list[PromptedSample], source: Source, config: EvalConfig
-) -> None:
-    """Write one line per problem."""
-    with write_aside(path) as file:
-        for one in prompted[:: config.samples]:
+def export_prompts(config: EvalConfig, benchmarks: list[Benchmark]) -> None:
+    """Write the prompts of config.model, one line per problem, to config.export_prompts. Raises
+    UserError if that is one of the files read."""
+    if config.completions:
+        raise UserError("--export-prompts: expected without --completions, which come later")
+    _, source = open_model(config.model, made_by=config.made_by)
+    given = [Path(name).expanduser() for name in config.benchmark]
+    inputs = [*given, *chain(*(path.rglob("*") for path in given)), *source.folder.iterdir()]
+    refuse_overwriting("export-prompts", config.export_prompts, inputs)
+    prompted = prompt_samples(benchmarks, source, config)[:: config.samples]
+    with write_aside(config.export_prompts) as file:
+        for one in prompted:
             ids = list(one.request.prompt_ids)
             row = {
                 "benchmark": one.benchmark,
@@ -53,6 +59,8 @@ def export_prompts(
                 "stop_token_ids": source.stop_ids,
             }
             file.write(to_line(row))
+    count = f"{len(prompted)} prompts, {config.samples} samples of each"
+    print(f"saved {config.export_prompts}: {count}")
 
 
 def read_completions(

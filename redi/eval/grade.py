@@ -7,20 +7,15 @@ The graders and their rules are described in grading/grader.py.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from redi.config import parse, program
-from redi.eval import report
-from redi.eval.grading.grader import (
-    AnswerFrom,
-    Grader,
-    GraderChoice,
-    Verdict,
-    answer_rule,
-    grade_evaluation,
-)
+from redi.eval import completions, report
+from redi.eval.completions import AnswerFrom, Completion, Mark, Verdict
+from redi.eval.grading.grader import Grader, GraderChoice, answer_rule, grader_names
 from redi.eval.grading.workers import Pool
 from redi.eval.reporting.stored import settings_of
 
@@ -38,16 +33,26 @@ def grade(
     return grader.grade_all([(response, answer, finish_reason)])[0]
 
 
+def grade_evaluation(out: Path, choice: GraderChoice, answer_from: AnswerFrom, pool: Pool) -> None:
+    """Grade every stored completion by one grader or both. Raises UserError if some are missing,
+    before it changes any verdict on disk."""
+    graded: dict[Path, list[Mark]] = {}
+    stored = completions.stored_benchmarks(out)
+    for benchmark, name in itertools.product(stored, grader_names(choice)):
+        rows = completions.read_lines(completions.completions_file(out, benchmark.name), Completion)
+        marks = Grader(pool, name, answer_from).marks(benchmark, rows)
+        completions.by_problem(benchmark, marks)  # raises if one is missing
+        graded[completions.marks_file(out, name, benchmark.name)] = marks
+    for path, marks in graded.items():
+        completions.write_lines(path, marks)
+
+
 @dataclass(kw_only=True)
 class RegradeConfig:
     command: Annotated[Literal["regrade"], "grade stored completions again"]
     run: Annotated[str, "folder that evaluate.py wrote"]
-    grader: Annotated[
-        GraderChoice | None, "whose rules: both, math-verify or paper; none: those of the run"
-    ] = None
-    answer_from: Annotated[
-        AnswerFrom | None, "after_think or whole; none: whole if the run has no prefix"
-    ] = None
+    grader: Annotated[GraderChoice | None, "both, math-verify or paper; none: the run's"] = None
+    answer_from: Annotated[AnswerFrom | None, "after_think or whole; none: the run's"] = None
 
 
 @program

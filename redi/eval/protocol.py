@@ -37,26 +37,16 @@ class EvalConfig:
         default_factory=lambda: list(KNOWN)
     )
     out: Annotated[str | None, "folder of the evaluation; none: MODEL/eval", may_change] = None
-    completions: Annotated[
-        str | None, "grade these completions of another program instead of sampling"
-    ] = None
-    export_prompts: Annotated[
-        str | None, "write the prompts for another program to this file, then stop"
-    ] = None
+    completions: Annotated[str | None, "file: grade another program's completions"] = None
+    export_prompts: Annotated[str | None, "file: write prompts for another program"] = None
     samples: Annotated[int, "completions of each problem"] = 16
     user_prompt: Annotated[Literal["paper", "plain"], "what the user asks"] = "paper"
     prefix: Annotated[str, "how every answer begins, as in training"] = "<think>\n"
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.6
     top_p: Annotated[float, "mass of the nucleus"] = 0.95
-    max_new_tokens: Annotated[
-        int, "longest answer, tokens; as in the paper (the authors' code: 30720)"
-    ] = 32_768
-    slots: Annotated[
-        int, "most completions sampled side by side; fewer if the cache is full", may_change
-    ] = 256
-    cache_gib: Annotated[
-        float | None, "for keys and values; none: what is to spare", may_change
-    ] = None
+    max_new_tokens: Annotated[int, "longest answer, tokens; the authors' code: 30720"] = 32_768
+    slots: Annotated[int, "most completions sampled side by side", may_change] = 256
+    cache_gib: Annotated[float | None, "keys and values; none: spare memory", may_change] = None
     seed: Annotated[int, "of sampling"] = 42
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute; auto: bf16 on CUDA"] = "auto"
     grader: Annotated[GraderChoice, "whose rules decide what is correct"] = "both"
@@ -72,6 +62,11 @@ class EvalConfig:
         require(len(self.benchmark) >= 1, "benchmark", self.benchmark, "at least one")
         seconds = self.grade_seconds
         require(0 < seconds <= MOST_SECONDS, "grade_seconds", seconds, "above 0, at most a day")
+
+    @property
+    def made_by(self) -> str | None:
+        """The command that makes the default model, for the error if it does not exist."""
+        return "python -m redi train-redi" if self.model == EvalConfig.model else None
 
 
 @dataclass(frozen=True)
@@ -98,11 +93,10 @@ def prompt_samples(
         prompt = tuple(source.chat.encode_prompt([user_message(problem, config)], config.prefix))
         rooms.append(min(limit, context - len(prompt)))
         if rooms[-1] < 1:
-            shorter = "" if config.user_prompt == "plain" else " or choose --user-prompt plain"
             raise UserError(
                 f"{name}: the prompt of problem {problem.id} is {len(prompt)} tokens and leaves no "
-                f"room for an answer in the model's context of {context}; leave the problem out"
-                f"{shorter}"
+                f"room for an answer in the model's context of {context}; leave the problem out or "
+                "choose --user-prompt plain"
             )
         for sample in range(config.samples):
             request = Request(request_key(name, problem.id, sample), prompt, rooms[-1])

@@ -3,8 +3,7 @@ r"""Write the report of an evaluation; show several evaluations side by side.
     python -m redi.eval.report out/sft/eval out/redi/eval --out results.json --page both.html
 
 A report needs only problems, completions and marks, so it can be written again at any time:
-report.json for programs, report.md for people, report.html to read completions in. Where both
-graders judged the completions, the paper's leads for its five benchmarks, Math-Verify's for others.
+report.json for programs, report.md for people, report.html to read completions in.
 """
 
 import json
@@ -92,20 +91,10 @@ def main() -> None:
 
 
 def _row(model: str, score: BenchmarkScore) -> dict[str, Any]:
-    return {
-        "model": model,
-        "benchmark": score.benchmark,
-        "grader": score.grader,
-        "answer_from": score.answer_from,
-        "problems": score.num_problems,
-        "samples": score.num_samples,
-        "pass@1": score.pass_at_1,
-        "sem": score.sem,
-        f"pass@{score.num_samples}": score.pass_at_k[-1],
-        "majority": score.majority,
-        "mean_tokens": score.mean_tokens,
-        "truncated": score.truncated,
-    }
+    """The fields of the score, the main ones also under the names of the tables."""
+    n = score.num_samples
+    named = {"model": model, "problems": score.num_problems, "samples": n}
+    return named | {f"pass@{k}": score.pass_at_k[k - 1] for k in (1, n)} | asdict(score)
 
 
 if __name__ == "__main__":

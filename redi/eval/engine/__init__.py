@@ -2,10 +2,10 @@
 
 sampling.py         the next token from logits: temperature and nucleus, without a sort
 cache.py            keys and values in pages, and the table of which row owns which
-decoder.py          a decode step on a CPU
+decoder.py          prefills; a decode step on a CPU
 decode_kernel.py    decode attention in Triton, for CUDA
 kernel_steps.py     a decode step on CUDA, replayed from CUDA graphs
-generate.py         the queue, prefill, refilled rows, eviction: generate()
+generate.py         the queue, refilled rows, eviction: generate()
 streaming.py        one text, token by token, on the cache of the last one: redi chat
 complete.py         the prompted samples of an evaluation -> completions
 """

@@ -38,13 +38,6 @@ def uses_kernel(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _spare_bytes(device: torch.device) -> int:
-    """The default limit of the cache; the rest of the memory is for logits and activations."""
-    if device.type == "cuda":
-        return int(0.8 * torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
 def _allocate(shape: tuple[int, ...], like: Tensor) -> Tensor:
     if like.is_cuda:
         return like.new_empty(shape)
@@ -59,7 +52,10 @@ def pages_that_fit(model: Transformer, budget: int | None) -> tuple[int, int]:
     config, like = model.config, model.output_weight
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     page_bytes = per_token * PAGE * like.dtype.itemsize
-    budget = _spare_bytes(like.device) if budget is None else budget
+    if budget is None:  # the rest of the memory is for logits and activations
+        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        if like.is_cuda:
+            budget = int(0.8 * torch.cuda.mem_get_info(like.device)[0])
     return budget // page_bytes - uses_kernel(like.device), page_bytes
 
 

@@ -1,7 +1,8 @@
-"""A decode step on a CPU: one new token for each row of the cache, by the model's own layers.
+"""Passes of the model over rows of the cache: prefills, and the decode step of a CPU.
 
-In decode attention every page is multiplied by the query of the row that owns it, then the parts of
-a row are added up:
+A prefill appends texts to rows, in one pack through the training forward. A decode step appends one
+token per row. In decode attention every page is multiplied by the query of the row that owns it,
+then the parts of a row are added up:
 
     row 0: pages 0 3        page    0  1  2  3          a batched product over pages 0 .. 3, where
     row 1: pages 1 2        owner   0  1  1  0          they are: no page is copied or padded
@@ -18,11 +19,14 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from redi.attention import packed_attention
 from redi.eval.engine.cache import Cache, pages_for
 from redi.logprobs import accumulation_dtype
 from redi.model import Transformer
+from redi.packing import to_device
 
 # (query (T, H, d), key (T, K, d), value (T, K, d), layer) -> (T, H, d)
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -33,10 +37,44 @@ MASKED = -1e30  # added to scores; infinity would give inf - inf where all token
 
 
 class Decoder:
-    """The model's decode steps over the pages of a cache."""
+    """The model's passes over the pages of a cache."""
 
     def __init__(self, model: Transformer, cache: Cache):
         self.model, self.cache = model, cache
+        self.device = model.output_weight.device
+
+    def prefill(self, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> Tensor:
+        """texts[i] become the last tokens of rows[i], which have room for them (Cache.lengthen) ->
+        logits (B, V) of the tokens after them. A row that holds tokens before them is run alone."""
+        cache, lengths = self.cache, [len(text) for text in texts]
+        begins, ends = cache.lengths[rows] - lengths, np.cumsum(lengths)
+        ids = np.concatenate(texts)
+        positions = np.concatenate([b + np.arange(n) for b, n in zip(begins, lengths)])
+        arrays = ids, positions, *cache.locate(np.repeat(rows, lengths), positions)
+        tokens, places, pages, offsets = (to_device(array, self.device) for array in arrays)
+        if continued := begins.any():
+            [row], [begin], [length] = rows, begins, lengths
+            owned = to_device(cache.row_pages(row), self.device)
+            seen = torch.ones(length, begin + length, dtype=torch.bool, device=self.device)
+            seen = seen.tril(begin)
+        else:
+            cu_seqlens = to_device([0, *ends], self.device).to(torch.int32)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+            cache.write(layer, pages, offsets, key, value)
+            if not continued:
+                return packed_attention(query, key, value, cu_seqlens, lengths)
+            key, value = (
+                pool[layer][owned].transpose(1, 2).flatten(0, 1)[: begin + length]  # (L, K, d)
+                for pool in (cache.keys, cache.values)
+            )
+            query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
+            grouped = query.shape[1] != key.shape[1]
+            found = F.scaled_dot_product_attention(query, key, value, seen, enable_gqa=grouped)
+            return found[0].transpose(0, 1)
+
+        hidden = self.hidden(tokens, places, attend)  # (T, D)
+        return self.project(hidden[to_device(ends - 1, self.device)])
 
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Append tokens[i] to rows[i] of the cache -> logits (B, V) of the tokens after them.

@@ -35,7 +35,6 @@ class KernelDecoder(Decoder):
 
     def __init__(self, model: Transformer, cache: Cache):
         super().__init__(model, cache)
-        self.device = cache.keys[0].device
         self.table = torch.from_numpy(cache.table.copy()).to(self.device)
         cache.changed_rows.clear()
         self.sizes = () if isinstance(model, FSDPModule) else SIZES

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redi.config import require
+from redi.config import UserError, require
 from redi.packing import to_device
 
 BLOCK = 64  # tokens whose weights are summed before the search
@@ -63,10 +63,21 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def sample(logits: Tensor, keys: np.ndarray, positions: np.ndarray, sampling: Sampling) -> Tensor:
-    """Draw one token per row: logits (B, V) -> (B,). Row i is at positions[i] of request keys[i].
-    Temperature 0 takes the first of the highest. Logits in fp32 are overwritten.
-    """
+def sample(
+    logits: Tensor, keys: np.ndarray, positions: np.ndarray, sampling: Sampling
+) -> list[int]:
+    """Draw one token per row of logits (B, V). Row i is at positions[i] of request keys[i].
+    Temperature 0 takes the first of the highest. Logits in fp32 are overwritten. Raises UserError
+    if logits are not finite."""
+    finite = torch.isfinite(logits.sum())
+    drawn = _draw(logits, keys, positions, sampling)
+    *tokens, finite = torch.cat([drawn, finite[None]]).tolist()  # one copy from the device
+    if not finite:
+        raise UserError("the model's logits are not finite numbers: its weights are broken")
+    return tokens
+
+
+def _draw(logits: Tensor, keys: np.ndarray, positions: np.ndarray, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(dim=1)
     weights = token_weights(logits, sampling.temperature)  # (B, V)

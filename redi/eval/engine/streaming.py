@@ -10,7 +10,7 @@ A conversation's next prompt begins with the last prompt and answer, unless the 
 them, so only its new tokens are run. With an empty cache and one row, the tokens are those of
 `generate`, on a CPU to the last bit. Prompts are run one after another, answers decoded together.
 Left out: conversations that share pages, or give theirs up to others when memory is short.
-Letters: B rows of a step, L tokens of a row, H heads, K kv heads, d head size, V vocabulary.
+Letters: V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,17 +19,14 @@ from itertools import count, takewhile
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from redi.attention import packed_attention
 from redi.checkpoint.folder import Source
 from redi.config import UserError
 from redi.eval.engine.cache import PAGE, Cache, pages_for, pages_that_fit
 from redi.eval.engine.generate import make_decoder
 from redi.eval.engine.sampling import Sampling, sample
 from redi.model import Transformer
-from redi.packing import to_device
 
 
 @dataclass(frozen=True)
@@ -76,10 +73,8 @@ class Speaker:
             self.cache.shorten(turn.row, len(self.cached_ids[turn.row]))
         logits = torch.cat([self._prefill(turn.row, turn.prompt_ids) for turn in turns])
         for position in count():
-            if not torch.isfinite(logits.sum()):
-                raise UserError("the model's logits are not finite numbers: its weights are broken")
             keys = np.array([turn.key for turn in turns])
-            tokens = sample(logits, keys, np.full(len(keys), position), sampling).tolist()
+            tokens = sample(logits, keys, np.full(len(keys), position), sampling)
             going = []
             for turn, token in zip(turns, tokens):
                 yield turn.row, token
@@ -94,39 +89,15 @@ class Speaker:
             for row, token in zip(rows, tokens):
                 self.cached_ids[row].append(token)
 
+    def _prefill(self, row: int, prompt: Sequence[int]) -> Tensor:
+        """Append the prompt's tokens to the row, but for those it has -> logits (1, V) after it."""
+        begin, length = len(self.cached_ids[row]), len(prompt)
+        self._require_pages(pages_for(length) - pages_for(begin))
+        self.cache.lengthen([row], length - begin)
+        self.cached_ids[row] = list(prompt)
+        return self.decoder.prefill([row], [prompt[begin:]])
+
     def _require_pages(self, number: int) -> None:
         if number > len(self.cache.free):
             rows = len(self.cached_ids)
             raise UserError(f"no memory is left for keys and values: fewer --slots than {rows}")
-
-    def _prefill(self, row: int, prompt: Sequence[int]) -> Tensor:
-        """Append the prompt's tokens to the row, but for those it has -> logits (1, V) after it."""
-        begin, length = len(self.cached_ids[row]), len(prompt)
-        ids = list(prompt[begin:])
-        cache, device = self.cache, self.cache.keys[0].device
-        self._require_pages(pages_for(length) - pages_for(begin))
-        cache.lengthen([row], len(ids))
-        positions = np.arange(begin, length)
-        places = cache.locate(np.full_like(positions, row), positions)
-        pages, offsets = (to_device(place, device) for place in places)
-        owned, cu_seqlens = (to_device(x, device) for x in (cache.row_pages(row), [0, length]))
-        cu_seqlens = cu_seqlens.to(torch.int32)
-        seen = torch.ones(len(ids), length if begin else 0, dtype=torch.bool, device=device)
-        seen = seen.tril(begin)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
-            cache.write(layer, pages, offsets, key, value)
-            if not begin:  # as the engine does, to the last bit
-                return packed_attention(query, key, value, cu_seqlens, [length])
-            key, value = (
-                pool[layer][owned].transpose(1, 2).flatten(0, 1)[:length]  # (L, K, d)
-                for pool in (cache.keys, cache.values)
-            )
-            query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
-            grouped = query.shape[1] != key.shape[1]
-            found = F.scaled_dot_product_attention(query, key, value, seen, enable_gqa=grouped)
-            return found[0].transpose(0, 1)
-
-        hidden = self.decoder.hidden(to_device(ids, device), to_device(positions, device), attend)
-        self.cached_ids[row] += ids
-        return self.decoder.project(hidden[-1:])

@@ -1,5 +1,4 @@
-"""A response -> a verdict: correct, incorrect, no_answer, truncated or timeout. A mark is a stored
-completion's verdict with what else a report needs of it.
+"""A response -> a verdict: correct, incorrect, no_answer, truncated or timeout.
 
 grader.py         which answer a response gives, and the verdict on it
 normalize.py      one spelling for answers that only typography tells apart

@@ -16,27 +16,14 @@ Where both look for the box (the authors' code has only the first rule):
 Equal texts and integers are decided here, all other answers by killable processes (workers.py).
 """
 
-import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 from redi.config import UserError
 from redi.eval.benchmarks import Benchmark
-from redi.eval.completions import (
-    AnswerFrom,
-    Completion,
-    Mark,
-    Verdict,
-    by_problem,
-    completions_file,
-    marks_file,
-    read_lines,
-    stored_benchmarks,
-    write_lines,
-)
+from redi.eval.completions import AnswerFrom, Completion, Mark, Verdict
 from redi.eval.grading import paper_grader
 from redi.eval.grading.normalize import LONGEST_ANSWER, as_integer, text_key
 from redi.eval.grading.repetition import repeats
@@ -44,8 +31,6 @@ from redi.eval.grading.workers import Pool, Question
 
 GraderName = Literal["math-verify", "paper"]
 GraderChoice = Literal["both", "math-verify", "paper"]
-
-NAMED_GOLDS = 5  # unreadable golds that a message names
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
@@ -123,7 +108,7 @@ class Grader:
         self, response: str, answer: str | list[str], finish_reason: str
     ) -> tuple[str | None, Verdict | Question]:
         """The answer given, and the verdict if it needs no algebra, else the question to ask."""
-        golds = [answer] if isinstance(answer, str) else list(answer)
+        golds = [answer] if isinstance(answer, str) else answer
         if not golds:
             raise ValueError("a response cannot be graded against an empty list of answers")
         unfinished = finish_reason == "length"
@@ -161,24 +146,9 @@ def report_unreadable(pool: Pool, benchmarks: list[Benchmark]) -> None:
     for benchmark in benchmarks:
         golds = [(p.id, answer) for p in benchmark.problems for answer in p.answers]
         replies = pool.ask(("readable", "", answer) for _, answer in golds)
-        found = [gold for gold in golds if replies["readable", "", gold[1]] != "correct"]
-        if found:
-            named = "; ".join(f"{id}: {gold!r:.60}" for id, gold in found[:NAMED_GOLDS])
-            more = f"; and {len(found) - NAMED_GOLDS} more" if len(found) > NAMED_GOLDS else ""
+        if found := [one for one in golds if replies["readable", "", one[1]] != "correct"]:
+            named = "; ".join(f"{id}: {gold!r:.60}" for id, gold in found[:5])
             print(
                 f"{benchmark.name}: {len(found)} gold answers cannot be read as mathematics, and "
-                f"only the same text will be correct ({named}{more})"
+                f"only the same text will be correct; the first ones: {named}"
             )
-
-
-def grade_evaluation(out: Path, choice: GraderChoice, answer_from: AnswerFrom, pool: Pool) -> None:
-    """Grade every stored completion by one grader or both. Raises UserError if some are missing,
-    before it changes any verdict on disk."""
-    graded: dict[Path, list[Mark]] = {}
-    for benchmark, name in itertools.product(stored_benchmarks(out), grader_names(choice)):
-        completions = read_lines(completions_file(out, benchmark.name), Completion)
-        marks = Grader(pool, name, answer_from).marks(benchmark, completions)
-        by_problem(benchmark, marks)  # raises if one is missing
-        graded[marks_file(out, name, benchmark.name)] = marks
-    for path, marks in graded.items():
-        write_lines(path, marks)

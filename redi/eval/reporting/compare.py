@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from redi.config import UserError
-from redi.eval.completions import by_problem
 from redi.eval.reporting.statistics import interval, permutation_p_value
 from redi.eval.reporting.stored import Evaluation, GradedBenchmark
 from redi.eval.reporting.tables import ANSWER_FROM
@@ -51,7 +50,7 @@ def compare(evaluations: dict[str, Evaluation]) -> list[Comparison]:
     """Every two runs, by name, on every benchmark of both. Raises UserError: two benchmarks of one
     name with different problems; verdicts of two graders, or of answers from two places."""
     return [
-        _paired(first, second, old.benchmarks[benchmark], new.benchmarks[benchmark])
+        _paired(first, second, old.benchmarks[benchmark][0], new.benchmarks[benchmark][0])
         for (first, old), (second, new) in combinations(evaluations.items(), 2)
         for benchmark in old.benchmarks
         if benchmark in new.benchmarks
@@ -60,7 +59,7 @@ def compare(evaluations: dict[str, Evaluation]) -> list[Comparison]:
 
 def _paired(first: str, second: str, old: GradedBenchmark, new: GradedBenchmark) -> Comparison:
     name, problems = old.benchmark.name, old.benchmark.problems
-    rules = [f"by {g.grader} {ANSWER_FROM[g.marks[0].answer_from]}" for g in (old, new)]
+    rules = [f"by {g.grader} {ANSWER_FROM[g.rows[0][0].answer_from]}" for g in (old, new)]
     if rules[0] != rules[1]:
         raise UserError(
             f"{name}: {first} is graded {rules[0]}, {second} {rules[1]}; choose one --grader, or "
@@ -68,14 +67,10 @@ def _paired(first: str, second: str, old: GradedBenchmark, new: GradedBenchmark)
         )
     if problems != new.benchmark.problems:
         raise UserError(f"{name}: {first} and {second} have different problems")
-    old_counts, new_counts = (
-        [sum(mark.verdict == "correct" for mark in row) for row in by_problem(g.benchmark, g.marks)]
-        for g in (old, new)
-    )
-    old_samples, new_samples = (len(g.marks) // len(problems) for g in (old, new))
-    # of the shares of correct samples, in units of 1 / (old_samples * new_samples)
-    differences = [n * old_samples - o * new_samples for o, n in zip(old_counts, new_counts)]
-    fractions = [difference / (old_samples * new_samples) for difference in differences]
+    (o, old_samples), (n, new_samples) = ((g.correct, g.correct.shape[1]) for g in (old, new))
+    unit = old_samples * new_samples  # shares of correct samples differ by multiples of 1 / unit
+    differences = (n.sum(axis=1) * old_samples - o.sum(axis=1) * new_samples).tolist()
+    fractions = [difference / unit for difference in differences]
     return Comparison(
         benchmark=name,
         first=first,

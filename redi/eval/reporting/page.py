@@ -10,6 +10,7 @@ share. A longer one is shortened in the middle, and the page says so. Left out: 
 
 import json
 from html import escape
+from statistics import fmean
 
 from redi import pages
 from redi.config import UserError
@@ -37,35 +38,27 @@ Samples = dict[str, list[tuple[Mark, str]]]  # run -> marks and completions, the
 def evaluation_page(evaluations: dict[str, Evaluation], scores: Cells) -> str:
     """The page of one evaluation or several, by name, that `compare` accepts. scores: the table
     that the page begins with. Raises UserError if the completions are not those of the marks."""
-    benchmarks = [graded for one in evaluations.values() for graded in one.benchmarks.values()]
-    limit, longest = CHARACTERS // sum(len(graded.marks) for graded in benchmarks), 0
-    problems = {
-        (g.benchmark.name, problem.id): problem
-        for g in benchmarks
-        for problem in g.benchmark.problems
-    }
+    graded = [
+        (run, one.out, g[0]) for run, one in evaluations.items() for g in one.benchmarks.values()
+    ]
+    limit, longest = CHARACTERS // sum(g.correct.size for *_, g in graded), 0
+    problems = {(g.benchmark.name, p.id): p for *_, g in graded for p in g.benchmark.problems}
     samples: dict[tuple[str, str], Samples] = {key: {} for key in problems}
-    for run, evaluation in evaluations.items():
-        for name, graded in evaluation.benchmarks.items():
-            marks = {mark.key: mark for mark in graded.marks}
-            path = completions_file(evaluation.out, name)
-            changed = UserError(f"{path}: holds other samples than were graded; `redi regrade` it")
-            for completion in read_lines(path, Completion):
-                longest = max(longest, len(completion.text))
-                if (mark := marks.pop(completion.key, None)) is None:
-                    raise changed
-                shown = _completion(completion, mark, limit)
-                samples[name, completion.id].setdefault(run, []).append((mark, shown))
-            if marks:
+    for run, out, g in graded:
+        marks = {mark.key: mark for row in g.rows for mark in row}
+        path = completions_file(out, g.benchmark.name)
+        changed = UserError(f"{path}: holds other samples than were graded; `redi regrade` it")
+        for completion in read_lines(path, Completion):
+            longest = max(longest, len(completion.text))
+            if (mark := marks.pop(completion.key, None)) is None:
                 raise changed
+            shown = _completion(completion, mark, limit)
+            samples[g.benchmark.name, completion.id].setdefault(run, []).append((mark, shown))
+        if marks:
+            raise changed
     tags = [_tags(name, problem, samples[name, id]) for (name, id), problem in problems.items()]
-    difficulties = sorted({problem.difficulty for problem in problems.values()} - {None})
-    options = {
-        "benchmark": list(dict.fromkeys(name for name, _ in problems)),
-        "subject": sorted({problem.subject for problem in problems.values()} - {None}),
-        "difficulty": [f"{difficulty:g}" for difficulty in difficulties],
-        "verdicts": sorted({verdict for one in tags for verdict in one["verdicts"]}),
-    }
+    found = {name: {value for one in tags for value in one[name]} - {""} for name in tags[0]}
+    options = {k: sorted(found[k], key=float if k == "difficulty" else str) for k in found}
     title = " | ".join(evaluations)
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -83,19 +76,17 @@ def _tags(name: str, problem: Problem, samples: Samples) -> dict[str, list[str]]
     correct = verdicts.count("correct")
     some = "all" if correct == len(verdicts) else "some" if correct else "none"
     found = [f"{some} correct", *(f"has {v.replace('_', ' ')}" for v in sorted(set(verdicts)))]
-    if len(samples) == 2:
-        (one, p), (other, q) = ((run, _share(marks)) for run, marks in samples.items())
-        found += [f"{one} is ahead"] * (p > q) + [f"{other} is ahead"] * (q > p)
+    shares = {
+        run: fmean(mark.verdict == "correct" for mark, _ in row) for run, row in samples.items()
+    }
+    if len(set(shares.values())) == len(samples) == 2:
+        found.append(f"{max(shares, key=shares.get)} is ahead")
     return {
         "benchmark": [name],
         "subject": [problem.subject or ""],
         "difficulty": ["" if problem.difficulty is None else f"{problem.difficulty:g}"],
         "verdicts": found,
     }
-
-
-def _share(run: list[tuple[Mark, str]]) -> float:
-    return sum(mark.verdict == "correct" for mark, _ in run) / len(run)
 
 
 def _problem(

@@ -1,10 +1,10 @@
 """The paper's results on the five benchmarks (arXiv 2505.24850), for reference.
 
 Sixteen samples per problem, temperature 0.6, the authors' prompt and grader, models that they
-trained or measured. Figures are (pass@1, pass@16) in percent, in the order of BENCHMARKS.
+trained or measured. Figures are (pass@1, pass@16) in percent, in the order of KNOWN.
 """
 
-BENCHMARKS = ("math500", "aime24", "amc", "minerva", "olympiadbench")
+from redi.eval.benchmarks import KNOWN
 
 RESULTS = {
     "SFT 3 epochs": ((76.7, 94.6), (18.1, 53.3), (52.8, 86.7), (24.6, 57.7), (37.5, 63.1)),
@@ -24,10 +24,9 @@ RESULTS = {
 
 def rows(benchmarks: list[str]) -> list[tuple[str, ...]]:
     """A table's rows for those of the five benchmarks that are given, header first; [] if none."""
-    columns = [column for column, name in enumerate(BENCHMARKS) if name in benchmarks]
-    if not columns:
-        return []
-    table = [("the paper's models", *(BENCHMARKS[column] for column in columns))]
+    names = [name for name in KNOWN if name in benchmarks]
+    table = [("the paper's models", *names)]
     for model, figures in RESULTS.items():
-        table.append((model, *("{:.1f} / {:.1f}".format(*figures[c]) for c in columns)))
-    return table
+        figure_of = dict(zip(KNOWN, figures))
+        table.append((model, *("{:.1f} / {:.1f}".format(*figure_of[name]) for name in names)))
+    return table if names else []

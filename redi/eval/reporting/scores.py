@@ -5,16 +5,14 @@ beside the score, because a short limit looks like a bad model. Left out: votes 
 or likelihood.
 """
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import numpy as np
-
-from redi.eval.completions import Mark, by_problem
+from redi.eval.completions import Mark
 from redi.eval.grading.normalize import text_key
 from redi.eval.reporting.statistics import interval, majority, pass_at_k, sem
 from redi.eval.reporting.stored import Evaluation, GradedBenchmark
@@ -76,17 +74,17 @@ class Report:
 
 
 def report(evaluation: Evaluation) -> Report:
-    """The numbers of an evaluation. Raises UserError as `by_problem`."""
+    """The numbers of an evaluation."""
     settings = evaluation.settings
     reported = REPORTED[:3] if "completions" in settings else REPORTED
-    scores = [score(graded) for graded in evaluation.benchmarks.values()]
+    scores = [score(leading) for leading, *_ in evaluation.benchmarks.values()]
     return Report(
         model=settings["model"],
         grader=evaluation.grader,
         settings={name: settings[name] for name in reported if name in settings},
         mean_pass_at_1=mean_pass_at_1(scores),
         benchmarks=scores,
-        other_grader=[score(graded) for graded in evaluation.other_grader],
+        other_grader=[score(g) for _, *others in evaluation.benchmarks.values() for g in others],
     )
 
 
@@ -96,11 +94,9 @@ def mean_pass_at_1(scores: Sequence[BenchmarkScore]) -> float:
 
 
 def score(graded: GradedBenchmark) -> BenchmarkScore:
-    """The numbers of one benchmark; marks in any order. Raises UserError as `by_problem`."""
-    problems, marks = graded.benchmark.problems, graded.marks
-    rows = by_problem(graded.benchmark, marks)
-    correct = np.array([[mark.verdict == "correct" for mark in row] for row in rows], float)
-    n = correct.shape[1]  # of (P, n)
+    """The numbers of one benchmark."""
+    problems, rows, correct = graded.benchmark.problems, graded.rows, graded.correct
+    marks, counts, n = list(chain(*rows)), correct.sum(axis=1).tolist(), correct.shape[1]
     return BenchmarkScore(
         benchmark=graded.benchmark.name,
         grader=graded.grader,
@@ -110,10 +106,7 @@ def score(graded: GradedBenchmark) -> BenchmarkScore:
         pass_at_1=_share(marks, "correct"),
         sem=sem(correct),
         interval=interval(correct.mean(axis=1)),
-        pass_at_k=[
-            statistics.fmean(pass_at_k(n, int(c), k) for c in correct.sum(axis=1))
-            for k in range(1, n + 1)
-        ],
+        pass_at_k=[statistics.fmean(pass_at_k(n, c, k) for c in counts) for k in range(1, n + 1)],
         majority=statistics.fmean(majority(_votes(row)) for row in rows),
         mean_tokens=_of_tokens(statistics.fmean, marks),
         median_tokens=_of_tokens(statistics.median, marks),
@@ -121,8 +114,8 @@ def score(graded: GradedBenchmark) -> BenchmarkScore:
         no_answer=_share(marks, "no_answer"),
         timeout=_share(marks, "timeout"),
         loops=statistics.fmean(mark.loops for mark in marks),
-        by_difficulty=_groups([_whole_numbers(p.difficulty) for p in problems], rows),
-        by_subject=_groups([p.subject and (p.subject,) for p in problems], rows),
+        by_difficulty=_groups([problem.difficulty for problem in problems], rows),
+        by_subject=_groups([problem.subject for problem in problems], rows),
     )
 
 
@@ -142,22 +135,15 @@ def _votes(row: list[Mark]) -> list[tuple[str, bool]]:
     return [(text_key(m.extracted), m.verdict == "correct") for m in voters]
 
 
-def _whole_numbers(difficulty: float | None) -> tuple[int, ...] | None:
-    """(4,) for 4, and (4, 5) for what is between."""
-    if difficulty is None:
-        return None
-    return tuple(dict.fromkeys((math.floor(difficulty), math.ceil(difficulty))))
-
-
-def _groups(keys: Sequence[tuple | None], rows: list[list[Mark]]) -> list[Group]:
-    """Sorted; [] if all problems are in the same. keys: each problem's group, ("Algebra",) or
-    (4, 5) or, where the benchmark does not say, None."""
-    members: dict[tuple | None, list[Mark]] = defaultdict(list)
+def _groups(keys: Sequence[float | str | None], rows: list[list[Mark]]) -> list[Group]:
+    """Sorted; [] if all problems are in the same. keys: each problem's subject or difficulty; None
+    where the benchmark does not say."""
+    members: dict[float | str | None, list[Mark]] = defaultdict(list)
     for key, row in zip(keys, rows):
         members[key] += row
     groups = [
         Group(
-            name=OTHERS if key is None else " to ".join(map(str, key)),
+            name=OTHERS if key is None else f"{key:g}" if isinstance(key, float) else key,
             num_problems=len(members[key]) // len(rows[0]),
             pass_at_1=_share(members[key], "correct"),
             mean_tokens=_of_tokens(statistics.fmean, members[key]),

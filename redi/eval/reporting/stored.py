@@ -4,16 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from redi.config import UserError, check_table, load_toml
-from redi.eval.benchmarks import Benchmark, check_fields
+from redi.eval.benchmarks import KNOWN, Benchmark
 from redi.eval.completions import Mark, by_problem, marks_file, read_lines, stored_benchmarks
 from redi.eval.grading.grader import GraderChoice, grader_names
-from redi.eval.grading.workers import MOST_SECONDS
-from redi.eval.reporting import paper_results
 
-# The settings that decide what is read and how; EvalConfig, which has their types, needs torch.
-USED = {"benchmark": list[str], "grader": GraderChoice, "prefix": str, "model": str}
-USED |= {"graders": int, "grade_seconds": float}
+USED = {  # settings that decide what is read; EvalConfig, which has their types, needs torch
+    "benchmark": list[str], "grader": GraderChoice, "prefix": str, "model": str, "graders": int,
+    "grade_seconds": float,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,32 +23,33 @@ class GradedBenchmark:
 
     benchmark: Benchmark
     grader: str
-    marks: list[Mark]
+    rows: list[list[Mark]]  # by problem and sample
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(P, n) of 0 and 1: whether a problem's sample is correct."""
+        return np.array([[int(mark.verdict == "correct") for mark in row] for row in self.rows])
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation, as it is on disk. Where both graders judged the completions, the paper's leads
-    for the paper's benchmarks, Math-Verify's for all others."""
+    """An evaluation, as it is on disk."""
 
     out: Path
     settings: dict[str, Any]  # of evaluate.py
     grader: GraderChoice
-    benchmarks: dict[str, GradedBenchmark]  # by name, in the order of --benchmark
-    other_grader: list[GradedBenchmark]  # by the grader that does not lead, if both judged
+    # By name, in the order of --benchmark: by the leading grader, then by the other one, if both
+    # judged. The paper's leads for the paper's benchmarks, Math-Verify's for all others.
+    benchmarks: dict[str, list[GradedBenchmark]]
 
 
 def settings_of(out: Path) -> dict[str, Any]:
-    """The settings of evaluate.py. Raises UserError: no evaluation, a setting that is missing, of
-    another type or out of range."""
+    """The settings of evaluate.py. Raises UserError: no evaluation, a setting that is missing or of
+    another type."""
     stored_benchmarks(out)  # its message says what makes one
     where = str(out / "config.toml")
     settings = load_toml(where, where)
-    settings |= check_table({key: settings.get(key) for key in USED}, USED, where)
-    in_time = 0 < settings["grade_seconds"] <= MOST_SECONDS
-    check_fields(settings, where, ("graders", settings["graders"] >= 1, "at least 1"))
-    check_fields(settings, where, ("grade_seconds", in_time, "above 0, at most a day"))
-    return settings
+    return settings | check_table({key: settings.get(key) for key in USED}, USED, where)
 
 
 def load(out: Path, grader: GraderChoice | None = None) -> Evaluation:
@@ -60,27 +62,24 @@ def load(out: Path, grader: GraderChoice | None = None) -> Evaluation:
     held = {benchmark.name: benchmark for benchmark in stored_benchmarks(out)}
     if held.keys() != set(names):
         raise UserError(f"{out}/problems: expected {', '.join(names)}; holds {', '.join(held)}")
-    benchmarks, other_grader = {}, []
-    for benchmark in map(held.__getitem__, names):
+    benchmarks = {}
+    for name in names:
         graders = grader_names(grader)
-        if benchmark.name in paper_results.BENCHMARKS:
+        if name in KNOWN:  # the paper's benchmarks
             graders.reverse()
-        first, *others = [GradedBenchmark(benchmark, g, _marks(out, g, benchmark)) for g in graders]
-        benchmarks[benchmark.name] = first
-        other_grader += others
-    return Evaluation(out, settings, grader, benchmarks, other_grader)
+        benchmarks[name] = [_graded(out, g, held[name]) for g in graders]
+    return Evaluation(out, settings, grader, benchmarks)
 
 
-def _marks(out: Path, grader: str, benchmark: Benchmark) -> list[Mark]:
+def _graded(out: Path, grader: str, benchmark: Benchmark) -> GradedBenchmark:
     path = marks_file(out, grader, benchmark.name)
     if not path.is_file():
         raise UserError(
             f"{out}: {benchmark.name} is not graded by {grader}; "
             f"`python -m redi.eval.grade regrade {out} --grader {grader}` does it"
         )
-    marks = list(read_lines(path, Mark))
-    by_problem(benchmark, marks, str(path))
-    return marks
+    rows = by_problem(benchmark, read_lines(path, Mark), str(path))
+    return GradedBenchmark(benchmark, grader, rows)
 
 
 def run_names(runs: list[Path]) -> list[str]:

@@ -1,17 +1,12 @@
 """A report as Markdown that also reads well in a terminal; scores and shares are percentages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 from redi.eval.reporting import paper_results
 from redi.eval.reporting.scores import BenchmarkScore, Report, mean_pass_at_1
 from redi.tables import Cells, markdown_table, text_table
 
-SCORES = (
-    "benchmark", "grader", "problems", "pass@1 ± SEM", "95 % interval", "pass@n", "majority",
-    "tokens mean", "median", "truncated", "no answer", "timeout", "loops", "answer read",
-)  # fmt: skip
-ON_SCREEN = {"model", *SCORES[:2], "pass@1 ± SEM", *SCORES[5:8], "truncated"}
 NOTES = """\
 pass@1 is the mean over all samples; SEM is the paper's, the spread between repeated runs; the
 interval is for other problems of the same kind. Truncated, unanswered and timed-out completions
@@ -23,6 +18,26 @@ pass@1 / pass@16 as the paper reports them (arXiv 2505.24850; 16 samples, its pr
 Nothing in this table was measured here."""
 
 ANSWER_FROM = {"after_think": "after </think>", "whole": "in the whole response"}
+# Column of a score table -> its cell.
+COLUMNS: dict[str, Callable[[BenchmarkScore], str]] = {
+    "benchmark": lambda score: score.benchmark,
+    "grader": lambda score: score.grader,
+    "problems": lambda score: f"{score.num_problems} x {score.num_samples}",
+    "pass@1 ± SEM": lambda score: f"{percent(score.pass_at_1)} ± {percent(score.sem)}",
+    "95 % interval": lambda score: " to ".join(map(percent, score.interval)),
+    "pass@n": lambda score: percent(score.pass_at_k[-1]),
+    "majority": lambda score: percent(score.majority),
+    "tokens mean": lambda score: count(score.mean_tokens),
+    "median": lambda score: count(score.median_tokens),
+    "truncated": lambda score: percent(score.truncated),
+    "no answer": lambda score: percent(score.no_answer),
+    "timeout": lambda score: percent(score.timeout),
+    "loops": lambda score: percent(score.loops),
+    "answer read": lambda score: ANSWER_FROM[score.answer_from],
+}
+ON_SCREEN = {
+    "model", "benchmark", "grader", "pass@1 ± SEM", "pass@n", "majority", "tokens mean", "truncated"
+}  # fmt: skip
 
 
 def markdown(report: Report) -> str:
@@ -57,7 +72,7 @@ def _shown(value: object) -> str:
 def score_table(report: Report) -> Cells:
     """A row per benchmark and their mean if there are several; then the same for the second
     grader, if there are two."""
-    return [SCORES, *_rows(report.benchmarks), *_rows(report.other_grader)]
+    return [tuple(COLUMNS), *_rows(report.benchmarks), *_rows(report.other_grader)]
 
 
 def for_screen(table: Cells) -> str:
@@ -69,34 +84,16 @@ def for_screen(table: Cells) -> str:
 def side_by_side(reports: dict[str, Report]) -> Cells:
     """The scores of several runs, by name; of two graders, those of the one that leads."""
     rows = [(name, *row) for name, report in reports.items() for row in _rows(report.benchmarks)]
-    return [("model", *SCORES), *rows]
+    return [("model", *COLUMNS), *rows]
 
 
 def _rows(scores: Sequence[BenchmarkScore]) -> list[tuple[str, ...]]:
-    rows = [_row(score) for score in scores]
+    rows = [tuple(cell(score) for cell in COLUMNS.values()) for score in scores]
     if len(scores) > 1:
         graders = ", ".join(dict.fromkeys(score.grader for score in scores))
         mean = percent(mean_pass_at_1(scores))
-        rows.append(("mean", graders, "", mean, *[""] * (len(SCORES) - 4)))
+        rows.append(("mean", graders, "", mean, *[""] * (len(COLUMNS) - 4)))
     return rows
-
-
-def _row(score: BenchmarkScore) -> tuple[str, ...]:
-    low, high = map(percent, score.interval)
-    shares = (score.truncated, score.no_answer, score.timeout, score.loops)
-    return (
-        score.benchmark,
-        score.grader,
-        f"{score.num_problems} x {score.num_samples}",
-        f"{percent(score.pass_at_1)} ± {percent(score.sem)}",
-        f"{low} to {high}",
-        percent(score.pass_at_k[-1]),
-        percent(score.majority),
-        count(score.mean_tokens),
-        count(score.median_tokens),
-        *map(percent, shares),
-        ANSWER_FROM[score.answer_from],
-    )
 
 
 def percent(fraction: float | None) -> str:
