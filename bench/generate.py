@@ -31,7 +31,7 @@ from bench.measure import interleave, ratios, result, write
 from redi.checkpoint.config_json import read_config
 from redi.eval.engine.generate import Request, Usage, generate
 from redi.eval.engine.sampling import Sampling
-from redi.toy.student import initialize
+from redi.toy import initialize
 
 SLOTS, NEW_TOKENS, CONTEXT = 32, 128, 1024
 REQUESTS, MEDIAN, LONGEST = 160, 48, 512

@@ -61,7 +61,7 @@ from redi.logprobs import weighted_logp_sum
 from redi.model import ModelConfig, Transformer
 from redi.monitor import training_flops
 from redi.objectives import Objective, make_objective, sft
-from redi.toy.student import initialize
+from redi.toy import initialize
 from redi.train import make_optimizer, train_step
 
 ROOT = Path(__file__).parents[1]

@@ -67,7 +67,7 @@ def write_model(folder: Path, sizes: dict[str, Any]) -> None:
     from redi.checkpoint.config_json import read_config
     from redi.checkpoint.folder import Source, save_model
     from redi.data.tokenizer import chatml
-    from redi.toy.student import STUDENT, initialize
+    from redi.toy import STUDENT, initialize
 
     config = {**STUDENT, **sizes}
     model = Transformer(read_config(config, "bench"))

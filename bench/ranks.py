@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from bench.measure import CPUSeconds, Worker, cpu_now, peak_bytes, result, write
-from redi import distributed, memory, train
+from redi import distributed, memory, toy, train
 from redi.batches import TrainData
 from redi.distributed import World
 from redi.doctor.checks import RandomRows
@@ -42,7 +42,6 @@ from redi.model import ModelConfig, Transformer
 from redi.objectives import sft
 from redi.packing import StepPlan
 from redi.tables import text_table
-from redi.toy import student as toy
 
 RANKS = 2
 ROWS = 4  # of a pack

@@ -86,7 +86,7 @@ def make_runs() -> dict[str, float]:
     right = {run: share_right(run) for run in ("sft", *STAGE_2)}
     for run in filter(warned, STAGE_2):
         if not Path(WORK, f"{run}_kept", "config.json").is_file():
-            python(f"-m redi.checkpoint export {kept(run)} --out {WORK}/{run}_kept")
+            python(f"-m redi export {kept(run)} --out {WORK}/{run}_kept")
         right[f"{run}_kept"] = share_right(f"{run}_kept")
     return right
 

@@ -23,27 +23,23 @@ COMMANDS = {
     "prepare": ("redi.prepare.__main__", "main", "teachers' raw traces -> training files"),
     "show": ("redi.show.__main__", "main", "look at training rows before training"),
     "dialogue": ("redi.dialogue.__main__", "main", "tutors that talk inside a scene; their judges"),
-    "toy": ("redi.toy.student", "main", "make a toy: traces, a student and a benchmark"),
+    "toy": ("redi.toy", "main", "make a toy: traces, a student and a benchmark"),
     "study": ("redi.study.__main__", "main", "compare methods: train and evaluate a grid"),
     "curves": ("redi.runlog", "main", "draw the curves of runs"),
     "report": ("redi.eval.report", "main", "put evaluations side by side"),
     "regrade": ("redi.eval.grade", "main", "grade the answers of an evaluation again"),
-    "export": ("redi.checkpoint.__main__", "main", "make a model folder of a checkpoint"),
+    "export": ("redi.programs", "export", "make a model folder of a checkpoint"),
     "doctor": ("redi.doctor.__main__", "main", "check this machine: packages, devices, numbers"),
 }
-SUBCOMMANDS = ("regrade", "export")  # words that their programs read themselves
-
-
-def usage() -> str:
-    lines = (f"  {name:<12}{text}\n" for name, (_, _, text) in COMMANDS.items())
-    return f"usage: redi COMMAND [--flag value ...]\n\n{''.join(lines)}\nredi COMMAND --help"
+SUBCOMMANDS = ("regrade",)  # words that their programs read themselves
 
 
 @program
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h"):
-        print(usage())
+        lines = (f"  {name:<12}{text}\n" for name, (_, _, text) in COMMANDS.items())
+        print(f"usage: redi COMMAND [--flag value ...]\n\n{''.join(lines)}\nredi COMMAND --help")
     elif name == "--version":
         print(f"redi {__version__}")
     elif name not in COMMANDS:

@@ -7,7 +7,6 @@ head forbids the page to load anything: no script but the page's own, no image b
 import base64
 import hashlib
 import html
-from collections.abc import Sequence
 
 from redi.tables import Cells
 
@@ -72,13 +71,12 @@ def page(title: str, body: str, style: str = "", script: str = "") -> str:
 
 def table(rows: Cells) -> str:
     """A table of texts, the header first. It scrolls where the window is narrower."""
-    header, *body = ([html.escape(cell) for cell in row] for row in rows)
-    lines = [_row("th", header), *(_row("td", row) for row in body)]
+    lines = []
+    for number, row in enumerate(rows):
+        tag = "td" if number else "th"
+        cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+        lines.append(f"<tr>{cells}</tr>\n")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>\n"
 
 
 def figure(name: str, png: bytes, caption: str) -> str:

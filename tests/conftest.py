@@ -20,12 +20,12 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 from processes import after_step, run_ranks
 from small_run import PAIRS, SFT, as_positive, conversation, run, write_jsonl
 
+from redi import toy
 from redi.checkpoint.folder import load_model
 from redi.config import Stopped
 from redi.data.tokenizer import ChatTokenizer, chatml
 from redi.model import Transformer
 from redi.runlog import NoLog, RunLog
-from redi.toy import student as toy
 
 # The same examples at every run: a suite that fails by chance tells nobody which change broke it.
 settings.register_profile("redi", derandomize=True)

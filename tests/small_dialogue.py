@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from redi import toy
 from redi.dialogue.oracle import topics
 from redi.dialogue.scenario import Scenario
 from redi.dialogue.world import make_dialogue, make_scenario
-from redi.toy import student as toy
 
 
 def world_scenarios(count: int, first: int = 0) -> list[Scenario]:

@@ -18,7 +18,7 @@ from small_run import HERE, files_in, refusal, sft_config
 from small_step import backward, data_of
 from tokenizers import Tokenizer
 
-from redi.checkpoint import __main__ as exporting
+from redi import programs
 from redi.checkpoint import folder as checkpoint
 from redi.checkpoint.config_json import read_config
 from redi.checkpoint.folder import Source, load_model, open_model, save_model
@@ -495,7 +495,7 @@ def stopped(here, stop_at) -> Path:
 
 
 def export(*arguments: object) -> int:
-    return main_in_this_process(exporting.main, "export", *arguments)
+    return main_in_this_process(programs.export, *arguments)
 
 
 def test_an_exported_checkpoint_is_a_model_folder_with_its_weights(stopped, monkeypatch, capsys):
@@ -513,7 +513,7 @@ def test_an_exported_checkpoint_is_a_model_folder_with_its_weights(stopped, monk
 NOT_EXPORTED = {  # message -> what is done to the folder of run/ and parent/
     "no checkpoint; expected RUN/checkpoints/step-NNNNNN": lambda here: shutil.rmtree(here / "run"),
     "config.toml: no such file": remove("run/config.toml"),
-    "expected the settings of a training run": write("run/config.toml", ""),
+    "key 'model': expected text; got None": write("run/config.toml", ""),
     "rank-0.safetensors has changed since it was written": lambda here: os.truncate(
         here / STEP / "rank-0.safetensors", 1000
     ),

@@ -10,6 +10,7 @@ import torch
 from processes import main_in_this_process
 from small_run import refusal, write_jsonl
 
+from redi import toy
 from redi.dialogue import figures, judge, prefix_trees
 from redi.dialogue.__main__ import main as dialogue_main
 from redi.dialogue.dialogues import Reply, read_dialogues
@@ -19,7 +20,6 @@ from redi.dialogue.oracle import judge_hint, judge_reply, topics
 from redi.dialogue.rubric import Rubric, judge_messages, read_rubric
 from redi.dialogue.scenario import HINT
 from redi.dialogue.world import make_dialogue, make_scenario
-from redi.toy import student as toy
 
 # One token, several, the same first token, and a label that is the beginning of another one.
 RUBRIC = {"replies": {"good": "right", "goods": "a", "g": "b", "wrong": "c", "ends_early": "d"}}

@@ -24,7 +24,7 @@ def diagnosis(capsys) -> tuple[int, list[str], list[str]]:
 def test_all_is_well_here(capsys):
     status, well, broken = diagnosis(capsys)
     assert (status, broken) == (0, [])
-    for part in ("required: torch 2.", "CPU cores; free: memory", *checks.CLAIMS.values()):
+    for part in ("packages: torch 2.", "CPU cores; free: memory", *checks.CLAIMS.values()):
         assert any(part in line for line in well), part
 
 

@@ -27,7 +27,7 @@ from processes import (
 )
 from small_run import files_in, read_jsonl, write_jsonl
 
-from redi import programs
+from redi import programs, toy
 from redi.checkpoint.folder import load_model
 from redi.data.files import whole_lines
 from redi.distributed import World
@@ -37,7 +37,6 @@ from redi.eval.engine import complete, generate
 from redi.eval.engine.generate import Request
 from redi.eval.engine.sampling import Sampling
 from redi.eval.protocol import PromptedSample
-from redi.toy import student as toy
 
 PROBLEMS = 6
 SAMPLING = ["--model", "toy/student", "--benchmark", "toy/benchmark.jsonl", "--temperature", "0",

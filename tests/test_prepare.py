@@ -15,7 +15,8 @@ from small_run import read_jsonl, write_jsonl
 
 from redi.config import UserError
 from redi.eval.grading.workers import Pool
-from redi.prepare.__main__ import PrepareConfig, main, prepare
+from redi.prepare.__main__ import main, prepare
+from redi.prepare.traces import PrepareConfig
 
 BOTH = [False, True, True]
 FILES = ["card.json", "pairs.jsonl", "positives.jsonl"]
@@ -138,7 +139,7 @@ def test_parquet_json_lines_and_a_folder_give_the_same_bytes_and_so_does_a_secon
     results = []
     for source in ("raw.jsonl", "parts", "raw.jsonl"):
         counts, _ = prepared(source)
-        results.append((counts, {k: v for k, v in written().items() if k != "card.json"}))
+        results.append((vars(counts), {k: v for k, v in written().items() if k != "card.json"}))
     assert results == [results[0]] * 3
 
 
@@ -301,7 +302,7 @@ FAILURES = [  # {file: text}, RAW, --out, error; test_files.py has all failures 
     ),
     (
         {"x/positives.jsonl": GOOD}, "x", "x",
-        "x/positives.jsonl: both raw data and output; choose another --out",
+        "--out x/positives.jsonl: would overwrite x/positives.jsonl; choose another file",
     ),
     ({"a.jsonl": GOOD}, "a.jsonl", "a.jsonl", "a.jsonl: cannot create this folder ("),
     ({"a.jsonl": GOOD}, "a.jsonl", "a.jsonl/made", "a.jsonl/made: cannot create this folder ("),

@@ -6,7 +6,7 @@ from processes import ROOT
 from redi.config import parse
 from redi.eval.protocol import EvalConfig
 from redi.recipe import REDIConfig, SFTConfig
-from redi.study.commands import jobs
+from redi.study.jobs import jobs
 from redi.study.plan import read_study
 
 RECIPES = ROOT / "recipes"
@@ -33,8 +33,8 @@ def test_every_recipe_is_accepted():
 
 
 def test_the_grid_of_the_paper_is_that_of_its_appendix_c4():
-    variants = read_study(RECIPES / "study_paper.toml").variants.values()
-    found = [tuple(settings.values()) for _, settings in variants]
+    models = read_study(RECIPES / "study_paper.toml").models
+    found = [tuple(model.settings.values()) for model in models if model.settings]
     assert sorted(found) == sorted([
         *(("dpo", 0.1, lr) for lr in (1e-6, 1e-7, 1e-8)),
         *(("dpo", beta, lr) for beta in (0.01, 0.001) for lr in (1e-6, 5e-7, 2e-7, 1e-7)),

@@ -319,9 +319,9 @@ ERRORS = [
     ("rows.jsonl", [], "no such file"),
     (FIVE, ["--row", 6], "--row 6: not among the 4 rows of p.jsonl that can be trained on"),
     (FIVE, ["--row", 5], "--row 5: not among the 4 rows of p.jsonl that can be trained on"),
-    (FIVE, ["--row", 0], "--row: expected at least 1"),
+    (FIVE, ["--row", 0], "--row 0: not among the 4 rows of p.jsonl"),
     (FIVE, ["--html", "nowhere/p.html"], "nowhere/p.html: cannot be written"),
-    (FIVE, ["--html", "."], "--html: expected a file to write"),
+    (FIVE, ["--html", "cache"], "cache: cannot be written (Is a directory)"),
     (FIVE, ["--html", "./p.jsonl"], "--html ./p.jsonl: would overwrite p.jsonl; choose another"),
     ([*PAIRS, positive("?", "!")], [], "p.jsonl:5: fields seen: prompt, completion; expected {"),
 ]

@@ -22,7 +22,7 @@ from redi.config import UserError
 from redi.data import store as store_module
 from redi.data.store import TokenStore, load_store
 from redi.data.tokenizer import ChatTokenizer, chatml
-from redi.toy.student import train_tokenizer
+from redi.toy import train_tokenizer
 
 ROWS = [conversation(number) for number in range(40)]
 EQUAL = {**ROWS[5], "rejected": ROWS[5]["chosen"]}

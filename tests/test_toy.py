@@ -1,4 +1,4 @@
-"""The toy's teacher: each fault does what the table in redi/toy/teacher.py says, and no more."""
+"""The toy's teacher: each fault does what redi/toy.py says, and no more."""
 
 import hashlib
 import json
@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from processes import main_in_this_process
 
+from redi import toy
 from redi.config import UserError
-from redi.toy import student
-from redi.toy.student import ToyConfig
-from redi.toy.teacher import Faults, Problem, draw_problems, draw_trace, raw_row
+from redi.toy import Problem, ToyConfig, draw_problems, draw_trace, raw_row
 
 CAREFUL = {"impatience": 0.0, "slip": 0.0}
 # Of the rows below, as the program wrote them before the teacher had other faults.
@@ -27,7 +26,7 @@ ONE_STEP = Problem(2, (("+", 3),))
 def rows_of(problems: int, **faults) -> list[dict]:
     rng, verifier = random.Random(3), random.Random("3 verifier")
     drawn = draw_problems(rng, problems, 4)
-    return [raw_row(rng, verifier, problem, Faults(**faults)) for problem in drawn]
+    return [raw_row(rng, verifier, problem, ToyConfig(out="unused", **faults)) for problem in drawn]
 
 
 def boxed(text: str) -> str:
@@ -56,8 +55,8 @@ def test_the_default_teacher_writes_the_recorded_rows():
         (ONE_STEP, {"impatience": 1.0, "luck": 0.0}, "2+3=5\n", 5, True),
     ],
 )
-def test_each_fault_changes_the_trace_as_the_table_says(problem, faults, lines, answer, right):
-    trace = draw_trace(random.Random(0), problem, Faults(**{**CAREFUL, **faults}))
+def test_each_fault_changes_the_trace_as_its_flag_says(problem, faults, lines, answer, right):
+    trace = draw_trace(random.Random(0), problem, ToyConfig(out="unused", **{**CAREFUL, **faults}))
     assert trace == (f"<think>\n{lines}</think>\n\\boxed{{{answer}}}", right)
 
 
@@ -92,13 +91,13 @@ def test_a_trace_that_the_teacher_never_writes_is_an_error():
 
 def test_an_impossible_fault_names_its_flag():
     with pytest.raises(UserError, match=r"--rambling: expected within \[0, 1\]; got 1.5"):
-        Faults(rambling=1.5)
+        ToyConfig(out="unused", rambling=1.5)
 
 
 def test_a_student_that_cannot_be_written_is_one_line_and_no_half_file(tmp_path, capsys):
     taken = tmp_path / "student/tokenizer.json"
     taken.mkdir(parents=True)
-    assert main_in_this_process(student.main, tmp_path, "--problems", 20, "--benchmark", 2) == 2
+    assert main_in_this_process(toy.main, tmp_path, "--problems", 20, "--benchmark", 2) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line == f"error: {taken}: cannot be written (Is a directory)"
     assert list(taken.parent.iterdir()) == [taken]

@@ -6,9 +6,9 @@ import hashlib
 import pytest
 from small_run import refusal, write_jsonl
 
-from redi.prepare.__main__ import PrepareConfig, no_counts
+from redi.prepare.__main__ import Counts
 from redi.prepare.raw import FORMS, HEAD, RawRow, Trace, read, recognize
-from redi.prepare.traces import Rules, choose
+from redi.prepare.traces import PrepareConfig, choose
 
 DELETE = object()
 PROBLEM, WRONG, RIGHT = "1+1?", "It is 3.", "It is 2."
@@ -62,7 +62,7 @@ def changed(tmp_path, sample, changes):
 
 def only(**changes):
     """(positive, pair, reason) of a row of OpenR1-Math-Raw under the paper's rules."""
-    choice = choose(FORMS[0].read({**RAW, **changes}), Rules())
+    choice = choose(FORMS[0].read({**RAW, **changes}), PrepareConfig())
     (reason,) = choice.no_pair or [choice.no_positive]
     (pair,) = choice.pairs or [None]
     return choice.positive, pair, reason
@@ -85,7 +85,7 @@ def test_each_form_is_named_and_gives_the_same_training_rows(tmp_path, name):
     found, (row,) = rows_of(tmp_path, SAMPLES[name])
     assert found == name
     assert (row.answer, row.flaw) == ("2", None)
-    choice = choose(row, Rules())
+    choice = choose(row, PrepareConfig())
     positive, pair, _ = only()
     assert (choice.positive, choice.pairs) == (positive, [pair])
 
@@ -216,7 +216,7 @@ NO_REASON = [
 def test_a_row_that_breaks_a_rule_gives_nothing_and_without_a_usable_wrong_trace_no_pair(
     tmp_path, reason, sample, changes
 ):
-    choice = choose(changed(tmp_path, sample, changes), Rules())
+    choice = choose(changed(tmp_path, sample, changes), PrepareConfig())
     assert [choice.no_positive, *choice.no_pair] == [
         reason if reason in DROPPED else None, *([reason] if reason in UNPAIRED else []),
     ]  # fmt: skip
@@ -225,7 +225,7 @@ def test_a_row_that_breaks_a_rule_gives_nothing_and_without_a_usable_wrong_trace
 
 
 def test_the_papers_rules_have_these_reasons_and_each_has_a_row_above():
-    counts = no_counts(PrepareConfig(), FORMS[0])
+    counts = Counts(PrepareConfig(), FORMS[0])
     assert (list(DROPPED), list(UNPAIRED)) == (list(counts.no_positive), list(counts.no_pair))
 
 
@@ -271,13 +271,13 @@ AMC = {"source": "amc"}
     ],
 )
 def test_each_rule_decides_which_traces_are_a_pair(rules, row, expected):
-    choice = choose(row, Rules(**rules))
+    choice = choose(row, PrepareConfig(**rules))
     assert expected in (texts(choice), choice.no_positive, *choice.no_pair)
 
 
 def test_the_kth_pair_is_the_kth_correct_and_the_kth_incorrect_trace_and_has_another_id():
     row = judged(("n1", NO), ("y1", YES), ("y2", YES), ("n2", NO), ("n3", NO))
-    one, two, many = (choose(row, Rules(pairs_per_problem=n)) for n in (1, 2, 9))
+    one, two, many = (choose(row, PrepareConfig(pairs_per_problem=n)) for n in (1, 2, 9))
     assert texts(one) == [("y1", "n1")]
     assert texts(two) == texts(many) == [("y1", "n1"), ("y2", "n2")]
     assert one.pairs[0] == two.pairs[0]
@@ -288,7 +288,7 @@ def test_the_kth_pair_is_the_kth_correct_and_the_kth_incorrect_trace_and_has_ano
 def test_every_further_pair_that_is_impossible_is_counted():
     chosen, rejected = ("y", " ", "y", "y", "y"), ("n", "n", "", "y", "n")
     row = judged(*((t, YES) for t in chosen), *((t, NO) for t in rejected))
-    choice = choose(row, Rules(pairs_per_problem=9))
+    choice = choose(row, PrepareConfig(pairs_per_problem=9))
     assert texts(choice) == [("y", "n")]
     assert choice.no_pair == [
         "empty further chosen", "empty rejected", "chosen equals rejected", "same as another pair",

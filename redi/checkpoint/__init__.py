@@ -6,7 +6,6 @@ folder.py        load_model, save_model
 card.py          the model card, README.md
 resume.py        weights and Adam moments of a run
 reference.py     cached log-probs of the reference model
-__main__.py      export a checkpoint as a model folder
 """
 
 from redi.checkpoint.folder import load_model, save_model  # noqa: F401 (re-exported)

@@ -1,5 +1,1 @@
-"""Check this machine: python -m redi.doctor
-
-__main__.py    packages, memory, devices; one line for each thing that is broken
-checks.py      small computations against float64; bench/gpu.py runs them at larger sizes
-"""
+"""Check this machine: python -m redi.doctor. checks.py has the numbers, for bench/gpu.py too."""

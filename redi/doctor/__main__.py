@@ -34,25 +34,24 @@ Finding = tuple[bool, str]  # whether all is well, and the line to print
 
 
 def packages() -> Iterator[Finding]:
-    """One line for the versions of all that are there, and one for each that is not."""
-    for kind, names in (("required", REQUIRED), ("optional", OPTIONAL)):
-        found = []
-        for name in names:
-            module = name.replace("-", "_")
-            try:
-                importlib.import_module(module)
-                version = importlib.metadata.version(name)
-            except Exception as error:  # one that is installed may fail to load, for any reason
-                missing = isinstance(error, ModuleNotFoundError) and error.name == module
-                why = "not installed" if missing else described(error)
-                use = f"; needed for {OPTIONAL[name]}" if name in OPTIONAL else ""
-                yield missing and name in OPTIONAL, f"{name}: {why}{use}"
-                continue
-            found.append(f"{name} {version}")
-            ours, oldest = (re.findall(r"\d+", v) for v in (version, REQUIRED.get(name, "0")))
-            if [*map(int, ours)] < [*map(int, oldest)]:
-                yield False, f"{name} {version}: expected {REQUIRED[name]} or newer"
-        yield True, f"{kind}: {', '.join(found)}"
+    """One line for each package that is missing or old, and one for the versions of the others."""
+    found = []
+    for name in (*REQUIRED, *OPTIONAL):
+        module = name.replace("-", "_")
+        try:
+            importlib.import_module(module)
+            version = importlib.metadata.version(name)
+        except Exception as error:  # one that is installed may fail to load, for any reason
+            missing = isinstance(error, ModuleNotFoundError) and error.name == module
+            why = "not installed" if missing else described(error)
+            use = f"; needed for {OPTIONAL[name]}" if name in OPTIONAL else ""
+            yield missing and name in OPTIONAL, f"{name}: {why}{use}"
+            continue
+        ours, oldest = (re.findall(r"\d+", v) for v in (version, REQUIRED.get(name, "0")))
+        if [*map(int, ours)] < [*map(int, oldest)]:
+            yield False, f"{name} {version}: expected {REQUIRED[name]} or newer"
+        found.append(f"{name} {version}")
+    yield True, f"packages: {', '.join(found)}"
 
 
 def described(error: Exception) -> str:
@@ -86,7 +85,7 @@ def numerics() -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for check, claim in checks.CLAIMS.items():
         try:
-            wrong = [one for one in check(device) if not one.holds]
+            wrong = [one for one in check(device) if not one.error <= one.goal]  # nan is wrong
         except Exception as error:  # whatever a kernel or its compiler raises
             yield False, f"{device.type}: {check.__name__}: {described(error)}"
             continue

@@ -59,7 +59,7 @@ TYPES = {
 FIELDS = {*TYPES, "uuid", "id", *(name for names in SPELLINGS.values() for name in names)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trace:
     """A teacher's trace. votes: the verifiers' labels, True for correct; () if there are none."""
 
@@ -69,7 +69,7 @@ class Trace:
     answer: str | None = None  # of its own row, in data with one trace per row
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RawRow:
     """A problem and the teacher's traces of it. flaw: why the row cannot be used: "malformed",
     "problem not valid", "labels missing" or "labels misaligned"; the last two by its labels alone.
@@ -128,9 +128,7 @@ def _find_form(file: Path) -> Form:
     """The form whose fields the file's first rows have. Raises UserError if there is none."""
     seen: dict[str, Any] = {}  # field -> its first value that is not null
     for _, row in itertools.islice(read_rows(file, FIELDS), HEAD):
-        for name, value in row.items():
-            if seen.get(name) is None:
-                seen[name] = value
+        seen |= {name: value for name, value in row.items() if seen.get(name) is None}
     for form in FORMS:
         if seen.keys() >= set(form.fields):
             return form

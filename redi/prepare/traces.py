@@ -21,16 +21,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from redi.config import require
+from redi.config import positional, require
 from redi.data.files import Row
-from redi.prepare.raw import RawRow, Trace
+from redi.prepare.raw import RawRow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
-    """Which traces are chosen; the defaults are the paper's.
+class PrepareConfig:
+    """The defaults are the paper's.
 
     A trace is correct when both verifiers accept it. With the reject rule "both", a trace they
     disagree on is neither correct nor incorrect. require_complete leaves out traces that were
@@ -39,6 +39,10 @@ class Rules:
     teach. Lengths are in characters.
     """
 
+    raw: Annotated[str, "a hub id, a .parquet, .jsonl or .json file, or a folder", positional] = (
+        "open-r1/OpenR1-Math-Raw"
+    )
+    out: Annotated[str, "folder for positives.jsonl, pairs.jsonl and card.json"] = "data"
     reject_rule: Annotated[
         Literal["either", "both"], "a trace is incorrect when one verifier rejects it, or both do"
     ] = "either"
@@ -49,10 +53,17 @@ class Rules:
     exclude_sources: Annotated[list[str], "no rows of these sources; `none` keeps all"] = field(
         default_factory=lambda: ["cn_k12"]
     )
+    relabel: Annotated[bool, "grade every trace, whatever labels are given"] = False
+    workers: Annotated[int, "processes that grade"] = 4
+    dedup: Annotated[bool, "keep only the first of problems that are the same"] = False
+    decontaminate: Annotated[list[str], "drop problems of these benchmarks (names or files)"] = (
+        field(default_factory=list)
+    )
 
     def __post_init__(self) -> None:
-        pairs, ratio = self.pairs_per_problem, self.min_length_ratio
-        require(pairs > 0, "pairs_per_problem", pairs, "1 or more")
+        for name in ("pairs_per_problem", "workers"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
+        ratio = self.min_length_ratio
         require(ratio >= 0, "min_length_ratio", ratio, "0 or more")
 
     @property
@@ -74,19 +85,18 @@ class Choice:
     no_pair: list[str] = field(default_factory=list)
 
 
-def unusable(row: RawRow, rules: Rules) -> str | None:
+def unusable(row: RawRow, rules: PrepareConfig) -> str | None:
     """Why a row can give nothing, whatever its labels are, or None."""
-    checks = (
+    return _first_reason(
         (row.flaw, row.flaw in ("malformed", "problem not valid")),
         (f"source {row.source}", row.source in rules.excluded),
         ("source not asked for", rules.sources and row.source not in rules.sources),
         ("empty problem", _is_blank(row.problem)),
         ("no generations", not row.traces),
     )
-    return next((reason for reason, applies in checks if applies), None)
 
 
-def choose(row: RawRow, rules: Rules) -> Choice:
+def choose(row: RawRow, rules: PrepareConfig) -> Choice:
     """Steps 2 to 5 of the paper; step 1, shuffling, is left to the trainers."""
     # 2. Drop rows that cannot be used.
     if reason := unusable(row, rules) or row.flaw:
@@ -97,51 +107,51 @@ def choose(row: RawRow, rules: Rules) -> Choice:
     accepted = any if rules.reject_rule == "both" else all  # a trace not accepted is incorrect
     correct = [trace for trace in judged if all(trace.votes)]
     incorrect = [trace for trace in judged if not accepted(trace.votes)]
+    chosen, rejected = (
+        [trace.text for trace in side if trace.complete or not rules.require_complete]
+        for side in (correct, incorrect)
+    )
 
     # 4. D_SFT: the first correct trace.
-    if not correct:
-        return Choice(no_positive="no correct generation")
-    chosen = _texts_to_choose_from(correct, rules)
-    if not chosen:
-        return Choice(no_positive="no complete correct one")
-    if _is_blank(chosen[0]):
-        return Choice(no_positive="empty chosen")
+    reason = _first_reason(
+        ("no correct generation", not correct),
+        ("no complete correct one", not chosen),
+        ("empty chosen", chosen and _is_blank(chosen[0])),
+    )
+    if reason:
+        return Choice(no_positive=reason)
     positive = _training_row(row, [chosen[0]], completion=chosen[0])
 
     # 5. D_Pref: the same trace, and the first incorrect one.
-    if not incorrect:
-        disputed = any(not all(trace.votes) for trace in row.traces)
-        reason = "none that both reject" if disputed else "no incorrect generation"
+    reason = _first_reason(
+        ("none that both reject", not incorrect and not all(all(t.votes) for t in row.traces)),
+        ("no incorrect generation", not incorrect),
+        ("no complete incorrect one", not rejected),
+    )
+    if reason:
         return Choice(positive, no_pair=[reason])
-    rejected = _texts_to_choose_from(incorrect, rules)
-    if not rejected:
-        return Choice(positive, no_pair=["no complete incorrect one"])
     pairs: dict[tuple[str, str], Row] = {}
     reasons = []
     for k, texts in enumerate(islice(zip(chosen, rejected), rules.pairs_per_problem)):
-        if reason := _reason_against_pair(*texts, rules):
+        right, wrong = (text or "" for text in texts)
+        reason = _first_reason(
+            ("empty further chosen", _is_blank(right)),
+            ("empty rejected", _is_blank(wrong)),
+            ("chosen equals rejected", right == wrong),
+            ("rejected too short", len(wrong) < rules.min_length_ratio * len(right)),
+            ("same as another pair", texts in pairs),
+        )
+        if reason:
             reasons.append(reason)
-        elif texts in pairs:
-            reasons.append("same as another pair")
         else:
-            identity = [texts[0]] if k == 0 else texts
-            pairs[texts] = _training_row(row, identity, chosen=texts[0], rejected=texts[1])
+            identity = [right] if k == 0 else texts
+            pairs[texts] = _training_row(row, identity, chosen=right, rejected=wrong)
     return Choice(positive, list(pairs.values()), no_pair=reasons)
 
 
-def _texts_to_choose_from(traces: list[Trace], rules: Rules) -> list[str | None]:
-    return [trace.text for trace in traces if trace.complete or not rules.require_complete]
-
-
-def _reason_against_pair(chosen: str | None, rejected: str | None, rules: Rules) -> str | None:
-    """Why two traces cannot be a pair, or None."""
-    if _is_blank(chosen):
-        return "empty further chosen"
-    if _is_blank(rejected):
-        return "empty rejected"
-    if rejected == chosen:
-        return "chosen equals rejected"
-    return "rejected too short" if len(rejected) < rules.min_length_ratio * len(chosen) else None
+def _first_reason(*checks: tuple[str | None, Any]) -> str | None:
+    """checks: (reason, whether it applies), in the order in which they count."""
+    return next((reason for reason, applies in checks if applies), None)
 
 
 def _training_row(row: RawRow, identity: Sequence[str], **responses: str) -> Row:

@@ -12,27 +12,38 @@ Left out: what takes a model or all texts at once (redi.prepare finds repeated p
 """
 
 import contextlib
-import sys
+import hashlib
+import json
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
-from redi.config import UserError, parse, program, require
-from redi.data.dataset import Dataset, Limits, select
+from redi.batches import TrainData
+from redi.config import UserError, one_line, parse, program
+from redi.data.dataset import Dataset, Limits, select, table_of_lengths
 from redi.data.files import read_rows, refuse_overwriting, write_aside
-from redi.data.formats import FIELDS, to_example
-from redi.data.store import load_store
+from redi.data.formats import FIELDS, FORMATS, find_format, to_example
+from redi.data.store import TokenStore, load_store
 from redi.data.tokenizer import ChatTokenizer
+from redi.distributed import World
+from redi.eval.grading.grader import extract
 from redi.hub import TOKENIZER_FILES, dataset_files, model_folder
+from redi.objectives import sft
 from redi.recipe import REDIConfig, SFTConfig, TrainConfig
-from redi.show.facts import holds_pairs, report
+from redi.run import describe_plan
 from redi.show.page import draw_histograms, page
-from redi.show.rows import about_template, row_as_text, stretches
+from redi.show.rows import COLUMNS, about_template, row_as_text, stretches, visible
+from redi.tables import text_table
 
-NO_LIMITS = Limits(sys.maxsize, sys.maxsize, sys.maxsize)
+LONGEST_NAME = 60  # of a source, in characters
 
 
 @dataclass(kw_only=True)
@@ -48,35 +59,11 @@ class ShowConfig:
     pack_tokens: Annotated[int, "tokens in a forward pass"] = TrainConfig.pack_tokens
     cache: Annotated[str, "folder for tokenized data, kept"] = TrainConfig.cache
 
-    def __post_init__(self) -> None:
-        require(self.row is None or self.row >= 1, "row", self.row, "at least 1")
-        is_folder = self.html is not None and Path(self.html).is_dir()
-        require(not is_folder, "html", f"the folder {self.html}", "a file to write")
-
     def training(self, paired: bool) -> TrainConfig:
         """The stage's published settings with those that are given. Raises UserError."""
         names = ("rows_per_step", "max_prompt", "max_response", "max_length", "pack_tokens")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return (REDIConfig if paired else SFTConfig)(data=self.file, **given)
-
-
-def find_row(dataset: Dataset, number: int, path: str) -> int:
-    """The index of the row whose number in the data, from 1, is `number`."""
-    found = np.flatnonzero(dataset.store.row_numbers == number)
-    if not len(found):
-        usable = f"the {len(dataset):,} rows of {path} that can be trained on"
-        raise UserError(f"--row {number}: not among {usable}")
-    return int(found[0])
-
-
-def rows_to_draw(dataset: Dataset, chosen: int) -> dict[int, str]:
-    """Captions of the chosen row, the first, and those with the shortest, median and longest
-    responses."""
-    responses = dataset.response_lengths.reshape(len(dataset), -1).sum(axis=1)
-    order = np.argsort(responses, kind="stable").tolist()
-    rows = (chosen, 0, order[0], order[len(order) // 2], order[-1])
-    numbers = {row: dataset.row_number(row) for row in rows}
-    return {row: f"Row {n:,}, {responses[row]:,} response tokens" for row, n in numbers.items()}
 
 
 def show(config: ShowConfig) -> str | None:
@@ -85,18 +72,22 @@ def show(config: ShowConfig) -> str | None:
     files = dataset_files(config.file, made_by="python -m redi.prepare" if from_prepare else None)
     model = model_folder(config.model, files=TOKENIZER_FILES)
     refuse_overwriting("html", config.html, [*files, *model.iterdir()])
-    paired = holds_pairs(files)
-    training = config.training(paired)
-    chat = ChatTokenizer.from_folder(model)
+    where, first = next(read_rows(files, FIELDS))  # a row of the other stage is an error later
+    paired = find_format(first, where, paired=None) in FORMATS[True]
+    training, chat = config.training(paired), ChatTokenizer.from_folder(model)
     store = load_store(files, chat, paired, config.cache)
-    every_row = select(store, NO_LIMITS, "drop", config.file)
-    chosen = find_row(every_row, config.row, config.file) if config.row else 0
+    every_row = Dataset(store, np.arange(len(store.row_numbers)), dropped={})
+    number = every_row.row_number(0) if config.row is None else config.row
+    if number not in store.row_numbers:
+        usable = f"the {len(every_row):,} rows of {config.file} that can be trained on"
+        raise UserError(f"--row {number}: not among {usable}")
+    chosen = store.row_numbers.tolist().index(number)
 
     text = report(files, every_row, training)
     learned = f"+ is made more likely{', - less' if paired else ''}"
-    print(text, f"\nRow {every_row.row_number(chosen):,}: {learned}", sep="\n")
+    print(text, f"\nRow {number:,}: {learned}", sep="\n")
     print(row_as_text(stretches(every_row, chosen), chat))
-    where, row = next(islice(read_rows(files, FIELDS), every_row.row_number(chosen) - 1, None))
+    where, row = next(islice(read_rows(files, FIELDS), number - 1, None))
     example = to_example(row, where, paired)
     named = zip(every_row.sides, example.responses)
     about = (about_template(example.prompt, response, side, chat) for side, response in named)
@@ -104,10 +95,95 @@ def show(config: ShowConfig) -> str | None:
         print(f"  template: {line}")
     if config.html is None:
         return None
-    picture = draw_histograms(every_row, training)
-    captions = rows_to_draw(every_row, chosen)
-    rows = [(caption, stretches(every_row, row)) for row, caption in captions.items()]
-    return page(config.file, text, picture, rows, chat)
+    # The chosen row, the first, and those with the shortest, median and longest responses.
+    responses = every_row.response_lengths.reshape(len(every_row), -1).sum(axis=1)
+    order = np.argsort(responses, kind="stable").tolist()
+    drawn = dict.fromkeys((chosen, 0, order[0], order[len(order) // 2], order[-1]))
+    captions = (f"Row {every_row.row_number(n):,}, {responses[n]:,} response tokens" for n in drawn)
+    rows = [*zip(captions, (stretches(every_row, n) for n in drawn))]
+    return page(config.file, text, draw_histograms(every_row, training), rows, chat)
+
+
+# ---------------------------------------------------------------- the report
+
+
+def report(files: Sequence[Path], every_row: Dataset, config: TrainConfig) -> str:
+    """What the files hold and what `config` will train on."""
+    about_texts, sources = read_texts(files, every_row)
+    stage = "pairs for train_redi.py" if every_row.store.paired else "rows for train_sft.py"
+    size = tqdm.format_sizeof(sum(file.stat().st_size for file in files))
+    about_files = (
+        f"{config.data}: {sources.total():,} {stage}, {size}B in {len(files)} "
+        f"file{'s' * (len(files) > 1)}"
+    )
+    top = [(visible(one_line(name))[:LONGEST_NAME], n) for name, n in sources.most_common(10)]
+    if others := sources.total() - sum(count for _, count in top):
+        top.append((f"{len(sources) - len(top):,} others", others))
+    rows = [(name, f"{count:,}", f"{count / sources.total():.1%}") for name, count in top]
+    sections = [
+        _section("File", [about_files, *about_texts]),
+        text_table([("Sources", "rows", "share"), *rows]),
+        table_of_lengths(every_row),
+        _section("Training", about_training(every_row.store, config)),
+    ]
+    return "\n\n".join(sections)
+
+
+def read_texts(files: Sequence[Path], every_row: Dataset) -> tuple[list[str], Counter[str]]:
+    """(lines about the texts, rows of each source)"""
+    store, sources, counts = every_row.store, Counter(), Counter()
+    prompts: set[bytes] = set()  # hashes
+    rows = read_rows(files, {*FIELDS, "source"})
+    for where, row in tqdm(rows, "reading", unit=" rows", disable=None, leave=False):
+        source = row.get("source")
+        sources[source if isinstance(source, str) else "(no source named)"] += 1
+        example = to_example(row, where, store.paired)
+        prompt = hashlib.sha256(json.dumps(example.prompt).encode()).digest()[:16]
+        counts["repeated prompts"] += prompt in prompts
+        prompts.add(prompt)
+        for side, messages in zip(every_row.sides, example.responses):
+            answer = messages[-1]["content"]
+            counts["thinking", side] += "</think>" in answer
+            counts["boxed", side] += extract(answer, "whole") is not None
+    shares = {what: f"{count / sources.total():.1%}" for what, count in counts.items()}
+    lines = [
+        f"sha256 {store.data_hash}",
+        *(f"left out: {count:,} {reason}" for reason, count in store.skipped.items()),
+        f"prompts: {shares['repeated prompts']} repeat an earlier one",
+    ]
+    for side in every_row.sides:
+        thinking, boxed = shares["thinking", side], shares["boxed", side]
+        lines.append(f"{side}: {thinking} with </think>, {boxed} with \\boxed{{}}")
+    if store.paired:
+        chosen, rejected = every_row.response_lengths.reshape(-1, 2).T
+        shorter, longer = (rejected < chosen).mean(), (rejected > chosen).mean()
+        lines.append(f"rejected: {shorter:.1%} shorter than chosen, {longer:.1%} longer")
+    return lines, sources
+
+
+def about_training(store: TokenStore, config: TrainConfig) -> list[str]:
+    """What training will do with the rows, as it prints it."""
+    limits = Limits(config.max_prompt, config.max_response, config.max_length)
+    try:
+        kept = select(store, limits, "drop", config.data)
+    except UserError as no_row_is_left:
+        return [str(no_row_is_left)]
+    dropped = [f"; left out: {count:,} {reason}" for reason, count in kept.dropped.items()]
+    objective = config.make_objective() if store.paired else sft()
+    data = TrainData(kept, objective, World(0, 1, torch.device("cpu")), config.pack_tokens)
+    return [
+        f"{'pairs' if store.paired else 'rows'}: {len(kept):,} within the limits (prompt "
+        f"{config.max_prompt:,} tokens, response {config.max_response:,}, both "
+        f"{config.max_length:,}){''.join(dropped)}",
+        describe_plan(data, config),
+    ]
+
+
+def _section(title: str, lines: Iterable[str]) -> str:
+    wrap = textwrap.TextWrapper(
+        COLUMNS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+    )
+    return "\n".join([title, *(wrap.fill(visible(one_line(line))) for line in lines)])
 
 
 @program

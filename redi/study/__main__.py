@@ -14,22 +14,20 @@ and paired t-tests over seeds, the whole grid, and the figures.
 Left out: choosing a learning rate on other data than it is reported on, as the paper does.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import IO, Annotated
 
 import torch
 
 from redi.config import UserError, parse, positional, program, require
-from redi.data.files import lock, make_folder, write_aside
+from redi.data.files import lock, make_folder
 from redi.runlog import is_finished
-from redi.study.commands import Job, jobs
-from redi.study.jobs import run_jobs
+from redi.study.jobs import Job, jobs, run_jobs
 from redi.study.plan import Study, read_study
-from redi.study.results import Results, collect
+from redi.study.results import collect
 from redi.tables import text_table
 
 
@@ -41,13 +39,13 @@ class StudyConfig:
     dry_run: Annotated[bool, "print all command lines of the study and stop"] = False
 
     def __post_init__(self) -> None:
-        if self.workers is not None:
-            require(self.workers >= 1, "workers", self.workers, "at least 1")
+        workers = self.workers
+        require(workers is None or workers >= 1, "workers", workers, "at least 1")
 
 
 @program
 def main() -> None:
-    from redi.study.page import summary, table  # imports Matplotlib, which takes a second
+    from redi.study import report  # imports Matplotlib, which takes a second
 
     config = parse(StudyConfig, "Compare methods: train, evaluate and report the grid of a study.")
     study, gpus = read_study(config.study, config.out), torch.cuda.device_count()
@@ -59,8 +57,9 @@ def main() -> None:
         workers = config.workers or (1 if gpus else len(os.sched_getaffinity(0)))
         missing = run_jobs(wanted, study.out, workers, held)
         results = collect(study, missing)
-        write_reports(study, results)
-    print(text_table(table(results, results.table)), summary(results), sep="\n")
+        report.write_reports(results, study.out)
+    table = report.table(results, results.table)
+    print(text_table(table), report.summary(results), sep="\n")
     print(f"saved {study.out}/report.html, study.json and figures/")
     if missing:
         first, why = next(iter(missing.items()))
@@ -89,22 +88,6 @@ def claim(study: Study, wanted: Sequence[Job]) -> Iterator[IO]:
         except UserError as error:
             raise UserError(f"{study.out}: holds another study: {error}") from None
         yield file
-
-
-def write_reports(study: Study, results: Results) -> None:
-    """Write study.json, then the figures and the page."""
-    from redi.study.figures import figures
-    from redi.study.page import page
-
-    with write_aside(study.out / "study.json") as file:
-        file.write(json.dumps(asdict(results)) + "\n")
-    drawn = figures(results)
-    make_folder(study.out / "figures")
-    files = {f"figures/{name}.png": picture for name, picture in drawn.items()}
-    files["report.html"] = page(results, drawn).encode()
-    for name, content in files.items():
-        with write_aside(study.out / name, binary=True) as file:
-            file.write(content)
 
 
 if __name__ == "__main__":

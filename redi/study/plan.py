@@ -26,8 +26,9 @@ differ only in data, data order and initialization. Left out: a search.
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,10 @@ KEYS = {
     "seeds": list[int], "mislabelled": list[float], "toy": dict, "stage1": dict, "stage2": dict,
     "evaluation": dict, "teacher": list[dict], "method": list[dict],
 }  # fmt: skip
-RESERVED = {"logs", "tokens", "figures", "study.json", "study.lock", "report.html"}
 STAGE_1 = "stage 1"  # listed among the methods: the model that all of them start from
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Variant:
     """A method with one choice of its settings, on the data of one teacher."""
 
@@ -52,6 +52,11 @@ class Variant:
     mislabelled: float
     method: str  # STAGE_1 or a [[method]]
     settings: Flags  # of train_redi.py: objective, lr, alpha, ...; empty for stage 1
+
+    @property
+    def variant(self) -> dict[str, Any]:
+        """The fields of this class alone."""
+        return {field.name: getattr(self, field.name) for field in fields(Variant)}
 
     @property
     def key(self) -> tuple:
@@ -73,31 +78,15 @@ class Model(Variant):
     folder: Path
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Study:
     path: Path
     text: str  # the file, as it was when it was read
     out: Path
-    seeds: list[int]
-    mislabelled: list[float]
-    toys: dict[str, Flags | None]  # teacher -> flags of redi.toy; without [toy] just "" -> None
+    models: list[Model]  # the stage-1 model precedes those that start from it
     stage1: Flags
     stage2: Flags
-    variants: dict[str, tuple[str, Flags]]  # name of the folder -> method, settings
     evaluation: Flags
-
-    def models(self) -> Iterator[Model]:
-        """Every model of the study; the stage-1 model precedes those that start from it."""
-        for (teacher, toy), seed in itertools.product(self.toys.items(), self.seeds):
-            folder = self.out / slug(teacher) / f"seed-{seed}"
-            yield Model(teacher, 0.0, STAGE_1, {}, toy=toy, seed=seed, folder=folder / "sft")
-            grid = itertools.product(self.mislabelled, self.variants.items())
-            for share, (name, (method, settings)) in grid:
-                path = folder / (name + (f"-mislabelled-{as_text(share)}" if share else ""))
-                yield Model(teacher, share, method, settings, toy=toy, seed=seed, folder=path)
-
-
-# ---------------------------------------------------------------- the file
 
 
 def read_study(path: str | Path, out: str | Path | None = None) -> Study:
@@ -107,68 +96,68 @@ def read_study(path: str | Path, out: str | Path | None = None) -> Study:
     """
     where, path = str(path), recipe_path(path)
     tables = check_table(load_toml(path, where), KEYS, where)
-    seeds, shares = tables.get("seeds", []), tables.get("mislabelled", [0.0])
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"{where}: key 'seeds': expected different whole numbers; got {seeds}")
-    if not shares or len(set(shares)) < len(shares) or not all(0 <= s <= 1 for s in shares):
-        raise UserError(f"{where}: key 'mislabelled': expected different numbers within [0, 1]")
     if "toy" not in tables and ("teacher" in tables or "mislabelled" in tables):
         raise UserError(f"{where}: [[teacher]] and 'mislabelled' need [toy]")
-    toys = {"": tables.get("toy")}
-    if rows := tables.get("teacher"):
-        named = _by_name(rows, RESERVED, f"{where}: [[teacher]]")
-        toys = {name: tables["toy"] | flags for name, flags in named}
-        if len(set(map(slug, toys))) < len(rows):
-            raise UserError(f"{where}: [[teacher]]: expected different names")
-    return Study(
-        path=path,
-        text=path.read_text(encoding="utf-8"),
-        out=Path(out or f"out/{path.stem}"),
-        seeds=seeds,
-        mislabelled=shares,
-        toys=toys,
-        stage1=tables.get("stage1", {}),
-        stage2=tables.get("stage2", {}),
-        variants=_variants(tables.get("method", []), f"{where}: [[method]]"),
-        evaluation=tables.get("evaluation", {}),
-    )
+    out = Path(out or f"out/{path.stem}")
+    models = list(_models(tables, where, out))
+    if all(model.method == STAGE_1 for model in models):
+        raise UserError(f"{where}: expected at least one seed and one [[method]]")
+    for folder, count in Counter(model.folder for model in models).items():
+        if count > 1:
+            raise UserError(
+                f"{where}: {count} models would be {folder}; give each seed, share and value once, "
+                "and different names to teachers, and to methods that differ only in objective"
+            )
+    flags = (tables.get(name, {}) for name in ("stage1", "stage2", "evaluation"))
+    return Study(path, path.read_text(encoding="utf-8"), out, models, *flags)
 
 
-def _variants(rows: list[Flags], where: str) -> dict[str, tuple[str, Flags]]:
-    """Every combination of a method's values. Folders are named after all but the objective."""
-    variants: dict[str, tuple[str, Flags]] = {}
-    for method, row in _by_name(rows, {slug(STAGE_1)}, where):
-        grid = {key: value if isinstance(value, list) else [value] for key, value in row.items()}
-        for key in ("objective", "lr", *grid):
-            if not grid.get(key):
-                raise UserError(f"{where} {method!r}: key {key!r}: expected at least one value")
-            if any(isinstance(value, list) for value in grid[key]):
-                raise UserError(f"{where} {method!r}: key {key!r}: expected values, not lists")
-        for values in itertools.product(*grid.values()):
-            settings = dict(zip(grid, values))
-            numbers = [f"{k}-{slug(as_text(v))}" for k, v in settings.items() if k != "objective"]
-            name = "-".join([slug(method), *numbers])
-            if name in variants:
-                raise UserError(
-                    f"{where}: {name!r} occurs twice; give each value once, and different names "
-                    "to methods that differ in their objective alone"
-                )
-            variants[name] = method, settings
-    if not variants:
-        raise UserError(f"{where}: expected at least one")
-    return variants
+def _models(tables: dict[str, Any], where: str, out: Path) -> Iterator[Model]:
+    """Raises UserError for a name or a method that cannot be."""
+    teachers = _by_name(tables, "teacher", where) if "teacher" in tables else [("", {})]
+    variants = [
+        (method, settings)
+        for method, table in _by_name(tables, "method", where)
+        for settings in _combinations(table, f"{where}: [[method]] {method!r}")
+    ]
+    for (teacher, flags), seed in itertools.product(teachers, tables.get("seeds", [])):
+        folder = out / slug(teacher) / f"seed-{seed}"
+        shared = {"teacher": teacher, "seed": seed, "toy": None}
+        if "toy" in tables:
+            shared["toy"] = tables["toy"] | flags
+        yield Model(**shared, mislabelled=0.0, method=STAGE_1, settings={}, folder=folder / "sft")
+        for share, (method, settings) in itertools.product(
+            tables.get("mislabelled", [0.0]), variants
+        ):
+            # Folders are named after all settings but the objective.
+            named = settings | ({"mislabelled": share} if share else {})
+            numbers = [f"{k}-{slug(as_text(v))}" for k, v in named.items() if k != "objective"]
+            yield Model(
+                **shared,
+                mislabelled=share,
+                method=method,
+                settings=settings,
+                folder=folder / "-".join([slug(method), *numbers]),
+            )
 
 
-def _by_name(rows: list[Flags], taken: set[str], where: str) -> Iterator[tuple[str, Flags]]:
-    """(name, the other keys) of each table. taken: names that no table may have."""
-    for number, row in enumerate(rows, start=1):
+def _by_name(tables: dict[str, Any], key: str, where: str) -> Iterator[tuple[str, Flags]]:
+    """(name, the other keys) of each [[key]]."""
+    for number, row in enumerate(tables.get(key, []), start=1):
         name = row.get("name")
-        if not isinstance(name, str) or not slug(name):
-            expected = "expected a name with a letter of a-z or a digit"
-            raise UserError(f"{where} {number}: key 'name': {expected}")
-        if slug(name) in taken:
-            raise UserError(f"{where} {number}: key 'name': {name!r} is taken")
+        if not isinstance(name, str) or slug(name) in ("", slug(STAGE_1)):
+            expected = f"expected a name with a letter of a-z or a digit, not {STAGE_1!r}"
+            raise UserError(f"{where}: [[{key}]] {number}: key 'name': {expected}")
         yield name, {key: value for key, value in row.items() if key != "name"}
+
+
+def _combinations(method: Flags, where: str) -> list[Flags]:
+    """Every choice of a method's values."""
+    grid = {key: value if isinstance(value, list) else [value] for key, value in method.items()}
+    for key in ("objective", "lr", *grid):
+        if not grid.get(key) or any(isinstance(value, list) for value in grid[key]):
+            raise UserError(f"{where}: key {key!r}: expected a value or a list of values")
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
 def slug(text: str) -> str:

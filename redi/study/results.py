@@ -15,7 +15,6 @@ of tests.
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 from mpmath import betainc
 
-from redi.config import UserError, check_table
+from redi.config import UserError
 from redi.eval.protocol import EvalConfig
 from redi.monitor import CollapseGuard
 from redi.recipe import REDIConfig
@@ -32,8 +31,6 @@ from redi.runlog import read_metrics
 from redi.study.plan import STAGE_1, Model, Study, Variant
 
 ROUNDING = 1e-12  # scores that differ at all differ by one completion, about 1e-5
-SCORE = {"benchmark": str, "grader": str, "pass_at_1": float, "mean_tokens": float}
-SCORE |= {"pass_at_k": list[float]}  # what a study uses of a benchmark in report.json
 CURVES = ("chosen_logp", "rejected_logp")  # fields of metrics.jsonl
 
 
@@ -85,7 +82,7 @@ class Results:
 
 def collect(study: Study, missing: dict[str, str]) -> Results:
     """missing: jobs without a result -> why. Raises UserError if no model has a result."""
-    models = [model for model in study.models() if str(model.folder / "eval") not in missing]
+    models = [model for model in study.models if str(model.folder / "eval") not in missing]
     if not models:
         first, why = next(iter(missing.items()))
         raise UserError(f"{study.out}: nothing to report; the first failure: {first}: {why}")
@@ -103,50 +100,43 @@ def collect(study: Study, missing: dict[str, str]) -> Results:
 
 
 def _run(study: Study, model: Model) -> Run:
-    scores = _read_scores(model.folder / "eval")
     metrics = list(read_metrics(model.folder))
     records = [record for record in metrics if record["kind"] == "train"]
     if not records:
         raise UserError(f"{model.folder}/metrics.jsonl: no training records; remove the folder")
     during = [record for record in metrics if record["kind"] == "benchmark"]
+    settings = study.stage2 | model.settings
+    names = ("collapse_threshold", "collapse_steps")
+    guard = CollapseGuard(*(settings.get(name, getattr(REDIConfig, name)) for name in names))
+    collapsed_at = next((record["step"] for record in records if guard.check(record)), None)
     return Run(
-        teacher=model.teacher,
-        mislabelled=model.mislabelled,
-        method=model.method,
-        settings=model.settings,
+        **model.variant,
         seed=model.seed,
-        grader=scores[0]["grader"],
-        pass_at_1=fmean(score["pass_at_1"] for score in scores),
-        benchmarks={score["benchmark"]: score["pass_at_1"] for score in scores},
-        pass_at_n=fmean(score["pass_at_k"][-1] for score in scores),
-        mean_tokens=fmean(score["mean_tokens"] for score in scores),
+        **_read_scores(model.folder / "eval"),
         # The last score is of the end, where the final evaluation counts.
         on_the_way=[(score["step"], score["pass_at_1"]) for score in during[:-1]],
         curves={key: [record[key] for record in records if key in record] for key in CURVES},
-        collapsed_at=_collapse(records, study.stage2 | model.settings) if model.settings else None,
+        collapsed_at=None if model.method == STAGE_1 else collapsed_at,
     )
 
 
-def _read_scores(folder: Path) -> list[dict[str, Any]]:
-    """The SCORE of each benchmark in an evaluation's report.json. Raises UserError."""
+def _read_scores(folder: Path) -> dict[str, Any]:
+    """What a Run has of an evaluation's report.json. Raises UserError."""
     path = folder / "report.json"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
-        scores = [check_table({key: row[key] for key in SCORE}, SCORE, "score") for row in rows]
-        _ = scores[0], [score["pass_at_k"][-1] for score in scores]  # none is empty
-    except (UserError, ValueError, LookupError, TypeError, RecursionError) as error:
+        scores = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+        return {
+            "grader": scores[0]["grader"],
+            "pass_at_1": fmean(score["pass_at_1"] for score in scores),
+            "benchmarks": {score["benchmark"]: score["pass_at_1"] for score in scores},
+            "pass_at_n": fmean(score["pass_at_k"][-1] for score in scores),
+            "mean_tokens": fmean(score["mean_tokens"] for score in scores),
+        }
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: not a report of evaluate.py ({error}); "
             f"`python -m redi.eval.grade regrade {folder}` writes it again"
         ) from None
-    return scores
-
-
-def _collapse(records: list[dict[str, Any]], settings: dict[str, Any]) -> int | None:
-    """The step at which the guard of a run with these settings warned."""
-    names = ("collapse_threshold", "collapse_steps")
-    guard = CollapseGuard(*(settings.get(name, getattr(REDIConfig, name)) for name in names))
-    return next((r["step"] for r in records if guard.check(r)), None)
 
 
 # ---------------------------------------------------------------- over seeds
@@ -154,9 +144,9 @@ def _collapse(records: list[dict[str, Any]], settings: dict[str, Any]) -> int | 
 
 def grid_of(runs: Sequence[Run]) -> list[Row]:
     """One row for every variant, in the order of the runs."""
-    groups: dict[tuple, list[Run]] = defaultdict(list)
+    groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        groups[run.key].append(run)
+        groups.setdefault(run.key, []).append(run)
     return [_row(group, groups.values()) for group in groups.values()]
 
 
@@ -172,10 +162,7 @@ def _row(runs: list[Run], groups: Collection[list[Run]]) -> Row:
     over_dpo = paired_differences(runs, best_dpo) if objective not in (None, "dpo") else []
     scores = [run.pass_at_1 for run in runs]
     return Row(
-        teacher=first.teacher,
-        mislabelled=first.mislabelled,
-        method=first.method,
-        settings=first.settings,
+        **first.variant,
         scores=scores,
         mean=fmean(scores),
         sem=sem(scores),
@@ -194,9 +181,8 @@ def best_of(grid: Sequence[Row]) -> list[Row]:
     """For each teacher, share and method the row with the highest mean, in the grid's order."""
     best: dict[tuple, Row] = {}
     for row in grid:
-        same_method = row.key[:3]
-        if same_method not in best or row.mean > best[same_method].mean:
-            best[same_method] = row
+        method = row.key[:3]
+        best[method] = max(best.get(method, row), row, key=lambda row: row.mean)
     return list(best.values())
 
 
