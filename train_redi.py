@@ -5,7 +5,8 @@
     python train_redi.py --config recipes/dpo.toml            a baseline of the paper
 
 Reads the stage-1 model and pairs {"prompt": [messages], "chosen": [message], "rejected":
-[message]}, as `python -m redi.prepare` writes them, and minimizes per pair
+[message]}, as `python -m redi.prepare` writes them, or labeled rows {"prompt", "completion",
+"label": true or false}, which are half a pair each, and minimizes per pair
 
     redi        -M_w + alpha M_l                              alpha 0.8
     symmetric   -M_w + M_l
@@ -13,8 +14,8 @@ Reads the stage-1 model and pairs {"prompt": [messages], "chosen": [message], "r
     simpo       -log sigmoid(beta (M_w - M_l) - gamma)
 
 with M the mean and S the sum of a response's log-probs, or an objective of redi/related_losses.py:
-positives, dpo_norm, irpo, dpop, ipo, apo_zero, orpo, npo, topr, dft, redi_weighted. Writes a
-Hugging Face folder. Every setting with its published default: redi/recipe.py.
+positives, dpo_norm, irpo, dpop, ipo, apo_zero, orpo, npo, topr, dft, redi_weighted, asymre,
+w_reinforce, uft. Writes a Hugging Face folder. Every setting with its default: redi/recipe.py.
 """
 
 try:

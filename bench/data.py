@@ -138,15 +138,15 @@ class Side:
 def ours(tokenizer: Path, data: Path, work: Path) -> Side:
     from tokenizers import Tokenizer
 
+    from redi.data.files import hash_files
     from redi.data.store import load_store
 
     chat = ChatTokenizer(Tokenizer.from_file(str(tokenizer / "tokenizer.json")), chatml())
     began = seconds_since()
-    store = load_store([data], chat, False, work / "cache")
+    store = load_store([data], chat, ["rows"], work / "cache")
     wall, cpu = seconds_since(began)
-    about = json.loads((store.folder / "store.json").read_text())
     rows, tokens = len(store.row_numbers), len(store.tokens)
-    return Side(wall, cpu, rows, tokens, about["tokens_hash"])
+    return Side(wall, cpu, rows, tokens, hash_files([store.folder / "tokens.bin"]))
 
 
 def peer(tokenizer: Path, data: Path, work: Path, processes: int | None) -> Side:

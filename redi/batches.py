@@ -45,8 +45,7 @@ class TrainData:
     def totals(self, step: StepPlan) -> Totals:
         """Counts over all packs and ranks of a step."""
         ids = sequence_ids(step)
-        num_rows = len(ids) // 2 if self.dataset.store.paired else len(ids)
-        return Totals(num_rows, int(self.dataset.response_lengths[ids].sum()))
+        return Totals(len(ids) / 2, int(self.dataset.response_lengths[ids].sum()))
 
     def batches(self, step: StepPlan, totals: Totals) -> Iterator[PackedBatch]:
         """This rank's packs of a step, read from disk and moved to the device."""

@@ -29,6 +29,7 @@ class StepStats:
     """A step over all packs and ranks. Means are over the tokens of a sequence, in nats."""
 
     ids: np.ndarray  # (S,) sequences, ascending; of pairs: chosen, rejected, chosen, ...
+    signs: np.ndarray  # (S,) +1 chosen or right, -1 rejected or wrong
     paired: bool
     loss: float
     scalars: list[float]  # those given to `StepSums.gather`, summed over ranks
@@ -36,19 +37,20 @@ class StepStats:
     mean_entropies: np.ndarray  # (S,)
 
     def summary(self, entropies: bool = True) -> dict[str, float]:
-        """The loss, and means over rows: log-prob and entropy per token of chosen and rejected
-        traces; for pairs also the log-probs' margin and the share of pairs ranked right."""
-        sides = ("chosen", "rejected") if self.paired else ("chosen",)
+        """The loss, and means over rows: log-prob and entropy per token of chosen (right) and of
+        rejected (wrong) traces, if there are any; their margin; the share of pairs ranked right."""
         means = {"logp": self.mean_logps} | ({"entropy": self.mean_entropies} if entropies else {})
-        values = {
-            f"{side}_{name}": of_sequences[first :: len(sides)]
-            for name, of_sequences in means.items()
-            for first, side in enumerate(sides)
-        }
-        if self.paired:
+        values = {"loss": self.loss}
+        for name, of_sequences in means.items():
+            for side, sign in (("chosen", 1), ("rejected", -1)):
+                if sign in self.signs:
+                    values[f"{side}_{name}"] = float(of_sequences[self.signs == sign].mean())
+        if {"chosen_logp", "rejected_logp"} <= values.keys():
             values["margin"] = values["chosen_logp"] - values["rejected_logp"]
-            values["ranked_right"] = values["margin"] > 0
-        return {"loss": self.loss} | {name: float(value.mean()) for name, value in values.items()}
+        if self.paired:
+            chosen, rejected = self.mean_logps.reshape(-1, 2).T
+            values["ranked_right"] = float((chosen > rejected).mean())
+        return values
 
 
 class StepSums:
@@ -88,7 +90,8 @@ class StepSums:
             raise RuntimeError(f"a token has log-prob {largest.max()}: the log-probs are wrong")
         lengths = self.data.dataset.response_lengths[self.ids]
         means = logp_sums / lengths, entropy_sums / lengths
-        return StepStats(self.ids, self.paired, float(loss), sums.tolist(), *means)
+        signs = self.data.dataset.signs[self.ids]
+        return StepStats(self.ids, signs, self.paired, float(loss), sums.tolist(), *means)
 
 
 # ---------------------------------------------------------------- the update's norm
@@ -163,8 +166,10 @@ class CollapseGuard:
     warned: bool = False
 
     def check(self, record: dict[str, Any]) -> str:
-        """The warning, or "" at steps without one."""
-        now = record["chosen_logp"]
+        """The warning, or "" at steps without one. Steps without right rows do not count."""
+        now = record.get("chosen_logp")
+        if now is None:
+            return ""
         self.first = now if self.first is None else self.first
         fell = self.first - now
         self.low = self.low + 1 if fell > self.threshold else 0
@@ -182,7 +187,7 @@ class CollapseGuard:
         warning = self.check(record)
         if self.low == 0 and not self.warned:
             checkpoints.pinned = 0
-        elif self.low == 1 and not self.warned:
+        elif self.low == 1 and not self.warned and "chosen_logp" in record:
             # The record is of the model before this step's update: that of step - 1 has fallen.
             before_the_fall = [s for s in checkpoints.steps() if s <= step - 2]
             checkpoints.pinned = max(before_the_fall, default=0)

@@ -1,15 +1,19 @@
 """How a loss function trains a model: which log-prob kernel runs, and what is divided by what.
 
 A loss is a pure function in losses.py or related_losses.py. Its argument names say what it needs of
-the P pairs of a pack (PAIR_ARGUMENTS below); every other argument is a parameter and a flag. So the
-objective NAME of `train_redi.py --objective NAME` is the function NAME_loss, looked up when a run
-starts, and there are two ways to train with it:
+the P pairs or the S traces of a pack (ARGUMENTS below); every other argument is a parameter and a
+flag. So the objective NAME of `train_redi.py --objective NAME` is the function NAME_loss, looked up
+when a run starts, and there are two ways to train with it:
 
     LinearObjective     the loss is linear in the log-probs. Its slopes are constants, so the weight
                         of every token is known before the forward pass, and one fused pass computes
                         loss and gradient. A pair's traces may be in different packs and ranks.
-    PairwiseObjective   any differentiable function of a pair's log-probs: two passes over the
-                        vocabulary, and both traces of a pair in one pack.
+    NonlinearObjective  any differentiable function of the log-probs of a pair, whose traces are
+                        then in one pack, or of a trace: two passes over the vocabulary.
+
+A labeled row is half a pair. An objective that does not need both traces of a pair at once takes
+labeled rows too: a step of N rows has N / 2 pairs, whatever the labels, so alpha means what it
+means on pairs. A row's weight multiplies its loss and enters no count.
 
 To add an objective: docs/objectives.md. Letters: P pairs, S sequences, R supervised tokens.
 """
@@ -28,27 +32,29 @@ from redi.logprobs import PackLoss, token_logps_and_entropies, weighted_logp_sum
 from redi.model import Transformer
 from redi.packing import PackedBatch
 
-# What --objective accepts. The linear ones have only means as arguments.
-LINEAR = ("redi", "symmetric", "positives")
+# What --objective accepts. The linear ones have only LINEAR_ARGUMENTS.
+LINEAR = ("redi", "symmetric", "positives", "asymre", "w_reinforce")
 OBJECTIVES = (
     *LINEAR, "dpo", "simpo", "dpo_norm", "irpo", "dpop", "ipo", "apo_zero", "orpo", "npo", "topr",
-    "dft", "redi_weighted",
+    "dft", "redi_weighted", "uft",
 )  # fmt: skip
 
-# What a loss can ask for by naming an argument so: sums and means of a trace's token log-probs
-# (P,), the reference model's, and the log-probs token by token (P tensors of (|y|,)).
-PAIR_ARGUMENTS = (
-    "chosen_sum", "rejected_sum", "chosen_mean", "rejected_mean",
-    "ref_chosen_sum", "ref_rejected_sum", "ref_chosen_mean", "ref_rejected_mean",
-    "chosen_logps", "rejected_logps",
+# What a loss can ask for by naming an argument so: means and sums of a trace's token log-probs
+# (P,), the reference model's, and the log-probs token by token (P tensors of (|y|,)). Or, if it is
+# a loss of single traces, the log-probs token by token (S tensors) and their signs, +1 and -1 (S).
+LINEAR_ARGUMENTS = ("chosen_mean", "rejected_mean", "chosen_sum", "rejected_sum")
+ARGUMENTS = (
+    *LINEAR_ARGUMENTS, "ref_chosen_mean", "ref_rejected_mean", "ref_chosen_sum", "ref_rejected_sum",
+    "chosen_logps", "rejected_logps", "logps", "signs",
 )  # fmt: skip
+STAGE_2 = ("pairs", "labeled rows")  # kinds of rows, as in data/formats.py
 
 
 @dataclass(frozen=True)
 class Totals:
     """Counts of a whole optimizer step, over all packs and ranks: what losses are divided by."""
 
-    num_rows: int  # traces, or pairs
+    num_pairs: float  # half the sequences
     num_tokens: int  # supervised
 
 
@@ -58,6 +64,7 @@ class LinearObjective:
     tokens of each sequence, float64. signs: -1 rejected, +1 otherwise; lengths: |y|."""
 
     token_weights: Callable[[Tensor, Tensor, Totals], Tensor]
+    takes: tuple[str, ...] = STAGE_2  # kinds of rows
     keep_pairs = False  # must both traces of a pair be in one pack?
     needs_reference = False
 
@@ -68,12 +75,16 @@ class LinearObjective:
 
 
 @dataclass(frozen=True)
-class PairwiseObjective:
-    """loss = sum over pairs of pair_loss(...) (P,), divided by the step's number of pairs."""
+class NonlinearObjective:
+    """loss = sum over pairs, or over traces, of function(...), divided by the step's pairs."""
 
-    pair_loss: Callable[..., Tensor]  # called with the PAIR_ARGUMENTS in `arguments`
+    function: Callable[..., Tensor]  # called with the ARGUMENTS in `arguments`
     arguments: Sequence[str]
-    keep_pairs = True
+    keep_pairs: bool
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return ("pairs",) if self.keep_pairs else STAGE_2
 
     @property
     def needs_reference(self) -> bool:
@@ -87,32 +98,33 @@ class PairwiseObjective:
         head = partial(token_logps_and_entropies, targets=batch.targets)
         token_logps, entropies = model(batch, head)  # (R,)
         if batch.row_ids:
-            values = pair_arguments(token_logps, batch)
-            per_pair = self.pair_loss(**{name: values[name] for name in self.arguments})  # (P,)
-            if per_pair.shape != (len(batch.row_ids) // 2,):
-                raise UserError(f"{self.pair_loss}: must return one loss per pair, (P,)")
-            loss = per_pair.sum() / totals.num_rows
+            values = loss_arguments(token_logps, batch)
+            losses = self.function(**{name: values[name] for name in self.arguments})
+            weights = batch.row_weights[:: 2 if self.keep_pairs else 1]  # (P,) or (S,)
+            if losses.shape != weights.shape:
+                raise UserError(f"{self.function}: must return one loss per pair, (P,)")
+            loss = (losses * weights).sum() / totals.num_pairs
         else:  # an empty pack: its backward takes part in the exchange between ranks all the same
             loss = token_logps.sum()
         return PackLoss(loss, token_logps.detach(), entropies)
 
 
-Objective = LinearObjective | PairwiseObjective
+Objective = LinearObjective | NonlinearObjective
 
 
-def pair_arguments(token_logps: Tensor, batch: PackedBatch) -> dict[str, Tensor | Sequence[Tensor]]:
-    """PAIR_ARGUMENTS of a pack whose sequences are chosen, rejected, chosen, ...; the reference's
-    only if the pack has them. token_logps (R,)."""
-    traces = token_logps.split(batch.response_lengths)  # 2P of (|y|,)
-    sums = torch.stack([trace.sum() for trace in traces])  # (2P,)
+def loss_arguments(token_logps: Tensor, batch: PackedBatch) -> dict[str, Tensor | Sequence]:
+    """ARGUMENTS of a pack: those of pairs are right if its sequences are chosen, rejected, chosen,
+    ...; the reference's are there only if the pack has them. token_logps (R,)."""
+    traces = token_logps.split(batch.response_lengths)  # S of (|y|,)
+    sums = torch.stack([trace.sum() for trace in traces])  # (S,)
     means = torch.stack([trace.mean() for trace in traces])
     values = [("", "logps", traces), ("", "sum", sums), ("", "mean", means)]  # prefix, name, value
     if batch.reference is not None:
-        ref_sums, ref_means = batch.reference.to(sums.dtype)  # (2P,) each
+        ref_sums, ref_means = batch.reference.to(sums.dtype)  # (S,) each
         values += [("ref_", "sum", ref_sums), ("ref_", "mean", ref_means)]
     chosen = {f"{prefix}chosen_{name}": value[0::2] for prefix, name, value in values}
     rejected = {f"{prefix}rejected_{name}": value[1::2] for prefix, name, value in values}
-    return chosen | rejected
+    return chosen | rejected | {"logps": traces, "signs": batch.signs}
 
 
 # ---------------------------------------------------------------- from a loss to an objective
@@ -122,24 +134,27 @@ def sft() -> Objective:
     """Stage 1, Eq. 1: every supervised token of the step has the weight slope / num_tokens."""
     [slope] = constant_slopes(partial(losses.sft_loss, num_tokens=1), ["logp_sum"], "sft")
     return LinearObjective(
-        lambda signs, lengths, totals: slope / torch.full_like(lengths, totals.num_tokens).double()
+        lambda signs, lengths, totals: slope / torch.full_like(lengths, totals.num_tokens).double(),
+        takes=("rows",),
     )
 
 
 def make_objective(name: str, **parameters: float) -> Objective:
     """The objective NAME of OBJECTIVES. parameters: those that `loss_parameters` lists. Raises
-    UserError for one of LINEAR whose loss is not linear in M_w and M_l."""
+    UserError for one of LINEAR whose loss is not linear in M and S of the two traces."""
     loss = partial(loss_function(name), **parameters)
-    arguments = [a for a in inspect.signature(loss).parameters if a in PAIR_ARGUMENTS]
+    arguments = [a for a in inspect.signature(loss).parameters if a in ARGUMENTS]
     if name not in LINEAR:
-        return PairwiseObjective(loss, arguments)
-    means = ["chosen_mean", "rejected_mean"]
-    if set(arguments) != set(means):
-        raise UserError(f"{name}: a linear loss takes {means}, not {arguments}")
-    slopes = torch.tensor(constant_slopes(loss, means, name), dtype=torch.float64)
+        return NonlinearObjective(loss, arguments, keep_pairs="signs" not in arguments)
+    if not set(arguments) <= set(LINEAR_ARGUMENTS):
+        raise UserError(f"{name}: a linear loss takes {LINEAR_ARGUMENTS}, not {arguments}")
+    slopes = dict(zip(arguments, constant_slopes(loss, arguments, name)))
+    table = [slopes.get(argument, 0.0) for argument in LINEAR_ARGUMENTS]
+    by_mean, by_sum = torch.tensor(table, dtype=torch.float64).reshape(2, 2)  # (chosen, rejected)
 
     def token_weights(signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
-        return slopes[(signs < 0).long()] / (totals.num_rows * lengths)
+        side = (signs < 0).long()
+        return (by_mean[side] + by_sum[side] * lengths) / (totals.num_pairs * lengths)
 
     return LinearObjective(token_weights)
 
@@ -169,6 +184,6 @@ def loss_function(name: str) -> Callable[..., Tensor]:
 
 
 def loss_parameters(name: str) -> list[str]:
-    """The parameters of an objective, as alpha of redi: arguments that no pair supplies."""
+    """The parameters of an objective, as alpha of redi: arguments that no pack supplies."""
     arguments = inspect.signature(loss_function(name)).parameters
-    return [argument for argument in arguments if argument not in PAIR_ARGUMENTS]
+    return [argument for argument in arguments if argument not in ARGUMENTS]

@@ -119,8 +119,9 @@ class PackedBatch:
     rows: Tensor  # (R,) int64, the position before each supervised token: it predicts the token
     targets: Tensor  # (R,) int64
     token_weights: Tensor  # (R,) float64, d loss / d log-prob for a linear objective
+    row_weights: Tensor  # (S,) float64, of the row that each sequence comes from
     row_ids: list[int]  # S, the row of the Dataset that each sequence comes from
-    signs: list[int]  # S, +1 chosen, -1 rejected
+    signs: list[int]  # S, +1 chosen or right, -1 rejected or wrong
     response_lengths: list[int]  # S, |y|: supervised tokens of each sequence
     reference: Tensor | None = None  # (2, S) float64: the reference model's log-prob sums and means
 
@@ -144,8 +145,9 @@ class TokenSequence:
     tokens: np.ndarray  # (L,)
     prompt_length: int
     row: int
-    sign: int  # +1 chosen (and every SFT trace), -1 rejected
+    sign: int  # +1 chosen or right (and every SFT trace), -1 rejected or wrong
     learned: np.ndarray | None = None  # (L - prompt_length,) bool; None: the whole response
+    weight: float = 1.0  # of its row
 
     def supervised(self) -> np.ndarray:
         """(|y|,) positions of the supervised tokens."""
@@ -156,11 +158,11 @@ class TokenSequence:
 def pack(
     sequences: list[TokenSequence], weights: Tensor, reference_sums: Tensor | None = None
 ) -> PackedBatch:
-    """Concatenate sequences. weights (S,): the weight of each sequence's supervised tokens.
-    reference_sums (N, 2): the reference model's log-prob sums of all N pairs; then sequences are
-    whole pairs, and the pack's `reference` is their sums and means, (2, S). An empty list gives an
-    empty pack: one token, not supervised. Raises ValueError for a sequence without a prompt: the
-    document before it would predict its first token."""
+    """Concatenate sequences. weights (S,): the weight of each sequence's supervised tokens, but for
+    that of its row. reference_sums (N, 2): the reference model's log-prob sums of all N pairs; then
+    sequences are whole pairs, and the pack's `reference` is their sums and means, (2, S). An empty
+    list gives an empty pack: one token, not supervised. Raises ValueError for a sequence without a
+    prompt: the document before it would predict its first token."""
     if any(s.prompt_length < 1 for s in sequences):
         raise ValueError("a sequence needs a prompt of at least one token")
     tokens = [s.tokens for s in sequences] or [np.zeros(1, dtype=np.int64)]
@@ -171,6 +173,7 @@ def pack(
     rows = [start + positions - 1 for positions, start in zip(supervised, cu_seqlens)]
     targets = [s.tokens[positions] for s, positions in zip(sequences, supervised)]
     row_ids = [s.row for s in sequences]
+    row_weights = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
     repeats = torch.tensor(response_lengths, dtype=torch.int64)
     reference = None
     if reference_sums is not None:
@@ -183,7 +186,8 @@ def pack(
         lengths=lengths,
         rows=_concatenate(rows),
         targets=_concatenate(targets),
-        token_weights=weights.repeat_interleave(repeats),
+        token_weights=(weights * row_weights).repeat_interleave(repeats),
+        row_weights=row_weights,
         row_ids=row_ids,
         signs=[s.sign for s in sequences],
         response_lengths=response_lengths,

@@ -27,13 +27,13 @@ WEEK = 60.0 * 24 * 7  # minutes
 @program
 def train_sft() -> None:
     config = parse(SFTConfig, "Stage 1 of REDI: supervised fine-tuning on correct traces.")
-    run(config, sft(), paired=False, prepare_score=prepare_score)
+    run(config, sft(), prepare_score)
 
 
 @program
 def train_redi() -> None:
-    config = parse(REDIConfig, "Stage 2 of REDI: learning from pairs of right and wrong traces.")
-    run(config, config.make_objective(), paired=True, prepare_score=prepare_score)
+    config = parse(REDIConfig, "Stage 2 of REDI: learning from right and wrong traces.")
+    run(config, config.make_objective(), prepare_score)
 
 
 def prepare_score(config: TrainConfig, source: Source, world: World) -> Scorer | None:

@@ -16,13 +16,14 @@ from redi.config import UserError, may_change, require
 from redi.objectives import OBJECTIVES, Objective, loss_parameters, make_objective
 
 # Values suggested when a flag is missing: those of REDI's paper (redi, dpo, simpo), and of each
-# other objective's own paper, where it recommends one.
+# other objective's own paper or code, where it recommends one.
 PUBLISHED = {
     "redi": {"alpha": 0.8}, "dpo": {"beta": 0.001}, "simpo": {"beta": 2.0, "gamma": 1.0},
     "dpo_norm": {"beta": 5.0}, "irpo": {"beta": 0.1, "alpha": 1.0}, "orpo": {"alpha": 0.1},
     "dpop": {"beta": 0.3, "alpha": 50.0}, "npo": {"beta": 0.1, "alpha": 1.0},
+    "w_reinforce": {"alpha": 0.1}, "uft": {"alpha": 1e-4},
 }  # fmt: skip
-PARAMETERS = ("alpha", "beta", "gamma")  # the parameters of objectives that have a flag
+PARAMETERS = ("alpha", "beta", "gamma", "baseline")  # the parameters of objectives that have a flag
 
 
 @dataclass(kw_only=True)
@@ -106,12 +107,13 @@ class SFTConfig(TrainConfig):
 
 @dataclass(kw_only=True)
 class REDIConfig(TrainConfig):
-    """Stage 2: learning from pairs of a correct and an incorrect trace (Eq. 5)."""
+    """Stage 2: learning from correct and incorrect traces, in pairs (Eq. 5) or with labels."""
 
     objective: Annotated[Literal[OBJECTIVES], "what is minimized"] = "redi"
     alpha: Annotated[float | None, "weight of the rejected trace (redi: 0.8) or of a term"] = None
     beta: Annotated[float | None, "sharpness of the sigmoid; dpo, simpo and their kin"] = None
     gamma: Annotated[float | None, "target margin (simpo), or an exponent (redi_weighted)"] = None
+    baseline: Annotated[float | None, "what asymre subtracts from the reward, 1 or 0"] = None
     model: str = "out/sft"
     data: str = "data/pairs.jsonl"
     out: str = "out/redi"
@@ -143,10 +145,11 @@ class REDIConfig(TrainConfig):
                 raise UserError(f"--{name} is missing: {self.objective} needs it{hint}")
         if self.alpha is not None:
             # Above 1, the rejected trace would weigh more than the chosen one.
-            is_share = self.objective in ("redi", "redi_weighted")
+            is_share = self.objective in ("redi", "redi_weighted", "uft")
             expected = "within [0, 1]" if is_share else "at least 0"
             require(0 <= self.alpha <= (1 if is_share else math.inf), "alpha", self.alpha, expected)
         require(self.beta is None or self.beta > 0, "beta", self.beta, "above 0")
+        require(self.baseline is None or self.baseline < 1, "baseline", self.baseline, "below 1")
 
     def make_objective(self) -> Objective:
         parameters = {name: getattr(self, name) for name in loss_parameters(self.objective)}

@@ -8,8 +8,9 @@ letter, the docstring names it. sg[] (stop gradient) is a constant to the gradie
 "Worked" is the loss of the pair of losses.py: S_w -0.6, M_w -0.2, S_l -4, M_l -2, with S_w_ref -0.9
 and S_l_ref -3.5, so M_w_ref -0.3 and M_l_ref -1.75. "Gradient: x on every chosen token" means that
 d loss / d logp_t is x there. Sums give long traces more weight; the objectives on sums keep their
-sources' scale, which is not REDI's. Left out: label smoothing, f-divergences, losses over a batch's
-ranking.
+sources' scale, which is not REDI's. The last three are of single traces; "labeled rows" is what
+they minimize over a step of N such rows. Left out: label smoothing, f-divergences, losses over a
+batch's ranking.
 """
 
 from collections.abc import Sequence
@@ -162,3 +163,41 @@ def redi_weighted_loss(
     negative below, so unlike REDI this is bounded in M_l. gamma 0 is REDI.
     """
     return -chosen_mean + alpha * torch.exp(gamma * rejected_mean) * rejected_mean
+
+
+def asymre_loss(chosen_sum: Tensor, rejected_sum: Tensor, baseline: float) -> Tensor:
+    """-(1 - V) * S_w + V * S_l, per pair (P,); V is the baseline. Worked, baseline 0.4: -1.24
+
+    Asymmetric REINFORCE (arXiv 2506.20520): -(r - V) * S of a trace of reward r, 1 if right, else
+    0. In theory it improves the model while V is below the share of right traces, and collapses it
+    from there on. Gradient: -(1 - V) on every chosen token, +V on every rejected one; with means it
+    were REDI's at alpha V / (1 - V). Labeled rows: sum / (N / 2), twice the paper's mean.
+    """
+    return -(1.0 - baseline) * chosen_sum + baseline * rejected_sum
+
+
+def w_reinforce_loss(chosen_sum: Tensor, rejected_sum: Tensor, alpha: float) -> Tensor:
+    """-alpha * S_w + S_l, per pair (P,). Worked, alpha 0.1: -3.94
+
+    Weighted REINFORCE (arXiv 2506.01347; its lambda is alpha here). Its traces are samples of the
+    model in training; here they are given. Gradient: -alpha on every chosen token, +1 on every
+    rejected one. Labeled rows: (sum of -alpha * S over right rows + sum of S over wrong ones) /
+    (N / 2); the authors' code divides by the number of response tokens instead.
+    """
+    return -alpha * chosen_sum + rejected_sum
+
+
+def uft_loss(logps: Sequence[Tensor], signs: Sequence[int], alpha: float) -> Tensor:
+    """-(1 - alpha) * M of a right trace, -alpha * mean_t log(1 - pi_t) of a wrong one; (S,).
+
+    logps: S tensors (|y|,); signs: S, +1 right, -1 wrong. Unlikelihood fine-tuning (arXiv
+    2504.11364), with 1e-8 added to 1 - pi_t, as in its code. Worked, alpha 0.5, both: 0.227436
+    Gradient: -(1 - alpha)/|y| on every right token, +alpha pi_t / (1 - pi_t) / |y| on a wrong one.
+    Labeled rows: sum / (N / 2); the authors' code takes the mean over all tokens of a batch's right
+    rows, and that over those of as many wrong ones.
+    """
+    of_sign = {
+        1: lambda trace: -(1.0 - alpha) * trace.mean(),
+        -1: lambda trace: -alpha * torch.log(1e-8 - torch.expm1(trace)).mean(),
+    }
+    return torch.stack([of_sign[sign](trace) for sign, trace in zip(signs, logps)])

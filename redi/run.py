@@ -33,18 +33,17 @@ from redi.train import Scorer, StopSignals, num_steps, train
 def run(
     config: TrainConfig,
     objective: Objective,
-    paired: bool,
     prepare_score: Callable[[TrainConfig, Source, World], Scorer | None],
 ) -> None:
-    """Load, check, train, save: what train_sft.py and train_redi.py do. paired: rows are pairs.
-    prepare_score: returns what evaluates the model between steps. Raises UserError for what a user
-    can fix, and Stopped after a signal."""
+    """Load, check, train, save: what train_sft.py and train_redi.py do. prepare_score: returns what
+    evaluates the model between steps. Raises UserError for what a user can fix, and Stopped after a
+    signal."""
     world = distributed.start(config.timeout)
     with report_lost_ranks(world, f"--timeout {config.timeout:g} minutes"):
         distributed.require_same(vars(config) | {"cache": "may differ"}, world)
         finished = not config.dry_run and is_finished(config.out, config)
         with local_rank_zero_first(world):  # downloads and tokenizes once per node
-            model, source, dataset, eval_dataset = _load(config, paired)
+            model, source, dataset, eval_dataset = _load(config, objective)
             score = prepare_score(config, source, world)
         facts = facts_of(source, dataset, config.data)
         if eval_dataset:
@@ -67,16 +66,18 @@ def run(
             _train_and_save(config, model, source, data, eval_data, how, score, facts)
 
 
-def _load(config: TrainConfig, paired: bool) -> tuple[Transformer, Source, Dataset, Dataset | None]:
+def _load(
+    config: TrainConfig, objective: Objective
+) -> tuple[Transformer, Source, Dataset, Dataset | None]:
     """The model, of which only the sizes are read, and the rows."""
     made_by = "python -m redi train-sft" if config.model == REDIConfig.model else None
     theta, context = config.rope_theta, config.max_position_embeddings
     model, source = open_model(config.model, theta, context, made_by)
     check_blocks(config.checkpoint_blocks, model.config.num_layers)  # before hours of tokenizing
-    dataset = load_data(config.data, config, source, paired)
+    dataset = load_data(config.data, config, source, objective)
     if not config.eval_data:
         return model, source, dataset, None
-    eval_dataset = load_data(config.eval_data, config, source, paired)
+    eval_dataset = load_data(config.eval_data, config, source, objective)
     print(f"held out, {config.eval_data}: {describe(eval_dataset, source.chat)}\n")
     return model, source, dataset, eval_dataset
 
@@ -119,10 +120,10 @@ def _train_and_save(
     print(f"saved {config.out}: a Hugging Face folder, config.toml, metrics.jsonl")
 
 
-def load_data(path: str, config: TrainConfig, source: Source, paired: bool) -> Dataset:
+def load_data(path: str, config: TrainConfig, source: Source, objective: Objective) -> Dataset:
     """The rows of `path`, tokenized for this model, without those over the run's limits. Raises
-    UserError for a model without a tokenizer, a limit above its context, a row that cannot be
-    trained on, and if no row is left."""
+    UserError for a model without a tokenizer, a limit above its context, a row that the objective
+    cannot be trained on, and if no row is left."""
     if source.chat is None:
         raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; training needs it")
     context = source.config["max_position_embeddings"]
@@ -135,7 +136,7 @@ def load_data(path: str, config: TrainConfig, source: Source, paired: bool) -> D
         )
     made_by = "python -m redi.prepare" if path == type(config).data else None
     files = dataset_files(path, made_by=made_by)
-    store = load_store(files, source.chat, paired, config.cache)
+    store = load_store(files, source.chat, objective.takes, config.cache)
     limits = Limits(config.max_prompt, config.max_response, config.max_length)
     return select(store, limits, config.over_length, path)
 

@@ -43,8 +43,8 @@ def is_finished(out: str, config: Any) -> bool:
 
 
 # Kind of a record -> the fields it needs. All fields but the kind are numbers.
-NEEDED = {"train": ("step", "chosen_logp"), "benchmark": ("step", "pass_at_1"), "finished": ()}
-NEEDED |= dict.fromkeys(("eval", "stopped"), ("step",))
+NEEDED = dict.fromkeys(("train", "eval", "stopped"), ("step",))
+NEEDED |= {"benchmark": ("step", "pass_at_1"), "finished": ()}
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:

@@ -52,18 +52,22 @@ redi/related_losses.py
     test_losses.py::test_loss_and_gradient_of_the_worked_pair
 redi/objectives.py
   token weights of REDI are not divided by the number of pairs
-  - return slopes[(signs < 0).long()] / (totals.num_rows * lengths)
-  + return slopes[(signs < 0).long()] / lengths
+  - (by_mean[side] + by_sum[side] * lengths) / (totals.num_pairs * lengths)
+  + (by_mean[side] + by_sum[side] * lengths) / lengths
     test_objectives.py::test_weights_are_exactly_minus_1_and_alpha_over_pairs_and_length
   the two traces of a pair may be in different packs although the loss needs both
-  - keep_pairs = True
-  + keep_pairs = False
+  - NonlinearObjective(loss, arguments, keep_pairs="signs" not in arguments)
+  + NonlinearObjective(loss, arguments, keep_pairs=False)
     INVARIANCE[one pack-simpo-tied-torch.float64]
   the host waits for the loss of every pack
-  - loss = per_pair.sum() / totals.num_rows
-  + loss = per_pair.sum() * (1 + 0 * per_pair.sum().item()) / totals.num_rows
+  - loss = (losses * weights).sum() / totals.num_pairs
+  + loss = (losses * weights).sum() * (1 + 0 * losses.sum().item()) / totals.num_pairs
     DPO_STEP
 redi/packing.py
+  the weight of a labeled row has no effect
+  - token_weights=(weights * row_weights).repeat_interleave(repeats)
+  + token_weights=weights.repeat_interleave(repeats)
+    test_labeled_rows.py::test_any_plan_gives_the_loss_and_gradients_of_the_formula[1-1000-redi]
   a pair is compared with the reference log-probs of another row
   - reference_sums[row_ids[0::2]]
   + reference_sums[sorted(row_ids[0::2])]
@@ -260,8 +264,8 @@ redi/checkpoint/weights.py
     test_resume.py::test_dpo_learns_the_same_on_one_rank_and_on_two_and_in_bfloat16
 redi/data/store.py
   |y| does not count the stop token
-  - response_lengths.append(sum(learned) if learned else len(ids))
-  + response_lengths.append(sum(learned) if learned else len(ids) - 1)
+  - index["response_lengths"].append(sum(learned) if learned else len(ids))
+  + index["response_lengths"].append(sum(learned) if learned else len(ids) - 1)
     test_train.py::test_stored_tokens_are_the_rendered_rows_that_are_left
 redi/data/tokenizer.py
   a control token quoted in a trace is a control token
@@ -274,9 +278,13 @@ redi/data/dataset.py
   + totals - prompts >= limits.response
     test_train.py::test_limits_are_inclusive_and_the_stop_token_counts
 redi/data/formats.py
+  wrong rows are learned like right ones
+  - return float(weight if label else -weight)
+  + return float(weight)
+    test_labeled_rows.py::test_the_store_keeps_the_sign_and_weight_of_every_row
   chosen and rejected are swapped
-  - sides = [field for field in fields if field != "prompt"]
-  + sides = [field for field in reversed(fields) if field != "prompt"]
+  - sides = [field for field in fields if field not in ("prompt", "label")]
+  + sides = [field for field in reversed(fields) if field not in ("prompt", "label")]
     test_formats.py::test_every_shape_of_a_pair
 redi/eval/engine/kernel_steps.py
   a captured decode step asks for the longest row

@@ -54,6 +54,16 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+def labeled(rows: list[dict]) -> list[dict]:
+    """Each pair as two labeled rows, the right one first."""
+    sides = (("chosen", True), ("rejected", False))
+    return [
+        {"prompt": row["prompt"], "completion": row[side], "label": label}
+        for row in rows
+        for side, label in sides
+    ]
+
+
 def as_positive(row: dict) -> dict:
     return {"prompt": row["prompt"], "completion": row["chosen"]}
 
@@ -96,16 +106,13 @@ def redi_config(**changes) -> recipe.REDIConfig:
     return recipe.REDIConfig(**{**OF_REDI, "epochs": 1, **changes})
 
 
-def stage_of(config: recipe.TrainConfig) -> tuple[Objective, bool]:
-    """Objective, and whether rows are pairs."""
-    if isinstance(config, recipe.REDIConfig):
-        return config.make_objective(), True
-    return sft(), False
+def objective_of(config: recipe.TrainConfig) -> Objective:
+    return config.make_objective() if isinstance(config, recipe.REDIConfig) else sft()
 
 
 def run(config: recipe.TrainConfig) -> list[dict]:
     """Run the program of this configuration in this process. Returns its records."""
-    run_module.run(config, *stage_of(config), programs.prepare_score)
+    run_module.run(config, objective_of(config), programs.prepare_score)
     return list(read_metrics(Path(config.out)))
 
 
@@ -120,8 +127,8 @@ def weights(folder: str | Path) -> dict[str, torch.Tensor]:
 def loaded(config) -> tuple[Transformer, TrainData]:
     """The model and the rows of this configuration, without a run."""
     model, source = load_model(config.model)
-    objective, paired = stage_of(config)
-    dataset = run_module.load_data(config.data, config, source, paired)
+    objective = objective_of(config)
+    dataset = run_module.load_data(config.data, config, source, objective)
     return model, TrainData(dataset, objective, HERE, config.pack_tokens)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +20,8 @@ TO_ORACLE = {torch.float64: 1e-12, torch.float32: 5e-6}  # tolerances, of the no
 BETWEEN_CUTS = {torch.float64: 1e-12, torch.float32: 1e-6}
 ROWS, VOCABULARY = 7, 48
 
-ALPHA, BETA, GAMMA = 0.8, 0.7, 0.3
-VALUES = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA}
+ALPHA, BETA, GAMMA, V = 0.8, 0.7, 0.3, 0.4
+VALUES = {"alpha": ALPHA, "beta": BETA, "gamma": GAMMA, "baseline": V}
 PARAMETERS = {name: {p: VALUES[p] for p in loss_parameters(name)} for name in OBJECTIVES}
 
 # ---------------------------------------------------------------- a model and its rows
@@ -48,20 +49,28 @@ def tiny(tied: bool, dtype: torch.dtype, seed: int = 0, family: str = "qwen2") -
 
 
 class Rows:
-    """Rows of random tokens, with the fields of data.dataset.Dataset that TrainData reads."""
+    """Rows of random tokens, with the fields of data.dataset.Dataset that TrainData reads. Labeled
+    rows are those of the pairs, each trace a row, with this weight, or a random one of None."""
 
-    def __init__(self, paired: bool, rows: int = ROWS):
+    def __init__(self, kind: str, rows: int = ROWS, weight: float | None = None):
         rng = np.random.default_rng(1)
-        self.store, self.sequences = SimpleNamespace(paired=paired), []
+        self.store, self.sequences = SimpleNamespace(paired=kind == "pairs"), []
         for row in range(rows):
             prompt = rng.integers(0, VOCABULARY, rng.integers(1, 6))
-            for sign in (1, -1) if paired else (1,):
+            for sign in (1,) if kind == "rows" else (1, -1):
                 response = rng.integers(0, VOCABULARY, rng.integers(1, 12))
                 tokens = np.concatenate([prompt, response])
                 self.sequences.append(TokenSequence(tokens, len(prompt), row, sign))
+        if kind == "labeled rows":
+            weights = rng.uniform(0.1, 3.0, 2 * rows) if weight is None else [weight] * 2 * rows
+            self.sequences = [
+                replace(sequence, row=row, weight=weight)
+                for row, (sequence, weight) in enumerate(zip(self.sequences, weights))
+            ]
         lengths = np.array([len(s.tokens) for s in self.sequences])
-        self.lengths = lengths.reshape(-1, 2) if paired else lengths
+        self.lengths = lengths.reshape(-1, 2) if self.store.paired else lengths
         self.response_lengths = np.array([len(s.supervised()) for s in self.sequences])
+        self.signs = np.array([s.sign for s in self.sequences])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -74,9 +83,15 @@ def objective_of(name: str):
     return sft() if name == "sft" else make_objective(name, **PARAMETERS[name])
 
 
-def data_of(name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000) -> TrainData:
+def rows_of(name: str) -> Rows:
+    return Rows("rows" if name == "sft" else "pairs")
+
+
+def data_of(
+    name: str, rank: int = 0, world_size: int = 1, pack_tokens: int = 1000, rows: Rows | None = None
+) -> TrainData:
     world = World(rank, world_size, torch.device("cpu"))
-    return TrainData(Rows(paired=name != "sft"), objective_of(name), world, pack_tokens)
+    return TrainData(rows or rows_of(name), objective_of(name), world, pack_tokens)
 
 
 def backward(model: Transformer, data: TrainData, step: StepPlan | None = None) -> float:
@@ -127,6 +142,10 @@ def per_token(logps: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return gain(logps, reference) / len(logps)
 
 
+def unlikelihood(logps: torch.Tensor) -> torch.Tensor:
+    return -mean(torch.log(1 - torch.exp(logps) + 1e-8))
+
+
 def log_odds(logps: torch.Tensor) -> torch.Tensor:
     p = torch.exp(mean(logps))
     return torch.log(p / (1 - p))
@@ -159,6 +178,9 @@ FORMULAS = {
         -sum(math.exp(logp.item()) * logp for logp in w) / len(w) + 0 * r.sum()
     ),
     "redi_weighted": lambda w, r, wr, rr: -mean(w) + ALPHA * torch.exp(GAMMA * mean(r)) * mean(r),
+    "asymre": lambda w, r, wr, rr: (V - 1) * w.sum() + V * r.sum(),
+    "w_reinforce": lambda w, r, wr, rr: r.sum() - ALPHA * w.sum(),
+    "uft": lambda w, r, wr, rr: (ALPHA - 1) * mean(w) + ALPHA * unlikelihood(r),
 }
 
 
@@ -170,17 +192,20 @@ def our_losses(
     lengths = torch.tensor([len(trace) for trace in traces])
     sums = reference.reshape(-1)
     pairs = SimpleNamespace(
-        response_lengths=lengths.tolist(), reference=torch.stack([sums, sums / lengths])
+        response_lengths=lengths.tolist(),
+        signs=[1, -1] * (len(traces) // 2),
+        reference=torch.stack([sums, sums / lengths]),
     )
-    values = objectives.pair_arguments(torch.cat(traces), pairs)
+    values = objectives.loss_arguments(torch.cat(traces), pairs)
     loss = objectives.loss_function(name)
     arguments = {a: values[a] for a in inspect.signature(loss).parameters if a in values}
-    return loss(**arguments, **(parameters or PARAMETERS[name]))
+    losses = loss(**arguments, **(parameters or PARAMETERS[name]))
+    return losses.reshape(len(traces) // 2, -1).sum(dim=1)  # some losses are of single traces
 
 
 def paper_loss(name: str, model: Transformer, reference: Transformer) -> torch.Tensor:
     """The loss of a step over all rows, as its paper states it."""
-    rows = Rows(paired=name != "sft").sequences
+    rows = rows_of(name).sequences
     logps = [row_logps(model, sequence) for sequence in rows]
     if name == "sft":
         return -sum(part.sum() for part in logps) / sum(len(part) for part in logps)

@@ -1,6 +1,7 @@
 """Broken rows end in a counted drop or in one line; never in a traceback.
 
-2,000 mutated files, half of them for prepare: sound rows, and between them one that is not. It has
+4,000 mutated files, a quarter of them for prepare, half of labeled rows: sound rows, and between
+them one that is not. It has
 a value of another type anywhere in it, a field less, a lone surrogate, control characters, a
 control token inside a trace, or bytes that were changed after it was written. Kept and dropped rows
 must add up to what was read, and the sound rows must come out as the same bytes as without it.
@@ -211,27 +212,42 @@ def test_a_row_of_megabytes_is_a_row(folder, sound, text):
 # ---------------------------------------------------------------- the trainers' rows
 
 
-@pytest.mark.parametrize("paired", [False, True])
+def labeled_row(number: int) -> dict:
+    side, label = ("chosen", True) if number % 3 else ("rejected", False)
+    pair = conversation(number)
+    row = {"prompt": pair["prompt"], "completion": pair[side]}
+    return {**row, "label": label, "weight": number + 1}
+
+
+KINDS = {  # a sound row, seeds
+    "rows": (lambda number: as_positive(conversation(number)), SEEDS[0::2]),
+    "pairs": (conversation, SEEDS[1::2]),
+    "labeled rows": (labeled_row, range(1000)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("change", [mutated, garbled])
-def test_training_counts_or_refuses_a_broken_row(folder, make_chat, change, paired):
+def test_training_counts_or_refuses_a_broken_row(folder, make_chat, change, kind):
     chat, path, tokens = make_chat(folder), folder / "rows.jsonl", folder / "tokens"
-    row = conversation if paired else lambda number: as_positive(conversation(number))
+    (row, seeds), per_row, kept_mutants = KINDS[kind], 2 if kind == "pairs" else 1, 0
 
     @cache
     def expected(number: int) -> list[list[int]]:
         """The tokens of a sound row's sides."""
-        prompt, *sides = row(number).values()
+        prompt, *sides = (part for part in row(number).values() if isinstance(part, list))
         rendered = chat.encode_rows([(prompt, side) for side in sides])
         return [side.prompt_ids + side.response_ids for side in rendered]
 
-    for seed in SEEDS[paired::2]:
-        data = lines_with(change(Random(seed), row(2)), row)
+    for seed in seeds:
+        line = change(Random(seed), row(2))
+        data = lines_with(line, row)
         path.write_bytes(data)
         shutil.rmtree(tokens, ignore_errors=True)
         message = None
         try:
             with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-                store = load_store([path], chat, paired, tokens)
+                store = load_store([path], chat, [kind], tokens)
         except UserError as error:
             message = str(error)
         if message is not None:
@@ -242,6 +258,15 @@ def test_training_counts_or_refuses_a_broken_row(folder, make_chat, change, pair
         dataset = Dataset(store, np.arange(len(numbers)), {})
         assert len(dataset) + sum(store.skipped.values()) == rows_in(data)
         for number, position in ((0, 1), (1, 2), (3, rows_in(data))):
-            first = (1 + paired) * numbers.index(position)
-            found = [dataset.sequence(first + side).tokens.tolist() for side in range(1 + paired)]
+            first = per_row * numbers.index(position)
+            found = [dataset.sequence(first + side).tokens.tolist() for side in range(per_row)]
             assert found == expected(number)
+        if kind == "labeled rows":
+            lines = [json.loads(text) for text in data.split(b"\n") if text.strip()]
+            for number, weight in zip(numbers, store.weights.tolist()):
+                label, size = lines[number - 1]["label"], lines[number - 1].get("weight")
+                assert label is (weight > 0)
+                assert abs(weight) == (1.0 if size is None else float(size))
+                assert weight != 0
+            kept_mutants += 3 in numbers
+    assert kind != "labeled rows" or kept_mutants > 50

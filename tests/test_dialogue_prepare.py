@@ -72,7 +72,7 @@ def test_a_tutor_learns_good_replies_and_keeps_the_bad_ones_and_the_opening_as_c
     told = {"role": "system", "content": Scenario(**CAFE).prompt("tutor")}
     context = [TALK[0] | {"weight": 0}, TALK[1], TALK[2] | {"weight": 0}]
     assert found == {"messages": [told, *context, *TALK[3:]]}
-    assert to_example(found, "x", paired=False).responses == [[*context, *TALK[3:]]]
+    assert to_example(found, "x", "rows").responses == [[*context, *TALK[3:]]]
     assert "cocoa" not in json.dumps(found)  # the student's card
 
 
@@ -147,7 +147,7 @@ def test_a_pair_is_the_first_good_and_the_first_bad_reply_of_a_state():
     assert [counts[f"pairs: {why}"] for why in (
         "no bad reply", "no good reply", "rejected is also labeled good"
     )] == [1, 1, 1]  # fmt: skip
-    learned = [to_example(r, "x", False).responses[0][-1]["content"] for r in found["tutor"]]
+    learned = [to_example(r, "x", "rows").responses[0][-1]["content"] for r in found["tutor"]]
     assert learned == ["?", "a", "a"]  # nothing of the state without a good reply
     weights = [m.get("weight") for m in found["tutor"][1]["messages"]]
     assert weights == [None, 0, None, 0, None, None]  # the history comes in other rows
@@ -256,7 +256,7 @@ def test_general_rows_are_a_share_of_the_tutors_rows_evenly_spread():
     assert [sum(is_general[at : at + 20]) for at in range(0, 200, 20)] == [2] * 10
     assert card()["counts"]["mixed in"] == 20
     for number, talk in enumerate(found):
-        to_example(talk, str(number), paired=False)
+        to_example(talk, str(number), "rows")
     random.Random(2).shuffle(general)
     write_jsonl(Path("general.jsonl"), general)
     assert prepared(rows, "again", mix="general.jsonl")["tutor"] == found

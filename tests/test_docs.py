@@ -44,7 +44,8 @@ def test_the_citation_is_of_this_version():
 
 def test_links_and_paths_exist():
     for page, text in TEXTS.items():
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
             assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
         for path in re.findall(r"(?<!\S)(?:redi|tests|bench|docs|recipes)/[a-z\d_./]+", code(text)):
             assert (ROOT / path).exists(), f"{page}: {path}"

@@ -16,7 +16,7 @@ RIGHT, WRONG = [assistant("It is 2.")], [assistant("It is 3.")]
 TURNS = [user("1+1?"), assistant("2"), user("And 1 more?"), assistant("3")]
 
 SFT_ROW = Example(ASKED, [RIGHT])
-PAIR_ROW = Example(ASKED, [RIGHT, WRONG])
+PAIR_ROW = Example(ASKED, [RIGHT, WRONG], (1.0, -1.0))
 SFT_SHAPES = {  # each is SFT_ROW
     "message lists": {"prompt": ASKED, "completion": RIGHT},
     "strings": {"prompt": "1+1?", "completion": "It is 2."},
@@ -46,29 +46,31 @@ PAIR_SHAPES = {  # each is PAIR_ROW
 
 @pytest.mark.parametrize("name", SFT_SHAPES)
 def test_every_shape_of_a_row_for_sft(name):
-    assert to_example(SFT_SHAPES[name], "x", paired=False) == SFT_ROW
+    assert to_example(SFT_SHAPES[name], "x", "rows") == SFT_ROW
 
 
 @pytest.mark.parametrize("name", PAIR_SHAPES)
 def test_every_shape_of_a_pair(name):
-    assert to_example(PAIR_SHAPES[name], "x", paired=True) == PAIR_ROW
+    assert to_example(PAIR_SHAPES[name], "x", "pairs") == PAIR_ROW
 
 
 def test_all_answers_of_messages_are_learned_and_what_both_sides_begin_with_is_the_prompt():
-    assert to_example({"messages": TURNS}, "x", False) == Example(TURNS[:1], [TURNS[1:]])
+    assert to_example({"messages": TURNS}, "x", "rows") == Example(TURNS[:1], [TURNS[1:]])
     last = [[assistant("3")], [assistant("4")]]
     implicit = {"chosen": TURNS[:3] + last[0], "rejected": TURNS[:3] + last[1]}
-    assert to_example(implicit, "x", True) == Example(TURNS[:3], last)
+    assert to_example(implicit, "x", "pairs") == Example(TURNS[:3], last, (1.0, -1.0))
     with_system = {"prompt": "1+1?", "chosen": [SYSTEM, *ASKED, *RIGHT], "rejected": WRONG}
-    assert to_example(with_system, "x", True) == Example([SYSTEM, *ASKED], [RIGHT, WRONG])
+    assert to_example(with_system, "x", "pairs") == Example(
+        [SYSTEM, *ASKED], [RIGHT, WRONG], (1, -1)
+    )
     history = {"prompt": TURNS[:3], "completion": [assistant("3")]}
-    assert to_example(history, "x", False) == Example(TURNS[:3], [last[0]])
+    assert to_example(history, "x", "rows") == Example(TURNS[:3], [last[0]])
 
 
 def test_thoughts_that_are_apart_come_before_the_answer_as_in_qwen3s_template():
     apart = {"role": "assistant", "reasoning_content": "1+1=2\n", "content": "\nIt is 2."}
     together = [assistant("<think>\n1+1=2\n</think>\n\nIt is 2.")]
-    assert to_example({"messages": [*ASKED, apart]}, "x", False) == Example(ASKED, [together])
+    assert to_example({"messages": [*ASKED, apart]}, "x", "rows") == Example(ASKED, [together])
 
 
 def context(text: str) -> dict:
@@ -76,99 +78,101 @@ def context(text: str) -> dict:
 
 
 MORE = [*TURNS, user("*4?"), assistant("12")]
-WEIGHTED = {  # row, paired, the example
+WEIGHTED = {  # row, kind, the example
     "at the beginning": (
-        {"messages": [TURNS[0], context("2"), *TURNS[2:]]}, False,
+        {"messages": [TURNS[0], context("2"), *TURNS[2:]]}, "rows",
         Example(TURNS[:1], [[context("2"), *TURNS[2:]]]),
     ),
     "at the end": (
-        {"messages": [*TURNS, user("*4?"), context("12")]}, False, Example(TURNS[:1], [TURNS[1:]]),
+        {"messages": [*TURNS, user("*4?"), context("12")]}, "rows", Example(TURNS[:1], [TURNS[1:]]),
     ),
     "1, null, and those of others mean nothing": (
-        {"messages": [{**m, "weight": w} for m, w in zip(TURNS, (0, 1, None, 1.0))]}, False,
+        {"messages": [{**m, "weight": w} for m, w in zip(TURNS, (0, 1, None, 1.0))]}, "rows",
         Example(TURNS[:1], [TURNS[1:]]),
     ),
     "in a completion": (
-        {"prompt": "1+1?", "completion": [context("2"), *TURNS[2:]]}, False,
+        {"prompt": "1+1?", "completion": [context("2"), *TURNS[2:]]}, "rows",
         Example(TURNS[:1], [[context("2"), *TURNS[2:]]]),
     ),
     "in a prompt that the completion repeats": (
-        {"prompt": TURNS[:3], "completion": [TURNS[0], context("2"), *TURNS[2:]]}, False,
+        {"prompt": TURNS[:3], "completion": [TURNS[0], context("2"), *TURNS[2:]]}, "rows",
         Example(TURNS[:3], [TURNS[3:]]),
     ),
     "in what both sides begin with": (
-        {"chosen": [TURNS[0], context("2"), *TURNS[2:]], "rejected": [*TURNS[:3], *WRONG]}, True,
-        Example(TURNS[:3], [TURNS[3:], WRONG]),
+        {"chosen": [TURNS[0], context("2"), *TURNS[2:]], "rejected": [*TURNS[:3], *WRONG]}, "pairs",
+        Example(TURNS[:3], [TURNS[3:], WRONG], (1.0, -1.0)),
     ),
     "in one side": (
-        {"prompt": "1+1?", "chosen": [context("2"), *TURNS[2:]], "rejected": WRONG}, True,
-        Example(TURNS[:1], [[context("2"), *TURNS[2:]], WRONG]),
+        {"prompt": "1+1?", "chosen": [context("2"), *TURNS[2:]], "rejected": WRONG}, "pairs",
+        Example(TURNS[:1], [[context("2"), *TURNS[2:]], WRONG], (1.0, -1.0)),
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_weight_0_makes_an_answer_context(name):
-    row, paired, example = WEIGHTED[name]
-    assert to_example(row, "x", paired) == example
+    row, kind, example = WEIGHTED[name]
+    assert to_example(row, "x", kind) == example
 
 
-REFUSED = {  # row, paired, what the error says
+REFUSED = {  # row, kind, what the error says
     "nothing to learn": (
-        {"messages": [*ASKED, context("2")]}, False, "'messages' has no answer to learn from",
+        {"messages": [*ASKED, context("2")]}, "rows", "'messages' has no answer to learn from",
     ),
     "nothing to learn in a side": (
-        {"prompt": "1+1?", "chosen": RIGHT, "rejected": [context("3")]}, True, "'rejected' has no",
+        {"prompt": "1+1?", "chosen": RIGHT, "rejected": [context("3")]}, "pairs",
+        "'rejected' has no",
     ),
     "weight": (
-        {"messages": [*ASKED, {**RIGHT[0], "weight": 0.5}]}, False,
+        {"messages": [*ASKED, {**RIGHT[0], "weight": 0.5}]}, "rows",
         "'messages' has the weight 0.5; expected 0 or 1",
     ),
     "weight in a prompt": (
-        {"prompt": [{**ASKED[0], "weight": "a\nb"}], "completion": "2"}, False, "has the weight 'a",
+        {"prompt": [{**ASKED[0], "weight": "a\nb"}], "completion": "2"}, "rows",
+        "has the weight 'a",
     ),
-    "unknown": ({"a": 1, "b": 2}, False, "fields seen: a, b; expected .*completion.* or"),
-    "none": ({}, True, "fields seen: none; expected {prompt, chosen, rejected} or {chosen"),
-    "pairs for SFT": ({"chosen": "a", "rejected": "b"}, False, "train_redi.py trains on such rows"),
-    "SFT for pairs": ({"messages": TURNS}, True, "train_sft.py trains on such rows"),
-    "a teacher's": ({"problem": "?", "generations": []}, False, "python -m redi.prepare makes"),
-    "not messages": ({"messages": "hello"}, False, "'messages' must be a list of"),
-    "a number": ({"prompt": 1, "completion": "a"}, False, "'prompt' must be text, or a list of"),
-    "empty list": ({"prompt": [], "completion": "a"}, False, "'prompt' must be"),
-    "nested": ({"messages": [TURNS]}, False, "'messages' must be a list"),
-    "role": ({"messages": [{"role": "gpt", "content": "a"}]}, False, "roles among system, user"),
-    "content": ({"messages": [{"role": "user", "content": None}]}, False, "'messages' must be"),
-    "surrogate": ({"prompt": "\ud800", "completion": "a"}, False, "'prompt' must be"),
-    "blank": ({"prompt": "a", "completion": " \n"}, False, "'completion' is empty"),
-    "blank turn": ({"messages": [*ASKED, assistant(""), *TURNS[2:]]}, False, "is empty"),
-    "no answer": ({"messages": ASKED}, False, "must start with an assistant's message"),
-    "ends with a question": ({"messages": TURNS[:3]}, False, "and end with one"),
-    "no question": ({"messages": RIGHT}, False, "a prompt is missing"),
+    "unknown": ({"a": 1, "b": 2}, "rows", "fields seen: a, b; expected .*completion.* or"),
+    "none": ({}, "pairs", "fields seen: none; expected {prompt, chosen, rejected} or {chosen"),
+    "pairs for SFT": ({"chosen": "a", "rejected": "b"}, "rows", "train_redi.py .* files of pairs"),
+    "SFT for pairs": ({"messages": TURNS}, "pairs", "train_sft.py trains on such rows"),
+    "a teacher's": ({"problem": "?", "generations": []}, "rows", "python -m redi.prepare makes"),
+    "not messages": ({"messages": "hello"}, "rows", "'messages' must be a list of"),
+    "a number": ({"prompt": 1, "completion": "a"}, "rows", "'prompt' must be text, or a list of"),
+    "empty list": ({"prompt": [], "completion": "a"}, "rows", "'prompt' must be"),
+    "nested": ({"messages": [TURNS]}, "rows", "'messages' must be a list"),
+    "role": ({"messages": [{"role": "gpt", "content": "a"}]}, "rows", "roles among system, user"),
+    "content": ({"messages": [{"role": "user", "content": None}]}, "rows", "'messages' must be"),
+    "surrogate": ({"prompt": "\ud800", "completion": "a"}, "rows", "'prompt' must be"),
+    "blank": ({"prompt": "a", "completion": " \n"}, "rows", "'completion' is empty"),
+    "blank turn": ({"messages": [*ASKED, assistant(""), *TURNS[2:]]}, "rows", "is empty"),
+    "no answer": ({"messages": ASKED}, "rows", "must start with an assistant's message"),
+    "ends with a question": ({"messages": TURNS[:3]}, "rows", "and end with one"),
+    "no question": ({"messages": RIGHT}, "rows", "a prompt is missing"),
     "prompt ends with an answer": (
-        {"prompt": TURNS[:2], "completion": "3"}, False, "'prompt' ends with an assistant's",
+        {"prompt": TURNS[:2], "completion": "3"}, "rows", "'prompt' ends with an assistant's",
     ),
     "another prompt": (
-        {"prompt": "2+2?", "chosen": ASKED + RIGHT, "rejected": ASKED + WRONG}, True,
+        {"prompt": "2+2?", "chosen": ASKED + RIGHT, "rejected": ASKED + WRONG}, "pairs",
         "'prompt' is not what chosen and rejected begin with",
     ),
     "another prompt, listed": (
-        {"prompt": [user("2+2?")], "chosen": ASKED + RIGHT, "rejected": WRONG}, True,
+        {"prompt": [user("2+2?")], "chosen": ASKED + RIGHT, "rejected": WRONG}, "pairs",
         "'chosen' is a whole conversation that does not begin with the prompt",
     ),
     "nothing shared": (
-        {"chosen": [user("a"), *RIGHT], "rejected": ASKED + WRONG}, True, "no prompt",
+        {"chosen": [user("a"), *RIGHT], "rejected": ASKED + WRONG}, "pairs", "no prompt",
     ),
-    "two plain texts": ({"chosen": "Q: a A: b", "rejected": "Q: a A: c"}, True, "no prompt"),
+    "two plain texts": ({"chosen": "Q: a A: b", "rejected": "Q: a A: c"}, "pairs", "no prompt"),
     "thoughts in the text": (
-        {"messages": [*ASKED, {**assistant("a </think> b"), "reasoning_content": ""}]}, False,
+        {"messages": [*ASKED, {**assistant("a </think> b"), "reasoning_content": ""}]}, "rows",
         "'messages' has a reasoning_content, and <think> or </think> in a text",
     ),
     "tags in the thoughts": (
-        {"messages": [*ASKED, {**RIGHT[0], "reasoning_content": "a <think> b"}]}, False,
+        {"messages": [*ASKED, {**RIGHT[0], "reasoning_content": "a <think> b"}]}, "rows",
         "'messages' has a reasoning_content, and",
     ),
     "tool calls": (
-        {"messages": [*ASKED, {**RIGHT[0], "tool_calls": [{"id": 1}]}]}, False,
+        {"messages": [*ASKED, {**RIGHT[0], "tool_calls": [{"id": 1}]}]}, "rows",
         "'messages' has 'tool_calls' beside 'content'",
     ),
 }  # fmt: skip
@@ -176,8 +180,8 @@ REFUSED = {  # row, paired, what the error says
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_rows_are_refused_in_one_line(name):
-    row, paired, expected = REFUSED[name]
-    message = refusal(to_example, row, "file.jsonl:7", paired)
+    row, kind, expected = REFUSED[name]
+    message = refusal(to_example, row, "file.jsonl:7", kind)
     assert message.startswith("file.jsonl:7: ")
     assert re.search(expected, message)
 
@@ -198,7 +202,7 @@ def test_several_turns_are_trained_on_as_transformers_scores_them(here, capsys):
     model = AutoModelForCausalLM.from_pretrained("student", dtype=torch.float32)
     scores = []
     for row in rows:
-        example = to_example(row, "x", paired=False)
+        example = to_example(row, "x", "rows")
         [rendered] = chat.encode_rows([(example.prompt, example.responses[0])])
         ids = torch.tensor([rendered.prompt_ids + rendered.response_ids])
         with torch.no_grad():
@@ -221,7 +225,7 @@ def test_tokens_of_weight_0_are_the_next_prompt_and_are_not_learned(here):
     plain, stop = chat.tokenizer.encode, chat.stop_id
 
     def encoded(messages: list[dict]):
-        example = to_example({"messages": messages}, "x", paired=False)
+        example = to_example({"messages": messages}, "x", "rows")
         [row] = chat.encode_rows([(example.prompt, example.responses[0])])
         return row
 

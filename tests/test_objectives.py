@@ -50,8 +50,8 @@ UNTRAINABLE = [  # a loss, and why it is refused
     # It bends where log-probs are.
     (lambda chosen_mean, rejected_mean, alpha: rejected_mean.clamp(max=-1.0), NOT_LINEAR),
     (
-        lambda chosen_sum, rejected_sum, alpha: -chosen_sum,
-        r"^redi: a linear loss takes .*, not .*'chosen_sum'",
+        lambda chosen_logps, rejected_sum, alpha: -rejected_sum,
+        r"^redi: a linear loss takes .*, not .*'chosen_logps'",
     ),
     (lambda chosen_mean, beta, gamma: -chosen_mean.mean(), "must return one loss per pair"),
 ]
@@ -78,7 +78,7 @@ ALPHAS = [("redi", {"alpha": alpha}, alpha) for alpha in (0.0, 0.2, 0.5, 0.8, 1.
 )
 def test_weights_are_exactly_minus_1_and_alpha_over_pairs_and_length(name, parameters, alpha):
     signs, lengths = torch.tensor([1, -1] * 50), torch.arange(1, 101)
-    whole_step = Totals(num_rows=700, num_tokens=12_345)  # more than the sequences of this pack
+    whole_step = Totals(num_pairs=700, num_tokens=12_345)  # more than the sequences of this pack
     weights = make_objective(name, **parameters).token_weights(signs, lengths, whole_step)
     for weight, sign, length in zip(weights.tolist(), signs.tolist(), lengths.tolist()):
         assert weight == (-1.0 if sign > 0 else alpha) / (700 * length)
@@ -102,7 +102,8 @@ def test_every_loss_of_pairs_is_an_objective_and_some_need_a_reference():
         if name.endswith("_loss") and inspect.isfunction(value)
     }
     assert set(OBJECTIVES) == defined - {"sft"}
-    assert [name for name in OBJECTIVES if not objective_of(name).keep_pairs] == list(LINEAR)
+    split = [name for name in OBJECTIVES if not objective_of(name).keep_pairs]
+    assert split == [*LINEAR, "uft"]
     some = ("redi", "symmetric", "dpo", "simpo", "positives", "topr", "dft")
     assert [name for name in some if objective_of(name).needs_reference] == ["dpo", "topr"]
     assert not sft().needs_reference
@@ -127,7 +128,7 @@ def test_an_objective_without_its_own_parameters_is_refused_and_so_is_anothers(n
         given = {key: 0.5 for key in takes if key != missing}
         message = refusal(redi_config, objective=name, **given)
         assert message.startswith(f"--{missing} is missing: {name} needs it")
-    for foreign in {"alpha", "beta", "gamma"} - set(takes):
+    for foreign in set(recipe.PARAMETERS) - set(takes):
         given = {**dict.fromkeys(takes, 0.5), foreign: 0.5}
         message = refusal(redi_config, objective=name, **given)
         assert message == f"--{foreign}: expected none with {name}; got 0.5"
@@ -141,6 +142,8 @@ REFUSED_SETTINGS = [
         {"objective": "redi_weighted", "alpha": 1.5, "gamma": 1.0},
         "--alpha: expected within [0, 1]; got 1.5",
     ),
+    ({"objective": "uft", "alpha": 1.5}, "--alpha: expected within [0, 1]; got 1.5"),
+    ({"objective": "asymre", "baseline": 1.0}, "--baseline: expected below 1; got 1.0"),
     ({"objective": "orpo", "alpha": -1.0}, "--alpha: expected at least 0; got -1.0"),
     ({"rows_per_step": 0}, "--rows-per-step: expected at least 1; got 0"),
     ({"pack_tokens": 0}, "--pack-tokens: expected at least 1; got 0"),
@@ -159,7 +162,8 @@ def test_a_setting_out_of_range_or_missing_is_refused_by_name(settings, message)
 # ---------------------------------------------------------------- whole runs
 
 
-WIDENS = set(OBJECTIVES) - {"positives", "dft"}  # these two do not learn from rejected traces
+# Two do not learn from rejected traces, and uft hardly does from tokens that are unlikely already.
+WIDENS = set(OBJECTIVES) - {"positives", "dft", "uft"}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

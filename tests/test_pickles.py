@@ -31,7 +31,7 @@ from redi.checkpoint.reference import load_reference
 from redi.checkpoint.resume import load_weights
 from redi.config import UserError, load_toml
 from redi.data.files import hash_files, read_rows
-from redi.data.store import TokenStore
+from redi.data.store import FILES, TokenStore
 from redi.eval import benchmarks
 from redi.eval.completions import Completion, read_lines
 from redi.eval.grading.grader import Grader, grader_names
@@ -92,9 +92,11 @@ def model(path: Path) -> None:
 
 
 def store(path: Path) -> None:
-    about = {"paired": False, "data_hash": "", "skipped": {}, "tokens_hash": ""}
+    about = {"kind": "rows", "data_hash": "", "skipped": {}}
     (path.parent / "store.json").write_text(json.dumps(about))
     (path.parent / "tokens.bin").write_bytes(bytes(8))
+    files = [path.parent / name for name in FILES]
+    (path.parent / "sha256").write_text(hash_files(files))
     if TokenStore.open(path.parent) is None:
         raise UserError("invalid: tokenized again")
 

@@ -39,6 +39,10 @@ CASES = [
 # The other code paths of objectives.py.
 CASES += [("dpo_norm", True, torch.float64, 7, "qwen2"), ("dft", True, torch.float64, 1, "qwen2")]
 CASES += [("redi", True, torch.float64, 7, "qwen3"), ("sft", False, torch.float64, 7, "llama")]
+CASES += [
+    (f"{name} on labeled rows", True, torch.float64, 7, "qwen2")
+    for name in ("redi", "asymre", "uft")
+]
 
 CUTS = [(1000, False), (30, False), (30, True)]  # pack_tokens, reshard_after_forward
 CPU = torch.device("cpu")
@@ -57,12 +61,14 @@ class KeepsGradients(torch.optim.AdamW):
 def one_step(case: tuple, world: World, pack_tokens: int = 1000, reshard: bool = False) -> tuple:
     """What train_step returns for a step over all rows, dealt to the ranks, and the gradients."""
     name, tied, dtype, rows, family = case
+    name, _, kind = name.partition(" on ")
+    kind = kind or ("rows" if name == "sft" else "pairs")
     model, how = (
         tiny(tied, dtype, family=family),
         Parallelism(dtype, 1, reshard_after_forward=reshard),
     )
     parallelize(model, world, how)
-    data = TrainData(Rows(name != "sft", rows), objective_of(name), world, pack_tokens)
+    data = TrainData(Rows(kind, rows), objective_of(name), world, pack_tokens)
     if data.objective.needs_reference:
         reference = tiny(tied, dtype, seed=9)
         parallelize(reference, world, how)

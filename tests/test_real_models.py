@@ -124,7 +124,7 @@ def test_gradients_of_a_step_equal_autograd_through_transformers(models, alpha):
     loss.backward()
 
     objective = sft() if alpha is None else make_objective("redi", alpha=alpha)
-    totals = Totals(num_rows=4 if alpha is None else 2, num_tokens=num_tokens)
+    totals = Totals(num_pairs=2, num_tokens=num_tokens)
     sequences = [
         TokenSequence(
             np.array(row.prompt_ids + row.response_ids), len(row.prompt_ids), number, sign

@@ -79,9 +79,10 @@ def cells(table: str) -> dict[str, list[str]]:
 
 def test_step_size_and_limits_are_those_of_the_training_programs_unless_given():
     config = show.ShowConfig(file="rows.jsonl")
-    assert config.training(False) == SFTConfig(data="rows.jsonl")
-    assert config.training(True) == REDIConfig(data="rows.jsonl")
-    assert show.ShowConfig(file="x", max_prompt=7).training(True).max_prompt == 7
+    assert config.training("rows") == SFTConfig(data="rows.jsonl")
+    for kind in ("pairs", "labeled rows"):
+        assert config.training(kind) == REDIConfig(data="rows.jsonl")
+    assert show.ShowConfig(file="x", max_prompt=7).training("pairs").max_prompt == 7
 
 
 def test_a_report_of_four_pairs(shown):
@@ -338,6 +339,6 @@ def test_an_error_is_one_line_that_says_what_to_do(shown, data, flags, expected)
 def test_rows_of_no_known_form_are_refused_before_they_are_tokenized(shown):
     error = shown([{"problem": "?", "response": "!", "correct": True}], status=2)
     assert "p.jsonl:1: fields seen: problem, response, correct; expected " in error
-    forms = "{prompt, chosen, rejected} or {chosen, rejected} or {prompt, completion} or {messages}"
-    assert forms in error
+    pairs, rows = "{prompt, chosen, rejected} or {chosen, rejected}", "{prompt, completion}"
+    assert f"{pairs} or {{prompt, completion, label}} or {rows} or {{messages}}" in error
     assert not Path("cache").exists()

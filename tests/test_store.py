@@ -38,9 +38,9 @@ def folder(tmp_path, monkeypatch, save_tokenizer) -> Path:
     return tmp_path
 
 
-def load(*names: str, paired: bool = True, cache: str = "cache") -> TokenStore:
+def load(*names: str, kind: str = "pairs", cache: str = "cache") -> TokenStore:
     files = [Path(name) for name in names or ["rows.jsonl"]]
-    return load_store(files, ChatTokenizer.from_folder("student"), paired, cache)
+    return load_store(files, ChatTokenizer.from_folder("student"), [kind], cache)
 
 
 def load_rows() -> None:
@@ -72,15 +72,14 @@ def test_tokens_are_the_tokenized_rows_for_any_number_of_files_and_size_of_block
     sides = [(r["prompt"], r[side]) for r in ROWS * files for side in ("chosen", "rejected")]
     rendered = chat.encode_rows(sides)
     assert store.tokens.tolist() == [t for r in rendered for t in r.prompt_ids + r.response_ids]
-    assert store.sequence_lengths.tolist() == [len(r) for r in rendered]
+    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rendered]
+    assert store.sequence_lengths.tolist() == lengths
     assert store.prompt_lengths.tolist() == [len(r.prompt_ids) for r in rendered]
     assert store.response_lengths.tolist() == [len(r.response_ids) for r in rendered]
     assert store.row_numbers.tolist() == [n for n in range(1, 41 * files + 1) if n not in (11, 52)]
     assert store.skipped == {"chosen equals rejected": files}
     assert store.data_hash == hashlib.sha256(Path("rows.jsonl").read_bytes() * files).hexdigest()
-    assert sorted(contents(store.folder)) == ["index.npz", "store.json", "tokens.bin"]
-    recorded = json.loads((store.folder / "store.json").read_text())["tokens_hash"]
-    assert recorded == hashlib.sha256((store.folder / "tokens.bin").read_bytes()).hexdigest()
+    assert sorted(contents(store.folder)) == ["index.npz", "sha256", "store.json", "tokens.bin"]
 
 
 # ---------------------------------------------------------------- tokenized once
@@ -114,7 +113,7 @@ def test_each_change_of_data_tokenizer_template_kind_or_format_makes_another_sto
     for change in changes:
         change()
         stores.add(load().folder)
-    stores.add(load(paired=False).folder)
+    stores.add(load(kind="rows").folder)
     assert folders() == sorted(store.name for store in stores)
     assert len(stores) == 2 + len(changes)
 
@@ -154,8 +153,8 @@ def dies_in(name: str) -> None:
 
 
 def dies_at_row_20() -> None:
-    rows = store_module.tokenize_rows
-    store_module.tokenize_rows = lambda *given: (r for r in rows(*given) if r[0] < 20 or die())
+    rows = store_module.read_examples
+    store_module.read_examples = lambda *given: (r for r in rows(*given) if r[0] < 20 or die())
 
 
 KILLS = {
@@ -225,6 +224,7 @@ DAMAGES = {
     "empty index": edit("index.npz", lambda data: b""),
     "no index": lambda folder: (folder / "index.npz").unlink(),
     "other json": edit("store.json", lambda data: b"{}"),
+    "no sha256": lambda folder: (folder / "sha256").unlink(),
     "no json": lambda folder: (folder / "store.json").unlink(),
     "skipped": about(skipped=5),
     "a count": about(skipped={"a": "x"}),

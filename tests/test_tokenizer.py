@@ -153,7 +153,7 @@ def test_a_response_that_begins_with_a_newline_does_not_merge_with_the_header(bo
     ours, theirs = both
     row, ids = row_of(ours, "?", "\nyes"), whole(theirs, user("?"), assistant("\nyes"))
     assert row.prompt_ids == ours.encode_prompt([user("?")])
-    assert row.prompt_ids + row.response_ids != ids[: len(row)]
+    assert row.prompt_ids + row.response_ids != ids[: len(row.prompt_ids + row.response_ids)]
     assert ours.decode(row.prompt_ids + row.response_ids) + "\n" == ours.decode(ids)
 
 
@@ -203,13 +203,14 @@ def prepared_by_trl(folder: Path, theirs, row: dict, generation: str | None = No
 def test_tokens_and_mask_of_sft_are_trls(save_tokenizer, tmp_path, template, generation, rows):
     ours, theirs = both_of(save_tokenizer(tmp_path, template))
     for row in rows:
-        example = to_example(row, "x", paired=False)
+        example = to_example(row, "x", "rows")
         [found] = ours.encode_rows([(example.prompt, example.responses[0])])
         expected = prepared_by_trl(tmp_path, theirs, row, generation)
         # TRL also learns the newline after the stop token.
-        assert ours.decode(expected["input_ids"][len(found) :]) == "\n"
-        assert found.prompt_ids + found.response_ids == expected["input_ids"][: len(found)]
-        supervised = [label != -100 for label in expected["labels"][: len(found)]]
+        ids = found.prompt_ids + found.response_ids
+        assert ours.decode(expected["input_ids"][len(ids) :]) == "\n"
+        assert ids == expected["input_ids"][: len(ids)]
+        supervised = [label != -100 for label in expected["labels"][: len(ids)]]
         learned = found.learned or [True] * len(found.response_ids)
         assert supervised == [False] * len(found.prompt_ids) + learned
         assert (found.learned is None) == (row != SEVERAL[0])
@@ -219,7 +220,7 @@ def test_tokens_and_mask_of_sft_are_trls(save_tokenizer, tmp_path, template, gen
 @pytest.mark.parametrize("template", [chatml(), MATH_TEMPLATE])
 def test_tokens_of_pairs_are_trls(save_tokenizer, tmp_path, template, row):
     ours, theirs = both_of(save_tokenizer(tmp_path, template))
-    expected, example = prepared_by_trl(tmp_path, theirs, row), to_example(row, "x", paired=True)
+    expected, example = prepared_by_trl(tmp_path, theirs, row), to_example(row, "x", "pairs")
     found = ours.encode_rows([(example.prompt, response) for response in example.responses])
     for side, one in zip(("chosen", "rejected"), found, strict=True):
         assert one.prompt_ids == expected["prompt_ids"]
@@ -410,7 +411,7 @@ def assert_rows_are_those_of_transformers(folder: Path) -> None:
     """And the template is the Math one."""
     ours, theirs = both_of(folder)
     row, ids = row_of(ours, "6-1=?\n", "5"), whole(theirs, user("6-1=?\n"), assistant("5"))
-    assert row.prompt_ids + row.response_ids == ids[: len(row)]
+    assert row.prompt_ids + row.response_ids == ids[: len(row.prompt_ids + row.response_ids)]
     assert "Please put your final answer" in ours.decode(ids)
 
 

@@ -200,7 +200,8 @@ def test_records_have_these_fields(here, config, sides):
         assert 0 <= record.get("ranked_right", 0) <= 1
     # Prompt and response of every sequence, nothing padded, nothing twice.
     rendered = [rendering(row, side) for row in read_jsonl(data) for side in sides]
-    assert sum(record["tokens"] for record in steps(records)) == sum(map(len, rendered))
+    tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rendered)
+    assert sum(record["tokens"] for record in steps(records)) == tokens
 
 
 def test_mfu_counts_the_output_weight_on_supervised_tokens_only(here, monkeypatch):
@@ -233,7 +234,7 @@ def rendering(row: dict, side: str) -> TokenizedRow:
 def selected(rows: list[dict], *limits: int, over_length: str = "drop") -> Dataset:
     """These pairs from a token store, within the limits of prompt, response and both."""
     path = write_jsonl(Path("rows.jsonl"), rows)
-    store = load_store([path], chat(), True, Path("cache"))
+    store = load_store([path], chat(), ["pairs"], Path("cache"))
     return select(store, Limits(*limits), over_length, "rows.jsonl")
 
 
@@ -286,7 +287,8 @@ def test_rows_over_a_limit_are_dropped_and_counted_by_the_first_reason_or_named(
 def test_limits_are_inclusive_and_the_stop_token_counts(here, limit):
     row = rendering(ROWS[0], "chosen")  # the longer one of the pair
     limits = [1000, 1000, 1000]
-    limits[limit] = [len(row.prompt_ids), len(row.response_ids), len(row)][limit]
+    both = len(row.prompt_ids) + len(row.response_ids)
+    limits[limit] = [len(row.prompt_ids), len(row.response_ids), both][limit]
     assert len(selected(ROWS[:1], *limits, over_length="error")) == 1
     limits[limit] -= 1
     assert "no row is left" in refusal(selected, ROWS[:1], *limits)

@@ -39,13 +39,17 @@ class Dataset:
         return len(self.rows)
 
     @property
-    def sides(self) -> tuple[str, ...]:
-        return ("chosen", "rejected") if self.store.paired else ("response",)
+    def sides(self) -> dict[int, str]:  # sign of a sequence -> what its response is called
+        return {1: "response"} if self.store.kind == "rows" else {1: "chosen", -1: "rejected"}
 
     @cached_property
     def stored(self) -> np.ndarray:  # (S,) sequence id -> index into the store's sequences
-        sides = len(self.sides)
-        return (self.rows[:, None] * sides + np.arange(sides)).reshape(-1)
+        per_row = 2 if self.store.paired else 1
+        return (self.rows[:, None] * per_row + np.arange(per_row)).reshape(-1)
+
+    @cached_property
+    def signs(self) -> np.ndarray:  # (S,) -1 wrong or rejected, +1 otherwise
+        return np.sign(self.store.weights[self.stored]).astype(int)
 
     @cached_property
     def lengths(self) -> np.ndarray:  # (N,) tokens of each row, or (N, 2) of chosen and rejected
@@ -60,15 +64,20 @@ class Dataset:
     def response_lengths(self) -> np.ndarray:  # (S,) |y|: learned tokens, with the stop token
         return self.store.response_lengths[self.stored]
 
+    def part_lengths(self) -> dict[str, np.ndarray]:
+        """Tokens of the prompts, and of the responses of each side."""
+        parts = {s: self.response_lengths[self.signs == sign] for sign, s in self.sides.items()}
+        return {"prompt": self.prompt_lengths.reshape(len(self), -1)[:, 0]} | parts
+
     def sequence(self, sequence_id: int) -> TokenSequence:
-        """By the id of packing.plan: row for SFT, 2 * row or 2 * row + 1 (rejected) for pairs."""
+        """By the id of packing.plan: row or, of pairs, 2 * row or 2 * row + 1 (rejected)."""
         stored = self.stored[sequence_id]
         start, end = self.store.offsets[stored : stored + 2]
         tokens, prompt_length = self.store.tokens[start:end], int(self.prompt_lengths[sequence_id])
         learned = tokens[prompt_length:] >= 0  # the tokens between two answers are stored as ~id
-        row, side = divmod(int(sequence_id), 2) if self.store.paired else (int(sequence_id), 0)
-        sign = -1 if side else 1
-        return TokenSequence(np.maximum(tokens, ~tokens), prompt_length, row, sign, learned)
+        row = int(sequence_id) // (2 if self.store.paired else 1)
+        sign, weight = int(self.signs[sequence_id]), abs(float(self.store.weights[stored]))
+        return TokenSequence(np.maximum(tokens, ~tokens), prompt_length, row, sign, learned, weight)
 
     def row_number(self, row: int) -> int:
         """The position of a row in the data, from 1."""
@@ -96,17 +105,20 @@ def select(store: TokenStore, limits: Limits, over_length: str, source: str) -> 
     if not kept.any():
         counts = [f"{count} {reason}" for reason, count in (store.skipped | dropped).items()]
         raise UserError(f"{source}: no row is left to train on ({', '.join(counts)})")
-    return Dataset(store, np.flatnonzero(kept), dropped)
+    dataset = Dataset(store, np.flatnonzero(kept), dropped)
+    if set(dataset.signs) != dataset.sides.keys():
+        found = "true" if dataset.signs[0] > 0 else "false"
+        remedy = "stage 2 takes right and wrong rows, train_sft.py right ones alone"
+        raise UserError(f"{source}: all {len(dataset)} rows have the label {found}; {remedy}")
+    return dataset
 
 
 def table_of_lengths(dataset: Dataset) -> str:
     """Tokens in each part of a row; "between" two answers only if a row has several."""
-    prompts = dataset.prompt_lengths.reshape(-1, len(dataset.sides))
-    responses = dataset.response_lengths.reshape(-1, len(dataset.sides))
-    between = (dataset.lengths.reshape(prompts.shape) - prompts - responses).sum(axis=1)
-    parts = {"prompt": prompts[:, 0], **dict(zip(dataset.sides, responses.T))}
+    between = dataset.lengths.reshape(-1) - dataset.prompt_lengths - dataset.response_lengths
+    parts = {"between": between.reshape(len(dataset), -1).sum(axis=1)} if between.any() else {}
     rows = [("tokens", "total", *QUANTILES)]
-    for name, lengths in (parts | ({"between": between} if between.any() else {})).items():
+    for name, lengths in (dataset.part_lengths() | parts).items():
         quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
         rows.append((name, *(f"{n:,}" for n in (lengths.sum(), *quantiles))))
     return text_table(rows)
@@ -115,19 +127,20 @@ def table_of_lengths(dataset: Dataset) -> str:
 def describe(dataset: Dataset, chat: ChatTokenizer) -> str:
     """Rows, tokens, length quantiles, what was left out, and the first row with its mask."""
     left_out = dataset.store.skipped | dataset.dropped
-    kind = "pairs" if dataset.store.paired else "rows"
+    kind, right = dataset.store.kind, (dataset.signs > 0).sum()
+    kind += f" ({right:,} right)" if kind == "labeled rows" else ""
     lines = [f"{len(dataset):,} {kind} to train on, {sum(left_out.values()):,} left out"]
     lines += [f"  left out: {count:,} {reason}" for reason, count in left_out.items()]
     lines.append(table_of_lengths(dataset))
 
-    number, responses = dataset.row_number(0), " and ".join(dataset.sides)
-    lines.append(f"row {number} as the model sees it (it learns from {responses} only):")
-    for i, side in enumerate(dataset.sides):
+    lines.append(f"row {dataset.row_number(0)} as the model sees it (prompts are not learned):")
+    for i in range(2 if dataset.store.paired else 1):
         sequence = dataset.sequence(i)
+        side = dataset.sides[sequence.sign]
         learned = np.isin(np.arange(len(sequence.tokens)), sequence.supervised())
         stretches = np.split(sequence.tokens, np.flatnonzero(np.diff(learned)) + 1)
-        names = ["prompt", *[side, "between"] * len(stretches)]
-        for name, ids in list(zip(names, stretches))[i:]:  # both sides have the same prompt
+        parts = ["prompt", *[side, "between"] * len(stretches)]
+        for name, ids in list(zip(parts, stretches))[i:]:  # both sides have the same prompt
             text = chat.decode(ids)
             shown = text if len(text) <= 240 else f"{text[:120]} [...] {text[-120:]}"
             lines.append(f"  {name:<9}| {shown!r}")

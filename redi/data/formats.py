@@ -1,37 +1,47 @@
 """Training rows of every usual shape -> `Example`: a prompt and the responses to learn from.
 
-    for SFT     {"prompt", "completion"}            {"messages"}: every assistant turn is learned
-    for pairs   {"prompt", "chosen", "rejected"}    {"chosen", "rejected"}: they share the prompt
+    rows          {"prompt", "completion"}            {"messages"}: every assistant turn is learned
+    pairs         {"prompt", "chosen", "rejected"}    {"chosen", "rejected"}: they share the prompt
+    labeled rows  {"prompt", "completion", "label"}   TRL's format for KTO; perhaps a "weight"
 
 A prompt is text (a user's turn) or a list of {"role", "content"} messages. A response is text (an
 assistant's turn), messages, or a whole conversation that begins with the prompt, which is removed.
 An assistant's `reasoning_content` becomes a thought between <think> and </think> before its text.
 An assistant's message with `"weight": 0`, as in OpenAI's format, is context: not learned from.
-Each row's format is found from its fields; other fields are ignored.
+A file holds one kind of rows: its first row's. Each row's format is found from its fields; other
+fields are ignored.
 
 Left out: ShareGPT's {"from", "value"}, tool calls, images; a prompt inside two plain texts (where
 it ends would be a guess). Teachers' traces with verdicts are for redi.prepare.
 """
 
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from redi.config import UserError
-from redi.data.files import Row, is_encodable
+from redi.data.files import Row, is_encodable, read_rows
 from redi.data.tokenizer import Message, is_answer, is_learned
 
 ROLES = ("system", "user", "assistant", "tool")
 # Refused: training would silently leave out their text.
 OTHER_CONTENT = ("tool_calls", "function_call", "reasoning", "thinking")
-FORMATS = {  # paired -> the fields of each format; the first that fits is taken
-    False: (("prompt", "completion"), ("messages",)),
-    True: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+FORMATS = {  # kind of rows -> the fields of each format; the first that fits is taken
+    "pairs": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "labeled rows": (("prompt", "completion", "label"),),
+    "rows": (("prompt", "completion"), ("messages",)),
 }
-FIELDS = {field for formats in FORMATS.values() for fields in formats for field in fields}
+FIELDS = {"weight"} | {field for formats in FORMATS.values() for f in formats for field in f}
+TRAINED_BY = {
+    "pairs": "train_redi.py trains on files of pairs",
+    "labeled rows": "train_redi.py trains on files of labeled rows, with objectives that take them",
+    "rows": "train_sft.py trains on such rows",
+}
 
 
 @dataclass(frozen=True)
@@ -40,51 +50,62 @@ class Example:
     from. Only the assistant's messages of a response without weight 0 are learned from."""
 
     prompt: list[Message]
-    responses: list[list[Message]]  # SFT: one; pairs: chosen, rejected
+    responses: list[list[Message]]  # one; of pairs two: chosen, rejected
+    weights: tuple[float, ...] = (1.0,)  # of each response; below 0 if it is wrong or rejected
 
 
 def read_examples(
-    rows: Iterable[tuple[str, Row]], paired: bool, skipped: Counter[str]
+    rows: Iterable[tuple[str, Row]], kind: str, skipped: Counter[str]
 ) -> Iterator[tuple[int, Example]]:
-    """(where, row) -> (number of the row, from 1; its example). Pairs of equal responses are left
+    """(where, row) -> (number of the row, from 1; its example). Rows that teach nothing are left
     out and counted in `skipped`. Raises UserError for a row that cannot be trained on."""
     for number, (where, row) in enumerate(rows, start=1):
-        example = to_example(row, where, paired)
-        if paired and example.responses[0] == example.responses[1]:
+        example = to_example(row, where, kind)
+        if kind == "pairs" and example.responses[0] == example.responses[1]:
             skipped["chosen equals rejected"] += 1
+        elif kind == "rows" and row.get("label") is False:
+            skipped["label false"] += 1
+        elif not all(example.weights):
+            skipped["weight 0"] += 1
         else:
             yield number, example
 
 
-def find_format(row: Mapping[str, Any], where: str, paired: bool | None) -> tuple[str, ...]:
-    """The fields of the row's format. paired: None for the formats of both stages, those of pairs
-    first. Raises UserError if no format fits."""
+def kind_of_rows(files: list[Path], kinds: Collection[str] = FORMATS) -> str:
+    """The kind of the first row, which all rows must have. Raises UserError for none of `kinds`."""
+    where, row = next(read_rows(files, FIELDS))
+    return find_format(row, where, kinds)[0]
+
+
+def find_format(
+    row: Mapping[str, Any], where: str, kinds: Collection[str]
+) -> tuple[str, tuple[str, ...]]:
+    """(kind, fields) of the row's format. Raises UserError if no format of these kinds fits."""
     present = [name for name, value in row.items() if value is not None]
-    formats = FORMATS[True] + FORMATS[False] if paired is None else FORMATS[paired]
-    for fields in formats:
-        if set(fields) <= set(present):
-            return fields
-    hint = ""
+    fitting = [(k, f) for k, formats in FORMATS.items() for f in formats if set(f) <= set(present)]
+    for kind, fields in fitting:
+        if kind in kinds:
+            return kind, fields
+    hint = f"; {TRAINED_BY[fitting[0][0]]}" if fitting else ""
     if {"generations", "traces"} & set(present):
         hint = "; this looks like raw teacher data: python -m redi.prepare makes rows to train on"
-    elif any(set(fields) <= set(present) for fields in FORMATS[not paired]):
-        hint = f"; {'train_sft.py' if paired else 'train_redi.py'} trains on such rows"
+    formats = [fields for kind in kinds for fields in FORMATS[kind]]
     expected = " or ".join("{" + ", ".join(fields) + "}" for fields in formats)
     listed = ", ".join(str(name)[:40] for name in present[:20]) or "none"
     raise UserError(f"{where}: fields seen: {listed}; expected {expected}{hint}")
 
 
-def to_example(row: Row, where: str, paired: bool) -> Example:
+def to_example(row: Row, where: str, kind: str) -> Example:
     """Convert one row. Raises UserError, which begins with `where`, if it cannot be trained on."""
-    fields = find_format(row, where, paired)
-    sides = [field for field in fields if field != "prompt"]
+    _, fields = find_format(row, where, [kind])
+    sides = [field for field in fields if field not in ("prompt", "label")]
     role = None if "messages" in fields else "assistant"
     prompt = _texts(_read_messages(row, "prompt", where, "user")) if "prompt" in fields else None
     responses = [_read_messages(row, side, where, role) for side in sides]
     conversations = [response for response in responses if not is_answer(response[0])]
     if prompt is None:
         prompt = _shared_prompt(responses)
-        if paired and not prompt:
+        if kind == "pairs" and not prompt:
             raise UserError(
                 f"{where}: no prompt: 'chosen' and 'rejected' do not begin with the same messages"
             )
@@ -95,7 +116,20 @@ def to_example(row: Row, where: str, paired: bool) -> Example:
         if row["prompt"] not in [message["content"] for message in prompt]:
             raise UserError(f"{where}: 'prompt' is not what {' and '.join(sides)} begin with")
     named = zip(sides, responses)
-    return Example(prompt, [_after_prompt(prompt, r, f"{where}: {side!r}") for side, r in named])
+    responses = [_after_prompt(prompt, r, f"{where}: {side!r}") for side, r in named]
+    weights = (_signed_weight(row, where),) if "label" in fields else (1.0, -1.0)[: len(sides)]
+    return Example(prompt, responses, weights)
+
+
+def _signed_weight(row: Row, where: str) -> float:
+    """The weight of a labeled row, 1 if it names none, times -1 if the row is wrong."""
+    label, weight = row["label"], row.get("weight")
+    weight = 1.0 if weight is None else weight
+    if not isinstance(label, bool):  # 0 and 1 may be scores, or classes
+        raise UserError(f"{where}: 'label' must be true or false; got {label!r:.40}")
+    if type(weight) not in (int, float) or not 0 <= weight <= sys.float_info.max:
+        raise UserError(f"{where}: 'weight' must be a number, at least 0; got {weight!r:.40}")
+    return float(weight if label else -weight)
 
 
 def _shared_prompt(conversations: list[list[Message]]) -> list[Message]:

@@ -83,9 +83,6 @@ class TokenizedRow:
     response_ids: list[int]  # ends with the stop token
     learned: list[bool] | None = None  # for each of response_ids; None: all, as for one answer
 
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
 
 class ChatTokenizer:
     """A tokenizer with a chat template. Raises UserError, which begins with `where`, for a template

@@ -112,7 +112,7 @@ def mixed(rows: list[Row], source: str, share: float, seed: int) -> list[Row]:
     UserError if there are too few."""
     found = {}
     for where, row in read_rows(source, FIELDS):
-        example = to_example(row, where, paired=False)
+        example = to_example(row, where, "rows")
         row = {"prompt": example.prompt, "completion": example.responses[0]}
         found.setdefault(chance(seed, "mix", row), row)
     count = round(len(rows) * share / (1 - share))

@@ -54,6 +54,7 @@ class RandomRows:
         """lengths (N,), or (N, 2) of pairs, prompt included; prompt: its tokens, in any row."""
         self.store = SimpleNamespace(paired=lengths.ndim == 2)
         self.lengths, flat = lengths, lengths.reshape(-1)
+        self.signs = np.resize([1, -1] if lengths.ndim == 2 else [1], len(flat))
         self.prompts = np.minimum(prompt, flat - 1)
         self.response_lengths = flat - self.prompts
         rng = np.random.default_rng(0)
@@ -63,8 +64,7 @@ class RandomRows:
         return len(self.lengths)
 
     def sequence(self, number: int) -> TokenSequence:
-        row, side = divmod(int(number), 2) if self.store.paired else (int(number), 0)
-        sign = -1 if side else 1
+        row, sign = int(number) // (2 if self.store.paired else 1), int(self.signs[number])
         return TokenSequence(self.tokens[number], int(self.prompts[number]), row, sign)
 
 

@@ -30,7 +30,7 @@ from redi.batches import TrainData
 from redi.config import UserError, one_line, parse, program
 from redi.data.dataset import Dataset, Limits, select, table_of_lengths
 from redi.data.files import read_rows, refuse_overwriting, write_aside
-from redi.data.formats import FIELDS, FORMATS, find_format, to_example
+from redi.data.formats import FIELDS, kind_of_rows, to_example
 from redi.data.store import TokenStore, load_store
 from redi.data.tokenizer import ChatTokenizer
 from redi.distributed import World
@@ -59,11 +59,11 @@ class ShowConfig:
     pack_tokens: Annotated[int, "tokens in a forward pass"] = TrainConfig.pack_tokens
     cache: Annotated[str, "folder for tokenized data, kept"] = TrainConfig.cache
 
-    def training(self, paired: bool) -> TrainConfig:
+    def training(self, kind: str) -> TrainConfig:
         """The stage's published settings with those that are given. Raises UserError."""
         names = ("rows_per_step", "max_prompt", "max_response", "max_length", "pack_tokens")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return (REDIConfig if paired else SFTConfig)(data=self.file, **given)
+        return (SFTConfig if kind == "rows" else REDIConfig)(data=self.file, **given)
 
 
 def show(config: ShowConfig) -> str | None:
@@ -72,10 +72,9 @@ def show(config: ShowConfig) -> str | None:
     files = dataset_files(config.file, made_by="python -m redi.prepare" if from_prepare else None)
     model = model_folder(config.model, files=TOKENIZER_FILES)
     refuse_overwriting("html", config.html, [*files, *model.iterdir()])
-    where, first = next(read_rows(files, FIELDS))  # a row of the other stage is an error later
-    paired = find_format(first, where, paired=None) in FORMATS[True]
-    training, chat = config.training(paired), ChatTokenizer.from_folder(model)
-    store = load_store(files, chat, paired, config.cache)
+    kind = kind_of_rows(files)
+    training, chat = config.training(kind), ChatTokenizer.from_folder(model)
+    store = load_store(files, chat, [kind], config.cache)
     every_row = Dataset(store, np.arange(len(store.row_numbers)), dropped={})
     number = every_row.row_number(0) if config.row is None else config.row
     if number not in store.row_numbers:
@@ -84,12 +83,13 @@ def show(config: ShowConfig) -> str | None:
     chosen = store.row_numbers.tolist().index(number)
 
     text = report(files, every_row, training)
-    learned = f"+ is made more likely{', - less' if paired else ''}"
+    learned = f"+ is made more likely{', - less' if kind != 'rows' else ''}"
     print(text, f"\nRow {number:,}: {learned}", sep="\n")
     print(row_as_text(stretches(every_row, chosen), chat))
     where, row = next(islice(read_rows(files, FIELDS), number - 1, None))
-    example = to_example(row, where, paired)
-    named = zip(every_row.sides, example.responses)
+    example = to_example(row, where, kind)
+    sides = [every_row.sides[-1 if weight < 0 else 1] for weight in example.weights]
+    named = zip(sides, example.responses)
     about = (about_template(example.prompt, response, side, chat) for side, response in named)
     for line in dict.fromkeys(chain.from_iterable(about)):
         print(f"  template: {line}")
@@ -110,7 +110,8 @@ def show(config: ShowConfig) -> str | None:
 def report(files: Sequence[Path], every_row: Dataset, config: TrainConfig) -> str:
     """What the files hold and what `config` will train on."""
     about_texts, sources = read_texts(files, every_row)
-    stage = "pairs for train_redi.py" if every_row.store.paired else "rows for train_sft.py"
+    kind = every_row.store.kind
+    stage = f"{kind} for {'train_sft.py' if kind == 'rows' else 'train_redi.py'}"
     size = tqdm.format_sizeof(sum(file.stat().st_size for file in files))
     about_files = (
         f"{config.data}: {sources.total():,} {stage}, {size}B in {len(files)} "
@@ -137,23 +138,25 @@ def read_texts(files: Sequence[Path], every_row: Dataset) -> tuple[list[str], Co
     for where, row in tqdm(rows, "reading", unit=" rows", disable=None, leave=False):
         source = row.get("source")
         sources[source if isinstance(source, str) else "(no source named)"] += 1
-        example = to_example(row, where, store.paired)
+        example = to_example(row, where, store.kind)
         prompt = hashlib.sha256(json.dumps(example.prompt).encode()).digest()[:16]
         counts["repeated prompts"] += prompt in prompts
         prompts.add(prompt)
-        for side, messages in zip(every_row.sides, example.responses):
-            answer = messages[-1]["content"]
+        for weight, messages in zip(example.weights, example.responses):
+            side, answer = every_row.sides[-1 if weight < 0 else 1], messages[-1]["content"]
+            counts[side] += 1
             counts["thinking", side] += "</think>" in answer
             counts["boxed", side] += extract(answer, "whole") is not None
-    shares = {what: f"{count / sources.total():.1%}" for what, count in counts.items()}
     lines = [
         f"sha256 {store.data_hash}",
         *(f"left out: {count:,} {reason}" for reason, count in store.skipped.items()),
-        f"prompts: {shares['repeated prompts']} repeat an earlier one",
+        f"prompts: {counts['repeated prompts'] / sources.total():.1%} repeat an earlier one",
     ]
-    for side in every_row.sides:
-        thinking, boxed = shares["thinking", side], shares["boxed", side]
-        lines.append(f"{side}: {thinking} with </think>, {boxed} with \\boxed{{}}")
+    for side in every_row.sides.values():
+        count = counts[side]
+        rows = f"{count / sources.total():.1%} of the rows, " if count < sources.total() else ""
+        thinking, boxed = (counts[what, side] / max(count, 1) for what in ("thinking", "boxed"))
+        lines.append(f"{side}: {rows}{thinking:.1%} with </think>, {boxed:.1%} with \\boxed{{}}")
     if store.paired:
         chosen, rejected = every_row.response_lengths.reshape(-1, 2).T
         shorter, longer = (rejected < chosen).mean(), (rejected > chosen).mean()
@@ -169,10 +172,10 @@ def about_training(store: TokenStore, config: TrainConfig) -> list[str]:
     except UserError as no_row_is_left:
         return [str(no_row_is_left)]
     dropped = [f"; left out: {count:,} {reason}" for reason, count in kept.dropped.items()]
-    objective = config.make_objective() if store.paired else sft()
+    objective = sft() if store.kind == "rows" else config.make_objective()
     data = TrainData(kept, objective, World(0, 1, torch.device("cpu")), config.pack_tokens)
     return [
-        f"{'pairs' if store.paired else 'rows'}: {len(kept):,} within the limits (prompt "
+        f"{store.kind}: {len(kept):,} within the limits (prompt "
         f"{config.max_prompt:,} tokens, response {config.max_response:,}, both "
         f"{config.max_length:,}){''.join(dropped)}",
         describe_plan(data, config),

@@ -82,9 +82,7 @@ def draw_histograms(dataset: Dataset, config: TrainConfig) -> bytes:
     """Share of the rows by length of prompt and responses, as a PNG."""
     from matplotlib.figure import Figure  # takes a second to import
 
-    names = dataset.sides
-    responses = dataset.response_lengths.reshape(-1, len(names)).T
-    lengths = {"prompt": dataset.prompt_lengths[:: len(names)], **dict(zip(names, responses))}
+    lengths = dataset.part_lengths()
     every = np.concatenate(list(lengths.values()))
     bins = np.geomspace(0.9 * every.min(), 1.1 * every.max(), 50)
     figure = Figure(figsize=(9, 3.4), layout="constrained")

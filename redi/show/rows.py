@@ -54,8 +54,10 @@ class Stretch:
 def stretches(dataset: Dataset, row: int) -> list[Stretch]:
     """A row cut where its mask changes; for a pair, the prompt, the chosen, the rejected."""
     found = []
-    for side, kind in enumerate(dataset.sides):
-        sequence = dataset.sequence(len(dataset.sides) * row + side)
+    per_row = 2 if dataset.store.paired else 1
+    for side in range(per_row):
+        sequence = dataset.sequence(per_row * row + side)
+        kind = dataset.sides[sequence.sign]
         learned = np.zeros(len(sequence.tokens), dtype=bool)
         learned[sequence.supervised()] = True
         cuts = np.flatnonzero(np.diff(learned)) + 1
