@@ -11,11 +11,11 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from stages import ROOT, Stages
+
 WORLDS = {1: 700, 2: 520, 3: 1020}  # seed -> dialogues: for the tutor, for judges, to evaluate on
 SEEN, UNSEEN = 123, 100  # scenarios to evaluate on: 3 of each seen topic, 10 of each unseen one
 TRAIN = (
@@ -29,28 +29,6 @@ SCENES = "--scenarios {out}/seen.jsonl --unseen {out}/unseen.jsonl --max-new-tok
 TALK = f"{SCENES} --student world --judge world"
 REPLAY = f"--student recorded --judge world --max-new-tokens 48 --slots 24 {SHORT}"
 STEPS = {"early": 20, "late": 60}  # of young tutors, whose replies are judged
-
-
-class Stages:
-    """Runs commands, and remembers how long they took."""
-
-    def __init__(self, out: Path):
-        self.out, self.file = out, out / "times.json"
-        self.times = json.loads(self.file.read_text()) if self.file.is_file() else {}
-
-    def run(self, made: str, *commands: str) -> None:
-        """Run commands that make OUT/`made`, unless it is there. {out} in a command is OUT."""
-        if (self.out / made).exists():
-            return
-        for command in commands:
-            words = [word.format(out=self.out) for word in command.split()]
-            print(f"$ python -m {' '.join(words)}", flush=True)
-            began = time.monotonic()
-            done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=False)
-            self.times[made] = self.times.get(made, 0) + round(time.monotonic() - began)
-            self.file.write_text(json.dumps(self.times, indent=1))
-            if done.returncode:
-                sys.exit(done.returncode)  # its own message is enough
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
