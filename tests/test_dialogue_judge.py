@@ -269,6 +269,9 @@ def test_a_rate_is_corrected():
     assert round(rate, 3) == 0.989
     assert 0.95 < low < rate < high <= 1
     assert corrected_rate(0.5, 100, Rates(0.5, 50, 0.5, 50)) is None
+    # 99.8 % of 541 replies are judged good by a judge that finds 95 % of the good ones.
+    assert corrected_rate(0.998, 541, Rates(0.95, 448, 0.87, 126)) is None
+    assert corrected_rate(0.01, 541, Rates(0.95, 448, 0.87, 126)) is None
 
 
 @pytest.mark.parametrize("truth", [0.5, 0.8, 0.9])

@@ -117,7 +117,8 @@ def corrected_rate(p: float, n: int, rates: Rates) -> tuple[float, float, float]
 
     (p + TNR - 1) / (TPR + TNR - 1), with the adjusted interval of Lang and Reiczigel (2014), which
     Lee et al. (2511.21140) use for judges: the uncertainty of p, TPR and TNR enters. Replies count
-    as independent. None if the judge is no better than chance: then p says nothing."""
+    as independent. None if the judge is no better than chance, for then p says nothing, or if p is
+    such that no share fits: then TPR and TNR are not those of these replies."""
     if rates.tpr + rates.tnr <= 1:
         return None
     rate = (p + rates.tnr - 1) / (rates.tpr + rates.tnr - 1)
@@ -132,7 +133,10 @@ def corrected_rate(p: float, n: int, rates: Rates) -> tuple[float, float, float]
     variance = of_p + middle**2 * of_tpr + (1 - middle) ** 2 * of_tnr
     reach = z * math.sqrt(variance) / (tpr + tnr - 1)
     middle += 2 * z**2 * (middle * of_tpr - (1 - middle) * of_tnr)
-    return tuple(min(max(value, 0.0), 1.0) for value in (rate, middle - reach, middle + reach))
+    low, high = middle - reach, middle + reach
+    if low > 1 or high < 0:
+        return None
+    return tuple(min(max(value, 0.0), 1.0) for value in (rate, low, high))
 
 
 def read_rates(path: str) -> dict[str, Rates]:
