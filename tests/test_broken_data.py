@@ -141,7 +141,27 @@ def one_trace(number: int) -> dict:
     return problem(number, response=traces(number)[1], correct=1, finish_reason="stop")
 
 
-FORMS = (openr1_math_raw, openr1_math_220k, listed, one_trace)
+def conversation_row(number: int) -> dict:
+    asked, text = problem(number)["problem"], traces(number)[1]
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": text}]
+    return {"conversations": turns, "score": 1.0, "ground_truth": f"{number + 1}"}
+
+
+def columns(number: int) -> dict:
+    fields = {f"r1_solution_{n}": text for n, text in enumerate(traces(number), 1)}
+    return {"question": problem(number)["problem"], "final_answer": f"{number + 1}", **fields}
+
+
+def thought_and_attempt(number: int) -> dict:
+    fields = dict(zip(("thinking_trajectory", "attempt", "grade"), ("so", "\\boxed{1}", "Yes")))
+    fields = {f"deepseek_{name}": value for name, value in fields.items()}
+    return {"question": problem(number)["problem"], **fields}
+
+
+FORMS = (
+    openr1_math_raw, openr1_math_220k, listed, one_trace, conversation_row, columns,
+    thought_and_attempt,
+)  # fmt: skip
 
 
 def prepared(folder: Path, data: bytes) -> tuple[int, str]:

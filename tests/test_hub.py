@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub import DatasetCardData
 from processes import run_command
 from small_run import refusal
 
-from redi.hub import dataset_files, model_folder
+from redi.hub import dataset_files, dataset_license, model_folder
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -101,6 +102,28 @@ def test_of_a_model_id_only_what_loading_needs_is_downloaded(hub):
     folder = model_folder("Qwen/Qwen2.5-Math-1.5B", made_by="python train_sft.py")
     assert sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*")) == needed
     assert hub.downloads == [("Qwen/Qwen2.5-Math-1.5B", "model")]
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [(None, None), ({}, None), ({"license": "mit"}, "mit"), ({"license": ["a", "b"]}, ["a", "b"])],
+)
+def test_the_license_is_what_the_hub_names(hub, monkeypatch, card, expected):
+    def info(repo_id, timeout):
+        assert repo_id == "org/set"
+        return SimpleNamespace(card_data=None if card is None else DatasetCardData(**card))
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", info)
+    assert dataset_license("org/set") == dataset_license("org/set:test") == expected
+
+
+def test_without_the_hub_or_of_a_local_path_there_is_no_license(hub, tmp_path, monkeypatch):
+    def offline(repo_id, timeout):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "dataset_info", offline)
+    touch(tmp_path, "org/rows/a.jsonl", "raw.jsonl")
+    assert [dataset_license(name) for name in ("org/set", "org/rows", "raw.jsonl")] == [None] * 3
 
 
 SHARD, OTHER_SHARD = (f"data/train-0000{number}-of-00002.parquet" for number in (0, 1))

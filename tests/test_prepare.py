@@ -143,6 +143,12 @@ def test_parquet_json_lines_and_a_folder_give_the_same_bytes_and_so_does_a_secon
     assert results == [results[0]] * 3
 
 
+def test_the_card_has_the_license_that_the_hub_names(monkeypatch):
+    assert prepared(ROWS)[1]["license"] is None
+    monkeypatch.setattr("redi.prepare.__main__.dataset_license", {"raw.jsonl": "mit"}.get)
+    assert prepared(ROWS)[1]["license"] == "mit"
+
+
 def test_one_trace_rows_are_counted_as_problems(capsys):
     rows = [{"problem": p, "response": f"{p}{c}", "correct": c} for c in (0, 1) for p in "ab"]
     write_jsonl(Path("raw.jsonl"), rows)

@@ -3,6 +3,8 @@ recipe, and an account that adds up. test_broken_data.py breaks rows at random."
 
 import hashlib
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_run import refusal, write_jsonl
 
@@ -102,6 +104,115 @@ def test_the_first_correct_trace_is_chosen_and_the_first_incorrect_one_rejected_
     assert positive == {**shared, "completion": chosen}
     assert pair == {**shared, "chosen": chosen, "rejected": rejected}
     assert reason is None
+
+
+ROLES = {"role": "user", "content": PROBLEM}, {"role": "assistant", "content": RIGHT}
+FROM = {"from": "human", "value": PROBLEM}, {"from": "gpt", "value": RIGHT}
+INFO = dict.fromkeys(("source", "reference_answer", "think_content", "answer_content"))
+COLUMNS = {f"r1_solution_{number}": text for number, text in enumerate(TEXTS[:3], 1)}
+THOUGHT = "<think>\n1+1\n</think>\n\nIt is 2."
+# The fields of published rows; what prepare finds in them: texts, votes, answer, source.
+PUBLISHED = {
+    "NuminaMath-QwQ-CoT-5M": (
+        {"prompt": PROBLEM, "response": RIGHT, "ground_truth": "2", "correct": True},
+        "one trace per row (prompt, response, correct, ground_truth)",
+        [RIGHT], [[True]], "2", None,
+    ),
+    "SYNTHETIC-1": (
+        {
+            "response_id": "r", "problem_id": "p", "task_type": "verifiable_math", "source": "amc",
+            "in_source_id": "7", "prompt": PROBLEM, "gold_standard_solution": "2",
+            "llm_response": WRONG, "verification_info": "{}", "score": 0.0, "metadata": "{}",
+        },
+        "one trace per row (prompt, llm_response, score, gold_standard_solution, source)",
+        [WRONG], [[False]], "2", "amc",
+    ),
+    "SYNTHETIC-2-SFT-verified": (
+        {"problem_id": "p", "task_type": "math", "reward": 1.0, "messages": [*ROLES]},
+        "one trace per row (user turn, assistant turn, reward)", [RIGHT], [[True]], None, None,
+    ),
+    "AM-DeepSeek-R1-Distilled-1.4M": (
+        {"messages": [{**ROLES[0], "info": {**INFO, "source": "amc", "reference_answer": "2"}},
+                      {**ROLES[1], "info": {**INFO, "think_content": "1+1"}}]},
+        "one trace per row (user turn, assistant turn, reference_answer, source)",
+        [RIGHT], [[]], "2", "amc",
+    ),
+    "AceReason-1.1-SFT": (
+        {"category": "math", "source": "amc", "input": PROBLEM, "output": RIGHT},
+        "one trace per row (input, output, source)", [RIGHT], [[]], None, "amc",
+    ),
+    "OpenThoughts3-1.2M": (
+        {"difficulty": 7, "source": "amc", "domain": "math", "conversations": [*FROM]},
+        "one trace per row (user turn, assistant turn, source)", [RIGHT], [[]], None, "amc",
+    ),
+    "DeepMath-103K": (
+        {"question": PROBLEM, "final_answer": "2", "difficulty": 5.0, "topic": "x", **COLUMNS},
+        "problem, traces", TEXTS[:3], [[]] * 3, "2", None,
+    ),
+    "s1K-1.1": (
+        {
+            "solution": "2", "question": PROBLEM, "cot_type": "math", "source_type": "amc",
+            "metadata": "{}", "gemini_thinking_trajectory": "x", "gemini_attempt": "x",
+            "deepseek_thinking_trajectory": "1+1\n", "deepseek_attempt": RIGHT,
+            "gemini_grade": "No", "gemini_grade_reason": "x", "deepseek_grade": "Yes",
+            "deepseek_grade_reason": "x",
+        },
+        "one trace per row (question, deepseek_attempt, deepseek_grade)",
+        [THOUGHT], [[True]], None, None,
+    ),
+    "messages with reasoning_content": (
+        {"messages": [ROLES[0], {**ROLES[1], "reasoning_content": "1+1"}], "score": 1},
+        "one trace per row (user turn, assistant turn, score)", [THOUGHT], [[True]], None, None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_fields_of_published_data_give_their_traces_and_labels(tmp_path, name, parquet):
+    row, form, texts, votes, answer, source = PUBLISHED[name]
+    file = tmp_path / ("raw.parquet" if parquet else "raw.jsonl")
+    rows = [row, {**row, "id": "another"}]
+    if parquet:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        write_jsonl(file, rows)
+    found = recognize([file])
+    first, *others = read([file], found, tmp_path)
+    assert found.name == form
+    assert (first.problem, first.answer, first.source) == (PROBLEM, answer, source)
+    of_both = 2 if found.one_trace else 1  # joined, or a row each
+    assert len(others) == 2 - of_both
+    assert each(first, "text") == texts * of_both
+    assert [list(given) for given in each(first, "votes")] == votes * of_both
+
+
+OTHER_TURNS = [
+    [{"role": "system", "content": "Be brief."}, *ROLES], [*ROLES, *ROLES], ROLES[:1], ROLES[::-1],
+    [ROLES[0], {"role": "assistant", "content": None}], [*FROM, *ROLES], "text", {}, [], None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("turns", OTHER_TURNS)
+def test_conversations_of_other_turns_are_refused_and_malformed_among_good_ones(tmp_path, turns):
+    good, other = {"messages": ROLES, "reward": 1}, {"messages": turns, "reward": 1}
+    name, (row, malformed) = rows_of(tmp_path, [other, good])
+    assert (name, each(row, "text")) == (PUBLISHED["SYNTHETIC-2-SFT-verified"][1], [RIGHT])
+    assert malformed.flaw == "malformed"
+    assert "conversations of one user and one" in refusal(rows_of, tmp_path, [other])
+
+
+def test_an_attempt_without_a_thought_is_a_trace_and_grades_are_yes_or_no(tmp_path):
+    sample = PUBLISHED["s1K-1.1"][0]
+    changes = {"deepseek_thinking_trajectory": None, "deepseek_grade": "No", "question": "2+2?"}
+    row = changed(tmp_path, sample, changes)
+    assert (each(row, "text"), each(row, "votes")) == ([RIGHT], [[False]])
+    assert changed(tmp_path, sample, {"deepseek_grade": "Perhaps"}).flaw == "malformed"
+
+
+def test_alpacas_input_is_not_taken_for_the_problem(tmp_path):
+    row = {"instruction": "Add them.", "input": "1, 1", "output": "2"}
+    assert "not teacher data in a form known here" in refusal(rows_of, tmp_path, [row])
 
 
 def ends(closed, reasons):

@@ -199,7 +199,7 @@ def _read_messages(row: Row, field: str, where: str, role: str | None = None) ->
                 f"{where}: {field!r} has a reasoning_content, and <think> or </think> in a text"
             )
     return [
-        {"role": message["role"], "content": _with_thoughts(message)}
+        {"role": message["role"], "content": with_thoughts(message)}
         | ({"weight": 0} if is_answer(message) and message.get("weight") == 0 else {})
         for message in value
     ]
@@ -210,7 +210,7 @@ def _texts(messages: list[Message]) -> list[Message]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _with_thoughts(message: Message) -> str:
+def with_thoughts(message: Message) -> str:
     """The content after its reasoning_content in <think> tags, as Qwen3's template writes them."""
     thoughts, text = message.get("reasoning_content"), message["content"]
     if not thoughts:

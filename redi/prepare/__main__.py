@@ -24,18 +24,19 @@ import dataclasses
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
 import redi
-from redi.config import UserError, parse, program
+from redi.config import UserError, parse, program, require
 from redi.data.files import hash_files, make_folder, refuse_overwriting, to_disk, write_aside
 from redi.eval import benchmarks
 from redi.eval.grading.grader import Grader
 from redi.eval.grading.workers import Pool
-from redi.hub import CARD, dataset_files
+from redi.hub import CARD, dataset_files, dataset_license
 from redi.prepare import labels, overlap, raw, traces
 from redi.prepare.raw import Form, RawRow
 from redi.prepare.traces import Choice, PrepareConfig
@@ -51,7 +52,7 @@ class Counts:
     """rows = positives + all of no_positive; positives + further = pairs + all of no_pair.
 
     further: candidates for a second or later pair, with --pairs-per-problem.
-    sources: of the positives.
+    sources: of the positives. left_out: traces that the reader left out, by reason.
     """
 
     def __init__(self, config: PrepareConfig, form: Form) -> None:
@@ -63,6 +64,7 @@ class Counts:
             **{f"source {source}": True for source in config.excluded},
             "source not asked for": config.sources,
             "empty problem": True,
+            traces.NONE_LEFT: form.name == raw.EVALUATION,
             "no generations": True,
             "labels missing": True,  # a verifier's list is missing, or null for a generation
             "labels misaligned": True,  # a verifier's list is not as long as generations
@@ -87,10 +89,12 @@ class Counts:
         self.no_pair = Counter({reason: 0 for reason, can in no_pair.items() if can})
         self.rows = self.traces = self.positives = self.further = self.pairs = 0
         self.sources: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
 
     def add(self, row: RawRow, choice: Choice) -> None:
         self.rows += 1
-        self.traces += len(row.traces)
+        self.traces += len(row.traces) + sum(row.left_out.values())
+        self.left_out.update(row.left_out)
         if choice.positive is None:
             self.no_positive[choice.no_positive] += 1
             return
@@ -102,8 +106,10 @@ class Counts:
 
     def table(self, one_trace: bool) -> str:
         """The table of the module's docstring: the reasons that occurred, indented."""
-        rows = [("traces", self.traces), ("problems", self.rows)] if one_trace else []
-        rows = rows or [("raw rows", self.rows)]
+        rows = [("problems" if one_trace else "raw rows", self.rows)]
+        if one_trace:
+            left_out = [(f"  {reason}", n) for reason, n in self.left_out.items()]
+            rows = [("traces", self.traces), *left_out, *rows]
         rows += [(f"  {reason}", n) for reason, n in self.no_positive.items() if n]
         rows += [("positives", self.positives)]
         rows += [("  more pairs to be had", self.further)] if self.further else []
@@ -141,12 +147,12 @@ def write(file: IO, row: dict[str, Any]) -> None:
 def prepare(config: PrepareConfig) -> tuple[Counts, Form, labels.Graded]:
     """Write the files into `config.out`. card.json gets its name last: without it, the other files
     may not belong together. Raises UserError: bad input, or a file that cannot be written."""
-    files, out = dataset_files(config.raw), Path(config.out)
+    files, form, raw_rows = find(config)
+    out = Path(config.out)
     names = [POSITIVES, PAIRS, *([CONTAMINATED] if config.decontaminate else [])]
     for name in (CARD, *names):
         refuse_overwriting("out", out / name, files)
-    form, overlaps = raw.recognize(files), Overlaps(config)
-    counts, graded = Counts(config, form), labels.Graded()
+    overlaps, counts, graded = Overlaps(config), Counts(config, form), labels.Graded()
     make_folder(out)
     with contextlib.ExitStack() as opened:
         # They are renamed in reverse order, so card.json last.
@@ -156,7 +162,7 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, labels.Graded]:
         top = os.path.commonpath([file.parent for file in files])
         bar = tqdm(files, desc="hash", unit=" files", disable=None, leave=False)
         hashes = {os.path.relpath(file, top): hash_files([file]) for file in bar}
-        rows = labels.add_votes(raw.read(files, form, out), grader, config, graded)
+        rows = labels.add_votes(raw_rows, grader, config, graded)
         total = number_of_rows(files, form)
         bar = tqdm(rows, desc="prepare", unit=" rows", disable=None, total=total)
         for number, row in enumerate(opened.enter_context(bar), start=1):
@@ -181,6 +187,7 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, labels.Graded]:
         facts = {
             "redi": redi.__version__,
             "raw": config.raw,
+            "license": dataset_license(config.raw),
             "format": form.name,
             "rules": {k: v for k, v in rules if k not in ("raw", "out", "workers")},
             "seed": None,  # nothing is random
@@ -195,6 +202,20 @@ def prepare(config: PrepareConfig) -> tuple[Counts, Form, labels.Graded]:
     if not config.decontaminate:  # the file of an earlier run would describe other files
         (out / CONTAMINATED).unlink(missing_ok=True)
     return counts, form, graded
+
+
+def find(config: PrepareConfig) -> tuple[list[Path], Form, Iterator[RawRow]]:
+    """The files of `config.raw`, their form, and their problems."""
+    folder = Path(config.raw).expanduser()
+    if (folder / "config.toml").is_file() and (folder / "problems").is_dir():
+        from redi.prepare import own_traces  # here: it needs torch
+
+        return own_traces.read(folder, config)
+    for name in ("keep_truncated", "allow_benchmarks"):
+        require(not getattr(config, name), name, config.raw, "an evaluation of redi")
+    files = dataset_files(config.raw)
+    form = raw.recognize(files)
+    return files, form, raw.read(files, form, Path(config.out))
 
 
 def number_of_rows(files: list[Path], form: Form) -> int | None:

@@ -8,7 +8,11 @@ r"""Teacher data in any of four forms -> one `RawRow` per problem, streamed.
 
 The fields of a file's first 100 rows decide its form; a missing field counts as null. Each form may
 also have `answer`, `source` and an id (`uuid` or `id`). Fields of one trace per row have different
-names (SPELLINGS): the first one found is used.
+names (SPELLINGS): the first one found is used. Some data sets have rows of another shape (_unfold):
+
+    {"messages": [user's turn, assistant's turn]}, or "conversations"        one trace per row
+    {"question", "deepseek_thinking_trajectory", "deepseek_attempt", "deepseek_grade": "Yes"}
+    {"question", "final_answer", "r1_solution_1", "r1_solution_2", ..}       problem, traces
 
 The verifiers' labels of a trace are its votes. In OpenR1-Math-Raw both must have voted on every
 trace, as in the paper. In OpenR1-Math-220k a null is a missing vote: where the Llama judge's list
@@ -16,8 +20,8 @@ is null, as it mostly is, Math-Verify alone decides. (The judge mostly saw trace
 had rejected, so traces it corrected count as wrong, unless `--reject-rule both` or `--relabel` is
 given.) A trace without any vote has no label.
 
-Left out: `solution` as a trace's field, usually the author's; problems or traces that are lists of
-messages; several generations in fields of their own.
+Left out: `solution` as a trace's field, usually the author's; conversations of other turns, such as
+a system message. An evaluation of redi is read by own_traces.py.
 """
 
 import functools
@@ -26,28 +30,40 @@ import itertools
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from redi.config import UserError
 from redi.data.files import Row, is_encodable, read_rows
+from redi.data.formats import with_thoughts
 from redi.eval.benchmarks import answer_text
 
 RAW, FLAT, LISTED = "OpenR1-Math-Raw", "OpenR1-Math-220k", "problem, traces"
+EVALUATION = "evaluation of redi"  # own_traces.py
 HEAD = 100  # rows of a file that decide its form
 VERIFIERS = ("llama_verification", "math_verify_reparsed_answer")
 FLAT_VERIFIERS = ("correctness_llama", "correctness_math_verify")
 
+CONVERSATIONS = ("messages", "conversations")
+USER_TURN, ASSISTANT_TURN = "user turn", "assistant turn"  # fields that _unfold makes of them
+SOLUTIONS = [f"r1_solution_{number}" for number in range(1, 10)]  # DeepMath-103K has three
+
 # One trace per row: how published data sets name each field.
 SPELLINGS = {
-    "problem": ("problem", "question", "prompt"),
-    "trace": ("generation", "generated_solution", "response", "trace", "output", "completion"),
-    "label": ("correct", "is_correct", "label", "reward"),
-    "answer": ("answer", "expected_answer", "final_answer"),
+    "problem": ("problem", "question", "prompt", "input", USER_TURN),
+    "trace": (
+        "generation", "generated_solution", "response", "llm_response", "trace", "output",
+        "completion", "deepseek_attempt", ASSISTANT_TURN,
+    ),
+    "label": ("correct", "is_correct", "label", "reward", "score", "deepseek_grade"),
+    "answer": (
+        "answer", "expected_answer", "final_answer", "ground_truth", "gold_standard_solution",
+        "reference_answer",
+    ),
     "source": ("source", "problem_source"),
-}
+}  # fmt: skip
 # Of the other fields: text, booleans, [type of the items] or {field: type}. Null is always allowed.
 TYPES = {
     "problem": str, "problem_is_valid": str, "source": str, "trace": str, "finish_reason": str,
@@ -56,7 +72,10 @@ TYPES = {
     "correctness": {verifier: [bool] for verifier in VERIFIERS},
     "traces": [{"text": str, "correct": bool}],
 }  # fmt: skip
-FIELDS = {*TYPES, "uuid", "id", *(name for names in SPELLINGS.values() for name in names)}
+FIELDS = {
+    *TYPES, "uuid", "id", *(name for names in SPELLINGS.values() for name in names),
+    *CONVERSATIONS, *SOLUTIONS, "deepseek_thinking_trajectory",
+}  # fmt: skip
 
 
 @dataclass
@@ -71,9 +90,9 @@ class Trace:
 
 @dataclass(kw_only=True)
 class RawRow:
-    """A problem and the teacher's traces of it. flaw: why the row cannot be used: "malformed",
-    "problem not valid", "labels missing" or "labels misaligned"; the last two by its labels alone.
-    """
+    """A problem and the teacher's traces of it. left_out: other traces of it, counted by reason.
+    flaw: why the row cannot be used: "malformed", "problem not valid", "labels missing" or "labels
+    misaligned"; the last two by its labels alone."""
 
     problem: str | None = None
     traces: Sequence[Trace] = ()
@@ -81,6 +100,7 @@ class RawRow:
     source: str | None = None
     id: str | None = None
     flaw: str | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 MALFORMED = RawRow(flaw="malformed")
@@ -101,7 +121,7 @@ class Form:
 
     def read(self, row: Row) -> RawRow:
         try:
-            return self.reader(row)
+            return self.reader(_unfold(row))
         except _Malformed:
             return MALFORMED
 
@@ -120,7 +140,9 @@ def recognize(files: Sequence[Path]) -> Form:
 
 def read(files: Sequence[Path], form: Form, folder: Path) -> Iterator[RawRow]:
     """The problems of `files`, in order. `folder` is for the temporary file of one-trace rows."""
-    rows = (form.read(row) for _, row in read_rows(files, FIELDS))
+    # Of OpenR1-Math-220k, `messages` would be a quarter of what is read.
+    fields = FIELDS if form.one_trace else FIELDS.difference(CONVERSATIONS)
+    rows = (form.read(row) for _, row in read_rows(files, fields))
     return _joined_by_problem(rows, folder) if form.one_trace else rows
 
 
@@ -128,11 +150,13 @@ def _find_form(file: Path) -> Form:
     """The form whose fields the file's first rows have. Raises UserError if there is none."""
     seen: dict[str, Any] = {}  # field -> its first value that is not null
     for _, row in itertools.islice(read_rows(file, FIELDS), HEAD):
-        seen |= {name: value for name, value in row.items() if seen.get(name) is None}
+        seen |= {name: value for name, value in _unfold(row).items() if seen.get(name) is None}
     for form in FORMS:
         if seen.keys() >= set(form.fields):
             return form
-    texts = [name for name, value in seen.items() if isinstance(value, str)]
+    texts = {name for name, value in seen.items() if isinstance(value, str)}
+    if "instruction" in seen:  # Alpaca's input is but a part of the problem
+        texts.discard("input")
     flags = [name for name, value in seen.items() if value in (0, 1)]
     usable = {"problem": texts, "trace": texts, "label": flags, "answer": seen, "source": seen}
     spellings = {
@@ -147,11 +171,49 @@ def _find_form(file: Path) -> Form:
     raise UserError(
         f"{file}: not teacher data in a form known here; its fields are "
         f"{', '.join(list(seen)[:20]) or 'none'}; the forms are {known}; one trace per row "
-        f"({' or '.join(SPELLINGS['problem'])}, and {' or '.join(SPELLINGS['trace'])}, as text)"
+        f"({' or '.join(SPELLINGS['problem'])}, and {' or '.join(SPELLINGS['trace'])}, as text; or "
+        f"{' or '.join(CONVERSATIONS)} of one user and one assistant turn)"
     )
 
 
 # ---------------------------------------------------------------- a row of each form
+
+
+def _unfold(row: Row) -> Row:
+    """`row`, and what it has in another shape as fields of a form. Values of other types stay for
+    the form's reader to find."""
+    row = row | _turns(row.get("messages") or row.get("conversations"))
+    if "deepseek_attempt" in row:  # s1K-1.1
+        thought, grade = row.get("deepseek_thinking_trajectory"), row.get("deepseek_grade")
+        row["deepseek_attempt"] = _after_thought(thought, row["deepseek_attempt"])
+        row["deepseek_grade"] = grade == "Yes" if grade in ("Yes", "No") else grade
+    if solutions := [row[name] for name in SOLUTIONS if row.get(name) is not None]:
+        row["problem"], row["answer"] = row.get("question"), row.get("final_answer")
+        row["traces"] = [{"text": text} for text in solutions]
+    return row
+
+
+def _turns(conversation: Any) -> Row:
+    """A problem, its trace, and what the messages say of them; {} for other turns."""
+    match conversation:
+        case [
+            {"role": "user", "content": str(problem), **asked},
+            {"role": "assistant", "content": str(text), **answered},
+        ] | [
+            {"from": "human" | "user", "value": str(problem), **asked},
+            {"from": "gpt" | "assistant", "value": str(text), **answered},
+        ]:
+            text = _after_thought(answered.get("reasoning_content"), text)
+            info = asked.get("info")  # of AM-DeepSeek-R1-Distilled, where it has the answer
+            names = ("reference_answer", "source") if isinstance(info, dict) else ()
+            facts = {name: info[name] for name in names if name in info}
+            return {USER_TURN: problem, ASSISTANT_TURN: text, **facts}
+    return {}
+
+
+def _after_thought(thought: Any, text: Any) -> Any:
+    both = isinstance(thought, str) and isinstance(text, str)
+    return with_thoughts({"reasoning_content": thought, "content": text}) if both else text
 
 
 def _openr1_math_raw(row: Row) -> RawRow:
@@ -182,6 +244,8 @@ def _listed(row: Row) -> RawRow:
 
 
 def _one_trace(row: Row, spellings: dict[str, str | None]) -> RawRow:
+    if ASSISTANT_TURN in spellings.values() and ASSISTANT_TURN not in row:
+        raise _Malformed  # other turns
     row = row | {name: row.get(spelling) for name, spelling in spellings.items()}
     label, complete = row["label"], _field(row, "finish_reason") != "length"
     if label not in (None, 0, 1):  # True and False are 1 and 0

@@ -27,6 +27,8 @@ from redi.config import positional, require
 from redi.data.files import Row
 from redi.prepare.raw import RawRow
 
+NONE_LEFT = "all traces left out"  # by the reader, which counts them
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
@@ -39,9 +41,9 @@ class PrepareConfig:
     teach. Lengths are in characters.
     """
 
-    raw: Annotated[str, "a hub id, a .parquet, .jsonl or .json file, or a folder", positional] = (
-        "open-r1/OpenR1-Math-Raw"
-    )
+    raw: Annotated[
+        str, "a hub id, a .parquet, .jsonl or .json file, a folder, or an evaluation", positional
+    ] = "open-r1/OpenR1-Math-Raw"
     out: Annotated[str, "folder for positives.jsonl, pairs.jsonl and card.json"] = "data"
     reject_rule: Annotated[
         Literal["either", "both"], "a trace is incorrect when one verifier rejects it, or both do"
@@ -59,6 +61,8 @@ class PrepareConfig:
     decontaminate: Annotated[list[str], "drop problems of these benchmarks (names or files)"] = (
         field(default_factory=list)
     )
+    keep_truncated: Annotated[bool, "of an evaluation: keep answers cut off at the limit"] = False
+    allow_benchmarks: Annotated[bool, "of an evaluation: known benchmarks may be used"] = False
 
     def __post_init__(self) -> None:
         for name in ("pairs_per_problem", "workers"):
@@ -92,6 +96,7 @@ def unusable(row: RawRow, rules: PrepareConfig) -> str | None:
         (f"source {row.source}", row.source in rules.excluded),
         ("source not asked for", rules.sources and row.source not in rules.sources),
         ("empty problem", _is_blank(row.problem)),
+        (NONE_LEFT, row.left_out and not row.traces),
         ("no generations", not row.traces),
     )
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from redi.eval.grading.grader import GraderChoice, grader_names
 
 USED = {  # settings that decide what is read; EvalConfig, which has their types, needs torch
     "benchmark": list[str], "grader": GraderChoice, "prefix": str, "model": str, "graders": int,
-    "grade_seconds": float,
+    "grade_seconds": float, "user_prompt": Literal["paper", "plain"],
 }  # fmt: skip
 
 
