@@ -39,7 +39,8 @@ def cosines(config: AngleConfig) -> dict[float, float]:
     model, source = load_model(config.model)
     context = source.config["max_position_embeddings"]
     rows = REDIConfig(model=config.model, data=config.data, cache=config.cache, max_length=context)
-    dataset = load_data(config.data, rows, source, make_objective("symmetric"))
+    takes_pairs = make_objective("simpo", beta=BETAS[0], gamma=GAMMA)
+    dataset = load_data(config.data, rows, source, takes_pairs)
 
     def gradient(objective: Objective) -> torch.Tensor:
         data = TrainData(dataset, objective, World(0, 1, torch.device("cpu")), rows.pack_tokens)

@@ -1,7 +1,4 @@
-"""Stages of a demonstration that takes hours: commands that users have, each run once.
-
-docs/make_dialogue.py and docs/make_real_model.py are made of them.
-"""
+"""Stages of a demonstration that takes hours: commands that users have, each run once."""
 
 import contextlib
 import json

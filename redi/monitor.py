@@ -163,6 +163,7 @@ class CollapseGuard:
     steps: int
     first: float | None = None
     low: int = 0  # consecutive steps
+    last_good: int = 0  # the last step that was not low
     warned: bool = False
 
     def check(self, record: dict[str, Any]) -> str:
@@ -184,12 +185,15 @@ class CollapseGuard:
     def watch(self, step: int, record: dict[str, Any], checkpoints: Checkpoints) -> str:
         """`check`, with the step and the checkpoint that is kept from before the fall: while the
         log-prob is low, and for good after a warning."""
+        if "chosen_logp" not in record:  # of a step without right rows
+            return ""
         warning = self.check(record)
         if self.low == 0 and not self.warned:
             checkpoints.pinned = 0
-        elif self.low == 1 and not self.warned and "chosen_logp" in record:
-            # The record is of the model before this step's update: that of step - 1 has fallen.
-            before_the_fall = [s for s in checkpoints.steps() if s <= step - 2]
+            self.last_good = step
+        elif self.low == 1 and not self.warned:
+            # A record is of the model before its step's update.
+            before_the_fall = [s for s in checkpoints.steps() if s < self.last_good]
             checkpoints.pinned = max(before_the_fall, default=0)
         if not warning:
             return ""

@@ -102,7 +102,8 @@ class NonlinearObjective:
             losses = self.function(**{name: values[name] for name in self.arguments})
             weights = batch.row_weights[:: 2 if self.keep_pairs else 1]  # (P,) or (S,)
             if losses.shape != weights.shape:
-                raise UserError(f"{self.function}: must return one loss per pair, (P,)")
+                each = "pair, (P,)" if self.keep_pairs else "trace, (S,)"
+                raise UserError(f"{self.function}: must return one loss per {each}")
             loss = (losses * weights).sum() / totals.num_pairs
         else:  # an empty pack: its backward takes part in the exchange between ranks all the same
             loss = token_logps.sum()
@@ -144,6 +145,8 @@ def make_objective(name: str, **parameters: float) -> Objective:
     UserError for one of LINEAR whose loss is not linear in M and S of the two traces."""
     loss = partial(loss_function(name), **parameters)
     arguments = [a for a in inspect.signature(loss).parameters if a in ARGUMENTS]
+    if "signs" in arguments and set(arguments) != {"logps", "signs"}:
+        raise UserError(f"{name}: a loss of single traces takes logps and signs, not {arguments}")
     if name not in LINEAR:
         return NonlinearObjective(loss, arguments, keep_pairs="signs" not in arguments)
     if not set(arguments) <= set(LINEAR_ARGUMENTS):

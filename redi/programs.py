@@ -72,7 +72,8 @@ def export() -> None:
     run = load_toml(recorded, str(recorded))
     used = {name: run.get(name) for name in ("model", "rope_theta", "max_position_embeddings")}
     run = check_table(used, types_of(TrainConfig), str(recorded))
-    if out.is_dir() and any(out.iterdir()):
+    # A killed export leaves a folder that the next one deletes.
+    if out.is_dir() and any(not path.name.startswith(".saving-") for path in out.iterdir()):
         raise UserError(f"--out {out}: is not empty; choose another folder")
     model, source = open_model(run["model"], run["rope_theta"], run["max_position_embeddings"])
     model.to_empty(device="cpu")

@@ -113,7 +113,9 @@ class REDIConfig(TrainConfig):
     alpha: Annotated[float | None, "weight of the rejected trace (redi: 0.8) or of a term"] = None
     beta: Annotated[float | None, "sharpness of the sigmoid; dpo, simpo and their kin"] = None
     gamma: Annotated[float | None, "target margin (simpo), or an exponent (redi_weighted)"] = None
-    baseline: Annotated[float | None, "what asymre subtracts from the reward, 1 or 0"] = None
+    baseline: Annotated[float | None, "subtracted from the reward, 1 if right, else 0 (asymre)"] = (
+        None
+    )
     model: str = "out/sft"
     data: str = "data/pairs.jsonl"
     out: str = "out/redi"

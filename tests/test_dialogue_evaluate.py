@@ -388,6 +388,23 @@ def test_without_a_judge_only_counts_are_reported():
     assert not any(name.startswith("failed") for name in found["counts"])
 
 
+def test_a_topic_in_two_spellings_is_one():
+    rows = [session("Tea  time", 1, "g"), session("tea time", 2, "w")]
+    seen = report.summary(SETTINGS, rows)["sides"]["seen"]
+    assert seen["counts"]["topics"] == 1
+    assert seen["rates"]["response success"]["interval by topics"] is None
+
+
+def test_a_report_is_not_written_again_with_other_settings_of_the_judge(tmp_path, capsys):
+    write_jsonl(tmp_path / "dialogues.jsonl", ROWS)
+    (tmp_path / "agreement.json").write_text('{"judge": {}, "measured": {}}')
+    path = tmp_path / "agreement.json"
+    settings = f"# judge's settings: 0\njudge = 'm'\njudge_settings = '{path}'\n"
+    (tmp_path / "config.toml").write_text(settings)
+    assert main_in_this_process(report.main, tmp_path) == 2
+    assert f"{path}: changed since {tmp_path} was evaluated" in capsys.readouterr().err
+
+
 def test_an_opening_is_not_a_reply():
     row = session("tea", 1, "g")
     opening = {"role": "assistant", "content": "Hello"}
@@ -420,11 +437,11 @@ def test_text_stays_text_in_the_page_and_in_the_table(tmp_path, capsys):
 def test_two_evaluations_are_compared_scenario_by_scenario(tmp_path, capsys):
     better = [session("tea", number, "gg") for number in range(8)]
     worse = [session("tea", number, "gw") for number in range(8)]
-    table = report.compare(Run(SETTINGS, worse), Run(SETTINGS, better))
+    table = report.compare(Run(SETTINGS, worse, {}), Run(SETTINGS, better, {}))
     assert table[1][:4] == ["session success, seen", "8", "+100.0", "[+100.0, +100.0]"]
     assert float(table[1][4]) == pytest.approx(2 / 2**8, rel=0.1)
     assert table[2][2] == "+50.0"
-    assert report.compare(Run(SETTINGS, better), Run(SETTINGS, better))[1][2:] == [
+    assert report.compare(Run(SETTINGS, better, {}), Run(SETTINGS, better, {}))[1][2:] == [
         "+0.0",
         "[+0.0, +0.0]",
         "1",
@@ -438,13 +455,15 @@ def test_two_evaluations_are_compared_scenario_by_scenario(tmp_path, capsys):
     for folders, message in ((("a", "c"), "different scenarios"), (("a",) * 3, "one or two")):
         assert main_in_this_process(report.main, *(tmp_path / one for one in folders)) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(UserError, match="different scenarios or sides"):
-        report.compare(
-            Run(SETTINGS, better), Run(SETTINGS, [r | {"side": "unseen"} for r in better])
-        )
+    moved = [row | {"side": "unseen"} for row in better]
+    changed = [row | {"scenario": row["scenario"] | {"place": "x"}} for row in better]
+    for others in (moved, changed):
+        with pytest.raises(UserError, match="different scenarios or sides"):
+            report.compare(Run(SETTINGS, better, {}), Run(SETTINGS, others, {}))
     for settings, message in (
         ("judge = 'm'", "different settings of --judge"),
-        ("judge = 'world'\njudge_settings = 'x'", "different settings of --judge_settings"),
+        ("# judge's settings: 1\njudge = 'world'", "different contents of the judge's settings"),
+        ("# judge's weights: 1\njudge = 'world'", "different contents of the judge's weights"),
     ):
         (tmp_path / "c" / "config.toml").write_text(settings)
         assert main_in_this_process(report.main, tmp_path / "a", tmp_path / "c") == 2

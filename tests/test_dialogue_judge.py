@@ -364,9 +364,10 @@ def test_what_is_left_out_is_counted(folder, tmp_path, capsys):
     replies = [{"content": "x", "label": "good"}, {"content": "y"}]
     rows.append({**rows[2], "messages": history[:2], "replies": replies})
     path = write_jsonl(tmp_path / "some.jsonl", rows)
-    assert run(folder / "model", path, "--out", tmp_path / "a.json") == 0
+    assert run(folder / "model", path, path, "--out", tmp_path / "a.json") == 0
     shown = capsys.readouterr().out
     assert "left out: 2 replies without a label" in shown
+    assert f"left out: {len(rows)} repeated dialogues" in shown
     assert "left out: 1 seen hints, all good or all bad" in shown
     assert json.loads((tmp_path / "a.json").read_text())["judge"]["cuts"] == {}
 
@@ -408,7 +409,7 @@ def test_mistakes_end_in_one_line(folder, tmp_path, capsys):
     of_another = refusal(load_judge, model, str(write_jsonl(tmp_path / "m.json", [measured])))
     assert of_another == f"--judge-settings: measured on another model than {model}"
     assert run(model, folder / "seen.jsonl", "--dev", folder / "seen.jsonl") == 2
-    assert "--dev: expected other files than the measured ones" in capsys.readouterr().err
+    assert "--dev: 0 good and 0 bad labels" in capsys.readouterr().err  # they are measured
     good = [{**row, "messages": row["messages"][:1]} for row in rows_of(3, bad=False)]
     path = write_jsonl(tmp_path / "good.jsonl", good)
     assert run(model, path) == 2

@@ -248,6 +248,7 @@ def test_the_leak_is_the_words_of_unseen_topics_in_training_rows():
 def test_general_rows_are_a_share_of_the_tutors_rows_evenly_spread():
     general = [{"prompt": f"{n}?", "completion": "Yes."} for n in range(30)]
     general += [{"messages": [user(f"{n}!"), assistant("No.")]} for n in range(30)]
+    general += [{"prompt": f"{n}?", "completion": "Wrong.", "label": False} for n in range(9)]
     write_jsonl(Path("general.jsonl"), general + general[:7])
     rows = of_world(180)
     found = prepared(rows, mix="general.jsonl", mix_share=0.1)["tutor"]
@@ -255,6 +256,7 @@ def test_general_rows_are_a_share_of_the_tutors_rows_evenly_spread():
     assert len(found) == 200
     assert [sum(is_general[at : at + 20]) for at in range(0, 200, 20)] == [2] * 10
     assert card()["counts"]["mixed in"] == 20
+    assert card()["counts"]["mix: label false or weight 0"] == 9
     for number, talk in enumerate(found):
         to_example(talk, str(number), "rows")
     random.Random(2).shuffle(general)
@@ -307,10 +309,31 @@ def test_every_row_that_is_left_out_is_counted():
 
 
 def test_of_a_dialogue_with_and_without_labels_the_labels_stay():
-    rows = [row(), row(labels=LABELS), row(labels=(None, None, "wrong"))]
+    rows = [row(), row(labels=(None, None, "wrong")), row(labels=(None, None, None, None, "good"))]
     for number, some in enumerate((rows, rows[::-1])):
-        assert len(prepared(some, f"out{number}")["judge"]) == 2
+        found = prepared(some, f"out{number}")
+        assert [one["completion"] for one in found["judge"]] == ["wrong", "good"]
+        assert [m.get("weight") for m in found["tutor"][0]["messages"][3:]] == [0, None, None]
         assert card(f"out{number}")["dropped"] == {"duplicate": 2}
+
+
+def test_a_reply_whose_labels_contradict_each_other_is_neither_learned_nor_judged():
+    rows = [row(labels=LABELS), row(labels=(None, None, "good", None, "good")), row(labels=LABELS)]
+    for number, some in enumerate((rows, rows[::-1])):
+        found = prepared(some, f"out{number}")
+        assert [one["completion"] for one in found["judge"]] == ["good"]
+        assert [m.get("weight") for m in found["tutor"][0]["messages"][3:]] == [0, None, None]
+        assert card(f"out{number}")["counts"]["contradictory labels"] == 1
+
+
+def test_scenarios_come_from_toml_too_and_an_empty_list_is_no_list():
+    lines = [f"{name} = {json.dumps(value)}" for name, value in CAFE.items()]
+    Path("scene.toml").write_text("\n".join(lines))
+    rows = [row(scenario="cafe"), row(TALK[:3]), row(TALK[:3], scenario=CAFE | {"level": ""})]
+    assert len(prepared(rows, scenarios="scene.toml")["tutor"]) == 2
+    assert card()["read_sha256"].keys() == {"rows.jsonl", "scene.toml"}
+    other = {name: value for name, value in CAFE.items() if name != "facts"}
+    prepared([row(scenario=other), row(TALK[:3], scenario=other | {"facts": []})])
 
 
 def test_turns_and_hints_of_rows_that_are_not_learned_are_not_counted():

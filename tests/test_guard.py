@@ -66,6 +66,17 @@ def test_the_checkpoint_kept_from_before_the_fall_is_named_in_the_warning(name, 
     assert seen == pinned
 
 
+def test_steps_without_right_rows_say_nothing_of_the_fall(tmp_path):
+    checkpoints, warning = Checkpoints(tmp_path, HERE, {}, keep="all"), ""
+    guard = CollapseGuard(0.5, 2)
+    for step, logp in enumerate([-1.0, -1.0, None, None, -3.0, None, -3.0], start=1):
+        record = {} if logp is None else {"chosen_logp": logp}
+        warning = guard.watch(step, record, checkpoints)
+        checkpoints.at(step).mkdir(parents=True)
+    # Step 2's record is of the model after step 1, the last that is known to be good.
+    assert warning.endswith(f"kept from before the fall: {checkpoints.at(1)}")
+
+
 # ---------------------------------------------------------------- in a run
 
 # 12 steps at two hundred times the learning rate of the other tests: log-probs of chosen traces

@@ -291,14 +291,17 @@ def test_an_objective_that_needs_pairs_refuses_labeled_rows(rows):
     assert message.endswith("labeled rows, with objectives that take them")
 
 
-def test_rows_of_one_label_alone_are_refused_also_if_limits_left_no_other(rows):
+def test_rows_of_one_label_alone_are_refused_also_if_limits_left_no_other(rows, capsys):
     for label in (True, False):
         write_jsonl(Path("labeled.jsonl"), [row for row in rows if row["label"] is label])
         message = refusal(run, config())
-        assert f"all 10 rows have the label {str(label).lower()}; stage 2 takes right" in message
-        assert "train_sft.py right ones alone" in message
+        assert f"all 10 rows have the label {str(label).lower()}, 0 were left out" in message
+        assert "stage 2 takes right and wrong rows, train_sft.py right ones alone" in message
+        config_of_show = show.ShowConfig(file="labeled.jsonl", model="student", cache="cache")
+        assert show.show(config_of_show) is None  # the report says it, and shows the rows
+        assert f"all 10 rows have the label {str(label).lower()}" in capsys.readouterr().out
     write_jsonl(Path("labeled.jsonl"), [rows[1], {**rows[0], "completion": "a b c d " * 40}])
-    assert "all 1 rows have the label false" in refusal(run, config())
+    assert "all 1 rows have the label false, 1 were left out" in refusal(run, config())
 
 
 def test_stage_1_learns_from_the_right_rows_and_counts_the_others(rows, capsys):
@@ -306,6 +309,16 @@ def test_stage_1_learns_from_the_right_rows_and_counts_the_others(rows, capsys):
     assert "10 rows to train on, 10 left out\n  left out: 10 label false" in capsys.readouterr().out
     run(sft_config(out="positives"))
     assert records() == records("positives")
+    weighed = [{**row, "weight": 2} for row in rows]
+    write_jsonl(Path("labeled.jsonl"), [*weighed, {**rows[0], "weight": 0}])
+    run(sft_config(data="labeled.jsonl", out="weighed"))
+    assert "left out: 1 weight 0" in capsys.readouterr().out
+    losses = [records(name)[0]["loss"] for name in ("weighed", "positives")]
+    assert losses[0] == pytest.approx(2 * losses[1], rel=1e-6)
+    for label in (1, "false"):
+        write_jsonl(Path("labeled.jsonl"), [*rows, {**rows[0], "label": label}])
+        message = refusal(run, sft_config(data="labeled.jsonl", out="other"))
+        assert message == f"labeled.jsonl:21: 'label' must be true or false; got {label!r}"
 
 
 def test_parquet_holds_labels_and_weights(rows, here):

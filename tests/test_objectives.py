@@ -54,6 +54,11 @@ UNTRAINABLE = [  # a loss, and why it is refused
         r"^redi: a linear loss takes .*, not .*'chosen_logps'",
     ),
     (lambda chosen_mean, beta, gamma: -chosen_mean.mean(), "must return one loss per pair"),
+    (lambda logps, signs, beta, gamma: logps[0].sum(), "must return one loss per trace"),
+    (
+        lambda chosen_mean, signs, beta, gamma: -chosen_mean,
+        r"simpo: a loss of single traces takes logps and signs, not \['chosen_mean', 'signs'\]",
+    ),
 ]
 
 

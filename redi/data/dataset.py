@@ -108,8 +108,10 @@ def select(store: TokenStore, limits: Limits, over_length: str, source: str) -> 
     dataset = Dataset(store, np.flatnonzero(kept), dropped)
     if set(dataset.signs) != dataset.sides.keys():
         found = "true" if dataset.signs[0] > 0 else "false"
+        left_out = sum((store.skipped | dropped).values())
         remedy = "stage 2 takes right and wrong rows, train_sft.py right ones alone"
-        raise UserError(f"{source}: all {len(dataset)} rows have the label {found}; {remedy}")
+        what = f"all {len(dataset)} rows have the label {found}, {left_out} were left out"
+        raise UserError(f"{source}: {what}; {remedy}")
     return dataset
 
 
@@ -119,6 +121,8 @@ def table_of_lengths(dataset: Dataset) -> str:
     parts = {"between": between.reshape(len(dataset), -1).sum(axis=1)} if between.any() else {}
     rows = [("tokens", "total", *QUANTILES)]
     for name, lengths in (dataset.part_lengths() | parts).items():
+        if not len(lengths):  # no row has this label
+            continue
         quantiles = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
         rows.append((name, *(f"{n:,}" for n in (lengths.sum(), *quantiles))))
     return text_table(rows)

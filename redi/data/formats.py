@@ -63,10 +63,10 @@ def read_examples(
         example = to_example(row, where, kind)
         if kind == "pairs" and example.responses[0] == example.responses[1]:
             skipped["chosen equals rejected"] += 1
-        elif kind == "rows" and row.get("label") is False:
-            skipped["label false"] += 1
         elif not all(example.weights):
             skipped["weight 0"] += 1
+        elif kind == "rows" and example.weights[0] < 0:
+            skipped["label false"] += 1
         else:
             yield number, example
 
@@ -117,13 +117,17 @@ def to_example(row: Row, where: str, kind: str) -> Example:
             raise UserError(f"{where}: 'prompt' is not what {' and '.join(sides)} begin with")
     named = zip(sides, responses)
     responses = [_after_prompt(prompt, r, f"{where}: {side!r}") for side, r in named]
-    weights = (_signed_weight(row, where),) if "label" in fields else (1.0, -1.0)[: len(sides)]
-    return Example(prompt, responses, weights)
+    if kind == "pairs":
+        return Example(prompt, responses, (1.0, -1.0))
+    return Example(prompt, responses, (_signed_weight(row, where),))
 
 
 def _signed_weight(row: Row, where: str) -> float:
-    """The weight of a labeled row, 1 if it names none, times -1 if the row is wrong."""
-    label, weight = row["label"], row.get("weight")
+    """Of a labeled row its weight, 1 if it names none, times -1 if the row is wrong; of another row
+    1."""
+    label, weight = row.get("label"), row.get("weight")
+    if label is None:
+        return 1.0
     weight = 1.0 if weight is None else weight
     if not isinstance(label, bool):  # 0 and 1 may be scores, or classes
         raise UserError(f"{where}: 'label' must be true or false; got {label!r:.40}")

@@ -158,7 +158,8 @@ def _write_store(
                 index["prompt_lengths"].append(len(sequence.prompt_ids))
                 index["response_lengths"].append(sum(learned) if learned else len(ids))
     if not index["row_numbers"]:
-        raise UserError(f"{files[0]}: no row to train on ({dict(skipped)})")
+        counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+        raise UserError(f"{files[0]}: no row to train on ({counts})")
 
     np.savez(folder / "index.npz", **index)
     with open(folder / "store.json", "w") as file:

@@ -12,7 +12,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -39,17 +38,22 @@ class AgreementConfig:
     out: Annotated[str, "file to write"] = "agreement.json"
 
     def __post_init__(self) -> None:
-        files = [Path(file).resolve() for file in (*self.files, *self.unseen, *self.dev)]
-        twice = next((file for file in files if files.count(file) > 1), None)
-        require(not twice, "dev", str(twice), "other files than the measured ones, each given once")
         needs_dev = self.kind == "likelihood" and not self.dev
         require(not needs_dev, "dev", "none", "labels to choose the likelihood's threshold on")
 
 
-def labeled_replies(files: Sequence[str], left_out: Counter[str]) -> dict[str, list[Reply]]:
-    """replies, hints -> those that have a label; the others are counted."""
+def labeled_replies(
+    files: Sequence[str], seen: set[str], left_out: Counter[str]
+) -> dict[str, list[Reply]]:
+    """replies, hints -> those that have a label; the others are counted, as are dialogues that are
+    in `seen`, to which the others are added."""
     found: dict[str, list[Reply]] = {"replies": [], "hints": []}
     for dialogue in (one for file in files for one in read_dialogues(file, {})):
+        content = json.dumps([dialogue.scenario.id, dialogue.messages, dialogue.replies])
+        if content in seen:
+            left_out["repeated dialogues"] += 1
+            continue
+        seen.add(content)
         for reply in dialogue.all_replies():
             kind = "hints" if reply.is_hint else "replies"
             if reply.label is not None:
@@ -121,7 +125,8 @@ def main() -> None:
     use_templates(config.templates)
     left_out: Counter[str] = Counter()
     sources = {"seen": config.files, "unseen": config.unseen, "dev": config.dev}
-    replies = {side: labeled_replies(files, left_out) for side, files in sources.items()}
+    seen: set[str] = set()
+    replies = {side: labeled_replies(files, seen, left_out) for side, files in sources.items()}
     dev, groups = replies.pop("dev"), {}
     for side, kinds in replies.items():
         if sources[side]:

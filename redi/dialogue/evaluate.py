@@ -182,7 +182,7 @@ def facts_of(
     told = [(job.side, job.scenario, job.states) for job in to_do]
     facts = {"scenarios or templates": _hash((told, TEMPLATES))}
     if config.judge_settings:
-        facts["judge's settings"] = hash_files([Path(config.judge_settings)])[:16]
+        facts[report.SETTINGS] = hash_files([Path(config.judge_settings)])[:16]
     for who, source in models.items():
         tokenizer = source.chat.fingerprint if source.chat else ""
         settings = json.dumps(source.config, sort_keys=True)

@@ -107,12 +107,15 @@ def pair(state: Sequence[Reply], seed: int, counts: Counter[str]) -> Row | None:
     }
 
 
-def mixed(rows: list[Row], source: str, share: float, seed: int) -> list[Row]:
-    """The rows, and evenly between them as many of `source` as make up this share of all. Raises
-    UserError if there are too few."""
+def mixed(rows: list[Row], source: str, share: float, seed: int, counts: Counter[str]) -> list[Row]:
+    """The rows, and evenly between them as many of `source` as make up this share of all, without
+    those that are labeled wrong. Raises UserError if there are too few."""
     found = {}
     for where, row in read_rows(source, FIELDS):
         example = to_example(row, where, "rows")
+        if example.weights[0] <= 0:
+            counts["mix: label false or weight 0"] += 1
+            continue
         row = {"prompt": example.prompt, "completion": example.responses[0]}
         found.setdefault(chance(seed, "mix", row), row)
     count = round(len(rows) * share / (1 - share))

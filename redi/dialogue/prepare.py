@@ -78,7 +78,7 @@ def read_all(config: PrepareConfig, dropped: Counter[str], counts: Counter[str])
     known: dict[str, Scenario] = {}
     for scenario in read_scenarios(config.scenarios) if config.scenarios else ():
         remember(known, scenario, config.scenarios)
-    named, kept = dict(known), {}
+    named, copies = dict(known), defaultdict(list)
     for file in config.files:
         for whole in read_dialogues(file, named, dropped):
             dialogue = without_blanks(whole)
@@ -87,19 +87,31 @@ def read_all(config: PrepareConfig, dropped: Counter[str], counts: Counter[str])
             if reason := reason_to_drop(dialogue):
                 dropped[reason] += 1
                 continue
-            said = dialogue.messages + dialogue.replies
-            texts = [one["content"] for one in said]
-            key = (dialogue.scenario.id, len(dialogue.messages), *texts)
-            dropped["duplicate"] += key in kept
-            # Of dialogues that differ in labels or hints alone, the one with most of them stays.
-            kept[key] = max(kept.get(key, dialogue), dialogue, key=num_labels)
-    return list(kept.values())
+            texts = [said["content"] for said in dialogue.messages + dialogue.replies]
+            copies[dialogue.scenario.id, len(dialogue.messages), *texts].append(dialogue)
+    dropped["duplicate"] += sum(map(len, copies.values())) - len(copies)
+    return [one_of(some, counts) for some in copies.values()]
 
 
-def num_labels(dialogue: Dialogue) -> tuple[int, str]:
-    """How much beside the texts a dialogue has; and its content, which orders equal ones."""
-    said = dialogue.messages + dialogue.replies
-    return sum(map(len, said)), json.dumps(said, sort_keys=True)
+def one_of(copies: list[Dialogue], counts: Counter[str]) -> Dialogue:
+    """Of dialogues with the same texts, one with the labels and hints of all. A reply whose labels
+    contradict each other is neither learned nor judged, and counted."""
+
+    def merged(*same: Row) -> Row:
+        one = {k: v for said in sorted(same, key=json.dumps) for k, v in said.items()}
+        for name in ("label", "hint_label"):
+            if len({said[name] for said in same if name in said}) > 1:
+                counts["contradictory labels"] += 1
+                del one[name]
+                one["weight"] = 0
+        return one
+
+    first, *_ = copies
+    messages, replies = (
+        list(map(merged, *(getattr(copy, name) for copy in copies)))
+        for name in ("messages", "replies")
+    )
+    return Dialogue(first.scenario, messages, replies)
 
 
 def without_blanks(dialogue: Dialogue) -> Dialogue:
@@ -200,7 +212,7 @@ def prepare(config: PrepareConfig) -> dict:
     inside = [(file, Path(file) / "dialogues.jsonl") for file in config.files]  # an evaluation's
     config = dataclasses.replace(config, files=[str(p) if p.is_file() else f for f, p in inside])
     others = [file for file in (config.scenarios, config.mix) if file]
-    read = [path for file in (*config.files, *others) for path in dataset_files(file)]
+    read = [path for file in (*config.files, *others) for path in files_of(file)]
     for name in NAMES:
         refuse_overwriting("out", Path(config.out) / f"{name}.jsonl", read)
     dropped, counts = Counter(), Counter()
@@ -211,7 +223,8 @@ def prepare(config: PrepareConfig) -> dict:
         raise UserError(f"{config.files[0]}: no row to train on; {why}")
     leak, num_talks = leaks(rows), len(rows["tutor"])
     if config.mix:
-        rows["tutor"] = examples.mixed(rows["tutor"], config.mix, config.mix_share, config.seed)
+        how = config.mix, config.mix_share, config.seed, counts
+        rows["tutor"] = examples.mixed(rows["tutor"], *how)
         counts["mixed in"] = len(rows["tutor"]) - num_talks
     seen, test, unseen = ({row["topic"] for row in rows[name]} for name in SCENARIOS)
     facts = {
@@ -237,6 +250,11 @@ def prepare(config: PrepareConfig) -> dict:
     with write_aside(out / CARD) as file:
         file.write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return facts
+
+
+def files_of(source: str) -> list[Path]:
+    """A TOML file of scenarios is no dataset."""
+    return [Path(source)] if source.endswith(".toml") else dataset_files(source)
 
 
 def account(facts: dict) -> str:

@@ -23,17 +23,20 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 from redi.config import UserError, load_toml, parse, program
-from redi.data.files import Row, read_rows, write_aside
+from redi.data.files import Row, hash_files, read_rows, write_aside
 from redi.data.tokenizer import is_answer
 from redi.dialogue.figures import corrected_rate, read_rates
 from redi.dialogue.page import dialogues_page, labels
+from redi.dialogue.scenario import topic_key
 from redi.eval.reporting.statistics import DRAWS, bootstrap, interval, permutation_p_value
+from redi.runlog import read_facts
 from redi.tables import Cells, markdown_table, text_table
 
 SIDES = ("seen", "unseen")
 RESPONSE, SUGGESTION, SESSION = "response success", "suggestion success", "session success"
 MEASURED = {RESPONSE: "replies", SUGGESTION: "hints"}  # what agreement.json calls them
 KEYS = {"scenarios": "id", "topics": "topic"}  # of the scenario
+SETTINGS = "judge's settings"  # among an evaluation's facts
 MOST_STEPS = 2520  # finer differences of shares are rounded for the test
 
 
@@ -54,11 +57,17 @@ def successes(row: Row) -> dict[str, tuple[int, int]]:
     }
 
 
+def unit(row: Row, key: str) -> str:
+    """What is drawn with this row: the scenario of its id, or its topic."""
+    value = row["scenario"][key]
+    return topic_key(value) if key == "topic" else value
+
+
 def summed(rows: list[Row], rate: str, key: str = "id") -> dict[str, np.ndarray]:
     """Value of a field of the scenario -> (good, count), where the count is not 0."""
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2, dtype=int))
     for row in rows:
-        sums[row["scenario"][key]] += successes(row)[rate]
+        sums[unit(row, key)] += successes(row)[rate]
     return {name: pair for name, pair in sums.items() if pair[1]}
 
 
@@ -71,9 +80,8 @@ def rate_interval(rows: list[Row], rate: str, key: str) -> list[float] | None:
 
 
 def counts(rows: list[Row], is_judged: bool) -> dict[str, int]:
-    """What else happened. A session failed because
-    of the tutor if a reply is bad or was cut; of the student if it said nothing or was cut; else of
-    what ended it."""
+    """What else happened. A session failed because of the tutor if a reply is bad or was cut; of
+    the student if it said nothing or was cut; else of what ended it."""
     found: Counter[str] = Counter(dict.fromkeys(("replies", "tutor's tokens"), 0))
     for row in rows:
         said = [message for message in row["messages"] if is_answer(message)]
@@ -88,7 +96,7 @@ def counts(rows: list[Row], is_judged: bool) -> dict[str, int]:
         if is_judged and successes(row)[SESSION] == (0, 1):
             is_tutors = faults or row["end"] == "length"
             found[f"failed because of: {'the tutor' if is_tutors else row['end']}"] += 1
-    sizes = {name: len({row["scenario"][key] for row in rows}) for name, key in KEYS.items()}
+    sizes = {name: len({unit(row, key) for row in rows}) for name, key in KEYS.items()}
     return {**sizes, "dialogues or states": len(rows), **+found}
 
 
@@ -143,17 +151,23 @@ def _percent(value: float | Sequence[float] | None) -> str:
 class Run(NamedTuple):
     settings: Row  # of redi dialogue evaluate
     rows: list[Row]
+    facts: dict[str, str]  # hashes of what else the result depends on
 
 
 def read(out: str | Path) -> Run:
     """Raises UserError."""
     settings = load_toml(Path(out) / "config.toml", f"{out}/config.toml")
-    return Run(settings, [row for _, row in read_rows(Path(out) / "dialogues.jsonl")])
+    rows = [row for _, row in read_rows(Path(out) / "dialogues.jsonl")]
+    return Run(settings, rows, read_facts(Path(out)))
 
 
 def write(out: Path) -> str:
-    """Write report.json, report.md and report.html. Returns what to print."""
-    settings, rows = read(out)
+    """Write report.json, report.md and report.html. Returns what to print. Raises UserError if the
+    judge's settings are not those that it judged with."""
+    settings, rows, facts = read(out)
+    path = settings.get("judge_settings")
+    if path and hash_files([Path(path)])[:16] != facts.get(SETTINGS):
+        raise UserError(f"{path}: changed since {out} was evaluated")
     found = summary(settings, rows)
     table, title = cells(found), settings["model"]
     about = f"Student: {settings['student']}. Judge: {settings.get('judge', 'none')}. Rates in %."
@@ -171,13 +185,16 @@ def write(out: Path) -> str:
 def compare(first: Run, second: Run) -> Cells:
     """The second minus the first, paired over scenarios: means over these of the shares that are
     good. Raises UserError if they differ in scenarios, student or judge, or have no judge."""
-    for name in ("student", "judge", "judge_settings"):
+    for name in ("student", "judge"):
         if first.settings.get(name) != second.settings.get(name):
             raise UserError(f"the two evaluations have different settings of --{name}")
     if "judge" not in first.settings:
         raise UserError("the two evaluations have no --judge: there are no labels to compare")
-    ids = [{(row["side"], row["scenario"]["id"]) for row in run.rows} for run in (first, second)]
-    if ids[0] != ids[1]:
+    for name in (SETTINGS, *(f"{who}'s weights" for who in ("judge", "student"))):
+        if first.facts.get(name) != second.facts.get(name):
+            raise UserError(f"the two evaluations have different contents of the {name}")
+    scenes = [{(r["side"], json.dumps(r["scenario"])) for r in run.rows} for run in (first, second)]
+    if scenes[0] != scenes[1]:
         raise UserError("the two evaluations have different scenarios or sides: nothing is paired")
     table = [["second - first, points", "scenarios", "difference", "interval", "p"]]
     for side in SIDES:

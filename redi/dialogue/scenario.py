@@ -138,7 +138,7 @@ def topic_key(topic: str) -> str:
 
 def remember(known: dict[str, Scenario], scenario: Scenario, file: str) -> None:
     """Add a scenario to those known by id. Raises UserError if another one has its id."""
-    if known.setdefault(scenario.id, scenario) != scenario:
+    if known.setdefault(scenario.id, scenario).as_row() != scenario.as_row():
         raise UserError(f"{file}: two scenarios have the id {scenario.id!r}")
 
 

@@ -113,8 +113,10 @@ def by_problem(benchmark: Benchmark, rows: Iterable[L], where: str = "") -> list
     for id, samples in found.items():
         numbers = [row.sample for row in samples]
         if numbers != list(range(n)):
-            got = f"{len(samples)} samples, expected 0 to {n - 1}, once each; got {numbers!s:.60}"
-            raise UserError(f"{name}: problem {id!r} has {got}")
+            wrong = min(k for k in {*range(n), *numbers} if numbers.count(k) != (k < n))
+            got = f"{len(samples)} samples, expected 0 to {n - 1}, once each"
+            what = "the first one missing, repeated or unexpected"
+            raise UserError(f"{name}: problem {id!r} has {got}; {what}: {wrong}")
     return list(found.values())
 
 

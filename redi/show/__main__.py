@@ -143,6 +143,8 @@ def read_texts(files: Sequence[Path], every_row: Dataset) -> tuple[list[str], Co
         counts["repeated prompts"] += prompt in prompts
         prompts.add(prompt)
         for weight, messages in zip(example.weights, example.responses):
+            if not weight:  # the row is left out
+                continue
             side, answer = every_row.sides[-1 if weight < 0 else 1], messages[-1]["content"]
             counts[side] += 1
             counts["thinking", side] += "</think>" in answer
