@@ -143,10 +143,10 @@ def split(config: PrepareConfig, scenarios: Mapping[str, Scenario]) -> dict[str,
         require(unseen[0] >= 0, "unseen_topics", unseen[0], "at least 0")
         drawn = sorted(topics, key=lambda topic: (chance(config.seed, "topic", topic), topic))
         unseen = drawn[: unseen[0]]
-    unseen = {topic_key(str(topic)) for topic in unseen}
+    unseen = [topic_key(str(topic)) for topic in unseen]
     for topic in unseen:
         require(topic in topics, "unseen_topics", repr(topic), "one number, or topics of the rows")
-    if topics and topics == unseen:
+    if topics and topics == set(unseen):
         raise UserError(f"--unseen-topics: of {len(topics)} topics, none is left to train on")
     sides = {}
     for name, scenario in scenarios.items():
