@@ -86,21 +86,6 @@ def dataset_files(
     return files
 
 
-def dataset_license(path_or_hub_id: str) -> str | list[str] | None:
-    """The license that a dataset's page on the hub names. None: a local path, no network, or the
-    page names none."""
-    hub_id = path_or_hub_id.partition(":")[0]
-    if not is_hub_id(hub_id):
-        return None
-    from huggingface_hub import dataset_info
-
-    try:
-        card = dataset_info(hub_id, timeout=10).card_data
-    except Exception:  # see _download; the files come from the cache
-        return None
-    return card.get("license") if card else None
-
-
 def _is_data(path: Path) -> bool:
     return path.name.endswith(DATA_SUFFIXES) and path.is_file()
 

@@ -210,8 +210,7 @@ def _not_finite(
     """Names the rows whose log-probs are not finite (or all rows), and the ranks that had them."""
     guilty = set(stats.ids[~np.isfinite(stats.mean_logps)].tolist()) or set(stats.ids.tolist())
     ranks = [r for r, packs in enumerate(step) if any(guilty & set(ids.tolist()) for ids in packs)]
-    per_row = 2 if stats.paired else 1
-    rows = sorted({data.dataset.row_number(i // per_row) for i in guilty})
+    rows = sorted({data.dataset.row_number(i // data.dataset.per_row) for i in guilty})
     kept = checkpoints.at(checkpoints.steps()[0]) if checkpoints.steps() else "none yet"
     return UserError(
         f"{config.data}: step {number} has loss {record['loss']} and gradient norm "

@@ -10,7 +10,8 @@ from huggingface_hub import DatasetCardData
 from processes import run_command
 from small_run import refusal
 
-from redi.hub import dataset_files, dataset_license, model_folder
+from redi.hub import dataset_files, model_folder
+from redi.prepare.__main__ import dataset_license
 
 
 def touch(folder: Path, *names: str) -> None:

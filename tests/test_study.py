@@ -240,7 +240,8 @@ beta = 0.1
 
 
 def write_run(folder: Path, score: float) -> None:
-    """What training and evaluation leave: at step 2 chosen traces become 0.6 nats less likely."""
+    """What training and evaluation leave: at step 2 chosen traces become 0.6 nats less likely, and
+    step 5 has none."""
     benchmark = {"benchmark": "math", "grader": "paper", "pass_at_1": score, "mean_tokens": 7.0}
     report = {"mean_pass_at_1": score, "benchmarks": [benchmark | {"pass_at_k": [score, 1.0]}]}
     (folder / "eval").mkdir(parents=True)
@@ -249,6 +250,7 @@ def write_run(folder: Path, score: float) -> None:
         {"kind": "train", "step": n, "chosen_logp": -0.1 - 0.6 * (n > 1), "rejected_logp": -0.5}
         for n in range(1, 31)
     ]
+    del records[4]["chosen_logp"]
     records += [{"kind": "benchmark", "step": n, "pass_at_1": n / 100} for n in (10, 20, 30)]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
 
@@ -276,8 +278,12 @@ def test_results_are_what_runs_and_evaluations_left_on_disk(results):
     assert (redi.grader, redi.pass_at_1, redi.benchmarks) == ("paper", 0.6, {"math": 0.6})
     assert (redi.pass_at_n, redi.mean_tokens) == (1.0, 7.0)
     assert redi.on_the_way == [(10, 0.1), (20, 0.2)]  # the last one is the final evaluation's
-    assert redi.curves["chosen_logp"] == [-0.1] + [-0.7] * 29
-    assert redi.collapsed_at == 21  # the 20th step in a row that is 0.5 lower
+    low = [(step, -0.7) for step in (2, 3, 4, *range(6, 31))]
+    assert redi.curves == {
+        "chosen_logp": [(1, -0.1), *low],
+        "rejected_logp": [(step, -0.5) for step in range(1, 31)],
+    }
+    assert redi.collapsed_at == 22  # the 20th step in a row that is 0.5 lower
 
 
 @pytest.mark.parametrize(

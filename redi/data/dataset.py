@@ -42,10 +42,13 @@ class Dataset:
     def sides(self) -> dict[int, str]:  # sign of a sequence -> what its response is called
         return {1: "response"} if self.store.kind == "rows" else {1: "chosen", -1: "rejected"}
 
+    @property
+    def per_row(self) -> int:  # sequences
+        return 2 if self.store.paired else 1
+
     @cached_property
     def stored(self) -> np.ndarray:  # (S,) sequence id -> index into the store's sequences
-        per_row = 2 if self.store.paired else 1
-        return (self.rows[:, None] * per_row + np.arange(per_row)).reshape(-1)
+        return (self.rows[:, None] * self.per_row + np.arange(self.per_row)).reshape(-1)
 
     @cached_property
     def signs(self) -> np.ndarray:  # (S,) -1 wrong or rejected, +1 otherwise
@@ -75,7 +78,7 @@ class Dataset:
         start, end = self.store.offsets[stored : stored + 2]
         tokens, prompt_length = self.store.tokens[start:end], int(self.prompt_lengths[sequence_id])
         learned = tokens[prompt_length:] >= 0  # the tokens between two answers are stored as ~id
-        row = int(sequence_id) // (2 if self.store.paired else 1)
+        row = int(sequence_id) // self.per_row
         sign, weight = int(self.signs[sequence_id]), abs(float(self.store.weights[stored]))
         return TokenSequence(np.maximum(tokens, ~tokens), prompt_length, row, sign, learned, weight)
 
@@ -138,7 +141,7 @@ def describe(dataset: Dataset, chat: ChatTokenizer) -> str:
     lines.append(table_of_lengths(dataset))
 
     lines.append(f"row {dataset.row_number(0)} as the model sees it (prompts are not learned):")
-    for i in range(2 if dataset.store.paired else 1):
+    for i in range(dataset.per_row):
         sequence = dataset.sequence(i)
         side = dataset.sides[sequence.sign]
         learned = np.isin(np.arange(len(sequence.tokens)), sequence.supervised())

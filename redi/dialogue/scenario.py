@@ -11,7 +11,7 @@
     facts = ["coffee costs 3 pounds", "the soup has nuts"]    # what the tutor must not contradict
     wants = ["a tea", "no nuts"]                     # the student's card: the tutor never sees it
     opening = "Hello! What can I get you?"           # the tutor's first words; else it finds them
-    max_turns = 12                      # replies of the tutor at most, without the opening
+    max_turns = 12                      # most replies of the tutor, not counting the opening
 
 The tutor ends the dialogue with the plain text [end] after its last reply; any tokenizer can write
 it. What a student types is never a command: both marks below are taken out of it.
@@ -71,7 +71,7 @@ class Scenario:
     facts: Annotated[list[str], "what the tutor must not contradict"] = ()
     wants: Annotated[list[str], "the student's card, hidden from the tutor"] = ()
     opening: Annotated[str, "the tutor's first words; empty: it finds them"] = ""
-    max_turns: Annotated[int, "the tutor's replies at most, without the opening"] = 12
+    max_turns: Annotated[int, "most replies of the tutor, not counting the opening"] = 12
     id: Annotated[str, "names the scenario; empty: a hash of the rest"] = ""
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from redi import distributed
-from redi.checkpoint.folder import Source, load_model
+from redi.checkpoint.folder import Source, load_model, open_model
 from redi.checkpoint.weights import weights_hash
 from redi.config import UserError, require
 from redi.distributed import World, all_ranks_ok, local_rank_zero_first, require_same
@@ -63,7 +63,7 @@ def evaluate(
     finished = is_finished(config.out, config)
     facts = {"torch": torch.__version__}
     if completions is None:
-        model, source, contents = load_unchanged(config, world)
+        model, source, contents = load_unchanged(config, world, finished)
         facts |= {"model": source.name, **contents}
     require_same({**facts, "finished": finished}, world)
     if finished:
@@ -95,11 +95,15 @@ def evaluate(
         print(written)
 
 
-def load_unchanged(config: EvalConfig, world: World) -> tuple[Transformer, Source, dict[str, str]]:
-    """(the model, its source, hashes of its contents). Raises UserError if the hashes differ from
+def load_unchanged(
+    config: EvalConfig, world: World, finished: bool
+) -> tuple[Transformer, Source, dict[str, str]]:
+    """(the model, without weights if the evaluation is finished; its source; hashes of its
+    contents). Raises UserError if the hashes differ from
     those that the evaluation in config.out recorded."""
     with local_rank_zero_first(world):  # one download per node
-        model, source = load_model(config.model, made_by=config.made_by)
+        load = open_model if finished else load_model
+        model, source = load(config.model, made_by=config.made_by)
         settings = json.dumps([source.config, source.stop_ids], sort_keys=True)
         contents = {
             "weights": weights_hash(source.folder),

@@ -36,7 +36,7 @@ from redi.data.files import hash_files, make_folder, refuse_overwriting, to_disk
 from redi.eval import benchmarks
 from redi.eval.grading.grader import Grader
 from redi.eval.grading.workers import Pool
-from redi.hub import CARD, dataset_files, dataset_license
+from redi.hub import CARD, dataset_files, is_hub_id
 from redi.prepare import labels, overlap, raw, traces
 from redi.prepare.raw import Form, RawRow
 from redi.prepare.traces import Choice, PrepareConfig
@@ -216,6 +216,21 @@ def find(config: PrepareConfig) -> tuple[list[Path], Form, Iterator[RawRow]]:
     files = dataset_files(config.raw)
     form = raw.recognize(files)
     return files, form, raw.read(files, form, Path(config.out))
+
+
+def dataset_license(path_or_hub_id: str) -> str | list[str] | None:
+    """The license that a dataset's page on the hub names. None: a local path, no network, or the
+    page names none."""
+    hub_id = path_or_hub_id.partition(":")[0]
+    if not is_hub_id(hub_id):
+        return None
+    from huggingface_hub import dataset_info
+
+    try:
+        card = dataset_info(hub_id, timeout=10).card_data
+    except Exception:  # whatever the network raises; the files may be in the cache
+        return None
+    return card.get("license") if card else None
 
 
 def number_of_rows(files: list[Path], form: Form) -> int | None:

@@ -54,9 +54,8 @@ class Stretch:
 def stretches(dataset: Dataset, row: int) -> list[Stretch]:
     """A row cut where its mask changes; for a pair, the prompt, the chosen, the rejected."""
     found = []
-    per_row = 2 if dataset.store.paired else 1
-    for side in range(per_row):
-        sequence = dataset.sequence(per_row * row + side)
+    for side in range(dataset.per_row):
+        sequence = dataset.sequence(dataset.per_row * row + side)
         kind = dataset.sides[sequence.sign]
         learned = np.zeros(len(sequence.tokens), dtype=bool)
         learned[sequence.supervised()] = True

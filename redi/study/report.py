@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -143,13 +144,15 @@ def figures(results: Results) -> dict[str, bytes]:
             scored = [dict(run.on_the_way) for run in runs]
             steps = set.intersection(*map(set, scored))
             points = {0: stage_1} | {step: [scores[step] for scores in scored] for step in steps}
-            points[max(len(run.curves["chosen_logp"]) for run in runs)] = row.scores
+            last = max(step for run in runs for step, _ in chain(*run.curves.values()))
+            points[last] = row.scores
             label = f"{row.method} ({row.name})"
             accuracy.append(Line("", label, points, f"C{position}o{dashes}"))
             for side, color in (("chosen", "C0"), ("rejected", "C3")):
-                per_step = zip(*(run.curves[f"{side}_logp"] for run in runs))
+                values = [dict(run.curves[f"{side}_logp"]) for run in runs]
+                steps = set.intersection(*map(set, values))
                 label = f"{side}, lr {as_text(row.settings['lr'])}"
-                points = dict(enumerate(per_step, start=1))
+                points = {step: [one[step] for one in values] for step in steps}
                 log_probs.append(Line(row.method, label, points, color + dashes))
     if not any(run.on_the_way for run in results.runs):
         accuracy = []

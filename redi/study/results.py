@@ -45,7 +45,7 @@ class Run(Variant):
     pass_at_n: float  # mean over benchmarks
     mean_tokens: float
     on_the_way: list[tuple[int, float]]  # (step, pass@1) during training
-    curves: dict[str, list[float]]  # one value per step
+    curves: dict[str, list[tuple[int, float]]]  # (step, value) where a step has one
     collapsed_at: int | None  # the step at which the guard warned
 
 
@@ -115,7 +115,7 @@ def _run(study: Study, model: Model) -> Run:
         **_read_scores(model.folder / "eval"),
         # The last score is of the end, where the final evaluation counts.
         on_the_way=[(score["step"], score["pass_at_1"]) for score in during[:-1]],
-        curves={key: [record[key] for record in records if key in record] for key in CURVES},
+        curves={key: [(r["step"], r[key]) for r in records if key in r] for key in CURVES},
         collapsed_at=None if model.method == STAGE_1 else collapsed_at,
     )
 
