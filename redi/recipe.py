@@ -146,8 +146,9 @@ class REDIConfig(TrainConfig):
                 hint = f" (published: {published:g})" if published else ""
                 raise UserError(f"--{name} is missing: {self.objective} needs it{hint}")
         if self.alpha is not None:
-            # Above 1, the rejected trace would weigh more than the chosen one.
-            is_share = self.objective in ("redi", "redi_weighted", "uft")
+            # Above 1, a rejected trace would weigh more than a chosen one. That may be right for
+            # redi on labeled rows, of which few are wrong.
+            is_share = self.objective in ("redi_weighted", "uft")
             expected = "within [0, 1]" if is_share else "at least 0"
             require(0 <= self.alpha <= (1 if is_share else math.inf), "alpha", self.alpha, expected)
         require(self.beta is None or self.beta > 0, "beta", self.beta, "above 0")

@@ -4,6 +4,7 @@ benchmark, for a CPU and a few minutes.
     python -m redi.toy OUT       OUT/raw.parquet      teacher traces, with OpenR1-Math-Raw's fields
                                  OUT/student/         an untrained model, a Hugging Face folder
                                  OUT/benchmark.jsonl  problems that no trace is about
+                                 OUT/rows.jsonl       with --right-rows: labeled traces
                                  OUT/config.toml      the flags
 
     Compute modulo 10 from left to right: 6-1-9*7=?        <think>
@@ -20,11 +21,15 @@ traces tell it that guessing fails. The teacher can have other faults (ToyConfig
 Traces are drawn until one is right. Mislabelled traces have a random generator to themselves, so a
 larger share of them includes those of a smaller one, and all other traces stay the same. None is a
 trace that its problem has already, so no pair is lost.
+
+Labeled traces are ten per problem, of which --right-rows are right, drawn from what the teacher
+writes when it is right, and the others from what it writes when it is wrong. They too have a
+generator to themselves, and those of one problem and position are the same whatever --right-rows.
 """
 
 import json
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +46,8 @@ from redi.model import Transformer
 
 MAX_TRACES = 8  # drawn per problem, until one is right
 MAX_REPEATS = 2  # of the chain, in a rambling trace
-MAX_TRIES = 10_000  # for a trace whose label is to be wrong
+MAX_TRIES = 10_000  # for a trace with a given label
+ROWS_PER_PROBLEM = 10
 VOCABULARY = 320  # 256 bytes, 3 control tokens, and a few merges
 # Qwen2's: letters in words, digits one by one, punctuation with the newlines after it.
 PRE_TOKENIZATION = (
@@ -76,6 +82,7 @@ class ToyConfig:
     precedence: Annotated[float, "chance to do multiplications first in a trace"] = 0.0
     rambling: Annotated[float, "chance to go over the chain again, twice at most"] = 0.0
     mislabelled_rejected: Annotated[float, "share of the traces called wrong that are right"] = 0.0
+    right_rows: Annotated[int | None, "also write rows: 10 per problem, so many right"] = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -84,6 +91,8 @@ class ToyConfig:
         for name in ("problems", "benchmark", "operations"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.operations <= 40, "operations", self.operations, "at most 40")
+        is_share = self.right_rows is None or 0 < self.right_rows < ROWS_PER_PROBLEM
+        require(is_share, "right_rows", self.right_rows, f"1 to {ROWS_PER_PROBLEM - 1}")
 
 
 # ---------------------------------------------------------------- problems
@@ -183,7 +192,7 @@ def raw_row(
     for position, is_right in enumerate(labels):
         draw, trace_rng = verifier.random(), random.Random(verifier.getrandbits(64))
         if not is_right and draw < faults.mislabelled_rejected:
-            traces[position] = another_right_trace(trace_rng, problem, faults, drawn)
+            traces[position] = draw_labeled(trace_rng, problem, faults, True, drawn)
     verifiers = ("llama_verification", "math_verify_answer", "math_verify_reparsed_answer")
     return {
         "problem": problem.text, "solution": "", "answer": str(problem.answer),
@@ -195,17 +204,36 @@ def raw_row(
     }  # fmt: skip
 
 
-def another_right_trace(
-    rng: random.Random, problem: Problem, faults: ToyConfig, known: Collection[str]
+def labeled_rows(
+    rng: random.Random, problem: Problem, faults: ToyConfig
+) -> Iterator[dict[str, Any]]:
+    """Rows of stage 2, of which `right_rows` are right. Which positions these are, and a position's
+    right and wrong trace, depend on rng alone."""
+    order = rng.sample(range(ROWS_PER_PROBLEM), ROWS_PER_PROBLEM)
+    for rank in order:
+        seeds = {label: rng.getrandbits(64) for label in (True, False)}
+        label = rank < faults.right_rows
+        trace = draw_labeled(random.Random(seeds[label]), problem, faults, label)
+        yield {"prompt": problem.text, "completion": trace, "label": label}
+
+
+def draw_labeled(
+    rng: random.Random,
+    problem: Problem,
+    faults: ToyConfig,
+    label: bool,
+    known: Collection[str] = (),
 ) -> str:
-    """One that is not among the known ones. Raises UserError if this teacher never writes one."""
+    """A right or a wrong trace that is not among the known ones. Raises UserError if this teacher
+    never writes one."""
     for _ in range(MAX_TRIES):
         trace, is_right = draw_trace(rng, problem, faults)
-        if is_right and trace not in known:
+        if is_right == label and trace not in known:
             return trace
+    flag, kind = ("--mislabelled-rejected", "other ") if known else ("--right-rows", "")
     raise UserError(
-        f"--mislabelled-rejected: this teacher writes no other right trace of {problem.text!r} in "
-        f"{MAX_TRIES:,} tries; change its other faults"
+        f"{flag}: this teacher writes no {kind}{'right' if label else 'wrong'} trace of "
+        f"{problem.text!r} in {MAX_TRIES:,} tries; change its other faults"
     )
 
 
@@ -284,6 +312,14 @@ def main() -> None:
         taught = draw_problems(rng, config.problems, operations, others=held_out)
     verifier = random.Random(f"{config.seed} verifier")
     rows = [raw_row(rng, verifier, problem, config) for problem in taught]
+    tests = [
+        {"id": number, "problem": problem.text, "answer": str(problem.answer)}
+        for number, problem in enumerate(held_out)
+    ]
+    files = {"benchmark.jsonl": tests}
+    if config.right_rows:
+        rng = random.Random(f"{config.seed} rows")
+        files["rows.jsonl"] = [row for one in taught for row in labeled_rows(rng, one, config)]
 
     out = Path(config.out)
     make_folder(out)
@@ -291,10 +327,9 @@ def main() -> None:
         file.write(to_toml(config))
     with write_aside(out / "raw.parquet", binary=True) as file:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    with write_aside(out / "benchmark.jsonl") as file:
-        for number, problem in enumerate(held_out):
-            row = {"id": number, "problem": problem.text, "answer": str(problem.answer)}
-            file.write(json.dumps(row) + "\n")
+    for name, content in files.items():
+        with write_aside(out / name) as file:
+            file.writelines(json.dumps(row) + "\n" for row in content)
     # A thousand rows hold every merge that a vocabulary of this size has room for.
     texts = [text for row in rows[:1000] for text in (row["problem"], *row["generations"])]
     make_student(out / "student", texts, config.seed)

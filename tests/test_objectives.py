@@ -143,7 +143,7 @@ def test_an_objective_without_its_own_parameters_is_refused_and_so_is_anothers(n
 
 REFUSED_SETTINGS = [
     ({"objective": "dpo_norm"}, "--beta is missing: dpo_norm needs it (published: 5)"),
-    # A share in redi's kind of loss, a weight in the others.
+    # A share in two losses, a weight in the others.
     (
         {"objective": "redi_weighted", "alpha": 1.5, "gamma": 1.0},
         "--alpha: expected within [0, 1]; got 1.5",
@@ -163,6 +163,7 @@ REFUSED_SETTINGS = [
 def test_a_setting_out_of_range_or_missing_is_refused_by_name(settings, message):
     assert refusal(redi_config, **settings) == message
     assert redi_config(objective="dpop", beta=0.3, alpha=50.0).alpha == 50.0
+    assert redi_config(objective="redi", alpha=1.5).alpha == 1.5  # for rows of which few are wrong
 
 
 # ---------------------------------------------------------------- whole runs

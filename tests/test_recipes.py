@@ -16,7 +16,7 @@ PROGRAMS = {
     "eval_tables": EvalConfig, "eval_tuning": EvalConfig, "dialogue_tutor": SFTConfig,
     "dialogue_student": SFTConfig, "dialogue_judge": SFTConfig, "dialogue_redi": REDIConfig,
 }  # fmt: skip
-STUDIES = ("study_labels", "study_paper", "study_toy")
+STUDIES = ("study_cliff", "study_labels", "study_paper", "study_toy")
 
 
 def load(name: str):
@@ -52,3 +52,18 @@ def test_baselines_start_from_the_model_of_three_epochs(name):
     sft = load("sft_3_epochs")
     assert (sft.epochs, sft.lr, sft.rows_per_step) == (3, 5e-5, 128)
     assert load(name).model == sft.out
+
+
+def test_the_cliffs_alphas_are_the_same_multiples_of_what_the_theorem_predicts():
+    found = {}
+    for model in read_study(RECIPES / "study_cliff.toml").models:
+        if settings := model.settings:
+            share, v = settings["right_rows"] / 10, settings.get("baseline")
+            alpha = settings["alpha"] if v is None else v / (1 - v)
+            multiple = alpha * (1 - share) / share
+            found.setdefault((settings["objective"], share, model.seed), []).append(multiple)
+    assert set(found) == {
+        (o, s, seed) for o in ("redi", "asymre") for s in (0.3, 0.5, 0.7) for seed in (1, 2, 3)
+    }
+    for multiples in found.values():
+        assert multiples == pytest.approx([0.5, 0.9, 1.1, 1.5], rel=1e-3)

@@ -88,6 +88,8 @@ def program_of(job: Job) -> str:
         (STUDY[: STUDY.index("[stage1]")], "seeds = [1]\nmislabelled = [0.5]\n", "need [toy]"),
         ("operations = 2", "operations = 2.5", "toy: --operations: expected a whole number"),
         ("impatience = 0.5", "seed = 3", "toy: key 'seed': not one that a study's file can set"),
+        ("impatience = 0.5", "right_rows = 3", "toy: key 'right_rows': not one that a study's"),
+        ("lr = [1e-4, 1e-3]", "lr = 1e-4\nright_rows = 0", "toy: --right-rows: expected 1 to 9"),
         ("epochs = 1", "epoch = 1", "[stage1]: unrecognized arguments: --epoch 1"),
         ("max_new_tokens = 12", "top_p = 2", "[evaluation]: --top-p: expected within (0, 1]"),
         ('name = "REDI"', "", "[[method]] 1: key 'name': expected a name"),
@@ -142,6 +144,20 @@ def test_stage_1_is_trained_once_for_all_methods_and_all_shares_of_mislabelled_t
     assert f"--model o/seed-2/sft --data {data}/pairs.jsonl" in str(noisy)
     products = [job.product for job in wanted]
     assert all(products.index(n) < products.index(job.product) for job in wanted for n in job.needs)
+
+
+def test_a_method_with_right_rows_learns_from_labeled_rows_and_from_the_shared_stage_1(write_study):
+    more = '[[method]]\nname = "rows"\nobjective = "asymre"\nbaseline = 0.2\nlr = 1e-4\n'
+    wanted = jobs(read_study(write_study(more=f"{more}right_rows = [3, 7]\n"), "o"))
+    counts = Counter(map(program_of, wanted))
+    assert counts == {"toy": 6, "prepare": 6, "train-sft": 2, "train-redi": 8, "evaluate": 10}
+    by_name = {job.name: str(job) for job in wanted}
+    data = "o/seed-2/data-right-rows-7"
+    train = by_name["o/seed-2/rows-baseline-0.2-lr-1e-4-right_rows-7"]
+    assert f"--model o/seed-2/sft --data {data}/rows.jsonl" in train
+    assert "right-rows" not in train.replace(data, "")
+    assert by_name[f"{data}/student"].endswith("--right-rows 7")
+    assert "right-rows" not in by_name["o/seed-2/data/student"] + by_name["o/seed-2/redi-lr-1e-4"]
 
 
 def test_shares_that_differ_by_little_have_their_own_data_and_models(write_study):

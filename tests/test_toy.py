@@ -11,7 +11,7 @@ from processes import main_in_this_process
 
 from redi import toy
 from redi.config import UserError
-from redi.toy import Problem, ToyConfig, draw_problems, draw_trace, raw_row
+from redi.toy import Problem, ToyConfig, draw_problems, draw_trace, labeled_rows, raw_row
 
 CAREFUL = {"impatience": 0.0, "slip": 0.0}
 # Of the rows below, as the program wrote them before the teacher had other faults.
@@ -89,9 +89,44 @@ def test_a_trace_that_the_teacher_never_writes_is_an_error():
         rows_of(50, **two_ways, mislabelled_rejected=1.0)
 
 
-def test_an_impossible_fault_names_its_flag():
-    with pytest.raises(UserError, match=r"--rambling: expected within \[0, 1\]; got 1.5"):
-        ToyConfig(out="unused", rambling=1.5)
+def test_of_a_problems_ten_labeled_rows_as_many_are_right_as_asked_for():
+    def rows_with(right: int) -> list[dict]:
+        rng, config = random.Random(5), ToyConfig(out="unused", right_rows=right)
+        return [row for problem in problems for row in labeled_rows(rng, problem, config)]
+
+    problems = draw_problems(random.Random(4), 100, 4)
+    few, many = rows_with(3), rows_with(7)
+    for start, problem in zip(range(0, 1000, 10), problems, strict=True):
+        for rows, right in ((few, 3), (many, 7)):
+            of_problem = rows[start : start + 10]
+            assert {row["prompt"] for row in of_problem} == {problem.text}
+            assert sum(row["label"] for row in of_problem) == right
+            assert all(
+                row["label"] == (boxed(row["completion"]) == str(problem.answer))
+                for row in of_problem
+            )
+    assert len({tuple(row["label"] for row in few[n : n + 10]) for n in range(0, 1000, 10)}) > 50
+    same = [one == other for one, other in zip(few, many, strict=True)]
+    assert sum(same) == 600  # the other 4 of a problem's 10 are right only in the second
+    assert all(s or (not one["label"] and other["label"]) for s, one, other in zip(same, few, many))
+
+
+def test_a_teacher_that_is_never_wrong_has_no_wrong_row():
+    config = ToyConfig(out="unused", **CAREFUL, right_rows=9)
+    with pytest.raises(UserError, match=r"--right-rows: this teacher writes no wrong trace of"):
+        list(labeled_rows(random.Random(0), WORKED, config))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"rambling": 1.5}, r"--rambling: expected within \[0, 1\]; got 1.5"),
+        ({"right_rows": 10}, "--right-rows: expected 1 to 9; got 10"),
+    ],
+)
+def test_an_impossible_fault_names_its_flag(fault, message):
+    with pytest.raises(UserError, match=message):
+        ToyConfig(out="unused", **fault)
 
 
 def test_a_student_that_cannot_be_written_is_one_line_and_no_half_file(tmp_path, capsys):

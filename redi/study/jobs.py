@@ -64,12 +64,14 @@ def jobs(study: Study, gpus: int = 0) -> list[Job]:
 
 def _jobs_of(model: Model, study: Study, gpus: int) -> Iterator[Job]:
     """The jobs of one model. `fixed`: the flags that the study sets itself."""
-    folder, share = model.folder.parent, model.mislabelled
-    data = folder / (f"data-mislabelled-{as_text(share)}" if share else "data")
+    folder, share, settings = model.folder.parent, model.mislabelled, dict(model.settings)
+    rows = settings.pop("right_rows", None) if model.toy is not None else None
+    differing = {"mislabelled": share, "right-rows": rows}  # what only stage 2 learns from
+    data = folder / "-".join(["data", *(f"{k}-{as_text(v)}" for k, v in differing.items() if v)])
     card, benchmark = data / "card.json", folder / "data/benchmark.jsonl"
     if model.toy is not None:
         where, student = f"{study.path}: toy {model.teacher}".strip(), data / "student/config.json"
-        fixed = {"seed": model.seed, "mislabelled_rejected": share}
+        fixed = {"seed": model.seed, "mislabelled_rejected": share, "right_rows": rows}
         given = {"benchmark_seed": BENCHMARK_SEED, **model.toy}
         flags, config = _flags(where, ToyConfig, given, fixed, str(data))
         yield Job(_program("toy", flags), [], student, config)
@@ -84,9 +86,9 @@ def _jobs_of(model: Model, study: Study, gpus: int) -> Iterator[Job]:
         command, config_class = "train-sft", SFTConfig
     else:
         where = f"{study.path}: [stage2] and [[method]] {model.method!r}"
-        given = study.stage2 | model.settings
+        given = study.stage2 | settings
         fixed["model"], needs = folder / "sft", [folder / "sft/config.json"]
-        toy = {"data": data / "pairs.jsonl"}
+        toy = {"data": data / ("pairs.jsonl" if rows is None else "rows.jsonl")}
         toy |= {"eval_benchmark": benchmark} if "eval_every" in given else {}
         command, config_class = "train-redi", REDIConfig
     if model.toy is not None:
@@ -112,11 +114,13 @@ def _flags(
     where: str, config_class: type, given: Flags, fixed: Flags, *first: str
 ) -> tuple[list[str], Any]:
     """(arguments of a program, what it reads from them). first: positional arguments; given: flags
-    from the study's file; fixed: flags that the study sets itself."""
+    from the study's file; fixed: flags that the study sets itself, None for a default."""
     if wrong := given.keys() & {*fixed, "help"}:
         raise UserError(f"{where}: key {min(wrong)!r}: not one that a study's file can set")
     arguments = list(first)
     for key, value in (given | fixed).items():
+        if value is None:
+            continue
         values = value if isinstance(value, list) else [value]
         arguments += [f"--{key.replace('_', '-')}", *map(as_text, values)]
     try:

@@ -18,10 +18,11 @@
     objective = "dpo"                  # combined: each value with each value of the other lists
     lr = [1e-4, 3e-4]
     beta = 0.1
+    right_rows = 3                     # with [toy]: not pairs but labeled rows, 3 of 10 right
 
-Stage 1 is trained once per teacher and seed, and shared by all methods and shares of mislabelled
-traces, which change pairs, not positives. A toy's benchmark is the same for all seeds, so seeds
-differ only in data, data order and initialization. Left out: a search.
+Stage 1 is trained once per teacher and seed, and shared by all methods, shares of mislabelled
+traces and labeled rows, which change what stage 2 alone learns from. A toy's benchmark is the same
+for all seeds, so seeds differ only in data, data order and initialization. Left out: a search.
 """
 
 import itertools
