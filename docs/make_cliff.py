@@ -1,10 +1,10 @@
-"""The cliff at alpha = 1: the table, the verdicts and the picture of docs/study.md.
+"""The cliff at alpha = 1: the table, the tests and the picture of docs/study.md.
 
     redi study recipes/study_cliff.toml                       -> out/study_cliff/study.json
     python docs/make_cliff.py [out/study_cliff/study.json]    prints Markdown
                                                               -> docs/study/cliff.png
 
-The rules by which it judges were written before the study was run; docs/study.md states them.
+The rules were written before the study was run; docs/study.md states and applies them.
 """
 
 import json
@@ -60,7 +60,7 @@ def main() -> None:
     results = json.loads(Path(*sys.argv[1:2] or ["out/study_cliff/study.json"]).read_text())
     runs: dict[tuple, list[dict]] = {}  # (objective, share, alpha / alpha*) -> one run per seed
     stage_1: dict[int, float] = {}  # seed -> pass@1
-    for run in results["runs"]:
+    for run in sorted(results["runs"], key=lambda run: run["seed"]):
         if run["method"] == STAGE_1:
             stage_1[run["seed"]] = run["pass_at_1"]
         else:
@@ -87,10 +87,10 @@ def main() -> None:
         print(f"- {objective}, {share:g} right: {where}.")
     for objective in sorted({objective for objective, *_ in runs}):
         for above, below in ORDER:
-            pairs = zip(runs.get((objective, *below), []), runs.get((objective, *above), []))
-            if differences := [a["pass_at_1"] - b["pass_at_1"] for a, b in pairs]:
-                better, worse = (f"{s:g} right at {m:g} alpha*" for s, m in (below, above))
-                print(f"- {objective}: {better} is {with_p(differences)} above {worse}.")
+            pairs = zip(runs[objective, *below], runs[objective, *above], strict=True)
+            differences = [a["pass_at_1"] - b["pass_at_1"] for a, b in pairs]
+            better, worse = (f"{s:g} right at {m:g} alpha*" for s, m in (below, above))
+            print(f"- {objective}: {better} is {with_p(differences)} above {worse}.")
     draw(runs, fmean(stage_1.values()))
 
 

@@ -152,9 +152,9 @@ def evaluate(stages: Stages, model: str) -> None:
     flags = f"{SCENES} {SHORT} --student world --judge {{out}}/second --out {{out}}/eval/judged"
     flags += " --judge-settings {out}/agreement_likelihood.json"
     stages.run("eval/judged/report.md", f"redi dialogue evaluate {{out}}/tutor {flags}")
-    for first in ("prompted", "redi"):
-        print(f"\ntutor against {first}:")
-        runs = [str(stages.out / "eval" / name) for name in (first, "tutor")]
+    for first, second in (("prompted", "tutor"), ("tutor", "redi")):
+        print(f"\n{second} against {first}:")
+        runs = [str(stages.out / "eval" / name) for name in (first, second)]
         compare = ["redi", "dialogue", "report", *runs]
         subprocess.run([sys.executable, "-m", *compare], cwd=ROOT, check=True)
 

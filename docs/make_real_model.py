@@ -39,8 +39,8 @@ KEPT = (
     "--save-every 20 --keep 1 --cache {out}/tokens"
 )
 STAGE_1 = f"{KEPT} --lr 5e-4 --rows-per-step 8 --epochs 1"
-# The same number of pairs for all: the teacher's pairs and the model's own are not equally many.
-STAGE_2 = f"{KEPT} --rows-per-step 4 --max-steps 60"
+# 240 pairs for all. If the model's own are fewer, some are seen twice.
+STAGE_2 = f"{KEPT} --rows-per-step 4 --epochs 2 --max-steps 60"
 # No prefix: the base model does not think, and answers are compared if they are read by one rule.
 SAMPLED = "--samples 4 --prefix= --slots 128 --grader math-verify --graders 1"
 TRAINED = f"{SAMPLED} --user-prompt plain --max-new-tokens 200"

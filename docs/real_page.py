@@ -46,21 +46,21 @@ def write_page(out: Path, runs: dict[str, str], rates: tuple[str, ...]) -> str:
     graded = {name: graded_test(out / f"test/{name}") for name in ("base", *runs)}
     scores = {name: score(one) for name, one in graded.items()}
     logs = {name: train_records(out / run) for name, run in runs.items()}
+    stage_2 = {name: records for name, records in logs.items() if not name.startswith("sft")}
+    losses = {name: records for name, records in logs.items() if name not in stage_2}
     page = out / "page"
     page.mkdir(exist_ok=True)
     parts = {
         "Models": f"{model_table(out, scores, runs)}\n\n{unboxed(out)}",
         "By the number of calculations": steps_table(scores),
         "Paired tests": tests_table(out, graded),
-        "Log-probs": log_prob_table(logs),
+        "Log-probs": log_prob_table(stage_2),
         "Learning rates": rates_table(out, rates),
         "Cost": cost(out),
         "Answers": answers(out, "sft-1", "redi-1"),
     }
     with write_aside(page / "results.md") as file:
         file.write("\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items()) + "\n")
-    stage_2 = {name: records for name, records in logs.items() if not name.startswith("sft")}
-    losses = {name: records for name, records in logs.items() if name not in stage_2}
     draw(page / "stage_1.png", [(loss_curves, losses), (sweep, out, rates)])
     draw(
         page / "log_probs.png", [(log_probs, *one) for one in stage_2.items() if one[0][-1] == "1"]

@@ -146,11 +146,11 @@ class REDIConfig(TrainConfig):
                 hint = f" (published: {published:g})" if published else ""
                 raise UserError(f"--{name} is missing: {self.objective} needs it{hint}")
         if self.alpha is not None:
-            # Above 1, a rejected trace would weigh more than a chosen one. That may be right for
-            # redi on labeled rows, of which few are wrong.
-            is_share = self.objective in ("redi_weighted", "uft")
-            expected = "within [0, 1]" if is_share else "at least 0"
-            require(0 <= self.alpha <= (1 if is_share else math.inf), "alpha", self.alpha, expected)
+            # Above 1, redi_weighted's rejected trace would weigh more than the chosen one, and uft
+            # would push right traces down. redi may weigh wrong rows more, if few are wrong.
+            most = 1 if self.objective in ("redi_weighted", "uft") else math.inf
+            expected = "at least 0" if most > 1 else "within [0, 1]"
+            require(0 <= self.alpha <= most, "alpha", self.alpha, expected)
         require(self.beta is None or self.beta > 0, "beta", self.beta, "above 0")
         require(self.baseline is None or self.baseline < 1, "baseline", self.baseline, "below 1")
 

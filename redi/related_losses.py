@@ -169,9 +169,10 @@ def asymre_loss(chosen_sum: Tensor, rejected_sum: Tensor, baseline: float) -> Te
     """-(1 - V) * S_w + V * S_l, per pair (P,); V is the baseline. Worked, baseline 0.4: -1.24
 
     Asymmetric REINFORCE (arXiv 2506.20520): -(r - V) * S of a trace of reward r, 1 if right, else
-    0. In theory it improves the model while V is below the share of right traces, and collapses it
-    from there on. Gradient: -(1 - V) on every chosen token, +V on every rejected one; with means it
-    were REDI's at alpha V / (1 - V). Labeled rows: sum / (N / 2), twice the paper's mean.
+    0. In theory the model improves while V is below the share of right traces; from there on it
+    ends with a single trace. Gradient: -(1 - V) on every chosen token, +V on every rejected one;
+    with means it would be REDI's at alpha V / (1 - V), up to a factor. Labeled rows: sum / (N / 2),
+    twice the paper's mean.
     """
     return -(1.0 - baseline) * chosen_sum + baseline * rejected_sum
 
@@ -194,7 +195,7 @@ def uft_loss(logps: Sequence[Tensor], signs: Sequence[int], alpha: float) -> Ten
     2504.11364), with 1e-8 added to 1 - pi_t, as in its code. Worked, alpha 0.5, both: 0.227436
     Gradient: -(1 - alpha)/|y| on every right token, +alpha pi_t / (1 - pi_t) / |y| on a wrong one.
     Labeled rows: sum / (N / 2); the authors' code takes the mean over all tokens of a batch's right
-    rows, and that over those of as many wrong ones.
+    rows, and adds the same mean over an equal number of wrong rows.
     """
     of_sign = {
         1: lambda trace: -(1.0 - alpha) * trace.mean(),

@@ -82,7 +82,7 @@ class ToyConfig:
     precedence: Annotated[float, "chance to do multiplications first in a trace"] = 0.0
     rambling: Annotated[float, "chance to go over the chain again, twice at most"] = 0.0
     mislabelled_rejected: Annotated[float, "share of the traces called wrong that are right"] = 0.0
-    right_rows: Annotated[int | None, "also write rows: 10 per problem, so many right"] = None
+    right_rows: Annotated[int | None, "also write rows: 10 per problem, this many right"] = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -337,7 +337,8 @@ def main() -> None:
     traces = sum(len(row["generations"]) for row in rows)
     print(
         f"{out}: raw.parquet ({len(rows):,} problems, {traces:,} traces, {right:.0%} right at the "
-        f"first try), student/, benchmark.jsonl ({config.benchmark:,} problems)"
+        f"first try), student/, "
+        + ", ".join(f"{name} ({len(content):,} rows)" for name, content in files.items())
     )
 
 

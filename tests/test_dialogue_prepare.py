@@ -148,7 +148,11 @@ def test_a_pair_is_the_first_good_and_the_first_bad_reply_of_a_state():
         "no bad reply", "no good reply", "rejected is also labeled good"
     )] == [1, 1, 1]  # fmt: skip
     learned = [to_example(r, "x", "rows").responses[0][-1]["content"] for r in found["tutor"]]
-    assert learned == ["?", "a", "a"]  # nothing of the state without a good reply
+    assert learned == [
+        "Tea!",
+        "a",
+        "a",
+    ]  # no reply without a label, or of a state without a good one
     weights = [m.get("weight") for m in found["tutor"][1]["messages"]]
     assert weights == [None, 0, None, 0, None, None]  # the history comes in other rows
     assert "student" not in found
@@ -295,7 +299,7 @@ def test_every_row_that_is_left_out_is_counted():
         row(scenario=long),
         row(scenario="nowhere"),
         row(TALK[:3], [None, None, "wrong"]),
-        row(TALK[:2], replies=[{"content": " "}, {"content": "Tea."}]),
+        row(TALK[:2], replies=[{"content": " "}, {"content": "Tea.", "label": "good"}]),
     ]
     prepared(rows)
     facts = card()

@@ -123,11 +123,8 @@ def to_example(row: Row, where: str, kind: str) -> Example:
 
 
 def _signed_weight(row: Row, where: str) -> float:
-    """Of a labeled row its weight, 1 if it names none, times -1 if the row is wrong; of another row
-    1."""
-    label, weight = row.get("label"), row.get("weight")
-    if label is None:
-        return 1.0
+    """A row's weight, 1 if it names none; times -1 if its label is false."""
+    label, weight = row.get("label", True), row.get("weight")
     weight = 1.0 if weight is None else weight
     if not isinstance(label, bool):  # 0 and 1 may be scores, or classes
         raise UserError(f"{where}: 'label' must be true or false; got {label!r:.40}")

@@ -43,17 +43,17 @@ class AgreementConfig:
 
 
 def labeled_replies(
-    files: Sequence[str], seen: set[str], left_out: Counter[str]
+    files: Sequence[str], already_read: set[str], left_out: Counter[str]
 ) -> dict[str, list[Reply]]:
     """replies, hints -> those that have a label; the others are counted, as are dialogues that are
-    in `seen`, to which the others are added."""
+    in `already_read`, to which the others are added."""
     found: dict[str, list[Reply]] = {"replies": [], "hints": []}
     for dialogue in (one for file in files for one in read_dialogues(file, {})):
         content = json.dumps([dialogue.scenario.id, dialogue.messages, dialogue.replies])
-        if content in seen:
+        if content in already_read:
             left_out["repeated dialogues"] += 1
             continue
-        seen.add(content)
+        already_read.add(content)
         for reply in dialogue.all_replies():
             kind = "hints" if reply.is_hint else "replies"
             if reply.label is not None:
@@ -125,8 +125,10 @@ def main() -> None:
     use_templates(config.templates)
     left_out: Counter[str] = Counter()
     sources = {"seen": config.files, "unseen": config.unseen, "dev": config.dev}
-    seen: set[str] = set()
-    replies = {side: labeled_replies(files, seen, left_out) for side, files in sources.items()}
+    already_read: set[str] = set()
+    replies = {
+        side: labeled_replies(files, already_read, left_out) for side, files in sources.items()
+    }
     dev, groups = replies.pop("dev"), {}
     for side, kinds in replies.items():
         if sources[side]:

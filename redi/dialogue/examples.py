@@ -30,11 +30,12 @@ def message(role: str, content: str) -> Message:
 
 def tutor_row(dialogue: Dialogue, seed: int, hint_share: float, counts: Counter[str]) -> Row | None:
     """None if there is no reply to learn. counts: that, the student's turns, and the hints before
-    them. Of several last replies, only the first right one is learned, and neither hints nor
-    earlier replies are: the earlier turns come again in the rows of other states."""
+    them. Of several last replies, only the first that is labeled good is learned, and neither hints
+    nor earlier replies are: the earlier turns come again in the rows of other states."""
     scenario, several = dialogue.scenario, bool(dialogue.replies)
     identity = [scenario.id, [(said["role"], said["content"]) for said in dialogue.messages]]
-    right = [reply["content"] for reply in dialogue.replies if is_right(reply)][:1]
+    labeled = (reply for reply in dialogue.replies if reply.get("label"))
+    right = [reply["content"] for reply in labeled if is_right(reply)][:1]
     turns, learned = [message("system", scenario.prompt("tutor"))], len(right)
     drawn: Counter[str] = Counter()
     for number, said in enumerate(dialogue.messages):

@@ -2,7 +2,7 @@
 
 The state of a dialogue follows from the words of the scenario that the student has said, and a
 reply is read the same way: which choice its questions name, which options and prices it states,
-whether it ends. How it is worded does not matter, so replies of any model can be labeled.
+whether it ends. Only such words count, so replies of any model can be labeled.
 """
 
 import re
@@ -29,7 +29,7 @@ NEGATION = re.compile(r"\b(no|not|sorry|cannot|can't|don't|isn't|out of)\b", re.
 
 @cache
 def topics() -> dict[str, tuple[str, str, str, list[str]]]:
-    """Topic -> place, tutor, what is chosen there, and seven of them."""
+    """Topic -> (place, tutor, the topic's own choice, its seven options)."""
     lines = Path(__file__).with_name("topics.txt").read_text("utf-8").splitlines()
     rows = (line.split("|") for line in lines)
     return {topic: (*facts, items.split(", ")) for topic, *facts, items in rows}
