@@ -375,6 +375,8 @@ def test_rates_are_corrected_where_the_judge_was_measured(tmp_path):
     assert "corrected" not in found["sides"]["unseen"]["rates"]["response success"]
     low, high = (f"{100 * end:.1f}" for end in expected[1:])
     assert ["  corrected", f"90.5 [{low}, {high}]", ""] in report.cells(found)
+    seen["response success"]["corrected"] = None  # no share of good replies fits
+    assert ["  corrected", "none fits", ""] in report.cells(found)
 
 
 def test_without_a_judge_only_counts_are_reported():

@@ -128,8 +128,9 @@ def cells(found: Row) -> Cells:
     sides = found["sides"].values()
     rows = [["", *found["sides"]]]
     for name in (RESPONSE, SUGGESTION, SESSION):
+        rates = [one["rates"].get(name, {}) for one in sides]
         for line in ("rate", *(f"interval by {by}" for by in KEYS), "corrected"):
-            values = [_percent(one["rates"].get(name, {}).get(line)) for one in sides]
+            values = [_percent(one[line]) if line in one else "" for one in rates]
             rows += [[name if line == "rate" else f"  {line}", *values]] if any(values) else []
     # By name, so that all kinds of a fault are together.
     for name in sorted({name for one in sides for name in one["counts"]}):
@@ -138,9 +139,9 @@ def cells(found: Row) -> Cells:
 
 
 def _percent(value: float | Sequence[float] | None) -> str:
-    """Of a rate, of the ends of an interval, or of a rate and these."""
+    """Of a rate, of the ends of an interval, or of a rate and these. None: see corrected_rate."""
     if not isinstance(value, Sequence):
-        return "" if value is None else f"{100 * value:.1f}"
+        return "none fits" if value is None else f"{100 * value:.1f}"
     *rate, low, high = (f"{100 * one:.1f}" for one in value)
     return f"{' '.join(rate)} [{low}, {high}]".strip()
 
