@@ -315,7 +315,11 @@ def test_stage_1_learns_from_the_right_rows_and_counts_the_others(rows, capsys):
     assert "left out: 1 weight 0" in capsys.readouterr().out
     losses = [records(name)[0]["loss"] for name in ("weighed", "positives")]
     assert losses[0] == pytest.approx(2 * losses[1], rel=1e-6)
-    for label in (1, "false"):
+    unlabeled = [{k: row[k] for k in ("prompt", "completion", "weight")} for row in weighed[::2]]
+    write_jsonl(Path("labeled.jsonl"), unlabeled)  # a weight needs no label
+    run(sft_config(data="labeled.jsonl", out="unlabeled"))
+    assert records("unlabeled")[0]["loss"] == pytest.approx(losses[0], rel=1e-6)
+    for label in (1, "false", None):
         write_jsonl(Path("labeled.jsonl"), [*rows, {**rows[0], "label": label}])
         message = refusal(run, sft_config(data="labeled.jsonl", out="other"))
         assert message == f"labeled.jsonl:21: 'label' must be true or false; got {label!r}"
