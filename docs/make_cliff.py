@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from redi.study.plan import STAGE_1
 from redi.study.results import paired_t_test, sem
+from redi.tables import markdown_table
 from redi.toy import ROWS_PER_PROBLEM
 
 PICTURE = Path(__file__).resolve().parent / "study/cliff.png"
@@ -26,7 +27,7 @@ PICTURE = Path(__file__).resolve().parent / "study/cliff.png"
 ORDER = [((0.3, 1.5), (0.7, 0.5)), ((0.3, 1.1), (0.7, 0.9))]
 
 
-def place(settings: dict) -> tuple[str, float, float]:
+def setting_of(settings: dict) -> tuple[str, float, float]:
     """(objective, share of right rows, alpha / alpha*), with AsymRE's alpha V / (1 - V)."""
     share = settings["right_rows"] / ROWS_PER_PROBLEM
     alpha = settings.get("alpha")
@@ -52,6 +53,7 @@ def cliff(collapsed: dict[float, float]) -> float | None:
 
 
 def with_p(differences: list[float]) -> str:
+    """The mean difference over seeds, with the p of a paired t-test if it has one."""
     p = paired_t_test(differences)
     return f"{fmean(differences):+.3f}" + ("" if p is None else f" (p {p:.2g})")
 
@@ -64,23 +66,23 @@ def main() -> None:
         if run["method"] == STAGE_1:
             stage_1[run["seed"]] = run["pass_at_1"]
         else:
-            runs.setdefault(place(run["settings"]), []).append(run)
+            runs.setdefault(setting_of(run["settings"]), []).append(run)
 
-    header = ["objective", "right", "alpha / alpha*", "alpha or V", "pass@1 ± SEM", "gain"]
-    header += ["tokens", "collapsed"]
-    print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    header = ("objective", "right", "alpha / alpha*", "alpha or V", "pass@1 ± SEM", "gain")
+    table = [(*header, "tokens", "collapsed")]
     collapsed: dict[tuple, dict[float, float]] = {}
     for (objective, share, multiple), found in sorted(runs.items()):
         settings, scores = found[0]["settings"], [run["pass_at_1"] for run in found]
         lost = [is_collapsed(run, stage_1[run["seed"]]) for run in found]
         collapsed.setdefault((objective, share), {})[multiple] = fmean(lost)
-        line = [objective, f"{share:g}", f"{multiple:g}"]
-        line.append(f"{settings.get('alpha', settings.get('baseline')):.3g}")
-        line.append(f"{fmean(scores):.3f} ± {sem(scores) or 0:.3f}")
-        line.append(with_p([run["pass_at_1"] - stage_1[run["seed"]] for run in found]))
-        line.append(f"{fmean(run['mean_tokens'] for run in found):.1f}")
-        print(f"| {' | '.join(line)} | {sum(lost)} of {len(lost)} |")
-    print(f"\nStage 1: {fmean(stage_1.values()):.3f}.\n")
+        table.append((
+            objective, f"{share:g}", f"{multiple:g}",
+            f"{settings.get('alpha', settings.get('baseline')):.3g}",
+            f"{fmean(scores):.3f} ± {sem(scores) or 0:.3f}",
+            with_p([run["pass_at_1"] - stage_1[run["seed"]] for run in found]),
+            f"{fmean(run['mean_tokens'] for run in found):.1f}", f"{sum(lost)} of {len(lost)}",
+        ))  # fmt: skip
+    print(f"{markdown_table(table)}\n\nStage 1: {fmean(stage_1.values()):.3f}.\n")
     for (objective, share), found in collapsed.items():
         first = cliff(found)
         where = "no cliff" if first is None else f"a cliff, first seen at {first:g} alpha*"

@@ -5,8 +5,8 @@
 Base model; stage 1; from it REDI, symmetric, DPO and SimPO on the teacher's pairs, and REDI on the
 model's own traces. Learning rates of REDI and DPO are swept on the tuning problems, with seed 1.
 Stages whose result exists are skipped, and a stage that was stopped resumes, so the same command
-resumes the whole after Ctrl-C. OUT/times.json has the seconds of each stage, OUT/page/ every figure
-of docs/real_model.md. Left out: seeds of the data, a sweep of the other objectives.
+resumes the whole after Ctrl-C. OUT/times.json has the seconds of each stage, OUT/page/ the tables
+and pictures. Left out: seeds of the data, a sweep of the other objectives.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import real_task
 from stages import ROOT, Stages
 
 sys.path.insert(0, str(ROOT))  # a script finds only its folder
+
+from real_page import write_page
 
 PROBLEMS = {"test": 250, "tuning": 100, "training": 900}
 OWN_PROBLEMS = 450  # of training, that the stage-1 model answers for REDI on its own traces
@@ -44,7 +46,7 @@ STAGE_2 = f"{KEPT} --rows-per-step 4 --epochs 2 --max-steps 60"
 # No prefix: the base model does not think, and answers are compared if they are read by one rule.
 SAMPLED = "--samples 4 --prefix= --slots 128 --grader math-verify --graders 1"
 TRAINED = f"{SAMPLED} --user-prompt plain --max-new-tokens 200"
-UNTRAINED = f"{SAMPLED} --user-prompt paper --max-new-tokens 320"  # it is told of the box
+UNTRAINED = f"{SAMPLED} --user-prompt paper --max-new-tokens 320"  # which asks for a box
 
 
 def make_task(out: Path) -> None:
@@ -74,8 +76,7 @@ def train_pairs(stages: Stages, method: str, seed: int, rate: str, data: str = "
     return run
 
 
-def evaluate(stages: Stages, made: str, model: str, benchmark: str) -> None:
-    flags = UNTRAINED if made == "test/base" else TRAINED
+def evaluate(stages: Stages, made: str, model: str, benchmark: str, flags: str = TRAINED) -> None:
     command = f"redi evaluate --model {model} --benchmark {{out}}/task/{benchmark}.jsonl {flags}"
     stages.run(f"{made}/report.md", f"{command} --out {{out}}/{made}")
 
@@ -93,7 +94,7 @@ def best_rate(out: Path, method: str) -> str:
 def run_all(stages: Stages, model: str) -> dict[str, str]:
     """Every stage. Returns the trained runs that are compared: name on the page -> folder."""
     stages.run("data/card.json", "redi prepare {out}/task/raw.jsonl --out {out}/data")
-    evaluate(stages, "test/base", model, "test")
+    evaluate(stages, "test/base", model, "test", UNTRAINED)
     runs = {}
     for seed in SEEDS:
         name = runs[f"sft-{seed}"] = f"sft-{seed}"
@@ -129,8 +130,6 @@ def main() -> None:
     make_task(out)
     stages = Stages(out)
     runs = run_all(stages, flags.model)
-
-    from real_page import write_page  # imports redi, which needs its packages
 
     print(write_page(out, runs, RATES))
 

@@ -17,11 +17,13 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+from make_cliff import with_p
 from stages import ROOT, Stages
 
 sys.path.insert(0, str(ROOT))  # a script finds only its own folder
 
-from redi.study.results import paired_t_test, sem
+from redi.study.results import sem
+from redi.tables import markdown_table
 
 TOY = (
     "--operations 8 --problems 2800 --benchmark 200 --benchmark-seed 42 --impatience 0.25 "
@@ -86,8 +88,8 @@ def table(folders: list[Path]) -> str:
         return [json.loads((folder / file).read_text(encoding="utf-8")) for folder in folders]
 
     scores: dict[str, list[float]] = {}
-    header = ["model", "pairs", "pass@1 ± SEM", "tokens", *(f"gain over {one}" for one in OTHERS)]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    gains = (f"gain over {one}" for one in OTHERS)
+    lines = [("model", "pairs", "pass@1 ± SEM", "tokens", *gains)]
     for model, (name, _, pairs) in MODELS.items():
         reports = read(f"{model}/eval/report.json")
         number = fmean(card["pairs"] for card in read(f"{pairs}/card.json")) if pairs else None
@@ -95,19 +97,12 @@ def table(folders: list[Path]) -> str:
         ours = [report["mean_pass_at_1"] for report in reports]
         line = [name, "" if number is None else f"{number:,.0f}"]
         line += [f"{fmean(ours):.3f} ± {sem(ours) or 0:.3f}", f"{tokens:.1f}"]
-        line += [gain(ours, scores.get(other)) for other in OTHERS.values()]
+        for other in OTHERS.values():
+            theirs = scores.get(other)
+            line.append(with_p([a - b for a, b in zip(ours, theirs)]) if theirs else "")
         lines.append(line)
         scores[model] = ours
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def gain(ours: list[float], theirs: list[float] | None) -> str:
-    """The mean difference over seeds, with the p of a paired t-test; "" without other scores."""
-    if theirs is None:
-        return ""
-    differences = [a - b for a, b in zip(ours, theirs)]
-    p = paired_t_test(differences)
-    return f"{fmean(differences):+.3f}" + ("" if p is None else f" (p {p:.2g})")
+    return markdown_table(lines)
 
 
 def main() -> None:

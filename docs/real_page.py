@@ -30,7 +30,7 @@ LABELS = {
     "base": "base", "sft": "stage 1", "redi": "REDI", "dpo": "DPO", "symmetric": "symmetric",
     "simpo": "SimPO", "own": "REDI, own traces",
 }  # fmt: skip
-# Which is compared with which, of the same seed. The base model has none.
+# (first, second) of each comparison, both of the same seed; the base model has no seed.
 TESTS = [
     ("base", "sft"),
     *(("sft", method) for method in ("redi", "dpo", "symmetric", "simpo", "own")),
@@ -62,9 +62,8 @@ def write_page(out: Path, runs: dict[str, str], rates: tuple[str, ...]) -> str:
     with write_aside(page / "results.md") as file:
         file.write("\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items()) + "\n")
     draw(page / "stage_1.png", [(loss_curves, losses), (sweep, out, rates)])
-    draw(
-        page / "log_probs.png", [(log_probs, *one) for one in stage_2.items() if one[0][-1] == "1"]
-    )
+    first_seed = [(log_probs, *one) for one in stage_2.items() if one[0].endswith("-1")]
+    draw(page / "log_probs.png", first_seed)
     draw(page / "accuracy.png", [(accuracy, scores), (lengths, scores)])
     return "\n\n".join([parts["Models"], parts["Paired tests"], f"saved {page}"])
 

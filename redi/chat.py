@@ -53,7 +53,7 @@ class ChatConfig:
     p: Annotated[str | None, "answer this and end"] = None
     scenario: Annotated[str | None, "file: talk in its first scenario"] = None
     templates: Annotated[str | None, "TOML file: the scenario's prompts"] = None
-    judge: Annotated[str | None, "model that judges the tutor's replies at the end"] = None
+    judge: Annotated[str | None, "model that judges the tutor's replies after the dialogue"] = None
     judge_settings: Annotated[str | None, "the judge's agreement.json"] = None
     temperature: Annotated[float, "of sampling; 0 is greedy"] = 0.6
     top_p: Annotated[float, "mass of the nucleus"] = 0.95

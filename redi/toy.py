@@ -91,8 +91,8 @@ class ToyConfig:
         for name in ("problems", "benchmark", "operations"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.operations <= 40, "operations", self.operations, "at most 40")
-        is_share = self.right_rows is None or 0 < self.right_rows < ROWS_PER_PROBLEM
-        require(is_share, "right_rows", self.right_rows, f"1 to {ROWS_PER_PROBLEM - 1}")
+        in_range = self.right_rows is None or 0 < self.right_rows < ROWS_PER_PROBLEM
+        require(in_range, "right_rows", self.right_rows, f"1 to {ROWS_PER_PROBLEM - 1}")
 
 
 # ---------------------------------------------------------------- problems
@@ -337,7 +337,7 @@ def main() -> None:
     traces = sum(len(row["generations"]) for row in rows)
     print(
         f"{out}: raw.parquet ({len(rows):,} problems, {traces:,} traces, {right:.0%} right at the "
-        f"first try), student/, "
+        "first try), student/, "
         + ", ".join(f"{name} ({len(content):,} rows)" for name, content in files.items())
     )
 

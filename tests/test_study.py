@@ -257,7 +257,7 @@ beta = 0.1
 
 def write_run(folder: Path, score: float) -> None:
     """What training and evaluation leave: at step 2 chosen traces become 0.6 nats less likely, and
-    step 5 has none."""
+    step 5 has no chosen traces."""
     benchmark = {"benchmark": "math", "grader": "paper", "pass_at_1": score, "mean_tokens": 7.0}
     report = {"mean_pass_at_1": score, "benchmarks": [benchmark | {"pass_at_k": [score, 1.0]}]}
     (folder / "eval").mkdir(parents=True)

@@ -34,8 +34,7 @@ def tutor_row(dialogue: Dialogue, seed: int, hint_share: float, counts: Counter[
     nor earlier replies are: the earlier turns come again in the rows of other states."""
     scenario, several = dialogue.scenario, bool(dialogue.replies)
     identity = [scenario.id, [(said["role"], said["content"]) for said in dialogue.messages]]
-    labeled = (reply for reply in dialogue.replies if reply.get("label"))
-    right = [reply["content"] for reply in labeled if is_right(reply)][:1]
+    right = [r["content"] for r in dialogue.replies if r.get("label") and is_right(r)][:1]
     turns, learned = [message("system", scenario.prompt("tutor"))], len(right)
     drawn: Counter[str] = Counter()
     for number, said in enumerate(dialogue.messages):

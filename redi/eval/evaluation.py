@@ -99,8 +99,7 @@ def load_unchanged(
     config: EvalConfig, world: World, finished: bool
 ) -> tuple[Transformer, Source, dict[str, str]]:
     """(the model, without weights if the evaluation is finished; its source; hashes of its
-    contents). Raises UserError if the hashes differ from
-    those that the evaluation in config.out recorded."""
+    contents). Raises UserError if the hashes differ from those that config.out recorded."""
     with local_rank_zero_first(world):  # one download per node
         load = open_model if finished else load_model
         model, source = load(config.model, made_by=config.made_by)
