@@ -19,7 +19,8 @@ Parts run in this order, the most valuable facts first:
 Every part is a process: it has the GPU to itself, and if it fails or exceeds its limit the others
 still run. Each result is written to bench/results/gpu.json as soon as it is measured. A peer that
 fails is left out with a line. The exit status is 1 if a part failed or a check of G9 missed a goal.
-Models have random weights and Qwen2.5-Math-1.5B's shape; lengths follow bench/plan.py.
+Models have random weights and Qwen2.5-Math-1.5B's shape; lengths follow
+redi/trace/published.py.
 """
 
 import json
@@ -44,9 +45,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import bench.plan as law
 from bench import inputs, loss, measure, trainer
-from bench.inputs import QWEN, random_model, random_requests
+from bench.inputs import random_model, random_requests
 from bench.measure import clock, free, interleave, peak, result
 from redi import memory
 from redi.attention import packed_attention
@@ -62,6 +62,8 @@ from redi.model import ModelConfig, Transformer
 from redi.monitor import training_flops
 from redi.objectives import Objective, make_objective, sft
 from redi.toy import initialize
+from redi.trace import published as law
+from redi.trace.published import QWEN
 from redi.train import make_optimizer, train_step
 
 ROOT = Path(__file__).parents[1]
@@ -69,8 +71,7 @@ TOTAL_SECONDS = 550.0  # of all parts
 LEAST_SECONDS = 25.0  # with less left, no part is begun
 DENSE_FLOPS = 790e12  # per second: large bf16 matmuls on an H200; not measured here
 PROMPT = 120  # tokens of every row
-COMPLETIONS, MEAN_ANSWER = 1517 * 16, 8192  # of the whole evaluation
-MEDIAN_ANSWER = 6750  # with it, the law of bench/plan.py has a mean of MEAN_ANSWER
+PROBLEMS, SAMPLES, MEAN_ANSWER = sum(law.PROBLEMS.values()), 16, 8192  # of the evaluation
 WARM_STEPS = 4  # of decoding: compiled, recorded, allocated; not timed
 SHAPE = replace(QWEN, max_positions=32_768)
 CHECKED = replace(checks.SMALL, num_layers=4, max_positions=4096)  # of G9
@@ -100,7 +101,7 @@ class Sizes:
     slice_seconds: float = 30.0
 
     def law_lengths(self, count: int, median: float, longest: int) -> np.ndarray:
-        """(N,) quantiles of bench/plan.py's law, scaled to a pack, in random order."""
+        """(N,) quantiles of the published run's law, scaled to a pack, in random order."""
         rng, scale = np.random.default_rng(0), self.pack_tokens / law.LONGEST_TRACE
         drawn = law.draw(rng, 100_000, scale * median, int(scale * longest))
         return rng.permutation(np.quantile(drawn, (np.arange(count) + 0.5) / count)).astype(int)
@@ -362,7 +363,7 @@ def decode_speed(device: torch.device, sizes: Sizes) -> Found:
 def evaluation(device: torch.device, sizes: Sizes) -> Found:
     """G8, without loading, grading, and the end when slots stay empty."""
     model, usage = random_model(sizes.model, device).bfloat16(), StepTimes()
-    median = MEDIAN_ANSWER * sizes.pack_tokens / law.LONGEST_TRACE
+    median = law.MEDIAN_ANSWER * sizes.pack_tokens / law.LONGEST_TRACE
     requests = inputs.requests_under_way(sizes.model, sizes.texts, median, PROMPT)
     for _ in generate(model, requests, [], Sampling(), sizes.texts, usage=usage):
         started = len(usage.times) > WARM_STEPS
@@ -370,8 +371,10 @@ def evaluation(device: torch.device, sizes: Sizes) -> Found:
             break
     edges = np.linspace(WARM_STEPS, len(usage.times) - 1, 6).astype(int).tolist()
     speeds = [sum(usage.rows[a:b]) / (usage.times[b] - usage.times[a]) for a, b in pairwise(edges)]
-    hours = [COMPLETIONS * MEAN_ANSWER / speed / 3600 for speed in speeds]
-    yield "G8_hours", result(hours, 5.0, "hours, PROJECTION: 1,517 x 16 x 8,192 tokens")
+    tokens = PROBLEMS * SAMPLES * MEAN_ANSWER
+    hours = [tokens / speed / 3600 for speed in speeds]
+    what = f"hours, PROJECTION: {PROBLEMS:,} x {SAMPLES} x {MEAN_ANSWER:,} tokens"
+    yield "G8_hours", result(hours, 5.0, what)
     text = f"tokens/s, {np.mean(usage.rows):.0f} rows, {usage.evictions} set aside"
     yield "G8_tok_s", result(speeds, None, text)
 

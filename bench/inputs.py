@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
-import bench.plan as law
 from redi.eval.engine.generate import Request
 from redi.model import ModelConfig, Transformer
+from redi.trace import published as law
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ROLES = ["user", "assistant"]
@@ -33,10 +33,6 @@ SMOLLM2_135M = {  # of HuggingFaceTB/SmolLM2-135M's config.json
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
 }  # fmt: skip
-QWEN = ModelConfig(  # Qwen2.5-Math-1.5B
-    vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
-    num_kv_heads=2, head_dim=128, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=4096,
-)  # fmt: skip
 
 
 def write_inputs(

@@ -26,25 +26,24 @@ import numpy as np
 
 from bench.measure import cpu_seconds, result, write
 from redi.packing import StepPlan, plan
+from redi.trace.published import (
+    LONGEST_OF_PAIR,
+    LONGEST_TRACE,
+    MEDIAN_CHOSEN,
+    MEDIAN_REJECTED,
+    MEDIAN_TRACE,
+    PAIRS,
+    TRACES,
+    draw,
+)  # fmt: skip
 
 RANKS, PACK_TOKENS = 8, 32_768
-TRACES, ROWS_PER_STEP = 77_629, 128
-PAIRS, PAIRS_PER_STEP = 53_175, 32
-SIGMA = 0.75
-MEDIAN_TRACE, MEDIAN_CHOSEN, MEDIAN_REJECTED = 4430, 4040, 5260  # before the cut
-LONGEST_TRACE, LONGEST_OF_PAIR = 32_768, 19_800
+ROWS_PER_STEP, PAIRS_PER_STEP = 128, 32
 ATTENTION = 3.5 * 86e3 / 9.26e9
 ROUNDS = 5
 
 
 # ---------------------------------------------------------------- lengths and plans
-
-
-def draw(rng: np.random.Generator, count: int, median: float, longest: int) -> np.ndarray:
-    lengths = np.zeros(count)
-    while (open_ := (lengths < 1) | (lengths > longest)).any():
-        lengths[open_] = median * np.exp(SIGMA * rng.standard_normal(open_.sum()))
-    return lengths.astype(np.int64)
 
 
 def round_robin(ids: np.ndarray, group: int) -> list[np.ndarray]:

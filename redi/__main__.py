@@ -29,6 +29,7 @@ COMMANDS = {
     "report": ("redi.eval.report", "main", "put evaluations side by side"),
     "regrade": ("redi.eval.grade", "main", "grade the answers of an evaluation again"),
     "export": ("redi.programs", "export", "make a model folder of a checkpoint"),
+    "trace": ("redi.trace.__main__", "main", "what a run needs, on GPUs that are not there"),
     "doctor": ("redi.doctor.__main__", "main", "check this machine: packages, devices, numbers"),
 }
 SUBCOMMANDS = ("regrade",)  # words that their programs read themselves

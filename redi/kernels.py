@@ -51,9 +51,9 @@ def softmax_gradient_(
             vocabulary,
             logps,
             entropies,
-            gradient,
+            logps if weights is None else gradient,  # an unused pointer
             gradient.stride(0),
-            logps if weights is None else weights,  # an unused pointer
+            logps if weights is None else weights,
             WITH_GRADIENT=weights is not None,
             BLOCK=BLOCK,
             num_warps=16,

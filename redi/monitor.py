@@ -19,6 +19,7 @@ from torch import Tensor
 from redi.batches import TrainData, sequence_ids
 from redi.checkpoint.resume import Checkpoints
 from redi.distributed import local_shard, sum_over_ranks
+from redi.gpus import find_gpu
 from redi.logprobs import PackLoss
 from redi.model import ModelConfig
 from redi.packing import PackedBatch, StepPlan, to_device
@@ -208,12 +209,6 @@ class CollapseGuard:
 # for what activation checkpointing runs again. Attention counts per document: a pack of sixteen
 # traces of 2k tokens does a sixteenth of the attention of one trace of 32k.
 
-# Dense bf16 FLOP/s from the data sheets, by a part of the device's name. The first match counts.
-PEAK_FLOPS = {
-    "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "A100": 312e12,
-}  # fmt: skip
-
 
 def training_flops(config: ModelConfig, lengths: list[int], supervised: int) -> float:
     """FLOPs over documents of `lengths` tokens, with the head on `supervised` rows: 6 per weight
@@ -229,5 +224,5 @@ def training_flops(config: ModelConfig, lengths: list[int], supervised: int) -> 
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's peak in FLOP/s, or None if unknown (every CPU)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.flops if gpu else None

@@ -126,7 +126,15 @@ def load_data(path: str, config: TrainConfig, source: Source, objective: Objecti
     cannot be trained on, and if no row is left."""
     if source.chat is None:
         raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; training needs it")
-    context = source.config["max_position_embeddings"]
+    limits = row_limits(config, source.config["max_position_embeddings"])
+    made_by = "python -m redi.prepare" if path == type(config).data else None
+    files = dataset_files(path, made_by=made_by)
+    store = load_store(files, source.chat, objective.takes, config.cache)
+    return select(store, limits, config.over_length, path)
+
+
+def row_limits(config: TrainConfig, context: int) -> Limits:
+    """The run's limits. Raises UserError if they let in rows that are longer than the context."""
     both = config.max_prompt + config.max_response
     longest, why = min((config.max_length, ""), (both, " (--max-prompt plus --max-response)"))
     if longest > context:
@@ -134,11 +142,7 @@ def load_data(path: str, config: TrainConfig, source: Source, objective: Objecti
             f"--max-length: rows of {longest} tokens{why} would be let in, but the model's context "
             f"is {context}; set --max-length {context}, or raise --max-position-embeddings"
         )
-    made_by = "python -m redi.prepare" if path == type(config).data else None
-    files = dataset_files(path, made_by=made_by)
-    store = load_store(files, source.chat, objective.takes, config.cache)
-    limits = Limits(config.max_prompt, config.max_response, config.max_length)
-    return select(store, limits, config.over_length, path)
+    return Limits(config.max_prompt, config.max_response, config.max_length)
 
 
 def describe_plan(data: TrainData, config: TrainConfig) -> str:

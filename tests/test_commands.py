@@ -55,6 +55,7 @@ def settings(words: list[str]) -> object:
     if name == "dialogue":  # its subcommands are modules
         name, *arguments = arguments
         module = f"redi.dialogue.{name}"
+    argv = [f"redi {name}", *arguments]
     arguments = [name, *arguments] if name in SUBCOMMANDS else arguments
 
     def stop(config_class: type, description: str) -> None:
@@ -63,6 +64,7 @@ def settings(words: list[str]) -> object:
     function = inspect.unwrap(getattr(importlib.import_module(module), main))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
+        patch.setattr(sys, "argv", argv)
         patch.setattr(sys.modules[function.__module__], "parse", stop)
         try:
             function()
@@ -94,10 +96,12 @@ def test_no_command_hides_outside_an_sh_block():
 
 
 def test_flags_that_the_pages_name_exist():
+    several = ("dialogue", "trace")  # programs in one
     lone = ("train-sft", "train-redi", "evaluate", "doctor")
-    shortest = [[name] if name in lone else [name, "x"] for name in COMMANDS if name != "dialogue"]
+    shortest = [[name] if name in lone else [name, "x"] for name in COMMANDS if name not in several]
     of_dialogue = ("prepare x", "report x", "agreement x y", "evaluate x --scenarios y")
     shortest += [["dialogue", *words.split()] for words in of_dialogue]
+    shortest += [["trace", name] for name in ("train-sft", "train-redi", "evaluate")]
     names = {field.name for words in shortest for field in fields(settings(words))}
     flags = OTHER_FLAGS | {f"--{name.replace('_', '-')}" for name in names}
     for page, text in TEXTS.items():

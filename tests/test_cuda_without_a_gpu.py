@@ -1,4 +1,4 @@
-"""The CUDA path as far as it goes without a GPU (tests/fake_cuda/): training steps and generation
+"""The CUDA path as far as it goes without a GPU (redi/trace/fake.py): training steps and generation
 at the published size on fake tensors and fake ranks, Triton kernels compiled to machine code.
 
 No number is computed. What is checked: that every operator accepts its tensors, where the host
@@ -9,8 +9,9 @@ The last section of tests/mutants.py has faults that these tests must notice.
 import json
 
 import pytest
-from fake_cuda import why_unavailable
 from processes import run_command
+
+from redi.trace import why_unavailable
 
 LAYERS = 2
 

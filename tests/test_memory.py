@@ -151,7 +151,7 @@ def test_flops_of_the_published_model_by_hand_with_attention_by_document():
 
 
 def test_the_peak_is_that_of_the_variant_and_unknown_for_a_cpu(monkeypatch):
-    peaks = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "GeForce RTX 4090": None}
+    peaks = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "GeForce RTX 3090": None}
     for name, peak in peaks.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda", 0)) == peak

@@ -12,32 +12,29 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 
 from bench import gpu, measure
-from bench.inputs import QWEN
-from redi import distributed, kernels, memory, train
-from redi.batches import TrainData
+from redi import distributed, kernels, train
 from redi.checkpoint.folder import _gather
-from redi.distributed import Parallelism
-from redi.doctor.checks import RandomRows
 from redi.eval.engine.cache import PAGE
 from redi.eval.engine.decode_kernel import decode_attention
 from redi.eval.engine.generate import Request, generate
 from redi.eval.engine.sampling import Sampling
+from redi.gpus import find_gpu
 from redi.model import RopeScaling, Transformer
 from redi.objectives import make_objective, sft
 from redi.recipe import SFTConfig
+from redi.trace import runs
+from redi.trace.fake import FakeCuda
+from redi.trace.published import QWEN
+from redi.trace.runs import Prepared
 
 from .aot import compiled_for
-from .fake import FakeCuda
 
 LAYERS = 2  # of most cases
 SHAPE = replace(QWEN, num_layers=LAYERS, max_positions=32_768)
@@ -46,7 +43,7 @@ FAMILIES = {  # facts of ModelConfig
     "qwen3": {"qkv_bias": False, "qk_norm": True},
     "llama": {"qkv_bias": False, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192)},
 }
-PACK_TOKENS, DOCUMENTS = 32_768, 4  # of a pack
+PACK_TOKENS = 32_768
 PROMPT = 120  # tokens
 BENCH_SIZES = gpu.Sizes(
     model=SHAPE, train_steps=2, head_rows=4096, rounds=1,
@@ -57,46 +54,29 @@ PARAMETERS = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.1}, "simpo": {"beta": 2.
 
 
 def prepare(
-    objective: str, packs: int, layers: int, reshard: bool, family: str = "qwen2"
-) -> tuple[TrainData, Transformer, Callable[[], Any], float]:
-    """Rows for steps of so many packs per rank, a sharded model, a function that runs a step, and
-    the bytes that redi/memory.py expects at the peak."""
-    distributed._mesh.cache_clear()  # of an earlier case's ranks
-    world = distributed.start(30.0)
+    fake: FakeCuda, objective: str, packs: int, layers: int, reshard: bool, family: str = "qwen2"
+) -> Prepared:
+    """A sharded model, and rows for steps of so many packs per rank."""
     paired = objective != "sft"
     chosen = make_objective(objective, **PARAMETERS[objective]) if paired else sft()
-    traces = world.world_size * packs * DOCUMENTS
-    lengths = np.full((traces // 2, 2) if paired else traces, PACK_TOKENS // DOCUMENTS)
-    rows = RandomRows(lengths, SHAPE.vocab_size, PROMPT)
-    reference = torch.zeros(len(rows), 2, dtype=torch.float64) if chosen.needs_reference else None
-    data = TrainData(rows, chosen, world, PACK_TOKENS, reference)
-    with torch.device("meta"):
-        model = Transformer(replace(SHAPE, num_layers=layers, **FAMILIES[family]))
-    dtype = distributed.compute_dtype("auto", world)
-    expected = memory.step_memory(model, PACK_TOKENS, world, dtype)
-    blocks = memory.blocks_to_checkpoint("auto", expected)
-    parallelism = Parallelism(dtype, blocks, reshard_after_forward=reshard)
-    distributed.parallelize(model, world, parallelism)
-    settings = SFTConfig(reshard_after_forward=reshard)
-    optimizer, signals = train.make_optimizer(model, settings), SimpleNamespace(wanted=False)
-    step = partial(train.train_step, model, optimizer, data, data.all_rows(), settings, signals)
-    return data, model, step, expected.total(blocks)
+    shape = replace(SHAPE, num_layers=layers, **FAMILIES[family])
+    config = SFTConfig(pack_tokens=PACK_TOKENS, reshard_after_forward=reshard)
+    return runs.prepare(fake, shape, chosen, config, packs)
 
 
 def train_step(
     objective: str, world_size: int = 8, memory: float = 80e9, packs: int = 1,
     layers: int = LAYERS, reshard: bool = False, family: str = "qwen2",
 ) -> dict[str, Any]:  # fmt: skip
-    """What the second optimizer step does (the first creates AdamW's moments)."""
-    with FakeCuda(world_size, memory) as fake:
-        _, _, step, formula = prepare(objective, packs, layers, reshard, family)
-        step()
+    """What an optimizer step does once AdamW has its moments."""
+    with FakeCuda(world_size=world_size, memory=memory) as fake:
+        prepared = prepare(fake, objective, packs, layers, reshard, family)
         fake.reset()
-        step()
+        prepared.step()
         return {
             "waits": waits(fake), "collectives": fake.collectives, "backends": fake.backends,
             "launches": Counter(fake.launches), "peak_gib": fake.peak / 2**30,
-            "formula_gib": formula / 2**30,
+            "formula_gib": prepared.expected.total(prepared.checkpointed) / 2**30,
         }  # fmt: skip
 
 
@@ -104,7 +84,8 @@ def between_steps(reshard: bool = False) -> dict[str, Any]:
     """What happens between training steps: held-out loss, answers sampled from the weights in
     training, and the weights gathered to be saved."""
     with FakeCuda(world_size=8) as fake:
-        data, model, step, _ = prepare("sft", 1, LAYERS, reshard)
+        prepared = prepare(fake, "sft", 1, LAYERS, reshard)
+        data, model, step = prepared.data, prepared.model, prepared.step
         results = {}
 
         def record(name: str, run: Callable[[], Any]) -> Any:
@@ -167,7 +148,7 @@ def compile_kernels(
 def bench_part(name: str, folder: str) -> dict[str, Any]:
     """A part of bench.gpu, which writes folder/gpu.json."""
     results = mock.patch.object(measure, "RESULTS", Path(folder))
-    with results, FakeCuda(memory=150e9, name="NVIDIA H200"):
+    with results, FakeCuda(find_gpu("H200")):
         gpu.run_part(name, torch.device("cuda", 0), BENCH_SIZES)
     return {}
 

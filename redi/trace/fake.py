@@ -1,15 +1,14 @@
 """A CUDA device and ranks that are not there: the code runs, no number is computed.
 
-    with FakeCuda(world_size=8, memory=80e9) as fake:
+    with FakeCuda(find_gpu("H100"), world_size=8) as fake:
         world = distributed.start(30.0)         rank 0 of 8, on cuda:0
         ...                                     a training step at its true size
-    fake.peak, fake.waits, fake.collectives
+    fake.peak, fake.waits, fake.collectives, fake.costs
 
 Tensors on the CPU are real. Tensors on "cuda" are torch's fake tensors: shape, dtype, strides and a
 device, and every operator runs only its shape function. So an error of shape, dtype or device is
 found, in seconds and in little memory, whatever the size. Collectives of torch's fake process group
-return at once. Triton kernels are not run (aot.py compiles them). What the host reads from the
-device is 0.0, 1 or True.
+return at once. Triton kernels are not run. What the host reads from the device is 0.0, 1 or True.
 
 Not seen: memory inside kernels (flash attention, NCCL, cuBLAS workspaces) and fragmentation.
 It changes the process for good (guard.py), so each use gets a process of its own.
@@ -19,30 +18,30 @@ import os
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-import torch._subclasses.fake_tensor as fake_tensor
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from triton.runtime.jit import JITFunction
 
-from . import guard
+from redi.gpus import Gpu, find_gpu
+from redi.trace import guard, stand_ins
+from redi.trace.costs import Costs
+from redi.trace.stand_ins import Capture, replacements
 
 ROOT = Path(__file__).parents[2]
 CODE = tuple(str(ROOT / folder) + os.sep for folder in ("redi", "bench", "tests"))
+OWN = (__file__, stand_ins.__file__)
 ALLOCATION = 512  # bytes: CUDA's allocator rounds up to a multiple
 
+H100 = find_gpu("H100")
 aten = torch.ops.aten
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
@@ -55,23 +54,14 @@ class Wait:
     cause: str
 
 
-@dataclass(frozen=True)
-class Capture:
-    """What a CUDA graph would hold."""
-
-    waits: list[Wait]  # each would be an error
-    launches: int  # of Triton kernels
-
-
 class FakeCuda:
     """Context manager: a fake GPU, and fake ranks of which this process is rank 0."""
 
-    def __init__(
-        self, world_size: int = 1, memory: float = 80e9, name: str = "NVIDIA H100 80GB HBM3"
-    ):
-        """memory: bytes of the GPU. A node has 8 of them."""
+    def __init__(self, gpu: Gpu = H100, world_size: int = 1, memory: float | None = None):
+        """A node has 8 GPUs. memory: bytes of each, if not those of `gpu`."""
         self.world_size, self.gpus_per_node = world_size, min(8, world_size)
-        self.memory, self.name = int(memory), name
+        self.gpu, self.memory = gpu, int(memory or gpu.memory_gib * 2**30)
+        self.costs = Costs(gpu)
         self.waits: list[Wait] = []
         self.captures: list[Capture] = []
         self.collectives: Counter[str] = Counter()
@@ -79,6 +69,7 @@ class FakeCuda:
         self.backends: list[str] = []  # of process groups, as asked for
         # Bytes in live storages; FSDP frees a storage by resizing it to 0.
         self.allocated = self.peak = 0
+        self.peak_at = ""  # the project's function in which the peak was reached
         self.capturing = False
         self._sizes: dict[int, int] = {}  # live storages
         self.pinned: set[int] = set()  # storages of the host
@@ -90,7 +81,7 @@ class FakeCuda:
             "LOCAL_WORLD_SIZE": str(self.gpus_per_node), "MASTER_ADDR": "fake", "MASTER_PORT": "1",
         }  # fmt: skip
         with ExitStack() as stack:
-            for owner, functions in _replacements(self):
+            for owner, functions in replacements(self):
                 stack.enter_context(mock.patch.multiple(owner, create=True, **functions))
             stack.enter_context(mock.patch.dict(os.environ, torchrun))
             if not torch.version.cuda:  # else torch decomposes silu_backward, which has no kernel
@@ -115,15 +106,16 @@ class FakeCuda:
         """Forget what was recorded. The peak begins at what is allocated now."""
         for record in self.waits, self.captures, self.collectives, self.launches:
             record.clear()
-        self.peak = self.allocated
+        self.peak, self.costs = self.allocated, Costs(self.gpu)
 
     def wait(self, cause: str) -> None:
         """Note that the host waits, on behalf of the innermost function of the project."""
-        frames = (frame.f_code for frame, _ in traceback.walk_stack(None))
-        ours = (code for code in frames if code.co_filename.startswith(CODE))
-        code = next((c for c in ours if c.co_filename != __file__), self.wait.__code__)
-        function = f"{Path(code.co_filename).stem}.{code.co_qualname}"
-        self.waits.append(Wait(function, cause))
+        self.waits.append(Wait(_function(), cause))
+
+    def launch(self, name: str, args: tuple) -> None:
+        """In place of running a Triton kernel."""
+        self.launches.append(name)
+        self.costs.add_triton(name, args)
 
     # ---- memory
 
@@ -141,10 +133,20 @@ class FakeCuda:
             size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
             self.allocated += size - self._sizes[storage._cdata]
             self._sizes[storage._cdata] = size
-            self.peak = max(self.peak, self.allocated)
+            if self.allocated > self.peak:
+                self.peak, in_backward = self.allocated, torch._C._current_graph_task_id() != -1
+                self.peak_at = _function() + ", in a backward pass" * in_backward
 
     def _free(self, key: int) -> None:
         self.allocated -= self._sizes.pop(key)
+
+
+def _function() -> str:
+    """The innermost function of the project that is running, as "train.train_step"."""
+    codes = (frame.f_code for frame, _ in traceback.walk_stack(None))
+    ours = (code for code in codes if code.co_filename.startswith(CODE))
+    code = next((c for c in ours if c.co_filename not in OWN), _function.__code__)
+    return f"{Path(code.co_filename).stem}.{code.co_qualname}"
 
 
 # ---------------------------------------------------------------- operators
@@ -172,6 +174,7 @@ class _Dispatch(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
         if (answer := self._answer(operator.overloadpacket, args, kwargs)) is not None:
+            self.fake.costs.add_operator(operator, args, kwargs, answer)
             return answer
         self._record(operator, args, kwargs)
         if not on_cuda:  # a copy of a real tensor to the device
@@ -180,6 +183,7 @@ class _Dispatch(TorchDispatchMode):
             results = operator(*args, **kwargs)
         # Module.to cannot swap a tensor to which this memo keeps a weak reference.
         self.fake_mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+        self.fake.costs.add_operator(operator, args, kwargs, results)
         return tree_map_only(FakeTensor, self._result, results)
 
     def _result(self, tensor: FakeTensor) -> Tensor:
@@ -241,115 +245,3 @@ def _host_values(tensor: FakeTensor) -> Tensor:
     """What the host reads: 0.0, 1 or True. Zeros take no memory until they are read."""
     make = torch.zeros if tensor.is_floating_point() else torch.ones
     return make(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
-# ---------------------------------------------------------------- in place of torch's functions
-
-
-def _replacements(fake: FakeCuda) -> list[tuple[Any, dict[str, Any]]]:
-    """Modules and classes, and what is replaced in them."""
-    init, new_group, resize = dist.init_process_group, dist.new_group, torch.UntypedStorage.resize_
-
-    def fake_init(backend: str, **_: Any) -> None:
-        fake.backends.append(backend)
-        init("fake", store=FakeStore(), rank=0, world_size=fake.world_size)
-
-    def fake_group(*_: Any, backend: str, **__: Any) -> Any:
-        fake.backends.append(backend)
-        return new_group(backend="fake")
-
-    def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-        resize(storage, size)
-        fake.resize(storage)
-        return storage
-
-    def pin_memory(tensor: Tensor, *_: Any) -> Tensor:
-        pinned = tensor.clone()
-        storage = pinned.untyped_storage()
-        fake.pinned.add(storage._cdata)
-        weakref.finalize(storage, fake.pinned.discard, storage._cdata)
-        return pinned
-
-    on_tensors = {
-        "pin_memory": pin_memory,
-        "is_pinned": lambda tensor, *_: tensor.untyped_storage()._cdata in fake.pinned,
-        "record_stream": lambda *_: None,
-    }
-    cuda = _cuda_functions(fake)
-    return [
-        (torch.cuda, cuda),
-        (torch.accelerator, {"current_stream": cuda["current_stream"]}),
-        (torch.Tensor, on_tensors),
-        (torch.UntypedStorage, {"resize_": resize_}),
-        (FakeTensor, {"tolist": lambda tensor: tensor.cpu().tolist()}),
-        (fake_tensor, {"init_gpu_context": lambda *_: None}),
-        (dist, {"init_process_group": fake_init, "new_group": fake_group}),
-        (JITFunction, {"run": lambda kernel, *_, **__: fake.launches.append(kernel.fn.__name__)}),
-    ]
-
-
-def _cuda_functions(fake: FakeCuda) -> dict[str, Any]:
-    """Name in torch.cuda -> what takes its place."""
-
-    class Work:
-        """A stream, an event or a graph: all work is done at once."""
-
-        device, device_index, device_type = torch.device("cuda", 0), 0, 1
-        stream_id = cuda_stream = 0
-
-        def __init__(self, *_: Any, **__: Any): ...
-        def wait(self, *_: Any) -> None: ...
-        def synchronize(self) -> None:
-            fake.wait("synchronize()")
-
-        wait_stream = wait_event = record = replay = wait
-
-        def record_event(self, event: Any = None) -> Any:
-            return event or Work()
-
-        def query(self) -> bool:
-            return True
-
-        def is_capturing(self) -> bool:
-            return fake.capturing
-
-        def elapsed_time(self, end: Any) -> float:
-            return 1.0  # milliseconds
-
-    @contextmanager
-    def graph(*_: Any, **__: Any) -> Iterator[None]:
-        waits, launches, fake.capturing = len(fake.waits), len(fake.launches), True
-        try:
-            yield
-        finally:
-            fake.capturing = False
-        fake.captures.append(Capture(fake.waits[waits:], len(fake.launches) - launches))
-
-    gpu = SimpleNamespace(
-        name=fake.name, total_memory=fake.memory, major=9, minor=0, multi_processor_count=132
-    )
-    constants = {
-        **dict.fromkeys(["is_available", "is_initialized", "is_bf16_supported"], True),
-        **dict.fromkeys(["init", "_lazy_init", "set_device", "set_stream"]),
-        **dict.fromkeys(["manual_seed", "manual_seed_all", "set_rng_state"]),
-        **dict.fromkeys(["current_stream", "default_stream"], Work()),
-        "current_device": 0,
-        "device_count": fake.gpus_per_node,
-        "get_device_capability": (gpu.major, gpu.minor),
-        "get_device_name": gpu.name,
-        "get_device_properties": gpu,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-    }
-    return {
-        **{name: lambda *_, value=value, **__: value for name, value in constants.items()},
-        **dict.fromkeys(["Stream", "Event", "CUDAGraph"], Work),
-        "graph": graph,
-        "stream": nullcontext,
-        "synchronize": lambda *_: fake.wait("synchronize()"),
-        "empty_cache": lambda: fake.wait("empty_cache()"),
-        "is_current_stream_capturing": lambda: fake.capturing,
-        "memory_allocated": lambda *_: fake.allocated,
-        "max_memory_allocated": lambda *_: fake.peak,
-        "reset_peak_memory_stats": lambda *_: setattr(fake, "peak", fake.allocated),
-        "mem_get_info": lambda *_: (fake.memory - fake.allocated, fake.memory),
-    }
