@@ -52,7 +52,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longe
 
     grouped = {}
     if query.shape[1] != key.shape[1]:
-        if _takes_gqa():
+        if takes_gqa():
             grouped = {"enable_gqa": True}
         else:  # torch 2.11
             key, value = _repeat_heads(query, key, value)
@@ -68,7 +68,7 @@ def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
 
 
 @cache
-def _takes_gqa() -> bool:
+def takes_gqa() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -146,7 +146,8 @@ def shard(model: Transformer, world: World, how: Parallelism) -> None:
         reshard = how.reshard_after_forward and module is not model
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         # Sum gradients. Neither setting recurses, so each module gets its own.
-        module.set_gradient_divide_factor(1.0)
+        if world.world_size > 1:  # for one rank, FSDP2 would divide by it
+            module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # a plain sum, not a product with 1
 
 

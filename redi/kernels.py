@@ -1,4 +1,4 @@
-"""The passes over a chunk's logits, fused in Triton for CUDA.
+"""Triton kernels of training, for CUDA. The passes over a chunk's logits (logprobs.py):
 
     target_logps        logits (C, V)  ->  log-probs of the targets (C,)             one read
     softmax_gradient_   the same, the entropies (C,), and the gradient of                two reads,
@@ -10,9 +10,15 @@ lane (and for the entropy log Z - E[z] a sum of exponential times exponent), and
 gradient. A 16-bit gradient is written to the first half of the row's own memory: each block is read
 completely before anything is written over it.
 
-Tests compare both with a few lines of torch under Triton's interpreter, which runs on a CPU. Left
+Between the matmuls of a block (fused.py), computed in fp32 and rounded once:
+
+    rotate              queries or keys, by their positions' angles
+    swiglu              silu(gate) * up
+    swiglu_gradients    its gradients by gate and up
+
+Tests compare all with a few lines of torch under Triton's interpreter, which runs on a CPU. Left
 out: matmuls (at D = 1536 cuBLAS is faster), autotuning.
-Letters: C rows of a chunk, V vocabulary, D hidden.
+Letters: C rows of a chunk, V vocabulary, D hidden, T tokens, H heads, K kv heads, d head size.
 """
 
 import torch
@@ -21,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096  # logits of a row in a program's registers at a time
+ELEMENTS = 1024  # of a program of the elementwise kernels
 
 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -127,3 +134,66 @@ def _exponentials(
         moved = tl.maximum(maxima - row_max, -1e4)
         weighted = tl.sum((products + moved * sums) * tl.exp(moved), 0)
     return row_max, tl.sum(sums * tl.exp(maxima - row_max), 0), weighted
+
+
+# ---------------------------------------------------------------- between the matmuls of a block
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (T, H, d), cos and sin (T, d/2), contiguous: each pair (x[i], x[i + d/2]) becomes
+    (x[i] cos - x[i + d/2] sin, x[i + d/2] cos + x[i] sin)."""
+    (tokens, heads, size), turned = x.shape, torch.empty_like(x)
+    sizes = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(size // 2)}
+    if tokens:
+        _rotate[(tokens,)](x, turned, cos, sin, heads, size // 2, **sizes)
+    return turned
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of contiguous tensors."""
+    product = torch.empty_like(gate)
+    if size := gate.numel():
+        _swiglu[(triton.cdiv(size, ELEMENTS),)](gate, up, product, size, BLOCK=ELEMENTS)
+    return product
+
+
+def swiglu_gradients(d_product: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(d_gate, d_up) of contiguous tensors."""
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    if size := gate.numel():
+        tensors = d_product, gate, up, d_gate, d_up
+        _swiglu_gradients[(triton.cdiv(size, ELEMENTS),)](*tensors, size, BLOCK=ELEMENTS)
+    return d_gate, d_up
+
+
+@triton.jit
+def _rotate(x, turned, cos, sin, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None]
+    c = tl.load(cos + token * half + pair, mask=pair < half).to(tl.float32)
+    s = tl.load(sin + token * half + pair, mask=pair < half).to(tl.float32)
+    index, inside = (token * heads + head) * half * 2 + pair, (head < heads) & (pair < half)
+    left = tl.load(x + index, mask=inside).to(tl.float32)
+    right = tl.load(x + index + half, mask=inside).to(tl.float32)
+    tl.store(turned + index, left * c - right * s, mask=inside)
+    tl.store(turned + index + half, right * c + left * s, mask=inside)
+
+
+@triton.jit
+def _swiglu(gate, up, product, size, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + index, mask=index < size).to(tl.float32)
+    u = tl.load(up + index, mask=index < size).to(tl.float32)
+    tl.store(product + index, g * tl.sigmoid(g) * u, mask=index < size)
+
+
+@triton.jit
+def _swiglu_gradients(d_product, gate, up, d_gate, d_up, size, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(d_product + index, mask=index < size).to(tl.float32)
+    g = tl.load(gate + index, mask=index < size).to(tl.float32)
+    u = tl.load(up + index, mask=index < size).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    silu = g * sigmoid
+    tl.store(d_gate + index, d * u * (sigmoid + silu * (1.0 - sigmoid)), mask=index < size)
+    tl.store(d_up + index, d * silu, mask=index < size)

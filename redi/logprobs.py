@@ -43,6 +43,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from redi.fused import in_triton
+
 # Bytes of fp32 logits in memory at a time. Large chunks keep matmuls efficient; these are a few per
 # cent of what training needs anyway.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": int(1.2 * (1 << 30))}
@@ -156,7 +158,7 @@ def _token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     logps = torch.empty(len(targets), dtype=head.dtype, device=hidden.device)  # (R,)
     for rows in head.chunks:
         logits = head.logits(rows)  # (C, V)
-        if _in_triton(logits):
+        if head.in_triton:
             from redi import kernels  # triton is installed with torch for CUDA
 
             logps[rows] = kernels.target_logps(logits, targets[rows])
@@ -179,7 +181,7 @@ def _gradients(
     for rows in head.chunks:
         part, weights = head.hidden[rows], token_weights[rows]  # (C, D), (C,)
         logits = head.logits(rows)  # (C, V)
-        if _in_triton(logits):
+        if head.in_triton:
             from redi import kernels
 
             d_logits, logps[rows], entropies[rows] = kernels.softmax_gradient_(
@@ -196,10 +198,6 @@ def _gradients(
             d_part.mul_(scale)
             torch.addmm(d_weight, unscaled.T, part * scale, out=d_weight)
     return d_hidden, d_weight, logps, entropies.clamp_(min=0.0)  # rounding
-
-
-def _in_triton(logits: Tensor) -> bool:
-    return logits.is_cuda and logits.dtype == torch.float32
 
 
 def _exponentials_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,7 +223,8 @@ class _Head:
     def __init__(self, hidden: Tensor, weight: Tensor):
         self.dtype = accumulation_dtype(hidden)
         # cuBLAS multiplies bf16 operands into an fp32 result; elsewhere the operands become fp32.
-        native = hidden.is_cuda and hidden.dtype == weight.dtype
+        self.in_triton = in_triton(hidden)
+        native = self.in_triton and hidden.dtype == weight.dtype
         operands = hidden.dtype if native else self.dtype
         self.hidden, self.weight = hidden.to(operands), weight.to(operands)  # (R, D), (V, D)
         self.into_wide = {} if operands == self.dtype else {"out_dtype": self.dtype}
@@ -235,7 +234,7 @@ class _Head:
         starts = range(0, len(hidden), size)
         self.chunks = [slice(start, min(start + size, len(hidden))) for start in starts]
         longest = self.chunks[0].stop if self.chunks else 0
-        if hidden.is_cuda:  # row-major, as the Triton kernels need it
+        if self.in_triton:  # row-major, as the Triton kernels need it
             self.buffer = hidden.new_empty(longest, len(weight), dtype=self.dtype)
         else:  # column-major in whole cache lines: all three products are faster
             padded = -(-longest // 16) * 16

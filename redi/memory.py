@@ -1,8 +1,8 @@
 """How much memory a training step needs, and how many blocks to checkpoint so that it fits.
 
 The peak is where the last pack of a step turns from forward to backward. `step_memory` adds up what
-is held then. Of the activations that autograd saves in a block, those of one block are held even if
-all blocks are checkpointed: the one that is being recomputed.
+is held then. Of the activations that a block saves, those of one block are held even if all blocks
+are checkpointed: the one that is being recomputed.
 
 Sharded gradients add nothing: each is created as the whole one is freed. A checkpointed block is
 recomputed in backward, which adds a third to its compute. The first blocks are checkpointed: by the
@@ -14,17 +14,15 @@ pack save.
 """
 
 import os
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from redi.attention import packed_attention
+from redi.attention import takes_gqa
 from redi.config import UserError
 from redi.distributed import World
 from redi.logprobs import CHUNK_BYTES
-from redi.model import Block, ModelConfig, Transformer, rotary_tables
+from redi.model import ModelConfig, Transformer
 
 SHARE = 0.85  # of the memory that a step may use; the allocator and other processes need the rest
 
@@ -85,7 +83,7 @@ def step_memory(model: Transformer, tokens: int, world: World, dtype: torch.dtyp
     # The gradient of a tied head weight waits for that of the embedding.
     backward = 2 * tokens * (config.intermediate_size + config.hidden_size) + config.tied * weight
     fixed["the head, or a block's backward"] = max(head, dtype.itemsize * backward)
-    per_block = tokens * saved_bytes_per_token(config, dtype)
+    per_block = tokens * saved_bytes_per_token(config, dtype, world.device.type)
     return StepMemory(tokens, config.num_layers, fixed, per_block, SHARE * total_memory(world))
 
 
@@ -104,22 +102,18 @@ def blocks_to_checkpoint(setting: str, memory: StepMemory) -> int:
     return {"all": memory.blocks, "none": 0, "auto": next(fitting, memory.blocks)}[setting]
 
 
-def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
-    """What autograd saves of one block's forward pass, measured on a block of this size."""
-    tokens, saved = 16, {}
-    block = Block(config).to(dtype)
-    x = torch.zeros(tokens, config.hidden_size, dtype=dtype, requires_grad=True)
-    cos, sin = rotary_tables(replace(config, max_positions=tokens), dtype, x.device)
-    shared = {t.untyped_storage().data_ptr() for t in (*block.parameters(), cos, sin)}
-
-    def save(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage  # kept, so that no other tensor gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        block(x, cos, sin, partial(packed_attention, cu_seqlens=None, lengths=[tokens]))
-    return sum(s.nbytes() for address, s in saved.items() if address not in shared) / tokens
+def saved_bytes_per_token(config: ModelConfig, dtype: torch.dtype, device: str) -> int:
+    """What autograd saves of a block's forward pass, beside its input. device: cpu or cuda."""
+    heads, kv_heads = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    norms = 2 * config.hidden_size + config.qk_norm * (heads + kv_heads)
+    # What both norms return, and query and key before theirs; what the second norm is given; query,
+    # key, value and what attention returns; gate, up and SwiGLU's product.
+    saved = norms + config.hidden_size + 2 * (heads + kv_heads) + 3 * config.intermediate_size
+    if device == "cpu":  # what norms multiply by their weight (in fp32), and silu(gate)
+        saved += norms + config.intermediate_size
+    if device == "cpu" or not takes_gqa():
+        saved += 2 * (heads - kv_heads)  # key and value, repeated for the query heads
+    return dtype.itemsize * saved
 
 
 def total_memory(world: World) -> int:

@@ -26,10 +26,10 @@ from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redi.attention import packed_attention
+from redi.fused import rotate, swiglu
 from redi.packing import PackedBatch
 
 Output = TypeVar("Output")
@@ -78,24 +78,12 @@ class ModelConfig:
 # ---------------------------------------------------------------- the network, leaves first
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
-
-
 @lru_cache(maxsize=4)
 def rotary_tables(
     config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (max_positions, d) of the angles position * theta^(-2i/d), the same in both
-    halves. Computed in fp32, and cached: packs and models of the same sizes share them."""
+    """cos and sin (max_positions, d/2) of the angles position * theta^(-2i/d). Computed in fp32,
+    and cached: packs and models of the same sizes share them."""
     with torch.inference_mode(False):  # inference tensors could not be used in training later
         exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
         frequencies = 1.0 / config.rope_theta**exponents
@@ -103,14 +91,7 @@ def rotary_tables(
             frequencies = config.rope_scaling.apply(frequencies)
         positions = torch.arange(config.max_positions, device=device).float()
         angles = positions[:, None] * frequencies  # (max_positions, d/2)
-        angles = torch.cat([angles, angles], dim=-1)  # (max_positions, d)
         return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (T, heads, d): rotate each pair (x[i], x[i + d/2]) by its position's angle."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
 
 
 class Attention(nn.Module):
@@ -124,7 +105,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-        norm = RMSNorm if config.qk_norm else nn.Identity  # no parameters
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity  # no parameters
         self.q_norm = norm(self.head_dim, config.norm_eps)
         self.k_norm = norm(self.head_dim, config.norm_eps)
 
@@ -144,15 +125,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -178,7 +159,7 @@ class Layers(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, tokens: Tensor, positions: Tensor, attends: Iterable[Attend]) -> Tensor:
         x = self.embed_tokens(tokens)  # (T, D)

@@ -8,7 +8,8 @@
 Letters: R supervised tokens, S sequences.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,49 +98,60 @@ class StepSums:
 
 # ---------------------------------------------------------------- the update's norm
 #
-#     delta = -lr * (m / (sqrt(v) + eps r) * r / (1 - beta1^k) + decay * weight)
+#     delta = -lr * (m / (1 - beta1^k) / (sqrt(v / (1 - beta2^k)) + eps) + decay * weight)
 #
-# with m and v AdamW's moments after the gradient of step k, and r = sqrt(1 - beta2^k). The norm of
-# delta over all weights is the update norm of the paper's Figures 4 and 5. It spikes when a run
-# collapses; the norm of a clipped gradient does not. Computing it from the moments needs no copy of
-# the weights; computing it before the step lets it share the all-reduce of the step's statistics.
+# with m and v AdamW's moments after the gradient of step k. The norm of delta over all weights is
+# the update norm of the paper's Figures 4 and 5. It spikes when a run collapses; the norm of a
+# clipped gradient does not. Computing it from the moments needs no copy of the weights; computing
+# it before the step lets it share the all-reduce of the step's statistics.
 
-BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # weights at a time; on a CPU they stay in the cache
+BATCH = {"cpu": 1 << 17, "cuda": 1 << 26}  # weights at a time; on a CPU they stay in the cache
 
 
 @torch.no_grad()
 def squared_update_norm(optimizer: torch.optim.AdamW) -> Tensor:
     """() float64: sum of squares of what the next `optimizer.step()` will add to this rank's
     weights. Gradients must be clipped already. Exact up to the rounding of the addition."""
-    parts = [
-        group["lr"] ** 2 * _squared_direction(parameter, optimizer.state[parameter], group)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
-    return torch.stack(parts).sum()
-
-
-def _squared_direction(parameter: Tensor, state: dict[str, Tensor], group: dict) -> Tensor:
-    """() float64: sum of squares of this rank's part of delta / lr, for one parameter."""
-    beta1, beta2 = group["betas"]
-    weight, gradient = (local_shard(t.detach()).reshape(-1) for t in (parameter, parameter.grad))
-    total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    zeros = weight.new_zeros(()).expand_as(weight)  # of a state that the first step will create
-    moments = (state.get(name, zeros) for name in ("exp_avg", "exp_avg_sq"))
-    mean, square = (local_shard(moment).reshape(-1) for moment in moments)
-    step = state.get("step", torch.zeros_like(total)).double() + 1.0
-    r = (1.0 - beta2**step).sqrt()  # a tensor: the host does not wait for the device
-    eps, times = group["eps"] * r, r / (1.0 - beta1**step)
-    size = BLOCK[weight.device.type]
-    buffers = torch.empty_like(weight[:size]), torch.empty_like(weight[:size])  # for all blocks
-    for w, g, m, v in zip(*(t.split(size) for t in (weight, gradient, mean, square))):
-        update, scale = (buffer[: len(g)] for buffer in buffers)
-        torch.lerp(m, g, 1.0 - beta1, out=update)
-        torch.mul(v, beta2, out=scale).addcmul_(g, g, value=1.0 - beta2).sqrt_()
-        update.div_(scale.add_(eps)).mul_(times).add_(w, alpha=group["weight_decay"])
-        total += update.dot(update)
+    parameter = optimizer.param_groups[0]["params"][0]
+    total = torch.zeros((), dtype=torch.float64, device=parameter.device)
+    step = optimizer.state[parameter].get("step", total).double() + 1.0  # all have taken as many
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        # Tensors: the host does not wait for the device.
+        corrections = 1.0 / (1.0 - beta1**step), (beta2 / (1.0 - beta2**step)).sqrt()
+        of_mean, of_root = (correction.to(parameter.dtype) for correction in corrections)
+        for weights, gradients, means, squares in _batches(optimizer, group["params"]):
+            updates = torch._foreach_lerp(means, gradients, 1.0 - beta1)
+            share = (1.0 - beta2) / beta2
+            scales = torch._foreach_addcmul(squares, gradients, gradients, value=share)
+            torch._foreach_sqrt_(scales)
+            torch._foreach_mul_(scales, of_root)
+            torch._foreach_add_(scales, group["eps"])
+            torch._foreach_div_(updates, scales)
+            torch._foreach_mul_(updates, of_mean)
+            if group["weight_decay"]:
+                torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+            norms = torch.stack(torch._foreach_norm(updates)).double()
+            total += group["lr"] ** 2 * norms.square().sum()
     return total
+
+
+def _batches(
+    optimizer: torch.optim.AdamW, parameters: list[Tensor]
+) -> Iterator[list[list[Tensor]]]:
+    """This rank's weights, gradients, means and mean squares as lists of flat pieces, BATCH weights
+    at a time: few kernels do the work of many, and their results take little memory."""
+    zero = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
+    pieces, size = [], BATCH[zero.device.type]
+    for parameter in parameters:
+        tensors = [local_shard(parameter), local_shard(parameter.grad)]
+        for name in ("exp_avg", "exp_avg_sq"):  # which the first step will create
+            state = optimizer.state[parameter].get(name)
+            tensors.append(zero.expand_as(tensors[0]) if state is None else local_shard(state))
+        pieces += zip(*(t.reshape(-1).split(size) for t in tensors))
+    ends = np.cumsum([len(weight) for weight, *_ in pieces]) // size
+    for _, batch in itertools.groupby(zip(ends, pieces), key=lambda item: item[0]):
+        yield [list(tensors) for tensors in zip(*(piece for _, piece in batch))]
 
 
 # ---------------------------------------------------------------- collapse

@@ -62,6 +62,9 @@ KERNELS = [
     for size in ("", " batch=1 width=1")  # Triton makes an integer of 1 a constant
 ]
 SHARED_MEMORY = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10}  # bytes that a block can have
+LAUNCHED = [
+    "_row", "_row", "_split", "_add_up", "_rotate", "_swiglu", "_swiglu_gradients",
+]  # fmt: skip
 WIDE_LOADS = [2, 4]  # of _row: a thread loads 8 fp32 logits of a block; twice with the gradient
 
 
@@ -97,7 +100,7 @@ def test_a_training_step_waits_once_and_exchanges_each_block_once(case, result):
     assert result["waits"] == TRAINING_WAITS
     assert result["collectives"] == exchanged
     assert result["backends"] == (["cpu:gloo,cuda:nccl", "gloo"] if exchanged else ["nccl"])
-    assert set(result["launches"]) == {"_row"}
+    assert set(result["launches"]) == {"_row", "_rotate", "_swiglu", "_swiglu_gradients"}
     assert result["peak_gib"] <= result["formula_gib"]
 
 
@@ -122,15 +125,17 @@ def test_evaluation_and_gathering_between_steps(case, result):
 def test_a_captured_decode_step_never_waits_for_the_device(case, result):
     assert result["completed"] == 3
     assert [capture["waits"] for capture in result["captures"]] == [[], []]  # of 2 rows and of 1
-    assert all(capture["launches"] == 2 * LAYERS for capture in result["captures"])
+    # of attention two, of rotary positions two, of SwiGLU one
+    assert all(capture["launches"] == 5 * LAYERS for capture in result["captures"])
     assert set(result["waits"]) == GENERATION_WAITS
 
 
 @pytest.mark.parametrize("case", ["compile capability=90", *slow(KERNELS)])
 def test_kernels_fit_the_gpu_spill_nothing_and_load_16_bytes_at_a_time(case, result):
     kernels, capability = result["kernels"], case.split()[1].partition("=")[2]
-    assert [kernel["name"] for kernel in kernels] == ["_row", "_row", "_split", "_add_up"]
+    assert [kernel["name"] for kernel in kernels] == LAUNCHED
     assert max(kernel["shared_bytes"] for kernel in kernels) <= SHARED_MEMORY[capability]
     assert [kernel["wide_loads"] for kernel in kernels[:2]] == WIDE_LOADS
+    assert all(kernel["wide_loads"] for kernel in kernels[4:])
     if "float32" not in case:  # fp32 is for checks, and its attention may spill
         assert not any(kernel["spilled_bytes"] for kernel in kernels)

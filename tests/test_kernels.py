@@ -1,4 +1,4 @@
-"""The Triton kernels compared with the same formulas in torch, in float64.
+"""The Triton kernels over logits compared with the same formulas in torch, in float64.
 
 On a machine without CUDA they run under Triton's interpreter (see conftest.py), in fp32 and fp16:
 it has no bf16 arithmetic. Letters: C rows of a chunk, V vocabulary, D hidden, R rows.
@@ -79,18 +79,17 @@ def test_logits_without_contiguous_rows_are_refused():
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_logprobs_is_as_right_with_the_kernels_as_with_torch(rows, monkeypatch):
-    """What logprobs.py does on CUDA. On a CPU a chunk's columns are contiguous, so the rows that
-    the kernels expect are copied first."""
+    """What logprobs.py does on CUDA."""
     used = set()
     for name in ("softmax_gradient_", "target_logps"):
         kernel = getattr(kernels, name)
 
-        def on_rows(logits, *rest, kernel=kernel, name=name):
+        def noted(*given, kernel=kernel, name=name):
             used.add(name)
-            return kernel(logits.contiguous(), *rest)
+            return kernel(*given)
 
-        monkeypatch.setattr(kernels, name, on_rows)
-    monkeypatch.setattr(logprobs, "_in_triton", lambda logits: True)
+        monkeypatch.setattr(kernels, name, noted)
+    monkeypatch.setattr(logprobs, "in_triton", lambda hidden: True)
     monkeypatch.setitem(logprobs.CHUNK_BYTES, DEVICE, 3 * 33 * 4)  # three rows
     hidden, targets, upstream = problem(rows, 5)
     weight, *_ = problem(33, 5)

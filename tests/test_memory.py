@@ -65,7 +65,7 @@ def test_compiled_blocks_compute_the_same_without_a_new_graph_for_every_pack(
 def test_a_checkpointed_block_saves_only_what_goes_in():
     model, saved = tiny(True, torch.float32), []
     parallelize(model, WORLD, Parallelism(checkpointed=1))
-    x, cos = torch.ones(6, 16, requires_grad=True), torch.ones(6, 4)
+    x, cos = torch.ones(6, 16, requires_grad=True), torch.ones(6, 2)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model.model.layers[0](x, cos, cos, lambda q, k, v: q)
     assert sum(t.numel() for t in saved) <= x.numel() + 2 * cos.numel()
@@ -83,7 +83,7 @@ def qwen() -> Transformer:
         (36, 28, 28, "more than 30.600 GiB (85% of memory)"),
         (40, 27, 27, "within 34.000 GiB (85% of memory)"),
         (80, 10, 26, "within 68.000 GiB (85% of memory)"),
-        (140, 1, 9, "within 119.000 GiB (85% of memory)"),
+        (130, 1, 9, "within 110.500 GiB (85% of memory)"),
         (400, 0, 0, "within 340.000 GiB (85% of memory)"),
     ],
 )
@@ -105,7 +105,7 @@ def test_auto_checkpoints_as_few_blocks_as_memory_allows_and_its_table_adds_up(
 
 
 def test_bytes_of_a_step_of_the_published_model_by_hand(qwen):
-    n, t, d, saved = 1_543_714_304, 32_768, 1536, saved_bytes_per_token(QWEN, torch.bfloat16)
+    n, t, d, saved = 1_543_714_304, 32_768, 1536, saved_bytes_per_token(QWEN, torch.bfloat16, "cpu")
     inputs = 28 * t * d * 2
     # Head: a chunk (32 MiB on a CPU), dW in fp32, five (T, D). Backward: two (T, I + D) in
     # bf16, and the tied weight's gradient.

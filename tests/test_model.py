@@ -233,7 +233,7 @@ def older_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, wi
 @pytest.mark.parametrize("varlen_attn", [newer_varlen_attn, older_varlen_attn])
 def test_the_fast_path_calls_either_form_of_varlen_attn(monkeypatch, varlen_attn, heads, kv_heads):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    monkeypatch.setattr(redi.attention, "_takes_gqa", redi.attention._takes_gqa.__wrapped__)
+    monkeypatch.setattr(redi.attention, "takes_gqa", redi.attention.takes_gqa.__wrapped__)
     tensors, cu_seqlens = random_heads(heads, kv_heads, LENGTHS)
     ours = redi.attention._varlen(*tensors, cu_seqlens, max(LENGTHS))
     expected = dense_attention(*tensors, LENGTHS)

@@ -49,7 +49,10 @@ NOT_READ = {  # the first argument is overwritten, or gives only its shape
 NOT_WRITTEN = {aten._fused_adamw_: 1}  # the gradients, which its schema marks as changed
 LOOKUPS = {aten.embedding, aten.index, aten.gather, aten.index_select}
 STORES = {aten.index_put_: 2, aten._index_put_impl_: 2, aten.index_copy_: 3}  # where the values are
-TRITON = {"_row": "softmax", "_split": "attention", "_add_up": "attention"}  # kinds
+TRITON = {  # kinds
+    "_row": "softmax", "_split": "attention", "_add_up": "attention", "_rotate": "elementwise",
+    "_swiglu": "elementwise", "_swiglu_gradients": "elementwise",
+}  # fmt: skip
 
 
 @dataclass
@@ -129,7 +132,7 @@ class Costs:
             _, kv_heads, _, size = args[1].shape
             per_token = kv_heads * size * args[1].element_size()
             sizes[1:3] = [self.cached_tokens * per_token] * 2
-        self._add(TRITON.get(name, "elementwise"), name, 0.0, 0.0, sum(sizes))
+        self._add(TRITON[name], name, 0.0, 0.0, sum(sizes))
 
     def _add(self, kind: str, name: str, flops: float, again: float, moved: float) -> None:
         computing, moving = flops / self.gpu.flops, moved / self.gpu.bandwidth

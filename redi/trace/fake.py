@@ -46,6 +46,21 @@ aten = torch.ops.aten
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
+def _rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> Any:
+    rows = x.shape[: x.ndim - len(shape)]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty_like(x), x.new_empty(*rows, *[1] * len(shape), dtype=wide)
+
+
+ONLY_ON_CUDA = {  # operator -> its results
+    "silu_backward": lambda grad, x: torch.empty_like(x),
+    "_fused_rms_norm": _rms_norm,
+    "_fused_rms_norm_backward": lambda grad, x, shape, rstd, weight, mask: (
+        torch.empty_like(x), torch.empty_like(weight)
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Wait:
     """A place where the host would wait for the device."""
@@ -84,9 +99,10 @@ class FakeCuda:
             for owner, functions in replacements(self):
                 stack.enter_context(mock.patch.multiple(owner, create=True, **functions))
             stack.enter_context(mock.patch.dict(os.environ, torchrun))
-            if not torch.version.cuda:  # else torch decomposes silu_backward, which has no kernel
+            if not torch.version.cuda:  # else torch decomposes these, which have no kernel
                 kernels = torch.library.Library("aten", "IMPL")
-                kernels.impl("silu_backward", lambda grad, x: torch.empty_like(x), "CUDA")
+                for name, shapes in ONLY_ON_CUDA.items():
+                    kernels.impl(name, shapes, "CUDA")
                 stack.callback(kernels._destroy)
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             # torch.tensor(..., device="cuda") copies a CPU tensor, which a mode sees.

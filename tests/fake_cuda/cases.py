@@ -142,6 +142,11 @@ def compile_kernels(
         table = torch.zeros(batch + 1, width, dtype=torch.int64, device=cuda)
         _, slots, lengths = torch.zeros(3, batch, dtype=torch.int64, device=cuda)
         decode_attention(query, keys, values, table, slots, lengths)
+        cos = torch.empty(batch, SHAPE.head_dim // 2, dtype=compute, device=cuda)
+        kernels.rotate(query, cos, cos)
+        gate = torch.empty(batch, SHAPE.intermediate_size, dtype=compute, device=cuda)
+        kernels.swiglu(gate, gate)
+        kernels.swiglu_gradients(gate, gate, gate)
         return {"kernels": [asdict(kernel) for kernel in compiled]}
 
 
