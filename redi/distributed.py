@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from redi.config import RankError, Stopped, UserError
 from redi.model import Transformer
 
+# On CUDA, gloo beside nccl: it exchanges what lies in host memory.
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,11 +84,9 @@ def start(timeout_minutes: float) -> World:
             need = f"{local_world_size} processes on this node need as many GPUs; torch sees {gpus}"
             raise UserError(f"{need}: start torchrun with --nproc_per_node {gpus}")
         torch.cuda.set_device(device)
-    # gloo beside nccl: objects and checkpoints are exchanged in host memory.
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(BACKENDS[device.type], timeout=timeout)
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     except RuntimeError as error:
         said = f"rank {rank} could not join the others; start all of them within {timeout}"
@@ -104,18 +104,19 @@ def compute_dtype(name: str, world: World) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How a model is distributed: compute dtype, checkpointing, compilation, ZeRO stage."""
+    """How a model is distributed: dtype, checkpointing, compilation, ZeRO stage, offload."""
 
     dtype: torch.dtype = torch.float32  # of the compute
     checkpointed: int = 0  # blocks that are recomputed in backward
     compiled: bool = False
     reshard_after_forward: bool = False  # ZeRO-3 instead of ZeRO-2
+    offload: bool = False  # shards in host memory, where the optimizer runs
 
 
 def parallelize(model: Transformer, world: World, how: Parallelism) -> None:
-    """Distribute `model` in place. It is sharded over several ranks, or if the compute dtype is not
-    that of the weights. A model on the meta device gets memory, but no values: checkpoint.weights
-    fills in each rank's own rows."""
+    """Distribute `model` in place. It is sharded over several ranks, for offload, or if the compute
+    dtype is not that of the weights. A model on the meta device gets memory, but no values:
+    checkpoint.weights fills in each rank's own rows."""
     # No block draws random numbers, so there is no random state to restore.
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in model.model.layers[: how.checkpointed]:
@@ -126,25 +127,32 @@ def parallelize(model: Transformer, world: World, how: Parallelism) -> None:
             block.after_attention = torch.compile(block.after_attention, dynamic=True)
     if not model.output_weight.is_meta:
         model.to(world.device)
-    if how.dtype != model.output_weight.dtype or world.world_size > 1:
+    if how.dtype != model.output_weight.dtype or world.world_size > 1 or how.offload:
         shard(model, world, how)
     if model.output_weight.is_meta:
-        model.to_empty(device=world.device)
+        model.to_empty(device="cpu" if how.offload else world.device)
 
 
 def shard(model: Transformer, world: World, how: Parallelism) -> None:
-    """FSDP2, in place: one group per block; the root's group is embedding, norm and head."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second
+    """FSDP2, in place: one group per block; the root's group is embedding, norm and head.
 
+    With offload, gradients stay on the device, in fp32, from the first pack of a step to the last,
+    as without. So they are copied to the host once per step, and weights to the device as often as
+    they are gathered."""
+    from torch.distributed import fsdp  # takes a second
+
+    kind = world.device.type
     if not dist.is_initialized():
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()
+        dist.init_process_group(BACKENDS[kind], store=store, rank=0, world_size=1)
     reduce_dtype = torch.promote_types(how.dtype, torch.float32)
-    policy = MixedPrecisionPolicy(param_dtype=how.dtype, reduce_dtype=reduce_dtype)
-    mesh = _mesh(world)
+    precision = fsdp.MixedPrecisionPolicy(param_dtype=how.dtype, reduce_dtype=reduce_dtype)
+    settings = {"mesh": _mesh(world), "mp_policy": precision}
+    if how.offload:
+        settings["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=kind == "cuda")
     for module in [*model.model.layers, model]:
         reshard = how.reshard_after_forward and module is not model
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fsdp.fully_shard(module, **settings, reshard_after_forward=reshard)
         # Sum gradients. Neither setting recurses, so each module gets its own.
         if world.world_size > 1:  # for one rank, FSDP2 would divide by it
             module.set_gradient_divide_factor(1.0)

@@ -36,6 +36,7 @@ class StepMemory:
     fixed: dict[str, int]  # by purpose: all but the activations inside blocks
     per_block: float  # activations of one block
     planned: float  # what a step may use
+    host: int  # bytes in host memory, with offload
 
     def total(self, checkpointed: int) -> float:
         """The peak, with so many blocks checkpointed."""
@@ -53,6 +54,8 @@ class StepMemory:
             f"activations inside {kept} of {self.blocks} blocks": kept * self.per_block,
             f"at the peak, {fits} {self.planned / 2**30:.3f} GiB ({SHARE:.0%} of memory)": total,
         }
+        if self.host:
+            rows["in host memory: weights, gradients and Adam's moments"] = self.host
         table = "".join(f"\n{size / 2**30:>10.3f}  {purpose}" for purpose, size in rows.items())
         return (
             f"activation checkpointing: {checkpointed} of {self.blocks} blocks\n"
@@ -61,17 +64,23 @@ class StepMemory:
         )
 
 
-def step_memory(model: Transformer, tokens: int, world: World, dtype: torch.dtype) -> StepMemory:
+def step_memory(
+    model: Transformer, tokens: int, world: World, dtype: torch.dtype, offload: bool = False
+) -> StepMemory:
     """What a step over packs of T `tokens` needs. dtype: of the compute."""
     config, ranks = model.config, world.local_world_size
     parameters = sum(p.numel() for p in model.parameters())
     hidden = tokens * config.hidden_size  # numbers in a (T, D)
     shared = f", over {ranks} ranks" if ranks > 1 else ""
-    fixed = {
-        f"weights and Adam's moments, 12 bytes per parameter{shared}": 12 * parameters // ranks,
-        "gradients, 4 bytes per parameter, whole until the last backward": 4 * parameters,
-    }
-    if world.world_size > 1 or dtype != torch.float32:
+    fixed, host = {}, 0
+    if offload and world.device.type == "cuda":  # weights and gradients: pinned, in powers of two
+        pinned = sum(1 << (4 * p.numel() // ranks - 1).bit_length() for p in model.parameters())
+        host = 2 * pinned + 8 * parameters // ranks
+    else:
+        purpose = f"weights and Adam's moments, 12 bytes per parameter{shared}"
+        fixed[purpose] = 12 * parameters // ranks
+    fixed["gradients, 4 bytes per parameter, whole until the last backward"] = 4 * parameters
+    if world.world_size > 1 or dtype != torch.float32 or offload:
         fixed["whole weights in the compute dtype"] = dtype.itemsize * parameters
     fixed["input of every block"] = config.num_layers * hidden * dtype.itemsize
     # The head holds a chunk of logits, its fp32 weight gradient and five fp32 (T, D): what the last
@@ -84,7 +93,8 @@ def step_memory(model: Transformer, tokens: int, world: World, dtype: torch.dtyp
     backward = 2 * tokens * (config.intermediate_size + config.hidden_size) + config.tied * weight
     fixed["the head, or a block's backward"] = max(head, dtype.itemsize * backward)
     per_block = tokens * saved_bytes_per_token(config, dtype, world.device.type)
-    return StepMemory(tokens, config.num_layers, fixed, per_block, SHARE * total_memory(world))
+    planned = SHARE * total_memory(world)
+    return StepMemory(tokens, config.num_layers, fixed, per_block, planned, host)
 
 
 def check_blocks(setting: str, blocks: int) -> None:

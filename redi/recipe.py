@@ -54,6 +54,7 @@ class TrainConfig:
     eval_every: Annotated[int, "optimizer steps between held-out losses, and between scores"] = 100
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], "compute; auto: bf16 on CUDA"] = "auto"
     reshard_after_forward: Annotated[bool, "free weights after use (ZeRO-3)", may_change] = False
+    offload: Annotated[bool, "weights and AdamW's moments in host memory", may_change] = False
     checkpoint_blocks: Annotated[str, "recompute auto, all, none or N blocks", may_change] = "auto"
     compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
     save_every: Annotated[int, "optimizer steps between checkpoints", may_change] = 200

@@ -57,9 +57,11 @@ def run(
         data = TrainData(dataset, objective, world, config.pack_tokens)
         eval_data = replace(data, dataset=eval_dataset) if eval_dataset else None
         dtype = distributed.compute_dtype(config.dtype, world)
-        memory = step_memory(model, longest_pack(data, config), world, dtype)
+        memory = step_memory(model, longest_pack(data, config), world, dtype, config.offload)
         checkpointed = blocks_to_checkpoint(config.checkpoint_blocks, memory)
-        how = Parallelism(dtype, checkpointed, config.compile, config.reshard_after_forward)
+        how = Parallelism(
+            dtype, checkpointed, config.compile, config.reshard_after_forward, config.offload
+        )
         print(describe(dataset, source.chat), describe_plan(data, config), sep="\n")
         print(memory.describe(checkpointed), flush=True)
         if not config.dry_run:

@@ -49,6 +49,12 @@ SLOW_STEPS = {
     # Two nodes also sum the gradients over nodes.
     "train-step objective=redi world_size=16": {**EXCHANGED, "allreduce": 1 + LAYERS + 1},
 }
+# Gradients are awaited before the host clips them: one by one, as FSDP2 does it.
+OFFLOAD_WAITS = {**TRAINING_WAITS, "train.train_step: synchronize()": 12 * LAYERS + 2}
+OFFLOADED = {
+    "train-step objective=redi world_size=1 offload=True": {},
+    "train-step objective=sft packs=2 offload=True": EXCHANGED,
+}
 # The published step, on GPUs of 80 and 141 GB.
 PUBLISHED_STEPS = [
     f"train-step objective={objective} {ranks} layers=28 packs=2"
@@ -99,8 +105,17 @@ def test_a_training_step_waits_once_and_exchanges_each_block_once(case, result):
     exchanged = {**STEPS, **SLOW_STEPS}[case]
     assert result["waits"] == TRAINING_WAITS
     assert result["collectives"] == exchanged
-    assert result["backends"] == (["cpu:gloo,cuda:nccl", "gloo"] if exchanged else ["nccl"])
+    assert result["backends"] == ["cpu:gloo,cuda:nccl", *["gloo"] * bool(exchanged)]
     assert set(result["launches"]) == {"_row", "_rotate", "_swiglu", "_swiglu_gradients"}
+    assert result["update_on"] == ["cuda"]
+    assert result["peak_gib"] <= result["formula_gib"]
+
+
+@pytest.mark.parametrize("case", OFFLOADED)
+def test_with_offload_weights_and_adam_are_on_the_host_which_waits_for_gradients(case, result):
+    assert result["update_on"] == ["cpu"]
+    assert result["waits"] == OFFLOAD_WAITS
+    assert result["collectives"] == OFFLOADED[case]
     assert result["peak_gib"] <= result["formula_gib"]
 
 
@@ -118,6 +133,17 @@ def test_evaluation_and_gathering_between_steps(case, result):
     assert result["generate"]["collectives"] == {"allgather_base": LAYERS + 1}
     assert result["step"]["waits"] == TRAINING_WAITS
     assert result["gather"]["waits"] == GATHERING_WAITS
+    assert set(result["gathered"]) == {"cpu torch.bfloat16"}
+
+
+@pytest.mark.parametrize("case", slow(["between-steps offload=True"]))
+def test_offloaded_weights_answer_on_the_gpu_and_are_gathered_without_it(case, result):
+    assert result["held_out"]["waits"] == TRAINING_WAITS
+    assert result["completed"] == 3
+    assert set(result["generate"]["waits"]) == GENERATION_WAITS
+    assert result["generate"]["collectives"] == {"allgather_base": LAYERS + 1}
+    assert result["step"]["waits"] == OFFLOAD_WAITS
+    assert result["gather"]["waits"] == {}
     assert set(result["gathered"]) == {"cpu torch.bfloat16"}
 
 

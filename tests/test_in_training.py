@@ -48,12 +48,11 @@ def test_scores_are_those_of_evaluate_and_training_does_not_notice(problems):
 def test_two_ranks_score_and_train_as_without_a_benchmark_or_a_second_rank(problems):
     run(sft_config(out="alone", epochs=2, cache="tokens", **SETTINGS))
     alone = steps(records("alone"), "benchmark")
-    for reshard in ("false", "true"):
+    for setting in ("--reshard-after-forward=false", "--reshard-after-forward", "--offload"):
         for out, more in (("scored", FLAGS), ("plain", [])):
-            flags = ["--out", f"{out} {reshard}", "--reshard-after-forward", reshard, *more]
-            run_ranks(problems, [*SFT, *flags])
-        together = records(f"scored {reshard}")
-        assert steps(together) == steps(records(f"plain {reshard}"))
+            run_ranks(problems, [*SFT, "--out", f"{out} {setting}", setting, *more])
+        together = records(f"scored {setting}")
+        assert steps(together) == steps(records(f"plain {setting}"))
         for one, other in zip(steps(together, "benchmark"), alone, strict=True):
             assert one == pytest.approx(other)
 

@@ -125,6 +125,23 @@ def test_bytes_of_a_step_of_the_published_model_by_hand(qwen):
     assert copies == [None, 4 * n]
 
 
+def test_with_offload_the_gpu_holds_no_moments_and_the_host_16_bytes_per_parameter_and_more(
+    qwen, monkeypatch
+):
+    monkeypatch.setattr(memory, "total_memory", lambda world: 24 << 30)
+    n, world = sum(p.numel() for p in qwen.parameters()), World(0, 4, torch.device("cuda", 0), 4)
+    plain, offloaded = (
+        step_memory(qwen, 32_768, world, torch.bfloat16, offload) for offload in (False, True)
+    )
+    assert plain.total(28) - offloaded.total(28) == 12 * n // 4
+    assert plain.host == 0
+    # Of 4 ranks. Weights and gradients are pinned, in blocks of a power of two.
+    assert 16 * n / 4 < offloaded.host < 24 * n / 4
+    [line] = [line for line in offloaded.describe(28).splitlines() if "in host memory" in line]
+    assert line.split()[0] == f"{offloaded.host / 2**30:.3f}"
+    assert "in host memory" not in plain.describe(28)
+
+
 def test_a_setting_is_all_none_or_a_number_of_blocks(qwen):
     needs = step_memory(qwen, 100, WORLD, torch.bfloat16)
     for setting, count in (("all", 28), ("none", 0), ("7", 7), ("28", 28)):

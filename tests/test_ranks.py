@@ -44,7 +44,8 @@ CASES += [
     for name in ("redi", "asymre", "uft")
 ]
 
-CUTS = [(1000, False), (30, False), (30, True)]  # pack_tokens, reshard_after_forward
+# pack_tokens, reshard_after_forward, offload
+CUTS = [(1000, False, False), (30, False, False), (30, True, False), (30, False, True)]
 CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------- what a rank does
@@ -58,14 +59,20 @@ class KeepsGradients(torch.optim.AdamW):
         self.gradients = [full_tensor(parameter.grad) for parameter in group["params"]]
 
 
-def one_step(case: tuple, world: World, pack_tokens: int = 1000, reshard: bool = False) -> tuple:
+def one_step(
+    case: tuple,
+    world: World,
+    pack_tokens: int = 1000,
+    reshard: bool = False,
+    offload: bool = False,
+) -> tuple:
     """What train_step returns for a step over all rows, dealt to the ranks, and the gradients."""
     name, tied, dtype, rows, family = case
     name, _, kind = name.partition(" on ")
     kind = kind or ("rows" if name == "sft" else "pairs")
     model, how = (
         tiny(tied, dtype, family=family),
-        Parallelism(dtype, 1, reshard_after_forward=reshard),
+        Parallelism(dtype, 1, False, reshard, offload),
     )
     parallelize(model, world, how)
     data = TrainData(Rows(kind, rows), objective_of(name), world, pack_tokens)

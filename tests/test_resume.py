@@ -365,6 +365,26 @@ def test_two_ranks_of_which_one_is_killed_resume_to_the_same_bits(
     assert_resumes_to_the_same_bits(together, num_ranks=2)
 
 
+# ---------------------------------------------------------------- offload
+
+OFFLOAD = [*SFT, "--offload", "true"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("begun", "ended"), [(OFFLOAD, SFT), (SFT, OFFLOAD)], ids=["off", "on"])
+def test_offload_may_change_when_a_run_resumes_and_changes_no_bit(
+    begun, ended, num_ranks, whole, monkeypatch
+):
+    folder = whole(num_ranks)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    monkeypatch.chdir(folder)
+    for rank in ranks(folder, begun, *[die_after(5)] * num_ranks):
+        rank.process.join(60)
+    assert saved() == [4]
+    run_ranks(folder, ended, num_ranks)
+    assert_same_bits("run", "whole")
+
+
 # ---------------------------------------------------------------- other numbers of ranks
 
 

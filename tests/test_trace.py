@@ -219,6 +219,24 @@ def test_a_decode_step_reads_weights_cache_and_logits_and_little_else(small, tmp
 
 
 @needs_fake
+def test_offload_takes_weights_and_moments_off_the_gpu_and_the_hosts_work_is_not_counted(
+    small, tmp_path
+):
+    block = 2 * 1536**2 + 2 * 1536 * 256 + 1536 + 2 * 256 + 3 * 1536 * 8960 + 2 * 1536
+    parameters = 151_936 * 1536 + 2 * block + 1536
+    run = ("train-redi", "--model", small, "--gpu", "RTX 4090", "--gpus", 1)
+    run += ("--checkpoint-blocks", "all", "--pack-tokens", 16_384)
+    plain, offloaded = trace(tmp_path, *run)[0], trace(tmp_path, *run, "--offload")
+    found, shown = offloaded
+    assert plain["peak_gib"] - found["peak_gib"] == pytest.approx(12 * parameters / 2**30, rel=0.01)
+    assert found["copied_gb"] == pytest.approx(4 * parameters / 1e9)
+    assert f"offload: {found['host_gib']:.1f} GiB in host memory per GPU" in shown
+    before, after = (t["traced_step"]["kinds"]["clip and AdamW"] for t in (plain, found))
+    assert before["bytes"] > 50 * parameters
+    assert after["bytes"] < 1e6
+
+
+@needs_fake
 def test_a_step_that_does_not_fit_says_so(small, tmp_path):
     machine = ("--gpu", "RTX 4090", "--gpus", 1, "--checkpoint-blocks", "none")
     found, shown = trace(tmp_path, "train-sft", "--model", small, *machine)
@@ -308,6 +326,19 @@ def test_eight_ranks_share_the_bytes_of_the_update(small, tmp_path):
         return found["traced_step"]["kinds"]["clip and AdamW"]["bytes"]
 
     assert 8 * of_update(8) == pytest.approx(of_update(1), rel=0.02)
+
+
+@needs_fake
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["train-sft", "train-redi"])
+def test_the_published_run_fits_one_gpu_of_24_gb_with_offload_and_not_without(program, tmp_path):
+    machine = ("--gpu", "RTX 4090", "--gpus", 1)
+    found, _ = trace(tmp_path, program, *machine, "--offload")
+    assert found["fits"]
+    assert 0.85 <= found["peak_gib"] / found["formula_gib"] <= 1.0
+    without, shown = trace(tmp_path, program, *machine)
+    assert without["peak_gib"] > 24
+    assert "DOES NOT FIT" in shown
 
 
 @needs_fake

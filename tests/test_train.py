@@ -9,6 +9,7 @@ against transformers, which runs every row alone; the optimizer against a loop w
 import math
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from small_run import (
     write_jsonl,
 )
 from small_step import backward
+from torch.distributed import fsdp
 
 from redi import train
 from redi.checkpoint.folder import load_model
@@ -39,6 +41,19 @@ from redi.monitor import training_flops
 from redi.runlog import RunLog, read_metrics
 
 DPO = {"objective": "dpo", "beta": 0.1}
+
+
+def test_offload_is_what_fsdp_is_asked_for_and_nothing_else_changes(here, monkeypatch):
+    policy = Mock(wraps=fsdp.CPUOffloadPolicy)
+    monkeypatch.setattr(fsdp, "CPUOffloadPolicy", policy)
+    plain = losses_and_norms(run(sft_config(out="plain")))
+    assert not policy.called
+    assert losses_and_norms(run(sft_config(offload=True))) == plain
+    policy.assert_called_once_with(pin_memory=False)  # there is no GPU
+
+
+def losses_and_norms(records: list[dict]) -> list[tuple]:
+    return [(r["loss"], r["grad_norm"], r["update_norm"]) for r in steps(records)]
 
 
 # ---------------------------------------------------------------- transformers as the oracle

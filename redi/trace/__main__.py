@@ -42,6 +42,11 @@ from redi.trace.published import PROBLEMS, QWEN, published_rows
 if TYPE_CHECKING:  # it changes torch, so it is imported when nothing else can fail
     from redi.trace.runs import DecodingTrace, TrainingTrace, Work
 
+# How often the host moves the size of the weights in a step with --offload: clipping reads the
+# gradients twice and writes them once; the update norm reads weights, gradients and both moments;
+# AdamW reads these four and writes three.
+HOST_PASSES = 14
+
 
 @dataclass(kw_only=True)
 class Machine:
@@ -155,7 +160,7 @@ def training(config: Any, objective: Objective, shape: ModelConfig, gpu: Gpu) ->
         f"memory: {fits} into {trace.planned_gib:.2f} GiB, which a step may use ({SHARE:.0%} of "
         f"{trace.memory_gib:.1f}). Traced peak {trace.peak_gib:.2f}, in {trace.peak_at}; the "
         f"formula of --dry-run says {trace.formula_gib:.2f}\n"
-        f"activations kept in {trace.kept} of {blocks} blocks\n\n"
+        f"activations kept in {trace.kept} of {blocks} blocks\n{text_of_offload(trace)}\n"
         f"a traced step of {trace.traced_step.tokens:,} tokens per GPU, in packs of "
         f"{trace.pack_tokens:,}:\n{text_of_step(trace.traced_step)}\n"
         f"model FLOPs {trace.counted_flops / 1e12:,.1f} T; the MFU counts "
@@ -165,6 +170,17 @@ def training(config: Any, objective: Objective, shape: ModelConfig, gpu: Gpu) ->
     if objective.needs_reference:
         print("  not counted: a forward pass over all rows, for the reference model's log-probs")
     return trace
+
+
+def text_of_offload(trace: "TrainingTrace") -> str:
+    if not trace.host_gib:
+        return ""
+    return (
+        f"offload: {trace.host_gib:.1f} GiB in host memory per GPU. Each step also takes, not in "
+        f"the times below, {trace.copied_gb:.1f} GB over PCIe to the GPU and as many back, and "
+        f"{HOST_PASSES * trace.copied_gb:.0f} GB read and written in host memory to clip and "
+        "update\n"
+    )
 
 
 def evaluation(config: TraceEvaluation, shape: ModelConfig, gpu: Gpu) -> "DecodingTrace":

@@ -7,8 +7,10 @@
 
 Tensors on the CPU are real. Tensors on "cuda" are torch's fake tensors: shape, dtype, strides and a
 device, and every operator runs only its shape function. So an error of shape, dtype or device is
-found, in seconds and in little memory, whatever the size. Collectives of torch's fake process group
-return at once. Triton kernels are not run. What the host reads from the device is 0.0, 1 or True.
+found, in seconds and in little memory, whatever the size. Pinned memory is fake as well, and what
+is copied to the host without a wait, and what the host computes from either: offloaded weights take
+no memory. Collectives of torch's fake process group return at once. Triton kernels are not run.
+What the host reads from the device is 0.0, 1 or True.
 
 Not seen: memory inside kernels (flash attention, NCCL, cuBLAS workspaces) and fragmentation.
 It changes the process for good (guard.py), so each use gets a process of its own.
@@ -20,6 +22,7 @@ import weakref
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from redi import monitor
 from redi.gpus import Gpu, find_gpu
 from redi.trace import guard, stand_ins
 from redi.trace.costs import Costs
@@ -109,7 +113,9 @@ class FakeCuda:
             only_cpu = torch._C._only_lift_cpu_tensors()
             torch._C._set_only_lift_cpu_tensors(True)
             stack.callback(torch._C._set_only_lift_cpu_tensors, only_cpu)
-            stack.enter_context(_Dispatch(self))
+            # The update norm on a host takes as much as fits its cache, and there is no cache here.
+            stack.enter_context(mock.patch.dict(monitor.BATCH, cpu=monitor.BATCH["cuda"]))
+            self.mode = stack.enter_context(_Dispatch(self))
             self._stack = stack.pop_all()
         return self
 
@@ -180,9 +186,9 @@ class _Dispatch(TorchDispatchMode):
         if any(t not in (Tensor, FakeTensor, torch.nn.Parameter) for t in types):
             return NotImplemented  # a DTensor runs the operator on its local tensors, seen here
         leaves = tree_leaves((args, kwargs))
-        on_cuda = any(isinstance(leaf, FakeTensor) for leaf in leaves)
+        on = {leaf.fake_device.type for leaf in leaves if isinstance(leaf, FakeTensor)}
         to_cuda = any(isinstance(leaf, torch.device) and leaf.type == "cuda" for leaf in leaves)
-        if not (on_cuda or to_cuda) or operator.namespace == "prim":  # the host's
+        if not (on or to_cuda) or operator.namespace == "prim":  # the host's
             return operator(*args, **kwargs)
         if torch.is_inference_mode_enabled():  # else autograd has decomposed it already
             with self:
@@ -193,21 +199,22 @@ class _Dispatch(TorchDispatchMode):
             self.fake.costs.add_operator(operator, args, kwargs, answer)
             return answer
         self._record(operator, args, kwargs)
-        if not on_cuda:  # a copy of a real tensor to the device
+        if not on:  # a copy of a real tensor to the device
             args = tree_map_only(Tensor, self.fake_mode.from_tensor, args)
         with self.fake_mode:
             results = operator(*args, **kwargs)
         # Module.to cannot swap a tensor to which this memo keeps a weak reference.
         self.fake_mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
-        self.fake.costs.add_operator(operator, args, kwargs, results)
-        return tree_map_only(FakeTensor, self._result, results)
+        if "cuda" in on or to_cuda:
+            self.fake.costs.add_operator(operator, args, kwargs, results)
+        without_values = kwargs.get("non_blocking") or "cpu" in on
+        return tree_map_only(FakeTensor, partial(self._result, without_values), results)
 
-    def _result(self, tensor: FakeTensor) -> Tensor:
-        """Count an operator's output; what is on the CPU becomes a real tensor."""
-        if tensor.fake_device.type == "cpu":
-            return _host_values(tensor)
-        self.fake.allocate(tensor)
-        return tensor
+    def _result(self, without_values: bool, tensor: FakeTensor) -> Tensor:
+        """Count an operator's output; what the host may read becomes a real tensor."""
+        if tensor.is_cuda:
+            self.fake.allocate(tensor)
+        return tensor if tensor.is_cuda or without_values else _host_values(tensor)
 
     def _answer(self, operator: Any, args: tuple, kwargs: dict) -> Any:
         """The result of an operator that has no shape function; None for the others."""
@@ -249,7 +256,8 @@ class _Dispatch(TorchDispatchMode):
 
     def _record_copy(self, source: Tensor, target: str, non_blocking: bool | None) -> None:
         if source.is_cuda and target == "cpu":
-            self.fake.wait("copy to the host")
+            if not non_blocking:
+                self.fake.wait("copy to the host")
         elif source.is_cpu and target == "cuda":
             if not source.is_pinned():
                 self.fake.wait("copy from memory that is not pinned")

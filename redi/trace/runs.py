@@ -90,11 +90,14 @@ def prepare(
     with torch.device("meta"):
         model = Transformer(shape)
     dtype = distributed.compute_dtype(config.dtype, world)
-    expected = memory.step_memory(model, config.pack_tokens, world, dtype)
+    expected = memory.step_memory(model, config.pack_tokens, world, dtype, config.offload)
     memory.check_blocks(config.checkpoint_blocks, shape.num_layers)
     blocks = memory.blocks_to_checkpoint(config.checkpoint_blocks, expected)
-    how = Parallelism(dtype, blocks, reshard_after_forward=config.reshard_after_forward)
+    how = Parallelism(dtype, blocks, False, config.reshard_after_forward, config.offload)
     distributed.parallelize(model, world, how)
+    if config.offload:  # pins the weights
+        with distributed.gathered(model, config.reshard_after_forward):
+            pass
     rotary_tables(shape, dtype, world.device)  # a run computes them once
     optimizer = train.make_optimizer(model, config)
     for parameter in model.parameters():
@@ -148,6 +151,8 @@ class TrainingTrace(Trace):
     counted_flops: float  # of the traced step, without those of blocks that are computed again
     model_flops: float  # of the traced step, as the MFU counts them
     steps: int
+    host_gib: float  # what --offload needs of host memory
+    copied_gb: float  # what it copies to the GPU in a step, and as much back
 
 
 def trace_training(
@@ -184,6 +189,7 @@ def trace_training(
     supervised = prepared.data.dataset.response_lengths[: number * DOCUMENTS].sum()
     expected, checkpointed = prepared.expected, prepared.checkpointed
     formula = expected.total(checkpointed)
+    weights = sum(distributed.local_shard(p).nbytes for p in prepared.model.parameters())
     return TrainingTrace(
         memory_gib=fake.memory / GIB,
         peak_gib=peak / GIB,
@@ -199,6 +205,8 @@ def trace_training(
         counted_flops=sum(cost.flops - cost.again for cost in kinds.values()),
         model_flops=training_flops(shape, [document] * number * DOCUMENTS, int(supervised)),
         steps=steps,
+        host_gib=expected.host / GIB,
+        copied_gb=weights / 1e9 if config.offload else 0.0,
     )
 
 

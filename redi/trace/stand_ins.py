@@ -45,7 +45,7 @@ def replacements(fake: "FakeCuda") -> list[tuple[Any, dict[str, Any]]]:
         return storage
 
     def pin_memory(tensor: Tensor, *_: Any) -> Tensor:
-        pinned = tensor.clone()
+        pinned = fake.mode.fake_mode.from_tensor(tensor)
         storage = pinned.untyped_storage()
         fake.pinned.add(storage._cdata)
         weakref.finalize(storage, fake.pinned.discard, storage._cdata)

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -54,37 +54,46 @@ PARAMETERS = {"redi": {"alpha": 0.8}, "dpo": {"beta": 0.1}, "simpo": {"beta": 2.
 
 
 def prepare(
-    fake: FakeCuda, objective: str, packs: int, layers: int, reshard: bool, family: str = "qwen2"
-) -> Prepared:
+    fake: FakeCuda, objective: str, packs: int, layers: int, reshard: bool, family: str = "qwen2",
+    offload: bool = False,
+) -> Prepared:  # fmt: skip
     """A sharded model, and rows for steps of so many packs per rank."""
     paired = objective != "sft"
     chosen = make_objective(objective, **PARAMETERS[objective]) if paired else sft()
     shape = replace(SHAPE, num_layers=layers, **FAMILIES[family])
-    config = SFTConfig(pack_tokens=PACK_TOKENS, reshard_after_forward=reshard)
+    config = SFTConfig(pack_tokens=PACK_TOKENS, reshard_after_forward=reshard, offload=offload)
     return runs.prepare(fake, shape, chosen, config, packs)
 
 
 def train_step(
     objective: str, world_size: int = 8, memory: float = 80e9, packs: int = 1,
-    layers: int = LAYERS, reshard: bool = False, family: str = "qwen2",
+    layers: int = LAYERS, reshard: bool = False, family: str = "qwen2", offload: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """What an optimizer step does once AdamW has its moments."""
     with FakeCuda(world_size=world_size, memory=memory) as fake:
-        prepared = prepare(fake, objective, packs, layers, reshard, family)
+        prepared = prepare(fake, objective, packs, layers, reshard, family, offload)
         fake.reset()
         prepared.step()
         return {
             "waits": waits(fake), "collectives": fake.collectives, "backends": fake.backends,
             "launches": Counter(fake.launches), "peak_gib": fake.peak / 2**30,
             "formula_gib": prepared.expected.total(prepared.checkpointed) / 2**30,
+            "update_on": sorted({t.device.type for t in update_tensors(prepared)}),
         }  # fmt: skip
 
 
-def between_steps(reshard: bool = False) -> dict[str, Any]:
+def update_tensors(prepared: Prepared) -> Iterator[torch.Tensor]:
+    """Of weights and optimizer states, this rank's shards."""
+    for parameter in prepared.model.parameters():
+        tensors = parameter, *prepared.optimizer.state[parameter].values()
+        yield from map(distributed.local_shard, tensors)
+
+
+def between_steps(reshard: bool = False, offload: bool = False) -> dict[str, Any]:
     """What happens between training steps: held-out loss, answers sampled from the weights in
     training, and the weights gathered to be saved."""
     with FakeCuda(world_size=8) as fake:
-        prepared = prepare(fake, "sft", 1, LAYERS, reshard)
+        prepared = prepare(fake, "sft", 1, LAYERS, reshard, offload=offload)
         data, model, step = prepared.data, prepared.model, prepared.step
         results = {}
 
