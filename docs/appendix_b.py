@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script find
 
 from redi.batches import TrainData
 from redi.checkpoint.folder import load_model
-from redi.config import parse, positional, program
+from redi.config import parse, program
 from redi.distributed import World
 from redi.objectives import Objective, make_objective
 from redi.recipe import REDIConfig
@@ -29,8 +29,8 @@ GAMMA = 1.0
 
 @dataclass(kw_only=True)
 class AngleConfig:
-    model: Annotated[str, "where to take the gradients: folder or hub id", positional] = "out/sft"
-    data: Annotated[str, "pairs: file, folder or hub id", positional] = "data/pairs.jsonl"
+    model: Annotated[str, "where to take the gradients: folder or hub id"]
+    data: Annotated[str, "pairs: file, folder or hub id"]
     cache: Annotated[str, "folder for tokenized data, kept"] = REDIConfig.cache
 
 
@@ -44,11 +44,9 @@ def cosines(config: AngleConfig) -> dict[float, float]:
 
     def gradient(objective: Objective) -> torch.Tensor:
         data = TrainData(dataset, objective, World(0, 1, torch.device("cpu")), rows.pack_tokens)
-        step = data.all_rows()
-        totals = data.totals(step)
         model.zero_grad()
-        for batch in data.batches(step, totals):
-            data.objective.loss(model, batch, totals).loss.backward()
+        for batch in data.batches(data.all_rows()):
+            data.objective.loss(model, batch).loss.backward()
         return torch.cat([p.grad.flatten().double() for p in model.parameters()])
 
     symmetric = gradient(make_objective("symmetric"))

@@ -1,11 +1,10 @@
 """An optimizer step as packed batches.
 
-`TrainData` turns the sequence ids of a plan into packs whose token weights already contain the
+`TrainData` turns the sequence ids of a plan into packs whose weights already contain the
 counts of the *whole* step, so the losses of the packs add up to the loss of the step:
 
-    totals = data.totals(step)
-    for batch in data.batches(step, totals):
-        loss, token_logps, entropies = data.objective.loss(model, batch, totals)
+    for batch in data.batches(step):
+        loss, token_logps, entropies = data.objective.loss(model, batch)
 
 Letters: N rows, S sequences of a step.
 """
@@ -42,18 +41,15 @@ class TrainData:
         [step] = self.plan(rows_per_step=len(self.dataset), seed=0, epoch=0)
         return step
 
-    def totals(self, step: StepPlan) -> Totals:
-        """Counts over all packs and ranks of a step."""
-        ids = sequence_ids(step)
-        return Totals(len(ids) / 2, int(self.dataset.response_lengths[ids].sum()))
-
-    def batches(self, step: StepPlan, totals: Totals) -> Iterator[PackedBatch]:
+    def batches(self, step: StepPlan) -> Iterator[PackedBatch]:
         """This rank's packs of a step, read from disk and moved to the device."""
+        all_ids = sequence_ids(step)
+        totals = Totals(len(all_ids) / 2, int(self.dataset.response_lengths[all_ids].sum()))
         for ids in step[self.world.rank]:
             sequences = [self.dataset.sequence(i) for i in ids]
             signs = torch.tensor([s.sign for s in sequences])
             lengths = torch.from_numpy(self.dataset.response_lengths[ids]).long()
-            weights = self.objective.token_weights(signs, lengths, totals)  # of each sequence
+            weights = self.objective.sequence_weights(signs, lengths, totals)
             yield pack(sequences, weights, self.reference).to(self.world.device)
 
 

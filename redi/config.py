@@ -6,8 +6,8 @@ A program declares its settings as a keyword-only dataclass. `parse` fills it; l
 
 A field's help text is part of its annotation, `lr: Annotated[float, "peak learning rate"]`; a
 subclass that restates the field with another default inherits type and help. A field's name is its
-TOML key and, with dashes, its flag. A field is a positional argument if it has no default or is
-marked `positional`. Unknown keys and flags are errors, so a typo never trains a model.
+TOML key and, with dashes, its flag. A field is a positional argument if it has no default. Unknown
+keys and flags are errors, so a typo never trains a model.
 Left out: nested sections, interpolation, environment variables. A recipe is a flat list of values.
 """
 
@@ -29,9 +29,8 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 C = TypeVar("C")
 # Where recipes/ is: an installed package holds it, in a clone it lies beside the package.
 HOMES = Path(__file__).parent, Path(__file__).parents[1]
-# Marks of a field, as in Annotated[str, "help", positional].
-positional = object()  # a positional argument although it has a default
-may_change = object()  # does not affect the result: may differ when a run resumes
+# Annotated[int, "help", may_change]: does not affect the result, may differ when a run resumes.
+may_change = object()
 
 
 class UserError(Exception):
@@ -121,7 +120,7 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
     parser.add_argument("--config", action="append", **recipe)
     usage, hints = "%(prog)s", _hints(config_class)
     for field in fields(config_class):
-        kind, (text, *marks) = hints[field.name].__origin__, hints[field.name].__metadata__
+        kind, (text, *_) = hints[field.name].__origin__, hints[field.name].__metadata__
         default = field.default if field.default_factory is MISSING else field.default_factory()
         # A flag that is not given must not override the recipe, so argparse has no defaults.
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -137,10 +136,6 @@ def _parser_for(config_class: type, description: str) -> argparse.ArgumentParser
             options |= {"nargs": "?", "const": "true"}
         if default is MISSING:
             usage += f" {metavar}"
-        elif positional in marks:
-            usage += f" [{metavar}]"
-            text += f" (default: {_shown(default)})"
-            options |= {"nargs": "?"}
         else:
             dashes = "--" if len(name) > 1 else "-"
             name, metavar = f"{dashes}{name.replace('_', '-')}", _shown(default)

@@ -18,6 +18,10 @@ from redi.config import UserError
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 DATA_FILE = ".parquet, .jsonl or .json file"  # in errors
+MADE_BY = {  # what a program writes by default -> its command, for the error if it is missing
+    "data/positives.jsonl": "prepare", "data/pairs.jsonl": "prepare", "out/sft": "train-sft",
+    "out/redi": "train-redi",
+}  # fmt: skip
 CARD = "card.json"  # redi.prepare's description of its data, in the same folder
 TOKENIZER_FILES = [
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -30,31 +34,26 @@ MODEL_FILES = [
 ]  # fmt: skip
 
 
-def model_folder(
-    folder_or_hub_id: str | Path, made_by: str | None = None, files: list[str] = MODEL_FILES
-) -> Path:
-    """The Hugging Face folder of a model. For a hub id, `files` are downloaded. made_by: the
-    command that produces the folder, for the error if it is missing. Raises UserError: missing, not
-    a folder, or not on the hub."""
+def model_folder(folder_or_hub_id: str | Path, files: list[str] = MODEL_FILES) -> Path:
+    """The Hugging Face folder of a model. For a hub id, `files` are downloaded. Raises UserError:
+    missing, not a folder, or not on the hub."""
     path = Path(folder_or_hub_id).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise UserError(f"{path}: is a file; expected a Hugging Face model folder")
     if not is_hub_id(str(folder_or_hub_id)):
-        raise _missing(path, made_by)
+        raise _missing(path)
     return _download(str(folder_or_hub_id), "model", files)
 
 
-def dataset_files(
-    path_or_hub_id: str | Path, split: str = "train", made_by: str | None = None
-) -> list[Path]:
+def dataset_files(path_or_hub_id: str | Path, split: str = "train") -> list[Path]:
     """The data files that a file, a folder or a hub id stands for, sorted by name.
 
     A folder: every data file directly in it, except redi.prepare's card; others are counted on
     stdout. Subfolders are not searched: they may hold models or earlier outputs. A hub id: the
-    files of one split, named after a colon or by `split`. made_by: see `model_folder`. Raises
-    UserError: missing, no data file or a broken one, or not on the hub."""
+    files of one split, named after a colon or by `split`. Raises UserError: missing, no data file
+    or a broken one, or not on the hub."""
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if not file.is_dir() and file.name != CARD)
@@ -74,7 +73,7 @@ def dataset_files(
         return [path]
     hub_id, _, named = str(path_or_hub_id).partition(":")
     if not is_hub_id(hub_id):
-        raise _missing(path, made_by)
+        raise _missing(path)
     split = named or split
     patterns = [f"*{split}*{suffix}" for suffix in DATA_SUFFIXES]
     files = _files_of_split(_download(hub_id, "dataset", patterns), split)
@@ -122,6 +121,9 @@ def _download(hub_id: str, kind: str, patterns: list[str]) -> Path:
         ) from None
 
 
-def _missing(path: Path, made_by: str | None) -> UserError:
-    hint = f"`{made_by}` makes it" if made_by else "expected a local path or a hub id, org/name"
+def _missing(path: Path) -> UserError:
+    command = MADE_BY.get(path.as_posix())
+    hint = "expected a local path or a hub id, org/name"
+    if command:
+        hint = f"`python -m redi {command}` makes it"
     return UserError(f"{path}: no such file or folder; {hint}")

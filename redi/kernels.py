@@ -1,9 +1,9 @@
 """Triton kernels of training, for CUDA. The passes over a chunk's logits (logprobs.py):
 
-    target_logps        logits (C, V)  ->  log-probs of the targets (C,)             one read
-    softmax_gradient_   the same, the entropies (C,), and the gradient of                two reads,
-                        sum_c weights[c] * logp[c], written over the logits in       half a write
-                        the dtype of the matmuls that follow
+    without weights   logits (C, V)  ->  log-probs of the targets (C,)             one read
+    with weights      the same, the entropies (C,), and the gradient of            two reads,
+                      sum_c weights[c] * logp[c], written over the logits in       half a write
+                      the dtype of the matmuls that follow
 
 One program per row. It reads the row once for its log-sum-exp, with a running maximum and sum per
 lane (and for the entropy log Z - E[z] a sum of exponential times exponent), and once more for the
@@ -30,11 +30,6 @@ BLOCK = 4096  # logits of a row in a program's registers at a time
 ELEMENTS = 1024  # of a program of the elementwise kernels
 
 
-def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """The log-probs alone, of `softmax_gradient_`; logits are not changed."""
-    return softmax_gradient_(logits, targets)[1]
-
-
 def softmax_gradient_(
     logits: Tensor, targets: Tensor, weights: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,8 +37,8 @@ def softmax_gradient_(
 
     gradient = weights * (onehot(targets) - softmax(logits)), written over the logits; a 16-bit one
     fills the first half of each row. logits (C, V) fp32 with contiguous rows, targets (C,) int64,
-    weights (C,) fp32 of either sign; without them only the log-probs are computed. Raises
-    ValueError for other logits.
+    weights (C,) fp32 of either sign; without them only the log-probs are computed and
+    the logits stay as they are. Raises ValueError for other logits.
     """
     if logits.dtype != torch.float32 or logits.stride(1) != 1:
         raise ValueError("logits must be fp32 with contiguous rows")

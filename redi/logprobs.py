@@ -161,7 +161,7 @@ def _token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         if head.in_triton:
             from redi import kernels  # triton is installed with torch for CUDA
 
-            logps[rows] = kernels.target_logps(logits, targets[rows])
+            logps[rows] = kernels.softmax_gradient_(logits, targets[rows])[1]
         else:
             logps[rows] = _exponentials_(logits, targets[rows])[0]
     return logps

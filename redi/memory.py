@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 
 from redi.attention import takes_gqa
-from redi.config import UserError
 from redi.distributed import World
 from redi.logprobs import CHUNK_BYTES
 from redi.model import ModelConfig, Transformer
@@ -97,17 +96,11 @@ def step_memory(
     return StepMemory(tokens, config.num_layers, fixed, per_block, planned, host)
 
 
-def check_blocks(setting: str, blocks: int) -> None:
-    """Raise UserError unless `setting` is a --checkpoint-blocks for a model of `blocks` blocks."""
-    if setting not in ("auto", "all", "none", *map(str, range(blocks + 1))):
-        raise UserError(f"--checkpoint-blocks {setting}: expected auto, all, none or 0 to {blocks}")
-
-
-def blocks_to_checkpoint(setting: str, memory: StepMemory) -> int:
-    """How many blocks to checkpoint, for a setting that `check_blocks` accepts. "auto": the fewest
-    that fit the planned memory."""
-    if setting.isdecimal():
-        return int(setting)
+def blocks_to_checkpoint(setting: int | str, memory: StepMemory) -> int:
+    """How many blocks to checkpoint. A number above the model's means all; auto, the fewest that
+    fit the planned memory."""
+    if isinstance(setting, int):
+        return min(setting, memory.blocks)
     fitting = (n for n in range(memory.blocks + 1) if memory.total(n) <= memory.planned)
     return {"all": memory.blocks, "none": 0, "auto": next(fitting, memory.blocks)}[setting]
 

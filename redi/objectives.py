@@ -60,15 +60,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class LinearObjective:
-    """loss = sum_t w_t logp_t. token_weights(signs (S,), lengths (S,), totals) -> (S,): w of the
+    """loss = sum_t w_t logp_t. sequence_weights(signs (S,), lengths (S,), totals) -> (S,): w of the
     tokens of each sequence, float64. signs: -1 rejected, +1 otherwise; lengths: |y|."""
 
-    token_weights: Callable[[Tensor, Tensor, Totals], Tensor]
+    sequence_weights: Callable[[Tensor, Tensor, Totals], Tensor]
     takes: tuple[str, ...] = STAGE_2  # kinds of rows
     keep_pairs = False  # must both traces of a pair be in one pack?
     needs_reference = False
 
-    def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> PackLoss:
+    def loss(self, model: Transformer, batch: PackedBatch) -> PackLoss:
         weights = batch.token_weights
         head = partial(weighted_logp_sum, targets=batch.targets, token_weights=weights)
         return model(batch, head)
@@ -90,21 +90,21 @@ class NonlinearObjective:
     def needs_reference(self) -> bool:
         return any(name.startswith("ref_") for name in self.arguments)
 
-    def token_weights(self, signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
-        """Zeros (S,): pack() needs weights, but these are known only after the forward pass."""
-        return torch.zeros(signs.shape, dtype=torch.float64)
+    def sequence_weights(self, signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
+        """(S,) float64: 1 / N_pairs, by which the loss of a pair or a trace is multiplied."""
+        return torch.full(signs.shape, 1 / totals.num_pairs, dtype=torch.float64)
 
-    def loss(self, model: Transformer, batch: PackedBatch, totals: Totals) -> PackLoss:
+    def loss(self, model: Transformer, batch: PackedBatch) -> PackLoss:
         head = partial(token_logps_and_entropies, targets=batch.targets)
         token_logps, entropies = model(batch, head)  # (R,)
         if batch.row_ids:
             values = loss_arguments(token_logps, batch)
             losses = self.function(**{name: values[name] for name in self.arguments})
-            weights = batch.row_weights[:: 2 if self.keep_pairs else 1]  # (P,) or (S,)
+            weights = batch.sequence_weights[:: 2 if self.keep_pairs else 1]  # (P,) or (S,)
             if losses.shape != weights.shape:
                 each = "pair, (P,)" if self.keep_pairs else "trace, (S,)"
                 raise UserError(f"{self.function}: must return one loss per {each}")
-            loss = (losses * weights).sum() / totals.num_pairs
+            loss = (losses * weights).sum()
         else:  # an empty pack: its backward takes part in the exchange between ranks all the same
             loss = token_logps.sum()
         return PackLoss(loss, token_logps.detach(), entropies)
@@ -155,11 +155,11 @@ def make_objective(name: str, **parameters: float) -> Objective:
     table = [slopes.get(argument, 0.0) for argument in LINEAR_ARGUMENTS]
     by_mean, by_sum = torch.tensor(table, dtype=torch.float64).reshape(2, 2)  # (chosen, rejected)
 
-    def token_weights(signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
+    def sequence_weights(signs: Tensor, lengths: Tensor, totals: Totals) -> Tensor:
         side = (signs < 0).long()
         return (by_mean[side] + by_sum[side] * lengths) / (totals.num_pairs * lengths)
 
-    return LinearObjective(token_weights)
+    return LinearObjective(sequence_weights)
 
 
 def constant_slopes(loss: Callable[..., Tensor], arguments: list[str], name: str) -> list[float]:

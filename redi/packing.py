@@ -56,11 +56,8 @@ def plan(
     lengths (N,): tokens of each row, whose sequence id is the row; or (N, 2): tokens of the chosen
     and the rejected sequence, with ids 2 * row and 2 * row + 1. A pack holds at most pack_tokens; a
     longer sequence (with keep_pairs: pair) gets a pack of its own. Every row is used exactly once;
-    the last step may be smaller, and some packs may be empty arrays. Raises ValueError for a size
-    below 1.
+    the last step may be smaller, and some packs may be empty arrays.
     """
-    if min(rows_per_step, pack_tokens, world_size) < 1:
-        raise ValueError("rows_per_step, pack_tokens and world_size must be at least 1")
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     starts = range(0, len(order), rows_per_step)
     all_ids = np.arange(lengths.size).reshape(lengths.shape)  # (N,) or (N, 2)
@@ -119,7 +116,7 @@ class PackedBatch:
     rows: Tensor  # (R,) int64, the position before each supervised token: it predicts the token
     targets: Tensor  # (R,) int64
     token_weights: Tensor  # (R,) float64, d loss / d log-prob for a linear objective
-    row_weights: Tensor  # (S,) float64, of the row that each sequence comes from
+    sequence_weights: Tensor  # (S,) float64, the objective's, times that of the sequence's row
     row_ids: list[int]  # S, the row of the Dataset that each sequence comes from
     signs: list[int]  # S, +1 chosen or right, -1 rejected or wrong
     response_lengths: list[int]  # S, |y|: supervised tokens of each sequence
@@ -158,11 +155,11 @@ class TokenSequence:
 def pack(
     sequences: list[TokenSequence], weights: Tensor, reference_sums: Tensor | None = None
 ) -> PackedBatch:
-    """Concatenate sequences. weights (S,): the weight of each sequence's supervised tokens, but for
-    that of its row. reference_sums (N, 2): the reference model's log-prob sums of all N pairs; then
-    sequences are whole pairs, and the pack's `reference` is their sums and means, (2, S). An empty
-    list gives an empty pack: one token, not supervised. Raises ValueError for a sequence without a
-    prompt: the document before it would predict its first token."""
+    """Concatenate sequences. weights (S,): the objective's weight of each sequence, which pack
+    multiplies by that of its row. reference_sums (N, 2): the reference model's log-prob sums of all
+    N pairs; then sequences are whole pairs, and the pack's `reference` is their sums and means,
+    (2, S). An empty list gives an empty pack: one token, not supervised. Raises ValueError for a
+    sequence without a prompt: the document before it would predict its first token."""
     if any(s.prompt_length < 1 for s in sequences):
         raise ValueError("a sequence needs a prompt of at least one token")
     tokens = [s.tokens for s in sequences] or [np.zeros(1, dtype=np.int64)]
@@ -173,7 +170,7 @@ def pack(
     rows = [start + positions - 1 for positions, start in zip(supervised, cu_seqlens)]
     targets = [s.tokens[positions] for s, positions in zip(sequences, supervised)]
     row_ids = [s.row for s in sequences]
-    row_weights = torch.tensor([s.weight for s in sequences], dtype=torch.float64)
+    weights = weights * torch.tensor([s.weight for s in sequences], dtype=torch.float64)
     repeats = torch.tensor(response_lengths, dtype=torch.int64)
     reference = None
     if reference_sums is not None:
@@ -186,8 +183,8 @@ def pack(
         lengths=lengths,
         rows=_concatenate(rows),
         targets=_concatenate(targets),
-        token_weights=(weights * row_weights).repeat_interleave(repeats),
-        row_weights=row_weights,
+        token_weights=weights.repeat_interleave(repeats),
+        sequence_weights=weights,
         row_ids=row_ids,
         signs=[s.sign for s in sequences],
         response_lengths=response_lengths,

@@ -17,15 +17,15 @@ from redi.checkpoint.reference import reference_logps
 from redi.checkpoint.resume import Checkpoints, refuse_changed_facts
 from redi.checkpoint.weights import fill, weights_hash
 from redi.config import UserError
-from redi.data.dataset import Dataset, Limits, describe, select
+from redi.data.dataset import Dataset, describe, select
 from redi.data.files import hash_files
 from redi.data.store import load_store
 from redi.distributed import Parallelism, World, local_rank_zero_first, report_lost_ranks
 from redi.hub import CARD, dataset_files
-from redi.memory import blocks_to_checkpoint, check_blocks, step_memory
+from redi.memory import blocks_to_checkpoint, step_memory
 from redi.model import Transformer
 from redi.objectives import Objective
-from redi.recipe import REDIConfig, TrainConfig
+from redi.recipe import TrainConfig
 from redi.runlog import NoLog, RunLog, is_finished, read_facts, read_metrics
 from redi.train import Scorer, StopSignals, num_steps, train
 
@@ -72,10 +72,7 @@ def _load(
     config: TrainConfig, objective: Objective
 ) -> tuple[Transformer, Source, Dataset, Dataset | None]:
     """The model, of which only the sizes are read, and the rows."""
-    made_by = "python -m redi train-sft" if config.model == REDIConfig.model else None
-    theta, context = config.rope_theta, config.max_position_embeddings
-    model, source = open_model(config.model, theta, context, made_by)
-    check_blocks(config.checkpoint_blocks, model.config.num_layers)  # before hours of tokenizing
+    model, source = open_model(config.model, config.rope_theta, config.max_position_embeddings)
     dataset = load_data(config.data, config, source, objective)
     if not config.eval_data:
         return model, source, dataset, None
@@ -128,15 +125,13 @@ def load_data(path: str, config: TrainConfig, source: Source, objective: Objecti
     cannot be trained on, and if no row is left."""
     if source.chat is None:
         raise UserError(f"{source.folder / 'tokenizer.json'}: no such file; training needs it")
-    limits = row_limits(config, source.config["max_position_embeddings"])
-    made_by = "python -m redi.prepare" if path == type(config).data else None
-    files = dataset_files(path, made_by=made_by)
-    store = load_store(files, source.chat, objective.takes, config.cache)
-    return select(store, limits, config.over_length, path)
+    check_limits(config, source.config["max_position_embeddings"])
+    store = load_store(dataset_files(path), source.chat, objective.takes, config.cache)
+    return select(store, config, path)
 
 
-def row_limits(config: TrainConfig, context: int) -> Limits:
-    """The run's limits. Raises UserError if they let in rows that are longer than the context."""
+def check_limits(config: TrainConfig, context: int) -> None:
+    """Raise UserError if the run's limits let in rows that are longer than the context."""
     both = config.max_prompt + config.max_response
     longest, why = min((config.max_length, ""), (both, " (--max-prompt plus --max-response)"))
     if longest > context:
@@ -144,7 +139,6 @@ def row_limits(config: TrainConfig, context: int) -> Limits:
             f"--max-length: rows of {longest} tokens{why} would be let in, but the model's context "
             f"is {context}; set --max-length {context}, or raise --max-position-embeddings"
         )
-    return Limits(config.max_prompt, config.max_response, config.max_length)
 
 
 def describe_plan(data: TrainData, config: TrainConfig) -> str:

@@ -140,13 +140,13 @@ def train_step(
     """One optimizer step: its statistics, and its record for the log. A step whose loss or gradient
     is not finite changes no weight."""
     began = time.perf_counter()
-    world, totals, sums = data.world, data.totals(step), StepSums(data, step)
+    world, sums = data.world, StepSums(data, step)
 
     # ---- forward and backward, pack by pack: gradients accumulate in .grad
     num_packs = len(step[world.rank])
-    for number, batch in enumerate(data.batches(step, totals), start=1):
+    for number, batch in enumerate(data.batches(step), start=1):
         distributed.last_pack(model, number == num_packs, config.reshard_after_forward)
-        result = data.objective.loss(model, batch, totals)
+        result = data.objective.loss(model, batch)
         result.loss.backward()
         sums.add(batch, result)
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
@@ -168,7 +168,8 @@ def train_step(
     lengths = data.dataset.lengths.reshape(-1)[stats.ids]  # of each sequence
     seconds, record["tokens"] = time.perf_counter() - began, int(lengths.sum())
     if peak := monitor.peak_flops(world.device):
-        flops = monitor.training_flops(model.config, lengths.tolist(), totals.num_tokens)
+        num_supervised = int(data.dataset.response_lengths[stats.ids].sum())
+        flops = monitor.training_flops(model.config, lengths.tolist(), num_supervised)
         record["mfu"] = flops / seconds / peak / world.world_size
     return stats, record | {"memory_gib": peak_memory_gib(world.device), "seconds": seconds}
 
@@ -176,10 +177,10 @@ def train_step(
 def held_out(model: Transformer, data: TrainData) -> dict[str, float]:
     """The loss over all rows of `data` as one step, and their mean log-probs."""
     step = data.all_rows()
-    totals, sums = data.totals(step), StepSums(data, step)
+    sums = StepSums(data, step)
     with distributed.without_gradients(model):
-        for batch in data.batches(step, totals):
-            sums.add(batch, data.objective.loss(model, batch, totals))
+        for batch in data.batches(step):
+            sums.add(batch, data.objective.loss(model, batch))
     return sums.gather().summary(entropies=False)
 
 

@@ -97,9 +97,8 @@ def data_of(
 def backward(model: Transformer, data: TrainData, step: StepPlan | None = None) -> float:
     """The loss of a step, by default over all rows, whose gradients are added to the model's."""
     step, loss = step or data.all_rows(), 0.0
-    totals = data.totals(step)
-    for batch in data.batches(step, totals):
-        part = data.objective.loss(model, batch, totals).loss
+    for batch in data.batches(step):
+        part = data.objective.loss(model, batch).loss
         part.backward()
         loss += part.item()
     return loss

@@ -47,7 +47,7 @@ BAD_INPUTS = {  # program, flags, what the line names
     "missing stage 1": (redi, ["--model", "out/sft"], ["out/sft", "redi train-sft"]),
     "missing stage 2": (evaluate, ["--model", "out/redi"], ["redi train-redi"]),
     "missing data": (sft, ["--data", "no.jsonl"], ["no.jsonl"]),
-    "missing pairs": (redi, ["--data", "data/pairs.jsonl"], ["redi.prepare"]),
+    "missing pairs": (redi, ["--data", "data/pairs.jsonl"], ["redi prepare"]),
     "broken line": (sft, ["--data", "broken.jsonl"], ["broken.jsonl:7"]),
     "a name too long": (sft, ["--out", "o" * 300], ["o" * 300]),
     "not a number": (sft, ["--lr", "fast"], ["--lr", "fast"]),
@@ -65,9 +65,9 @@ BAD_INPUTS = {  # program, flags, what the line names
         sft, ["--max-position-embeddings", "999999999999"], ["max_position_", "2097152"],
     ),
     "a wait beyond a year": (sft, ["--timeout", "1e300"], ["--timeout", "525600"]),
-    "too many blocks, before data is read": (
-        sft, ["--data", "broken.jsonl", "--checkpoint-blocks", "99"],
-        ["--checkpoint-blocks 99", "0 to"],
+    "blocks below 0": (sft, ["--checkpoint-blocks", "-1"], ["--checkpoint-blocks", "at least 0"]),
+    "blocks by another word": (
+        sft, ["--checkpoint-blocks", "most"], ["a whole number or one of auto, all, none"],
     ),
     "two of one name": (evaluate, TWICE, ["--benchmark", "'benchmark'"]),
 }  # fmt: skip

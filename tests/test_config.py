@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from processes import command, main_in_this_process
 from small_run import refusal
 
-from redi.config import UserError, parse, positional, program, to_toml
+from redi.config import UserError, parse, program, to_toml
 
 
 @dataclass(kw_only=True)
@@ -33,8 +33,8 @@ class Restated(Settings):
 
 @dataclass(kw_only=True)
 class Placed:
-    source: Annotated[str, "required, positional"]
-    target: Annotated[str, "positional, with a default", positional] = "out"
+    source: Annotated[str, "positional"]
+    target: Annotated[str, "positional, the second"]
     size: Annotated[int, "a flag"] = 3
 
 
@@ -154,11 +154,10 @@ def test_a_wrong_recipe_is_one_line_naming_file_and_key(recipe, text, message):
     assert flags[1] in error
 
 
-def test_fields_without_a_default_or_marked_so_are_positional():
-    assert read("in", config=Placed) == Placed(source="in", target="out", size=3)
-    assert read("--size", "4", "in", config=Placed) == Placed(source="in", size=4)
-    assert read("in", "there", config=Placed).target == "there"
-    assert "SOURCE" in refusal(read, config=Placed)
+def test_fields_without_a_default_are_positional_and_required():
+    for flags in (("--size", "4", "in", "there"), ("in", "--size", "4", "there")):
+        assert read(*flags, config=Placed) == Placed(source="in", target="there", size=4)
+    assert "required: TARGET" in refusal(read, "in", config=Placed)
     assert "--target" in refusal(read, "in", "--target", "there", config=Placed)
     assert "third" in refusal(read, "in", "there", "third", config=Placed)
 
@@ -246,10 +245,8 @@ def test_help_states_every_flag_its_default_and_its_meaning(capsys):
     shown = capsys.readouterr().out
     for text in (
         "A program.", "--config RECIPE.toml", "--count 1", "--rate 0.5", "--limit none",
-        "--fast false", "(red, blue)", "SOURCE [TARGET] [--flag value ...]",
+        "--fast false", "(red, blue)", "SOURCE TARGET [--flag value ...]",
     ):  # fmt: skip
         assert text in shown
     [names] = [line for line in shown.splitlines() if "--names [a b]" in line]
     assert names.endswith("  list")  # a flag and its meaning share a line
-    [target] = [line for line in shown.splitlines() if line.startswith("  TARGET ")]
-    assert target.endswith("(default: out)")

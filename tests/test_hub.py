@@ -10,8 +10,10 @@ from huggingface_hub import DatasetCardData
 from processes import run_command
 from small_run import refusal
 
+from redi.eval.protocol import EvalConfig
 from redi.hub import dataset_files, model_folder
 from redi.prepare.__main__ import dataset_license
+from redi.recipe import REDIConfig, SFTConfig
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -74,17 +76,22 @@ NO_HUB_IDS = ["rows", "./a/b", "../b", "~/b", "/a/b", "a/b/c", "a/b/", "a/rows.j
 @pytest.mark.parametrize(
     ("find", "path", "command"),
     [
-        (model_folder, "out/sft", "python train_sft.py"),
-        (dataset_files, "data/positives.jsonl", "python -m redi.prepare"),
-        (dataset_files, "data/toy", "python -m redi.toy"),
+        (model_folder, SFTConfig.out, "train-sft"),
+        (model_folder, REDIConfig.model, "train-sft"),
+        (model_folder, REDIConfig.out, "train-redi"),
+        (model_folder, EvalConfig.model, "train-redi"),
+        (dataset_files, SFTConfig.data, "prepare"),
+        (dataset_files, f"./{REDIConfig.data}", "prepare"),
+        (dataset_files, "data/toy", None),
         *((dataset_files, path, None) for path in NO_HUB_IDS),
     ],
 )
 def test_what_is_neither_there_nor_a_hub_id_is_missing_and_a_default_names_its_command(
     hub, find, path, command
 ):
-    message = refusal(find, path, made_by=command)
-    hint = f"`{command}` makes it" if command else "expected a local path or a hub id, org/name"
+    message = refusal(find, path)
+    usual = "expected a local path or a hub id, org/name"
+    hint = f"`python -m redi {command}` makes it" if command else usual
     assert message == f"{Path(path).expanduser()}: no such file or folder; {hint}"
     assert hub.downloads == []
 
@@ -100,7 +107,7 @@ def test_of_a_model_id_only_what_loading_needs_is_downloaded(hub):
     ]  # fmt: skip
     other = ["README.md", "pytorch_model.bin", "onnx/model.onnx", "original/weights.safetensors"]
     hub.repositories["Qwen/Qwen2.5-Math-1.5B"] = needed + other
-    folder = model_folder("Qwen/Qwen2.5-Math-1.5B", made_by="python train_sft.py")
+    folder = model_folder("Qwen/Qwen2.5-Math-1.5B")
     assert sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*")) == needed
     assert hub.downloads == [("Qwen/Qwen2.5-Math-1.5B", "model")]
 

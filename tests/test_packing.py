@@ -109,12 +109,6 @@ def test_a_plan_depends_on_its_arguments_and_a_steps_rows_on_neither_ranks_nor_p
     assert [rows_of(step, lengths) for step in first] == [rows_of(s, lengths) for s in changed]
 
 
-@pytest.mark.parametrize("sizes", [(0, 10, 1), (4, 0, 1), (4, 10, 0)])
-def test_a_size_below_1_is_refused(sizes):
-    with pytest.raises(ValueError, match="must be at least 1"):
-        plan(np.array([3, 2]), *sizes)
-
-
 def test_epochs_and_seeds_shuffle_differently():
     lengths = np.ones(64, dtype=np.int64)
 

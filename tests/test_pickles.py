@@ -24,7 +24,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from processes import ROOT, child, die_after
-from small_run import HERE, SFT, refusal
+from small_run import SFT, refusal
 
 from redi.checkpoint import load_model
 from redi.checkpoint.reference import load_reference
@@ -102,7 +102,7 @@ def store(path: Path) -> None:
 
 
 def cached_reference(path: Path) -> None:
-    if load_reference(path, 2, HERE) is None:
+    if load_reference(path, 2) is None:
         raise UserError("invalid: computed again")
 
 

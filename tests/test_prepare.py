@@ -95,7 +95,8 @@ def test_the_published_run_prints_every_drop_and_the_papers_counts(capsys):
     """A local folder of its name stands in for the dataset on the hub."""
     Path("open-r1/OpenR1-Math-Raw").mkdir(parents=True)
     file = write_jsonl(Path("open-r1/OpenR1-Math-Raw/raw.jsonl"), ROWS)
-    assert main_in_this_process(main, "--out", "made") == 0
+    published = ("open-r1/OpenR1-Math-Raw", "--out", "made")
+    assert main_in_this_process(main, *published) == 0
     out, errors = capsys.readouterr()
     assert sorted(written()) == FILES
     assert problems() == POSITIVES
@@ -127,7 +128,7 @@ def test_the_published_run_prints_every_drop_and_the_papers_counts(capsys):
     assert card["raw_sha256"] == {file.name: sha256(file)}
     names = ("positives.jsonl", "pairs.jsonl")
     assert card["sha256"] == {name: sha256(f"made/{name}") for name in names}
-    assert main_in_this_process(main, "--out", "made", "--reject-rule", "both") == 0
+    assert main_in_this_process(main, *published, "--reject-rule", "both") == 0
     assert paper not in capsys.readouterr().out
 
 
@@ -292,7 +293,7 @@ def test_problems_of_a_benchmark_are_dropped_counted_and_named():
 )
 def test_settings_that_make_no_sense_name_their_flag(name, value):
     with pytest.raises(UserError, match="--" + name.replace("_", "-")):
-        PrepareConfig(**{name: value})
+        PrepareConfig(raw="raw.jsonl", **{name: value})
 
 
 GOOD, OTHER = json.dumps(raw("good")), '{"question": "1+1?"}'

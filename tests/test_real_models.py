@@ -132,9 +132,9 @@ def test_gradients_of_a_step_equal_autograd_through_transformers(models, alpha):
         for number, (row, sign) in enumerate(zip(rows, signs))
     ]
     lengths = torch.tensor([len(row.response_ids) for row in rows])
-    weights = objective.token_weights(torch.tensor(signs), lengths, totals)
+    weights = objective.sequence_weights(torch.tensor(signs), lengths, totals)
     ours.zero_grad()
-    result = objective.loss(ours, pack(sequences, weights), totals)
+    result = objective.loss(ours, pack(sequences, weights))
     result.loss.backward()
 
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-5)

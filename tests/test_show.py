@@ -316,7 +316,7 @@ def test_a_page_of_long_rows_stays_small_and_is_the_same_each_time(shown):
 
 FIVE = [*PAIRS, pair("?", "same", "same")]
 ERRORS = [
-    ("data/pairs.jsonl", [], "`python -m redi.prepare` makes it"),
+    ("data/pairs.jsonl", [], "`python -m redi prepare` makes it"),
     ("rows.jsonl", [], "no such file"),
     (FIVE, ["--row", 6], "--row 6: not among the 4 rows of p.jsonl that can be trained on"),
     (FIVE, ["--row", 5], "--row 5: not among the 4 rows of p.jsonl that can be trained on"),

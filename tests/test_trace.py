@@ -108,7 +108,7 @@ with FakeCuda(find_gpu("H100")) as fake, torch.no_grad():
         "mm": cost(lambda: wide @ wide), "out": cost(lambda: torch.add(a, b, out=b)),
         "adamw": cost(lambda: torch._fused_adamw_(*adamw, **rates, amsgrad=False, maximize=False)),
         "gather": cost(lambda: torch.ops.fsdp.all_gather_copy_in(shards, out, [600, 400], 1000, 1)),
-        "softmax": cost(lambda: kernels.target_logps(a, targets)),
+        "softmax": cost(lambda: kernels.softmax_gradient_(a, targets)),
         "gradient": cost(lambda: kernels.softmax_gradient_(a, targets, weights, torch.bfloat16)),
     }))
 """

@@ -64,7 +64,7 @@ def changed(tmp_path, sample, changes):
 
 def only(**changes):
     """(positive, pair, reason) of a row of OpenR1-Math-Raw under the paper's rules."""
-    choice = choose(FORMS[0].read({**RAW, **changes}), PrepareConfig())
+    choice = choose(FORMS[0].read({**RAW, **changes}), PrepareConfig(raw="raw.jsonl"))
     (reason,) = choice.no_pair or [choice.no_positive]
     (pair,) = choice.pairs or [None]
     return choice.positive, pair, reason
@@ -87,7 +87,7 @@ def test_each_form_is_named_and_gives_the_same_training_rows(tmp_path, name):
     found, (row,) = rows_of(tmp_path, SAMPLES[name])
     assert found == name
     assert (row.answer, row.flaw) == ("2", None)
-    choice = choose(row, PrepareConfig())
+    choice = choose(row, PrepareConfig(raw="raw.jsonl"))
     positive, pair, _ = only()
     assert (choice.positive, choice.pairs) == (positive, [pair])
 
@@ -327,7 +327,7 @@ NO_REASON = [
 def test_a_row_that_breaks_a_rule_gives_nothing_and_without_a_usable_wrong_trace_no_pair(
     tmp_path, reason, sample, changes
 ):
-    choice = choose(changed(tmp_path, sample, changes), PrepareConfig())
+    choice = choose(changed(tmp_path, sample, changes), PrepareConfig(raw="raw.jsonl"))
     assert [choice.no_positive, *choice.no_pair] == [
         reason if reason in DROPPED else None, *([reason] if reason in UNPAIRED else []),
     ]  # fmt: skip
@@ -336,7 +336,7 @@ def test_a_row_that_breaks_a_rule_gives_nothing_and_without_a_usable_wrong_trace
 
 
 def test_the_papers_rules_have_these_reasons_and_each_has_a_row_above():
-    counts = Counts(PrepareConfig(), FORMS[0])
+    counts = Counts(PrepareConfig(raw="raw.jsonl"), FORMS[0])
     assert (list(DROPPED), list(UNPAIRED)) == (list(counts.no_positive), list(counts.no_pair))
 
 
@@ -382,13 +382,15 @@ AMC = {"source": "amc"}
     ],
 )
 def test_each_rule_decides_which_traces_are_a_pair(rules, row, expected):
-    choice = choose(row, PrepareConfig(**rules))
+    choice = choose(row, PrepareConfig(raw="raw.jsonl", **rules))
     assert expected in (texts(choice), choice.no_positive, *choice.no_pair)
 
 
 def test_the_kth_pair_is_the_kth_correct_and_the_kth_incorrect_trace_and_has_another_id():
     row = judged(("n1", NO), ("y1", YES), ("y2", YES), ("n2", NO), ("n3", NO))
-    one, two, many = (choose(row, PrepareConfig(pairs_per_problem=n)) for n in (1, 2, 9))
+    one, two, many = (
+        choose(row, PrepareConfig(raw="raw.jsonl", pairs_per_problem=n)) for n in (1, 2, 9)
+    )
     assert texts(one) == [("y1", "n1")]
     assert texts(two) == texts(many) == [("y1", "n1"), ("y2", "n2")]
     assert one.pairs[0] == two.pairs[0]
@@ -399,7 +401,7 @@ def test_the_kth_pair_is_the_kth_correct_and_the_kth_incorrect_trace_and_has_ano
 def test_every_further_pair_that_is_impossible_is_counted():
     chosen, rejected = ("y", " ", "y", "y", "y"), ("n", "n", "", "y", "n")
     row = judged(*((t, YES) for t in chosen), *((t, NO) for t in rejected))
-    choice = choose(row, PrepareConfig(pairs_per_problem=9))
+    choice = choose(row, PrepareConfig(raw="raw.jsonl", pairs_per_problem=9))
     assert texts(choice) == [("y", "n")]
     assert choice.no_pair == [
         "empty further chosen", "empty rejected", "chosen equals rejected", "same as another pair",

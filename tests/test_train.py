@@ -34,7 +34,7 @@ from torch.distributed import fsdp
 from redi import train
 from redi.checkpoint.folder import load_model
 from redi.checkpoint.resume import Checkpoints, load_weights
-from redi.data.dataset import Dataset, Limits, describe, select
+from redi.data.dataset import Dataset, describe, select
 from redi.data.store import load_store
 from redi.data.tokenizer import ChatTokenizer, TokenizedRow
 from redi.monitor import training_flops
@@ -246,11 +246,12 @@ def rendering(row: dict, side: str) -> TokenizedRow:
     return rendered
 
 
-def selected(rows: list[dict], *limits: int, over_length: str = "drop") -> Dataset:
-    """These pairs from a token store, within the limits of prompt, response and both."""
+def selected(rows: list[dict], prompt: int, response: int, both: int, **settings) -> Dataset:
+    """These pairs from a token store, within these limits."""
     path = write_jsonl(Path("rows.jsonl"), rows)
     store = load_store([path], chat(), ["pairs"], Path("cache"))
-    return select(store, Limits(*limits), over_length, "rows.jsonl")
+    limits = {"max_prompt": prompt, "max_response": response, "max_length": both}
+    return select(store, redi_config(**limits, **settings), "rows.jsonl")
 
 
 def longer(row: dict, field: str, words: int = 30) -> dict:

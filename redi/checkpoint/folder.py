@@ -44,11 +44,9 @@ class Source:
     stop_ids: list[int]  # the template's end token comes first
 
 
-def load_model(
-    folder_or_hub_id: str | Path, made_by: str | None = None
-) -> tuple[Transformer, Source]:
+def load_model(folder_or_hub_id: str | Path) -> tuple[Transformer, Source]:
     """(the model in fp32 on the CPU, its source). Arguments and errors: see `open_model`."""
-    model, source = open_model(folder_or_hub_id, made_by=made_by)
+    model, source = open_model(folder_or_hub_id)
     model.to_empty(device="cpu")
     fill(model, source.folder)
     return model, source
@@ -58,15 +56,13 @@ def open_model(
     folder_or_hub_id: str | Path,
     rope_theta: float | str = KEEP,
     max_position_embeddings: int | str = KEEP,
-    made_by: str | None = None,
 ) -> tuple[Transformer, Source]:
     """(the model on the meta device, its source). Only the headers of the weight files are read.
 
     rope_theta and max_position_embeddings override config.json, and the changes are printed.
-    made_by: see `model_folder`. Raises UserError for a file that is missing, broken, of the wrong
-    shape or not supported.
+    Raises UserError for a file that is missing, broken, of the wrong shape or not supported.
     """
-    folder = model_folder(folder_or_hub_id, made_by)
+    folder = model_folder(folder_or_hub_id)
     path = folder / "config.json"
     config = read_json(path)
     if max_position_embeddings != KEEP:

@@ -2,8 +2,9 @@
 
 CACHE/reference-KEY.bin holds a sha256 and the values, (N, 2) float64: the summed log-probs of each
 row's chosen and rejected trace. KEY hashes all that they depend on, so runs with another objective,
-learning rate or number of ranks share the file. Rank 0 reads it and sends the values, so all ranks,
-and a run that resumes, train on the same bytes. Left out: a limit on the cache's size.
+learning rate or number of ranks share the file. Every rank reads its node's file. If one node's is
+missing or damaged, all ranks score the pairs and every node writes it, so a run that resumes trains
+on the same bytes. Left out: a limit on the cache's size.
 """
 
 import hashlib
@@ -34,10 +35,10 @@ def reference_logps(
 ) -> Tensor:
     """Summed log-probs (N, 2) float64 of each row's chosen and rejected trace, on the host: read
     from `cache`, or computed with `model`, which holds the weights of `folder`, and cached. All
-    ranks must call this function, and all get the same values."""
+    ranks must call this function."""
     path = reference_path(cache, folder, model.config, dtype, data.dataset)
-    reference = load_reference(path, len(data.dataset), data.world)
-    if reference is None:
+    reference = load_reference(path, len(data.dataset))
+    if not all_ranks_ok(reference is not None, data.world):
         reference = _score(model, data)
         save_reference(path, reference, data.world)
     else:
@@ -62,7 +63,7 @@ def _score(model: Transformer, data: TrainData) -> Tensor:
     sums = torch.zeros(len(data.dataset), 2, dtype=torch.float64)  # no compute dtype is wider
     progress = Progress(len(step[rank]), "reference log-probs", "pack", shown=rank == 0)
     with progress, without_gradients(model):
-        for batch in data.batches(step, data.totals(step)):
+        for batch in data.batches(step):
             logps = model(batch, partial(token_logps, targets=batch.targets))  # (R,)
             parts = [part.sum() for part in logps.split(batch.response_lengths)]
             if parts:
@@ -72,21 +73,13 @@ def _score(model: Transformer, data: TrainData) -> Tensor:
     return sums
 
 
-def load_reference(path: Path, num_rows: int, world: World) -> Tensor | None:
-    """The values (N, 2) in rank 0's file, on every rank; None if it is missing or damaged."""
-    reference, valid = torch.zeros(num_rows, 2, dtype=torch.float64), True
-    if world.rank == 0:
-        content = path.read_bytes() if path.is_file() else b""
-        digest, data = content[:32], content[32:]
-        valid = len(data) == 16 * num_rows and hashlib.sha256(data).digest() == digest
-        if valid:
-            reference = torch.frombuffer(bytearray(data), dtype=torch.float64).reshape(-1, 2)
-        elif path.is_file():
-            print(f"warning: {path} is damaged; it is computed again", file=sys.stderr)
-    if not all_ranks_ok(valid, world):
+def load_reference(path: Path, num_rows: int) -> Tensor | None:
+    """The values (N, 2) in the file; None if it is missing or damaged."""
+    content = path.read_bytes() if path.is_file() else b""
+    digest, data = content[:32], content[32:]
+    if len(data) != 16 * num_rows or hashlib.sha256(data).digest() != digest:
         return None
-    sum_over_ranks(reference, world)  # the other ranks have zeros
-    return reference
+    return torch.frombuffer(bytearray(data), dtype=torch.float64).reshape(-1, 2)
 
 
 def save_reference(path: Path, reference: Tensor, world: World) -> None:

@@ -13,18 +13,10 @@ from redi.config import UserError
 from redi.data.store import TokenStore
 from redi.data.tokenizer import ChatTokenizer
 from redi.packing import TokenSequence
+from redi.recipe import TrainConfig
 from redi.tables import text_table
 
 QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The longest a row may be, in tokens; the stop token counts."""
-
-    prompt: int
-    response: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -87,34 +79,35 @@ class Dataset:
         return int(self.store.row_numbers[self.rows[row]])
 
 
-def select(store: TokenStore, limits: Limits, over_length: str, source: str) -> Dataset:
-    """Rows within `limits`. Raises UserError (about `source`) if none is left or one is refused."""
+def select(store: TokenStore, config: TrainConfig, path: str) -> Dataset:
+    """The rows of `path` within the limits of `config`, in tokens; the stop token counts. Raises
+    UserError if none is left, one is refused, or stage 2 has rows of one label only."""
     totals = store.sequence_lengths.reshape(len(store.row_numbers), -1)  # (N, 1), pairs (N, 2)
     prompts = store.prompt_lengths.reshape(totals.shape)
     over = {
-        f"prompt over {limits.prompt} tokens": prompts > limits.prompt,
-        f"response over {limits.response} tokens": totals - prompts > limits.response,
-        f"prompt and response over {limits.total} tokens": totals > limits.total,
+        f"prompt over {config.max_prompt} tokens": prompts > config.max_prompt,
+        f"response over {config.max_response} tokens": totals - prompts > config.max_response,
+        f"prompt and response over {config.max_length} tokens": totals > config.max_length,
     }
     kept, dropped = np.ones(len(totals), dtype=bool), {}
     for reason, too_long in over.items():
         newly = np.flatnonzero(kept & too_long.any(axis=1))  # a row counts for its first reason
-        if len(newly) and over_length == "error":
-            where = f"{source}: row {store.row_numbers[newly[0]]}"
+        if len(newly) and config.over_length == "error":
+            where = f"{path}: row {store.row_numbers[newly[0]]}"
             raise UserError(f"{where}: {reason} (--over-length drop leaves such rows out)")
         if len(newly):
             dropped[reason] = len(newly)
         kept[newly] = False
     if not kept.any():
         counts = [f"{count} {reason}" for reason, count in (store.skipped | dropped).items()]
-        raise UserError(f"{source}: no row is left to train on ({', '.join(counts)})")
+        raise UserError(f"{path}: no row is left to train on ({', '.join(counts)})")
     dataset = Dataset(store, np.flatnonzero(kept), dropped)
     if set(dataset.signs) != dataset.sides.keys():
         found = "true" if dataset.signs[0] > 0 else "false"
         left_out = sum((store.skipped | dropped).values())
         remedy = "stage 2 takes right and wrong rows, train_sft.py right ones alone"
         what = f"all {len(dataset)} rows have the label {found}, {left_out} were left out"
-        raise UserError(f"{source}: {what}; {remedy}")
+        raise UserError(f"{path}: {what}; {remedy}")
     return dataset
 
 

@@ -98,7 +98,7 @@ def load_store(
             raise UserError(f"--cache {cache}: cannot write there ({error})") from None
         store = TokenStore.open(folder)
     if store is None:
-        raise UserError(f"--cache {cache}: the tokens read back differ from those written")
+        raise UserError(f"--cache {cache}: the tokens written there cannot be read back")
     return store
 
 
@@ -132,7 +132,6 @@ def _write_store(
 ) -> None:
     """Tokenize the files into an empty folder, with a progress bar."""
     skipped: Counter[str] = Counter()
-    sha256 = hashlib.sha256()
     index = {name: array(code) for name, code in INDEX.items()}
     index["offsets"].append(0)
     total = None  # only lines can be counted without parsing
@@ -153,7 +152,6 @@ def _write_store(
                     ids = [id if is_learned else ~id for id, is_learned in zip(ids, learned)]
                 tokens = array("i", sequence.prompt_ids + ids)
                 file.write(tokens)
-                sha256.update(tokens)
                 index["offsets"].append(index["offsets"][-1] + len(tokens))
                 index["prompt_lengths"].append(len(sequence.prompt_ids))
                 index["response_lengths"].append(sum(learned) if learned else len(ids))
@@ -164,9 +162,7 @@ def _write_store(
     np.savez(folder / "index.npz", **index)
     with open(folder / "store.json", "w") as file:
         json.dump({"kind": kind, "data_hash": data_hash, "skipped": skipped}, file, indent=1)
-    for name in FILES[1:]:
-        sha256.update((folder / name).read_bytes())
-    (folder / "sha256").write_text(sha256.hexdigest())
+    (folder / "sha256").write_text(hash_files(folder / name for name in FILES))
 
 
 def _split_blocks(examples: Iterable[tuple[int, Example]]) -> Iterator[list[tuple[int, Example]]]:

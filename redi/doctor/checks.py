@@ -104,9 +104,9 @@ def check_model(
         parallelize(model, World(0, 1, device), Parallelism(dtype))
         for ids in packs:
             counts = torch.tensor(rows.response_lengths[ids])
-            weights = objective.token_weights(torch.ones_like(counts), counts, totals)
+            weights = objective.sequence_weights(torch.ones_like(counts), counts, totals)
             batch = pack([rows.sequence(number) for number in ids], weights)
-            outcome = objective.loss(model, batch.to(device), None)
+            outcome = objective.loss(model, batch.to(device))
             outcome.loss.backward()
             logps.append(outcome.token_logps.cpu())
         gradients = [full_tensor(p.grad).reshape(-1).cpu() for p in model.parameters()]

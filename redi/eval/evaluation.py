@@ -102,7 +102,7 @@ def load_unchanged(
     contents). Raises UserError if the hashes differ from those that config.out recorded."""
     with local_rank_zero_first(world):  # one download per node
         load = open_model if finished else load_model
-        model, source = load(config.model, made_by=config.made_by)
+        model, source = load(config.model)
         settings = json.dumps([source.config, source.stop_ids], sort_keys=True)
         contents = {
             "weights": weights_hash(source.folder),

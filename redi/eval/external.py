@@ -38,7 +38,7 @@ def export_prompts(config: EvalConfig, benchmarks: list[Benchmark]) -> None:
     UserError if that is one of the files read."""
     if config.completions:
         raise UserError("--export-prompts: expected without --completions, which come later")
-    _, source = open_model(config.model, made_by=config.made_by)
+    _, source = open_model(config.model)
     given = [Path(name).expanduser() for name in config.benchmark]
     inputs = [*given, *chain(*(path.rglob("*") for path in given)), *source.folder.iterdir()]
     refuse_overwriting("export-prompts", config.export_prompts, inputs)

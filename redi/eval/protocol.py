@@ -63,11 +63,6 @@ class EvalConfig:
         seconds = self.grade_seconds
         require(0 < seconds <= MOST_SECONDS, "grade_seconds", seconds, "above 0, at most a day")
 
-    @property
-    def made_by(self) -> str | None:
-        """The command that makes the default model, for the error if it does not exist."""
-        return "python -m redi train-redi" if self.model == EvalConfig.model else None
-
 
 @dataclass(frozen=True)
 class PromptedSample:

@@ -1,6 +1,6 @@
 """Raw teacher data -> the files that the two stages train on, with an account of every row.
 
-    python -m redi.prepare                 # open-r1/OpenR1-Math-Raw -> data/, as in the paper
+    python -m redi.prepare open-r1/OpenR1-Math-Raw        # -> data/, as in the paper
     python -m redi.prepare raw.parquet --out small
 
 prints, for 50 problems of which one has no correct trace and 45 have no incorrect one,
@@ -44,7 +44,8 @@ from redi.tables import text_table
 
 POSITIVES, PAIRS, CONTAMINATED = "positives.jsonl", "pairs.jsonl", "contaminated.jsonl"
 IN_BENCHMARK = {"same text": "in a benchmark", "other numbers": "in a benchmark, other numbers"}
-# With the published source and rules: the counts that these rules should give (Section 3).
+# Of the published source, by the default rules: the counts that they should give (Section 3).
+PAPER_RAW = "open-r1/OpenR1-Math-Raw"
 PAPER = "the paper: 77,629 positives, and 53,175 pairs after train_redi.py's limits on length"
 
 
@@ -254,7 +255,7 @@ def main() -> None:
     if graded:
         print(labels.table(graded))
     print("saved", ", ".join(str(Path(config.out) / name) for name in (POSITIVES, PAIRS, CARD)))
-    if config == dataclasses.replace(PrepareConfig(), out=config.out, workers=config.workers):
+    if config == PrepareConfig(raw=PAPER_RAW, out=config.out, workers=config.workers):
         print(PAPER)
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Annotated, Any, Literal
 
-from redi.config import positional, require
+from redi.config import require
 from redi.data.files import Row
 from redi.prepare.raw import RawRow
 
@@ -41,9 +41,7 @@ class PrepareConfig:
     teach. Lengths are in characters.
     """
 
-    raw: Annotated[
-        str, "a hub id, a .parquet, .jsonl or .json file, a folder, or an evaluation", positional
-    ] = "open-r1/OpenR1-Math-Raw"
+    raw: Annotated[str, "a hub id, a .parquet, .jsonl or .json file, a folder, or an evaluation"]
     out: Annotated[str, "folder for positives.jsonl, pairs.jsonl and card.json"] = "data"
     reject_rule: Annotated[
         Literal["either", "both"], "a trace is incorrect when one verifier rejects it, or both do"

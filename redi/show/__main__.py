@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from redi.batches import TrainData
 from redi.config import UserError, one_line, parse, program
-from redi.data.dataset import Dataset, Limits, select, table_of_lengths
+from redi.data.dataset import Dataset, select, table_of_lengths
 from redi.data.files import read_rows, refuse_overwriting, write_aside
 from redi.data.formats import FIELDS, kind_of_rows, to_example
 from redi.data.store import TokenStore, load_store
@@ -68,8 +68,7 @@ class ShowConfig:
 
 def show(config: ShowConfig) -> str | None:
     """Print the report and a row. Returns the page, if one is to be written. Raises UserError."""
-    from_prepare = Path(config.file).name in ("positives.jsonl", "pairs.jsonl")
-    files = dataset_files(config.file, made_by="python -m redi.prepare" if from_prepare else None)
+    files = dataset_files(config.file)
     model = model_folder(config.model, files=TOKENIZER_FILES)
     refuse_overwriting("html", config.html, [*files, *model.iterdir()])
     kind = kind_of_rows(files)
@@ -168,9 +167,8 @@ def read_texts(files: Sequence[Path], every_row: Dataset) -> tuple[list[str], Co
 
 def about_training(store: TokenStore, config: TrainConfig) -> list[str]:
     """What training will do with the rows, as it prints it."""
-    limits = Limits(config.max_prompt, config.max_response, config.max_length)
     try:
-        kept = select(store, limits, "drop", config.data)
+        kept = select(store, config, config.data)
     except UserError as no_row_is_left:
         return [str(no_row_is_left)]
     dropped = [f"; left out: {count:,} {reason}" for reason, count in kept.dropped.items()]

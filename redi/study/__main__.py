@@ -22,7 +22,7 @@ from typing import IO, Annotated
 
 import torch
 
-from redi.config import UserError, parse, positional, program, require
+from redi.config import UserError, parse, program, require
 from redi.data.files import lock, make_folder
 from redi.runlog import is_finished
 from redi.study.jobs import Job, jobs, run_jobs
@@ -33,7 +33,7 @@ from redi.tables import text_table
 
 @dataclass(kw_only=True)
 class StudyConfig:
-    study: Annotated[str, "STUDY.toml", positional] = "recipes/study_toy.toml"
+    study: Annotated[str, "STUDY.toml"]
     out: Annotated[str | None, "folder for everything; none: out/NAME of the file"] = None
     workers: Annotated[int | None, "jobs at a time; none: one on GPUs, else one per core"] = None
     dry_run: Annotated[bool, "print all command lines of the study and stop"] = False

@@ -34,7 +34,7 @@ from redi.memory import SHARE
 from redi.model import ModelConfig
 from redi.objectives import Objective, sft
 from redi.recipe import REDIConfig, SFTConfig
-from redi.run import load_data, row_limits
+from redi.run import check_limits, load_data
 from redi.tables import text_table
 from redi.trace import why_unavailable
 from redi.trace.published import PROBLEMS, QWEN, published_rows
@@ -139,7 +139,8 @@ def training_rows(config: Any, objective: Objective, context: int) -> Dataset:
     if own and not (Path(config.data).exists() and (model / "tokenizer.json").is_file()):
         print(f"{config.data}: not read; lengths are assumed (redi/trace/published.py)")
         rows = published_rows("rows" not in objective.takes)
-        return select(rows, row_limits(config, context), config.over_length, config.data)
+        check_limits(config, context)
+        return select(rows, config, config.data)
     folder = model_folder(config.model, files=["config.json", *TOKENIZER_FILES])
     chat, about = ChatTokenizer.from_folder(folder), {"max_position_embeddings": context}
     source = Source(config.model, folder, about, {}, torch.float32, chat, [])

@@ -91,7 +91,6 @@ def prepare(
         model = Transformer(shape)
     dtype = distributed.compute_dtype(config.dtype, world)
     expected = memory.step_memory(model, config.pack_tokens, world, dtype, config.offload)
-    memory.check_blocks(config.checkpoint_blocks, shape.num_layers)
     blocks = memory.blocks_to_checkpoint(config.checkpoint_blocks, expected)
     how = Parallelism(dtype, blocks, False, config.reshard_after_forward, config.offload)
     distributed.parallelize(model, world, how)
@@ -159,8 +158,7 @@ def trace_training(
     config: TrainConfig, objective: Objective, shape: ModelConfig, rows: Dataset, gpu: Gpu,
     gpus: int,
 ) -> TrainingTrace:  # fmt: skip
-    """rows: those of the run, of which the lengths are read. Raises UserError for a
-    --checkpoint-blocks that the model does not have."""
+    """rows: those of the run, of which the lengths are read."""
     plan = TrainData(rows, objective, World(0, gpus, torch.device("cuda", 0)), config.pack_tokens)
     tokens = longest_pack(plan, config) // DOCUMENTS * DOCUMENTS
     document, lengths = tokens // DOCUMENTS, rows.lengths.reshape(-1).astype(float)

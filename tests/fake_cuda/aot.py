@@ -1,7 +1,7 @@
 """Triton kernels compiled to machine code for a GPU that is not there.
 
     with FakeCuda(), compiled_for(90) as compiled:
-        kernels.target_logps(...)               the project's own launch code, on fake tensors
+        kernels.softmax_gradient_(...)          the project's own launch code, on fake tensors
     compiled[0].registers, compiled[0].spilled_bytes
 
 Triton needs a device only to launch. With a driver that names a target, and launches turned into

@@ -142,7 +142,7 @@ def compile_kernels(
     with FakeCuda(), compiled_for(capability) as compiled:
         logits = torch.empty(batch, SHAPE.vocab_size, device=cuda)
         targets = torch.zeros(batch, dtype=torch.int64, device=cuda)
-        kernels.target_logps(logits, targets)
+        kernels.softmax_gradient_(logits, targets)
         weights = torch.zeros(batch, device=cuda)
         kernels.softmax_gradient_(logits, targets, weights, compute)
         query = torch.empty(batch, SHAPE.num_heads, SHAPE.head_dim, dtype=compute, device=cuda)
