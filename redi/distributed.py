@@ -1,10 +1,9 @@
 """How a run is distributed: devices, precision, and what ranks exchange.
 
 Under torchrun every process is a rank with one device. Weights, gradients and optimizer state are
-sharded over the ranks of a node and replicated across nodes, so all-gathers stay inside a node.
-FSDP2 all-gathers weights in the first forward pass of a step (ZeRO-3: in every pass) and
-reduce-scatters gradients in the last backward pass; clipping all-reduces the gradient's norm, and
-monitor.py the statistics. Ranks sum losses and gradients, never average them.
+sharded over all ranks. FSDP2 all-gathers weights in the first forward pass of a step (ZeRO-3: in
+every pass) and reduce-scatters gradients in the last backward pass; clipping all-reduces the
+gradient's norm, and monitor.py the statistics. Ranks sum losses and gradients, never average them.
 
 The optimizer updates fp32 weights; CUDA computes in bf16. FSDP2's mixed precision does both, also
 in a single process: it casts a block's parameters when the block runs, and reduces gradients in
@@ -43,16 +42,11 @@ class World:
     world_size: int
     device: torch.device
     local_world_size: int = 1  # ranks on this node
-    timeout: timedelta = timedelta(minutes=30)  # how long ranks wait for each other
     patient: dist.ProcessGroup | None = None  # all ranks, which wait up to a year
 
     @property
     def is_local_rank_zero(self) -> bool:
         return self.rank % self.local_world_size == 0
-
-    @property
-    def num_nodes(self) -> int:
-        return self.world_size // self.local_world_size
 
 
 def start(timeout_minutes: float) -> World:
@@ -93,7 +87,7 @@ def start(timeout_minutes: float) -> World:
         raise RankError(f"{said}: {str(error).splitlines()[0]}") from error
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open as long as the process)
-    return World(rank, world_size, device, local_world_size, timeout, patient)
+    return World(rank, world_size, device, local_world_size, patient)
 
 
 def compute_dtype(name: str, world: World) -> torch.dtype:
@@ -104,11 +98,10 @@ def compute_dtype(name: str, world: World) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How a model is distributed: dtype, checkpointing, compilation, ZeRO stage, offload."""
+    """How a model is distributed: compute dtype, checkpointing, ZeRO stage, offload."""
 
     dtype: torch.dtype = torch.float32  # of the compute
     checkpointed: int = 0  # blocks that are recomputed in backward
-    compiled: bool = False
     reshard_after_forward: bool = False  # ZeRO-3 instead of ZeRO-2
     offload: bool = False  # shards in host memory, where the optimizer runs
 
@@ -121,10 +114,6 @@ def parallelize(model: Transformer, world: World, how: Parallelism) -> None:
     recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in model.model.layers[: how.checkpointed]:
         block.forward = partial(recompute, block.forward)  # parameters keep their names
-    if how.compiled:  # norms, rotation, SwiGLU and residuals; packs have any length: dynamic
-        for block in model.model.layers:
-            block.before_attention = torch.compile(block.before_attention, dynamic=True)
-            block.after_attention = torch.compile(block.after_attention, dynamic=True)
     if not model.output_weight.is_meta:
         model.to(world.device)
     if how.dtype != model.output_weight.dtype or world.world_size > 1 or how.offload:
@@ -162,13 +151,7 @@ def shard(model: Transformer, world: World, how: Parallelism) -> None:
 @cache
 def _mesh(world: World):
     """One mesh for all models of a process: each mesh creates its own groups and their threads."""
-    if world.num_nodes == 1:
-        return dist.init_device_mesh(world.device.type, (world.world_size,))
-    ranks = torch.arange(world.world_size).view(world.num_nodes, -1)
-    # The groups that init_device_mesh creates have NCCL's own timeout, ten minutes.
-    create = partial(dist.new_subgroups_by_enumeration, timeout=world.timeout)
-    groups, names = [create(g.tolist())[0] for g in (ranks.T, ranks)], ("replicate", "shard")
-    return dist.DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=names)
+    return dist.init_device_mesh(world.device.type, (world.world_size,))
 
 
 def last_pack(model: nn.Module, last: bool, reshard_after_forward: bool) -> None:
@@ -209,8 +192,7 @@ def first_row(parameter: Tensor) -> int:
     if not hasattr(parameter, "device_mesh"):
         return 0
     mesh = parameter.device_mesh
-    num_shards, shard_index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-    return min(shard_index * -(-len(parameter) // num_shards), len(parameter))
+    return min(mesh.get_local_rank() * -(-len(parameter) // mesh.size()), len(parameter))
 
 
 def local_shard(parameter: Tensor) -> Tensor:

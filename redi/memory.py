@@ -9,8 +9,7 @@ recomputed in backward, which adds a third to its compute. The first blocks are 
 time they are recomputed, the activations of all later blocks have been freed.
 
 bench/ranks.py and bench/gpu.py compare the formula with measured peaks. Left out: buffers of the
-exchange between ranks, caches of libraries, and what ZeRO-3, compiled blocks and steps of a single
-pack save.
+exchange between ranks, caches of libraries, and what ZeRO-3 and steps of a single pack save.
 """
 
 import os
@@ -67,7 +66,7 @@ def step_memory(
     model: Transformer, tokens: int, world: World, dtype: torch.dtype, offload: bool = False
 ) -> StepMemory:
     """What a step over packs of T `tokens` needs. dtype: of the compute."""
-    config, ranks = model.config, world.local_world_size
+    config, ranks = model.config, world.world_size
     parameters = sum(p.numel() for p in model.parameters())
     hidden = tokens * config.hidden_size  # numbers in a (T, D)
     shared = f", over {ranks} ranks" if ranks > 1 else ""

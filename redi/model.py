@@ -137,16 +137,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        return self.after_attention(x, attend(*self.before_attention(x, cos, sin)))
-
-    # Two functions, because each can be compiled and `attend`, which runs between them, cannot.
-
-    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor):
-        """x (T, D) -> query (T, H, d), key and value (T, K, d)."""
-        return self.self_attn.project(self.input_layernorm(x), cos, sin)
-
-    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """x (T, D), attended (T, H, d) -> (T, D)."""
+        attended = attend(*self.self_attn.project(self.input_layernorm(x), cos, sin))  # (T, H, d)
         x = x + self.self_attn.o_proj(attended.reshape(len(x), -1))
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -58,7 +58,6 @@ class TrainConfig:
     checkpoint_blocks: Annotated[
         int | Literal["auto", "all", "none"], "recompute auto, all, none or N blocks", may_change
     ] = "auto"
-    compile: Annotated[bool, "compile the blocks: a slower start, then faster steps"] = False
     save_every: Annotated[int, "optimizer steps between checkpoints", may_change] = 200
     keep: Annotated[int | Literal["all"], "newest checkpoints to keep", may_change] = 2
     resume: Annotated[Literal["auto", "never"], "resume if unfinished", may_change] = "auto"

@@ -59,9 +59,7 @@ def run(
         dtype = distributed.compute_dtype(config.dtype, world)
         memory = step_memory(model, longest_pack(data, config), world, dtype, config.offload)
         checkpointed = blocks_to_checkpoint(config.checkpoint_blocks, memory)
-        how = Parallelism(
-            dtype, checkpointed, config.compile, config.reshard_after_forward, config.offload
-        )
+        how = Parallelism(dtype, checkpointed, config.reshard_after_forward, config.offload)
         print(describe(dataset, source.chat), describe_plan(data, config), sep="\n")
         print(memory.describe(checkpointed), flush=True)
         if not config.dry_run:

@@ -150,8 +150,7 @@ def train_step(
         result.loss.backward()
         sums.add(batch, result)
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
-    # Nodes hold the same weights, so each counts for its share.
-    update = monitor.squared_update_norm(optimizer) / world.num_nodes
+    update = monitor.squared_update_norm(optimizer)
 
     # ---- one all-reduce for all statistics; the host waits for the device here
     # Every rank has the whole gradient's norm, so only rank 0 contributes it.

@@ -181,10 +181,10 @@ redi/train.py
   - optimizer.zero_grad(set_to_none=True)
   + pass
     test_train.py::test_training_equals_a_plain_loop_of_adamw_with_clipping[1.0]
-  the update norm counts the weights of every node
-  - squared_update_norm(optimizer) / world.num_nodes
-  + squared_update_norm(optimizer)
-    test_resume.py::test_two_nodes_log_the_update_norm_and_flops_of_one_process
+  the update norm counts the weights of a rank for every rank
+  - squared_update_norm(optimizer)
+  + squared_update_norm(optimizer) * world.world_size
+    test_resume.py::test_two_ranks_log_the_update_norm_and_flops_of_one_process
   MFU counts the head on every token instead of the supervised ones
   - lengths.tolist(), num_supervised)
   + lengths.tolist(), int(lengths.sum()))

@@ -396,9 +396,7 @@ class Shard:
     def __init__(self, whole: torch.Tensor, rank: int, ranks: int):
         self.whole, chunks = whole, whole.chunk(ranks)
         self.local = chunks[rank].clone() if rank < len(chunks) else whole[:0].clone()
-        self.device_mesh = SimpleNamespace(
-            ndim=1, size=lambda dim: ranks, get_local_rank=lambda dim: rank
-        )
+        self.device_mesh = SimpleNamespace(size=lambda: ranks, get_local_rank=lambda: rank)
 
     def __len__(self) -> int:
         return len(self.whole)

@@ -1,8 +1,6 @@
 """Activation checkpointing changes memory and nothing else, and is chosen by what memory allows.
 FLOPs are counted by document."""
 
-from functools import partial
-
 import pytest
 import torch
 from small_step import backward, data_of, gradients, tiny
@@ -40,25 +38,6 @@ def assert_as_plain(how: Parallelism, within: float) -> None:
 @pytest.mark.parametrize("checkpointed", [1, 2])  # of 2 blocks
 def test_checkpointed_blocks_give_the_same_bits(checkpointed):
     assert_as_plain(Parallelism(checkpointed=checkpointed), within=0)
-
-
-@pytest.mark.parametrize("checkpointed", [0, 1])
-def test_compiled_blocks_compute_the_same_without_a_new_graph_for_every_pack(
-    checkpointed, monkeypatch
-):
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    compiled = Parallelism(checkpointed=checkpointed, compiled=True)
-    loss_and_gradients(compiled, pack_tokens=1000)
-    assert len(graphs) == 2  # before and after attention; all blocks share them
-    assert_as_plain(compiled, within=1e-6)
-    assert len(graphs) == 2
 
 
 def test_a_checkpointed_block_saves_only_what_goes_in():
@@ -115,9 +94,9 @@ def test_bytes_of_a_step_of_the_published_model_by_hand(qwen):
     assert one.total(checkpointed=28) == pytest.approx(alone + t * saved)
     assert one.total(checkpointed=27) == one.total(checkpointed=28)
     assert one.total(checkpointed=20) == pytest.approx(alone + 8 * t * saved)
-    two_nodes = World(3, 16, CPU, 8)  # of 8 ranks: sharded inside a node
+    two_nodes = World(3, 16, CPU, 8)
     many = step_memory(qwen, t, two_nodes, torch.bfloat16)
-    assert many.total(28) == pytest.approx(alone - 12 * n * 7 / 8 + t * saved)
+    assert many.total(28) == pytest.approx(alone - 12 * n * 15 / 16 + t * saved)
     # One process in fp32 has no second copy of the weights.
     in_fp32 = [step_memory(qwen, t, world, torch.float32).fixed for world in (WORLD, two_nodes)]
     copies = [fixed.get("whole weights in the compute dtype") for fixed in in_fp32]

@@ -396,7 +396,6 @@ def largest_difference(out: str, from_out: str) -> float:
 
 
 def test_two_nodes_of_two_ranks_resume_as_one_rank_and_one_as_four(together):
-    # Each node holds all weights, and saves half of the tensors.
     for rank in ranks(together, SFT, *[die_after(5)] * 4, local_world_size=2):
         rank.process.join(60)
     sizes = [path.stat().st_size for path in NEWER.glob("rank-*")]
@@ -432,10 +431,9 @@ def known_peak() -> None:
     train.monitor.peak_flops = lambda device: 1e9
 
 
-def test_two_nodes_log_the_update_norm_and_flops_of_one_process(here):
-    # Both nodes hold all weights, whose update counts once; each does half of the FLOPs.
+def test_two_ranks_log_the_update_norm_and_flops_of_one_process(here):
     for out, faults in {"one": [known_peak], "two": [known_peak] * 2}.items():
-        for rank in ranks(here, [*SFT, "--out", out], *faults, local_world_size=1):
+        for rank in ranks(here, [*SFT, "--out", out], *faults):
             rank.ends(0)
     one, two = (steps(list(read_metrics(Path(out)))) for out in ("one", "two"))
     norms = [[record["update_norm"] for record in run] for run in (one, two)]

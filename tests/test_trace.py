@@ -250,7 +250,6 @@ def test_a_step_that_does_not_fit_says_so(small, tmp_path):
         (["train-sft", "--gpu", "V100"], "--gpu: expected one of A100 40GB, "),
         (["train-sft", "--gpus", "12"], "--gpus: expected 1 to 8, or a multiple of 8; got 12"),
         (["train-dpo"], "trace train-dpo: no such program; there are train-sft, "),
-        (["train-sft", "--compile"], "--compile: expected nothing"),
         (["evaluate", "--dtype", "float32"], "--dtype: expected auto or bfloat16"),
         (["evaluate", "--completions", "x.jsonl"], "--completions: expected nothing"),
         (["evaluate", "--export-prompts", "x.jsonl"], "--export-prompts: expected nothing"),

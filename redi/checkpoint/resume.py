@@ -108,10 +108,8 @@ class Checkpoints:
     def _write(self, aside: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
         """Write this rank's rows. Returns the sha256 of its file."""
         make_folder(aside)
-        # Nodes hold the same rows, so each node writes its share of the tensors.
-        node = self.world.rank // self.world.local_world_size
-        tensors = list(tensors_of(model, optimizer).items())[node :: self.world.num_nodes]
-        return write_shards(aside / f"rank-{self.world.rank}.safetensors", dict(tensors))
+        path = aside / f"rank-{self.world.rank}.safetensors"
+        return write_shards(path, tensors_of(model, optimizer))
 
     def _publish(self, aside: Path, step: int, hashes: list[str]) -> None:
         """Give the complete checkpoint its name, and remove old ones."""

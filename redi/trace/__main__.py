@@ -64,7 +64,7 @@ class Machine:
         is_file = path.parent.is_dir() and not path.is_dir()
         require(is_file, "save", self.save, "a file in a folder that is there")
         require(self.dtype != "float32", "dtype", self.dtype, "auto or bfloat16 in a trace")
-        for name in ("compile", "completions", "export_prompts"):
+        for name in ("completions", "export_prompts"):
             value = getattr(self, name, None)
             require(not value, name, value, "nothing: a trace has redi's own eager kernels")
 

@@ -92,7 +92,7 @@ def prepare(
     dtype = distributed.compute_dtype(config.dtype, world)
     expected = memory.step_memory(model, config.pack_tokens, world, dtype, config.offload)
     blocks = memory.blocks_to_checkpoint(config.checkpoint_blocks, expected)
-    how = Parallelism(dtype, blocks, False, config.reshard_after_forward, config.offload)
+    how = Parallelism(dtype, blocks, config.reshard_after_forward, config.offload)
     distributed.parallelize(model, world, how)
     if config.offload:  # pins the weights
         with distributed.gathered(model, config.reshard_after_forward):
