@@ -10,13 +10,12 @@ in a single process: it casts a block's parameters when the block runs, and redu
 fp32. There is no autocast.
 """
 
-import atexit
 import os
 import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
@@ -211,10 +210,10 @@ def sum_over_ranks(tensor: Tensor, world: World, group: dist.ProcessGroup | None
         dist.all_reduce(tensor, group=group)
 
 
-def all_ranks_ok(ok: bool, world: World, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether something succeeded on every rank. All ranks must call it; `group` holds them all."""
+def all_ranks_ok(ok: bool, world: World) -> bool:
+    """Whether something succeeded on every rank. All ranks must call it."""
     failed = torch.tensor(0.0 if ok else 1.0)
-    sum_over_ranks(failed, world, group)
+    sum_over_ranks(failed, world)
     return not failed
 
 
@@ -222,27 +221,19 @@ def all_ranks_ok(ok: bool, world: World, group: dist.ProcessGroup | None = None)
 def local_rank_zero_first(world: World) -> Iterator[None]:
     """Run the body on rank 0 of every node, then on the other ranks, which find its files on disk.
     Those ranks wait up to a year, because downloading and tokenizing may take long. If the body
-    fails on rank 0 of a node, all other ranks exit with status 2."""
-    is_first = world.is_local_rank_zero
-    if not is_first and not all_ranks_ok(True, world, world.patient):
+    fails on rank 0 of a node, all others end."""
+    if world.is_local_rank_zero:
+        yield
+        sum_over_ranks(torch.zeros(1), world, world.patient)
+        return
+    try:
+        sum_over_ranks(torch.zeros(1), world, world.patient)
+    except RuntimeError:
         sys.exit(2)  # the rank that failed reports why
     try:
         yield
-    except BaseException as error:
-        if is_first:  # at exit, once the error is shown: other ranks may be lost, or busy for hours
-            atexit.register(_fail_other_ranks, world)
-        elif isinstance(error, UserError):  # which the first rank of this node did not meet
-            raise RankError(str(error)) from error
-        raise
-    if is_first and not all_ranks_ok(True, world, world.patient):
-        sys.exit(2)
-
-
-def _fail_other_ranks(world: World) -> None:
-    with suppress(RuntimeError, KeyboardInterrupt):
-        if world.world_size > 1:
-            all_ranks_ok(False, world, world.patient)
-            dist.destroy_process_group()
+    except UserError as error:
+        raise RankError(str(error)) from error  # which the first rank of this node did not meet
 
 
 def require_same(values: dict[str, object], world: World) -> None:
@@ -280,7 +271,7 @@ def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
     try:
         yield
         leaving |= several
-    except (Stopped, SystemExit):  # all ranks raise it; after another rank's error, all leave
+    except Stopped:  # all ranks raise it
         leaving |= several
         raise
     except RuntimeError as error:

@@ -35,7 +35,8 @@ def test_the_card_names_parent_data_versions_settings_and_the_paper():
     python, library = platform.python_version(), tokenizers.__version__
     for line in (
         "# redi", "- torch: 2.13.0", "- data sha256: abc", f"- python: {python}",
-        f"- tokenizers: {library}", "alpha = 0.5", "@inproceedings{redi2026,",
+        f"- tokenizers: {library}", "alpha = 0.5",
+        "Xu et al., ACL 2026: https://aclanthology.org/2026.acl-long.74/",
     ):  # fmt: skip
         assert line in body.splitlines(), line
     assert "base_model" not in model_card(REDIConfig(model="out/sft"), FACTS)  # a local folder

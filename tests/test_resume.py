@@ -302,14 +302,16 @@ CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 def die_at_change(number: int) -> None:
-    """SIGKILL right before the run's change of the file system with this number."""
+    """SIGKILL right before the run's change of the file system with this number. What safetensors
+    writes is not seen, but the reading of it is."""
     seen = 0
 
     def look(event: str, arguments: tuple) -> None:
         nonlocal seen
         path = str(arguments[0]) if arguments else ""
         if event == "open":
-            changes = path.startswith("run/") and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+            writes = (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+            changes = path.startswith("run/") and (writes or "/.writing-" in path)
         else:
             there = os.path.exists(path) or "/" not in path  # rmtree names files without folder
             of_run = "__pycache__" not in path  # where Python keeps compiled modules

@@ -134,16 +134,12 @@ def test_a_last_line_cut_short_is_left_out_and_any_other_damaged_line_is_named(r
     assert list(read_metrics(run)) == [FIRST]
     assert not is_finished(str(run), Settings())
     settings, text = Settings(), whole.replace
-    for damaged, field in (
-        ("{" + whole, ""), ("[" * 200_000 + "\n", ""), (text("train", "other"), ""),
-        (text('"step": 1, ', ""), "step"), (text("1,", '"a",'), "step"),
-        (text("1,", "1e400,"), "step"), (text("-1.0", "null"), "chosen_logp"),
-        (text("}", ', "loss": "x"}', 1), "loss"),
+    for damaged in (
+        "{" + whole, "[" * 200_000 + "\n", text('"kind": "train", ', ""), text('"step": 1, ', ""),
+        text("1,", '"a",'), text("1,", "1e400,"),
     ):  # fmt: skip
         path.write_text(damaged)
-        expected = f"{path}:1: not a record of a run" + (
-            field and f": expected a number as {field!r}"
-        )
+        expected = f"{path}:1: not a record of a run"
         assert refusal(lambda: list(read_metrics(run))) == expected
         assert refusal(is_finished, str(run), settings) == expected
     log = RunLog(str(run), settings)

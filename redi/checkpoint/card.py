@@ -17,20 +17,7 @@ from redi.hub import is_hub_id
 from redi.recipe import TrainConfig
 
 BEGIN, END = "<!-- scores -->\n", "<!-- end of scores -->\n"
-CITATION = """\
-```bibtex
-@inproceedings{redi2026,
-  title     = {Harnessing Negative Signals: Reinforcement Distillation
-               from Teacher Data for {LLM} Reasoning},
-  author    = {Xu, Shuyao and Peng, Cheng and Long, Jiangxuan and
-               Xu, Weidi and Chu, Wei and Qi, Yuan},
-  booktitle = {Proceedings of the 64th Annual Meeting of the
-               Association for Computational Linguistics},
-  year      = {2026},
-  url       = {https://aclanthology.org/2026.acl-long.74/},
-}
-```
-"""
+PAPER = "Xu et al., ACL 2026: https://aclanthology.org/2026.acl-long.74/"
 
 
 def model_card(config: TrainConfig, facts: dict[str, str]) -> str:
@@ -42,7 +29,7 @@ def model_card(config: TrainConfig, facts: dict[str, str]) -> str:
         f"---\nlibrary_name: transformers\ntags: [redi]\n{parent}---\n\n"
         f"# {Path(config.out).name}\n\nTrained with redi (Reinforcement Distillation, arXiv "
         f"2505.24850).\n\n{BEGIN}{END}\n## Made with and from\n\n{lines}\n"
-        f"## Settings\n\n```toml\n{to_toml(config)}```\n\n## Citation\n\n{CITATION}"
+        f"## Settings\n\n```toml\n{to_toml(config)}```\n\n## Citation\n\n{PAPER}\n"
     )
 
 

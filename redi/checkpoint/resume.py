@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from redi.checkpoint.weights import read_shards, write_shards
@@ -96,7 +97,7 @@ class Checkpoints:
         result, failure = "", ""
         try:
             result = action()
-        except (OSError, UserError) as error:
+        except (OSError, SafetensorError, UserError) as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             failure = one_line(f"{kind}{error}")
         ranks = [(result, failure)] * self.world.world_size

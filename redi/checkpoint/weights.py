@@ -2,27 +2,24 @@
 checkpoint. Left out: .bin and .pt files (unpickling runs code), quantized weights.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from functools import reduce
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from redi.config import UserError
-from redi.data.files import hash_files, read_json, write_aside
+from redi.data.files import hash_files, read_json, to_disk
 from redi.distributed import first_row, local_shard
 from redi.model import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def check_weights(model: Transformer, folder: Path) -> torch.dtype:
@@ -89,24 +86,12 @@ def read_shards(files: list[Path], tensors: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def write_shards(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write this rank's rows of `tensors` as safetensors and flush them to disk. Returns the file's
-    sha256. Copies one tensor at a time to the host; safetensors.torch.save_file copies all.
-    Raises UserError if the file cannot be written."""
-    shards = {name: local_shard(tensor) for name, tensor in tensors.items()}
-    header, end = {}, 0
-    for name, shard in shards.items():
-        begin, end = end, end + shard.nbytes
-        place = {"shape": list(shard.shape), "data_offsets": [begin, end]}
-        header[name] = {"dtype": DTYPE_NAMES[shard.dtype], **place}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # aligns the numbers
-    numbers = (shard.reshape(-1).view(torch.uint8).cpu().numpy() for shard in shards.values())
-    sha256 = hashlib.sha256()
-    with write_aside(path, binary=True) as file:
-        for part in chain([len(text).to_bytes(8, "little"), text], numbers):
-            file.write(part)
-            sha256.update(part)
-    return sha256.hexdigest()
+    """Write this rank's rows of `tensors` and flush them to disk. Returns the file's sha256. From a
+    GPU, all are copied to the host first. Raises OSError or SafetensorError."""
+    save_file({name: local_shard(tensor).cpu() for name, tensor in tensors.items()}, path)
+    with open(path, "rb") as file:
+        to_disk(file)
+    return hash_files([path])
 
 
 def weights_hash(folder: Path) -> str:
