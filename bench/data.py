@@ -40,7 +40,8 @@ from bench.measure import result, write
 from bench.plan import LONGEST_TRACE, MEDIAN_TRACE, draw
 from redi.config import UserError, program
 from redi.data.files import read_rows
-from redi.data.tokenizer import ChatTokenizer, chatml
+from redi.data.tokenizer import ChatTokenizer
+from redi.toy import CHATML
 
 RAW_BYTES = 2 * 10**9
 CHARS_PER_TOKEN = 3  # of such traces in Qwen2's tokens; it sets the size of the rows
@@ -141,7 +142,7 @@ def ours(tokenizer: Path, data: Path, work: Path) -> Side:
     from redi.data.files import hash_files
     from redi.data.store import load_store
 
-    chat = ChatTokenizer(Tokenizer.from_file(str(tokenizer / "tokenizer.json")), chatml())
+    chat = ChatTokenizer(Tokenizer.from_file(str(tokenizer / "tokenizer.json")), CHATML)
     began = seconds_since()
     store = load_store([data], chat, ["rows"], work / "cache")
     wall, cpu = seconds_since(began)
@@ -154,7 +155,7 @@ def peer(tokenizer: Path, data: Path, work: Path, processes: int | None) -> Side
     from transformers import PreTrainedTokenizerFast
 
     chat = PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer / "tokenizer.json"), chat_template=chatml()
+        tokenizer_file=str(tokenizer / "tokenizer.json"), chat_template=CHATML
     )
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:

@@ -62,8 +62,7 @@ def write_model(folder: Path, sizes: dict[str, Any]) -> None:
 
     from redi.checkpoint.config_json import read_config
     from redi.checkpoint.folder import Source, save_model
-    from redi.data.tokenizer import chatml
-    from redi.toy import STUDENT, initialize
+    from redi.toy import CHATML, STUDENT, initialize
 
     config = {**STUDENT, **sizes}
     model = Transformer(read_config(config, "bench"))
@@ -81,7 +80,7 @@ def write_model(folder: Path, sizes: dict[str, Any]) -> None:
         eos_token="<|im_end|>",
         pad_token=CONTROL[0],
         unk_token=CONTROL[0],
-        chat_template=chatml(system=None),
+        chat_template=CHATML,
     ).save_pretrained(folder)
 
 

@@ -122,8 +122,7 @@ def _download(hub_id: str, kind: str, patterns: list[str]) -> Path:
 
 
 def _missing(path: Path) -> UserError:
-    command = MADE_BY.get(path.as_posix())
     hint = "expected a local path or a hub id, org/name"
-    if command:
+    if command := MADE_BY.get(path.as_posix()):
         hint = f"`python -m redi {command}` makes it"
     return UserError(f"{path}: no such file or folder; {hint}")

@@ -122,8 +122,7 @@ def squared_update_norm(optimizer: torch.optim.AdamW) -> Tensor:
         of_mean, of_root = (correction.to(parameter.dtype) for correction in corrections)
         for weights, gradients, means, squares in _batches(optimizer, group["params"]):
             updates = torch._foreach_lerp(means, gradients, 1.0 - beta1)
-            share = (1.0 - beta2) / beta2
-            scales = torch._foreach_addcmul(squares, gradients, gradients, value=share)
+            scales = torch._foreach_addcmul(squares, gradients, gradients, value=1.0 / beta2 - 1.0)
             torch._foreach_sqrt_(scales)
             torch._foreach_mul_(scales, of_root)
             torch._foreach_add_(scales, group["eps"])
@@ -144,11 +143,10 @@ def _batches(
     zero = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
     pieces, size = [], BATCH[zero.device.type]
     for parameter in parameters:
-        tensors = [local_shard(parameter), local_shard(parameter.grad)]
-        for name in ("exp_avg", "exp_avg_sq"):  # which the first step will create
-            state = optimizer.state[parameter].get(name)
-            tensors.append(zero.expand_as(tensors[0]) if state is None else local_shard(state))
-        pieces += zip(*(t.reshape(-1).split(size) for t in tensors))
+        weight, state = local_shard(parameter), optimizer.state[parameter]
+        moments = (state.get(name, zero) for name in ("exp_avg", "exp_avg_sq"))  # zero at first
+        others = (local_shard(t).expand_as(weight) for t in (parameter.grad, *moments))
+        pieces += zip(*(t.reshape(-1).split(size) for t in (weight, *others)))
     ends = np.cumsum([len(weight) for weight, *_ in pieces]) // size
     for _, batch in itertools.groupby(zip(ends, pieces), key=lambda item: item[0]):
         yield [list(tensors) for tensors in zip(*(piece for _, piece in batch))]

@@ -18,10 +18,9 @@ from redi.checkpoint.resume import Checkpoints, refuse_changed_facts
 from redi.checkpoint.weights import fill, weights_hash
 from redi.config import UserError
 from redi.data.dataset import Dataset, describe, select
-from redi.data.files import hash_files
 from redi.data.store import load_store
 from redi.distributed import Parallelism, World, local_rank_zero_first, report_lost_ranks
-from redi.hub import CARD, dataset_files
+from redi.hub import dataset_files
 from redi.memory import blocks_to_checkpoint, step_memory
 from redi.model import Transformer
 from redi.objectives import Objective
@@ -45,7 +44,7 @@ def run(
         with local_rank_zero_first(world):  # downloads and tokenizes once per node
             model, source, dataset, eval_dataset = _load(config, objective)
             score = prepare_score(config, source, world)
-        facts = facts_of(source, dataset, config.data)
+        facts = facts_of(source, dataset)
         if eval_dataset:
             facts["held-out data sha256"] = eval_dataset.store.data_hash
         also = {"config.json": model.config, "finished": finished}
@@ -160,10 +159,8 @@ def longest_pack(data: TrainData, config: TrainConfig) -> int:
     return int(max(pieces.max(), min(config.pack_tokens, step)))
 
 
-def facts_of(source: Source, dataset: Dataset, data: str) -> dict[str, str]:
+def facts_of(source: Source, dataset: Dataset) -> dict[str, str]:
     """What a run was made with and from, for config.toml and the model card."""
-    card = (Path(data) if Path(data).is_dir() else Path(data).parent) / CARD
-    made_by_prepare = {"data card sha256": hash_files([card])} if card.is_file() else {}
     return {
         "redi": __version__,
         "torch": torch.__version__,
@@ -172,5 +169,4 @@ def facts_of(source: Source, dataset: Dataset, data: str) -> dict[str, str]:
         "tokenizer": source.chat.fingerprint,
         "data sha256": dataset.store.data_hash,
         "rows": str(len(dataset)),
-        **made_by_prepare,
     }

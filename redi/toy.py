@@ -41,7 +41,7 @@ from redi.checkpoint.config_json import read_config
 from redi.checkpoint.folder import Source, save_model
 from redi.config import UserError, may_change, parse, program, require, to_toml
 from redi.data.files import make_folder, write_aside
-from redi.data.tokenizer import ChatTokenizer, chatml
+from redi.data.tokenizer import ChatTokenizer
 from redi.model import Transformer
 
 MAX_TRACES = 8  # drawn per problem, until one is right
@@ -53,6 +53,11 @@ VOCABULARY = 320  # 256 bytes, 3 control tokens, and a few merges
 PRE_TOKENIZATION = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHATML = (
+    "{%- for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 # With Qwen2's 0.02, so small a network is still at chance after eight epochs.
 INIT_STD = 0.08
@@ -260,11 +265,11 @@ def train_tokenizer(texts: list[str]):
 
 def make_student(folder: Path, texts: list[str], seed: int) -> None:
     """Write an untrained model with its tokenizer as a Hugging Face folder."""
-    tokenizer = train_tokenizer([*texts, chatml(system=None)])
+    tokenizer = train_tokenizer([*texts, CHATML])
     end_of_text = tokenizer.token_to_id("<|endoftext|>")
     make_folder(folder)
     settings = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    files = {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": chatml(None)}
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHATML}
     files["tokenizer_config.json"] = json.dumps(settings, indent=2)
     for name, content in files.items():
         with write_aside(folder / name) as file:
@@ -297,12 +302,11 @@ def main() -> None:
     import pyarrow.parquet
 
     config = parse(ToyConfig, "Write raw teacher traces, an untrained student and a benchmark.")
-    if config.problems + config.benchmark > 0.5 * 9 * 27**config.operations:
-        raise UserError(
-            f"--problems {config.problems}: too many for {config.operations} operations"
-        )
+    operations = config.operations
+    if config.problems + config.benchmark > 0.5 * 9 * 27**operations:
+        raise UserError(f"--problems {config.problems}: too many for {operations} operations")
     # No problem of the benchmark has a trace, in either order of drawing.
-    rng, operations = random.Random(config.seed), config.operations
+    rng = random.Random(config.seed)
     if config.benchmark_seed is None:
         taught = draw_problems(rng, config.problems, operations)
         held_out = draw_problems(rng, config.benchmark, operations, others=taught)

@@ -19,11 +19,12 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 from processes import after_step, run_ranks
 from small_run import PAIRS, SFT, as_positive, conversation, run, write_jsonl
+from small_template import chatml
 
 from redi import toy
 from redi.checkpoint.folder import load_model
 from redi.config import Stopped
-from redi.data.tokenizer import ChatTokenizer, chatml
+from redi.data.tokenizer import ChatTokenizer
 from redi.model import Transformer
 from redi.runlog import NoLog, RunLog
 

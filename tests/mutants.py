@@ -134,13 +134,14 @@ redi/kernels.py
   - sums = tl.zeros((BLOCK,), tl.float32)
   + sums = tl.zeros((BLOCK,), tl.bfloat16)
     COMPILE
-redi/model.py
+redi/fused.py
   rotary positions turn the wrong way
-  - torch.cat([-right, left], dim=-1)
-  + torch.cat([right, -left], dim=-1)
-  RMSNorm has no epsilon
-  - wide.pow(2).mean(-1, keepdim=True) + self.eps)
-  + wide.pow(2).mean(-1, keepdim=True))
+  - [left * cos - right * sin, right * cos + left * sin]
+  + [left * cos + right * sin, right * cos - left * sin]
+redi/model.py
+  norms have another epsilon than the configuration's
+  - self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+  + self.norm = nn.RMSNorm(config.hidden_size)
   queries have no bias
   - self.q_proj(x).view(split_heads)
   + F.linear(x, self.q_proj.weight).view(split_heads)
@@ -195,8 +196,8 @@ redi/train.py
     test_resume.py::test_a_stopped_run_resumes_to_the_same_bits[sft]
 redi/monitor.py
   the update norm uses the bias correction of the step before
-  - step = state.get("step", torch.zeros_like(total)).double() + 1.0
-  + step = state.get("step", torch.ones_like(total)).double()
+  - .get("step", total).double() + 1.0
+  + .get("step", total + 1.0).double()
     test_train.py::test_the_update_norm_is_that_of_the_difference_of_the_weights[1.0-0.0-redi]
   the collapse guard keeps counting after a recovery
   - self.low = self.low + 1 if fell > self.threshold else 0
@@ -222,8 +223,8 @@ redi/distributed.py
   + model.set_requires_gradient_sync(not last)
     RANKS[('redi', True, torch.float64, 7, 'qwen2')]
   the rows of a weight that does not divide evenly begin at the wrong one
-  - shard_index * -(-len(parameter) // num_shards)
-  + shard_index * (len(parameter) // num_shards)
+  - mesh.get_local_rank() * -(-len(parameter) // mesh.size())
+  + mesh.get_local_rank() * (len(parameter) // mesh.size())
     test_checkpoint.py::test_rows_saved_by_some_ranks_are_read_by_others
   ranks never exchange gradients
   -         model.set_requires_gradient_sync(last)

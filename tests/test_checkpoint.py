@@ -16,6 +16,7 @@ from processes import child, die, main_in_this_process
 from safetensors.torch import load_file, save_file
 from small_run import HERE, files_in, refusal, sft_config
 from small_step import backward, data_of
+from small_template import chatml
 from tokenizers import Tokenizer
 
 from redi import programs
@@ -24,7 +25,6 @@ from redi.checkpoint.config_json import read_config
 from redi.checkpoint.folder import Source, load_model, open_model, save_model
 from redi.checkpoint.weights import HEAD, INDEX, WEIGHTS, fill, read_shards, write_shards
 from redi.data.files import hash_files
-from redi.data.tokenizer import chatml
 from redi.distributed import Parallelism, parallelize
 
 MANY_SHARDS = 20_000  # bytes

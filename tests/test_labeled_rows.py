@@ -295,13 +295,13 @@ def test_rows_of_one_label_alone_are_refused_also_if_limits_left_no_other(rows, 
     for label in (True, False):
         write_jsonl(Path("labeled.jsonl"), [row for row in rows if row["label"] is label])
         message = refusal(run, config())
-        assert f"all 10 rows have the label {str(label).lower()}, 0 were left out" in message
+        assert "all 10 rows have the same label" in message
         assert "stage 2 takes right and wrong rows, train_sft.py right ones alone" in message
         config_of_show = show.ShowConfig(file="labeled.jsonl", model="student", cache="cache")
         assert show.show(config_of_show) is None  # the report says it, and shows the rows
-        assert f"all 10 rows have the label {str(label).lower()}" in capsys.readouterr().out
+        assert "all 10 rows have the same label" in capsys.readouterr().out
     write_jsonl(Path("labeled.jsonl"), [rows[1], {**rows[0], "completion": "a b c d " * 40}])
-    assert "all 1 rows have the label false, 1 were left out" in refusal(run, config())
+    assert "all 1 rows have the same label" in refusal(run, config())
 
 
 def test_stage_1_learns_from_the_right_rows_and_counts_the_others(rows, capsys):

@@ -72,4 +72,4 @@ def test_line_budgets():
     assert long == []
     assert core <= 5_300
     assert method <= 1_600
-    assert whole <= 16_800
+    assert whole <= 16_750

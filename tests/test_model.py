@@ -1,7 +1,6 @@
 """redi/model.py and redi/attention.py against transformers' Qwen2 and a dense block mask."""
 
 import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -105,10 +104,6 @@ REFUSED = [  # the field that the message names, and changes of config.json; ...
         {"original_max_position_embeddings": 64, "rope_parameters": LLAMA3},
     ),
     ("full_attention", {"rope_parameters": {"full_attention": {**THETA, "rope_type": "default"}}}),
-    *(("rope_theta", {"rope_parameters": {"rope_theta": n}}) for n in (0, -5.0, math.nan)),
-    *(("rms_norm_eps", {"rms_norm_eps": n}) for n in (-1e-6, math.nan, math.inf)),
-    *(("low_freq_factor", {"rope_parameters": {**LLAMA3, "low_freq_factor": n}}) for n in (0, 4)),
-    *(("factor", {"rope_parameters": {**LLAMA3, "factor": n}}) for n in (0, -1.0, math.nan)),
     ("head_dim", {"head_dim": 15}),
     ("head_dim", {"head_dim": None, "num_attention_heads": 32, "num_key_value_heads": 32}),
     ("key/value heads", {"num_attention_heads": 4, "num_key_value_heads": 3}),

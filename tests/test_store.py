@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from processes import child, die, wait_until
 from small_run import conversation, refusal, write_jsonl
+from small_template import chatml
 
 from redi.config import UserError
 from redi.data import store as store_module
 from redi.data.store import TokenStore, load_store
-from redi.data.tokenizer import ChatTokenizer, chatml
+from redi.data.tokenizer import ChatTokenizer
 from redi.toy import train_tokenizer
 
 ROWS = [conversation(number) for number in range(40)]

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_run import assistant, refusal, user
+from small_template import chatml
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from redi.data.formats import to_example
-from redi.data.tokenizer import ChatTokenizer, TokenizedRow, chatml
+from redi.data.tokenizer import ChatTokenizer, TokenizedRow
 
 # In the manner of Qwen2.5-Math's: a system prompt of its own, several kinds of turn.
 MATH_TEMPLATE = r"""{%- if messages[0]['role'] == 'system' %}

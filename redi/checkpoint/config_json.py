@@ -4,7 +4,6 @@ Both forms are read: `rope_parameters` (transformers 5), and the older `rope_sca
 `rope_theta` at the top level. The dtype is that of the stored weights, whatever config.json says.
 """
 
-import math
 from dataclasses import fields
 from typing import Any
 
@@ -66,12 +65,6 @@ def read_config(config: dict[str, Any], where: str) -> ModelConfig:
         if rope.get("rope_type") == "llama3":
             scaling = RopeScaling(*(float(rope[field.name]) for field in fields(RopeScaling)))
         theta, eps = float(rope["rope_theta"]), float(config.get("rms_norm_eps", 1e-6))
-        positive = {"rope_theta": theta, "rms_norm_eps": eps, **(vars(scaling) if scaling else {})}
-        for name, value in positive.items():
-            if not 0 < value < math.inf:
-                raise UserError(f"{where}: {name} is {value}; expected a number above 0")
-        if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
-            raise UserError(f"{where}: low_freq_factor is not below high_freq_factor")
         if head_dim % 2:
             raise UserError(f"{where}: head_dim is {head_dim}; expected an even number")
         return ModelConfig(

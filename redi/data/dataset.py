@@ -103,11 +103,10 @@ def select(store: TokenStore, config: TrainConfig, path: str) -> Dataset:
         raise UserError(f"{path}: no row is left to train on ({', '.join(counts)})")
     dataset = Dataset(store, np.flatnonzero(kept), dropped)
     if set(dataset.signs) != dataset.sides.keys():
-        found = "true" if dataset.signs[0] > 0 else "false"
-        left_out = sum((store.skipped | dropped).values())
-        remedy = "stage 2 takes right and wrong rows, train_sft.py right ones alone"
-        what = f"all {len(dataset)} rows have the label {found}, {left_out} were left out"
-        raise UserError(f"{path}: {what}; {remedy}")
+        raise UserError(
+            f"{path}: all {len(dataset)} rows have the same label; stage 2 takes right and wrong "
+            "rows, train_sft.py right ones alone"
+        )
     return dataset
 
 

@@ -40,24 +40,9 @@ from redi.config import UserError
 from redi.data.files import read_json
 
 Message = dict[str, Any]  # role, content; weight: 0 for an answer that is only context
-# The system prompt of Qwen2.5-Math's own template, which the paper trains with.
-SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 # Private-use characters, which no tokenizer's control token contains.
 BREAK = "\ue0f0"  # after each letter of a quoted control token; twice: the character itself
 MARKER = "\ue0f1{}\ue0f1"  # holds a message's number, to find the messages in what is rendered
-
-
-def chatml(system: str | None = SYSTEM_PROMPT) -> str:
-    """The ChatML template in Jinja. Conversations without a system turn get `system`."""
-    template = (
-        "{%- for m in messages %}"
-        "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}"
-        "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
-    )
-    if system is None:
-        return template
-    turn = json.dumps(f"<|im_start|>system\n{system}<|im_end|>\n")
-    return "{%- if messages[0]['role'] != 'system' %}{{ " + turn + " }}{%- endif %}" + template
 
 
 def is_answer(message: Message) -> bool:
