@@ -11,10 +11,10 @@ from small_run import SFT
 
 METHOD = (
     "losses", "objectives", "logprobs", "kernels", "model", "attention", "packing", "batches",
-    "train",
+    "fused", "train",
 )  # fmt: skip
 CORE = {
-    *METHOD, "fused", "related_losses", "recipe", "run", "distributed", "memory", "monitor", "gpus",
+    *METHOD, "related_losses", "recipe", "run", "distributed", "memory", "monitor", "gpus",
     "config", "hub", "runlog", "curves", "tables", "checkpoint", "data", "__init__",
 }  # fmt: skip
 FILES = [p for p in ROOT.glob("redi/**/*") if p.is_file() and p.suffix != ".pyc"]
@@ -59,7 +59,7 @@ def test_training_without_a_benchmark_loads_no_tool(here):
 
 def test_line_budgets():
     core = sum(n for p, n in LINES.items() if is_core(NAMES[p]))
-    method = sum(LINES[ROOT / "redi" / f"{name}.py"] for name in (*METHOD, "fused"))
+    method = sum(LINES[ROOT / "redi" / f"{name}.py"] for name in METHOD)
     whole = sum(LINES.values())
     print(f"lines: core {core:,}, files of the method {method:,}, redi/ {whole:,}")
     long = [f"{p.name}: {n} lines" for p, n in LINES.items() if n > 350]
@@ -72,4 +72,4 @@ def test_line_budgets():
     assert long == []
     assert core <= 5_300
     assert method <= 1_600
-    assert whole <= 16_750
+    assert whole <= 16_800
