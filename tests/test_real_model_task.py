@@ -272,8 +272,8 @@ def small(tmp_path, monkeypatch, save_model_of, save_tokenizer) -> tuple[Path, R
     model = tmp_path / "model"
     save_model_of("Llama", model, max_position_embeddings=2048)
     save_tokenizer(model)
-    made_small = {"--max-length 512": "--max-length 2000", "--max-steps 60": "--max-steps 3"}
-    made_small |= {"--max-new-tokens 320": "--max-new-tokens 8"}
+    made_small = {"--max-length 512": "--max-length 2000", "--max-steps 25": "--max-steps 3"}
+    made_small |= {"--max-new-tokens 256": "--max-new-tokens 8"}
     for name in ("STAGE_1", "STAGE_2", "UNTRAINED"):
         flags = getattr(make_real_model, name)
         for long, short in made_small.items():
@@ -293,16 +293,16 @@ def run_script(model: Path, out: Path) -> int:
 
 def test_the_whole_script_in_small_and_again_without_work(small):
     model, runs = small
-    runs.fails = "out/dpo-1-8e-5 "
+    runs.fails = "out/dpo-1-1e-4 "
     assert run_script(model, runs.out) == 2
     stopped = runs.commands.copy()
     runs.fails = None
     assert run_script(model, runs.out) == 0
     assert stopped[-1] == runs.commands[len(stopped)]  # the stage that failed, and none before it
     assert len(set(runs.commands)) == len(runs.commands) - 1
-    trained = {"sft-1", "sft-2", "symmetric-1-1e-06", "simpo-1-2.5e-06", "own-1-5e-6"}
+    trained = {"sft-1", "sft-2", "symmetric-1-2e-06", "simpo-1-5e-06", "own-1-1e-5"}
     trained |= {f"{m}-1-{rate}" for m in ("dpo", "redi") for rate in make_real_model.RATES}
-    trained |= {"dpo-2-5e-6", "redi-2-5e-6"}
+    trained |= {"dpo-2-1e-5", "redi-2-1e-5"}
     assert {path.parent.name for path in runs.out.glob("*/metrics.jsonl")} == trained
     assert not list(runs.out.glob("*/checkpoints"))
     count = len(runs.commands)
@@ -316,7 +316,7 @@ def check_page(out: Path) -> None:
     text = (out / "page/results.md").read_text()
     cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     rows = {tuple(row[1:3]): row for row in reversed(cells) if len(row) > 3}
-    assert rows["REDI, seed 2", "5e-06"][3].startswith("70.0 ±")
+    assert rows["REDI, seed 2", "1e-05"][3].startswith("70.0 ±")
     assert rows["stage 1, seed 1", "0.0005"][3].startswith("30.0 ±")
     assert rows["base", ""][3] == "0.0 ± 0.0"
     assert rows["REDI, own traces against REDI", "1"][3] == "+20.0"
@@ -328,7 +328,7 @@ def check_page(out: Path) -> None:
     kinds = re.findall(r"\*\*(.*)\*\* \(problem (\d+), answer (\d+)\)", text)
     assert [kind for kind, *_ in kinds] == ["repaired"] * 2 + ["still wrong", "still right"]
     assert text.count("```text") == 2 * len(kinds)
-    steps = {"sft": 5, "redi": 3, "dpo": 3, "symmetric": 3, "simpo": 3, "own": 3}
+    steps = {"sft": 10, "redi": 3, "dpo": 3, "symmetric": 3, "simpo": 3, "own": 3}
     records = [
         json.loads(line)
         for path in out.glob("*/metrics.jsonl")
