@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))  # a script finds only its folder
 
 from real_page import write_page
 
-PROBLEMS = {"test": 200, "tuning": 60, "training": 600}
-OWN_PROBLEMS = 250  # of training, that the stage-1 model answers for REDI on its own traces
+PROBLEMS = {"test": 120, "tuning": 32, "training": 420}
+OWN_PROBLEMS = 140  # of training, that the stage-1 model answers for REDI on its own traces
 TEACHER = real_task.Teacher()
 SEEDS = (1, 2)  # of the order of the rows
 RATES = ("1e-5", "3e-5", "1e-4")
@@ -41,12 +41,12 @@ KEPT = (
     "--save-every 20 --keep 1 --cache {out}/tokens"
 )
 STAGE_1 = f"{KEPT} --lr 5e-4 --rows-per-step 4 --epochs 1"
-# 100 pairs for all. If the model's own are fewer, some are seen twice.
-STAGE_2 = f"{KEPT} --rows-per-step 4 --epochs 2 --max-steps 25"
+# 72 pairs for all. If the model's own are fewer, some are seen twice.
+STAGE_2 = f"{KEPT} --rows-per-step 2 --epochs 2 --max-steps 36"
 # No prefix: the base model does not think, and answers are compared if they are read by one rule.
 SAMPLED = "--samples 4 --prefix= --slots 128 --grader math-verify --graders 1"
 TRAINED = f"{SAMPLED} --user-prompt plain --max-new-tokens 200"
-UNTRAINED = f"{SAMPLED} --user-prompt paper --max-new-tokens 256"  # which asks for a box
+UNTRAINED = f"{SAMPLED} --user-prompt paper --max-new-tokens 200"  # which asks for a box
 
 
 def make_task(out: Path) -> None:

@@ -1,10 +1,10 @@
-r"""The task of docs/make_real_model.py: word problems of a few steps, and a teacher who errs.
+r"""The task of docs/make_real_model.py: word problems of two steps, and a teacher who errs.
 
     Mia brings 3 bags with 12 pears each to the market. Then she sells 17 pears. How many ...?
 
     <think>
-    Let us follow the pears of Mia through the story. 3 bags hold 3 * 12 = 36 pears. She sells 17
-    pears: 36 - 17 = 19. The final count comes to 19 pears.
+    Let us count the pears. 3 bags hold 3 * 12 = 36 pears. She sells 17 pears: 36 - 17 = 19. The
+    count comes to 19.
     </think>
     The answer is \boxed{19}.
 
@@ -30,7 +30,7 @@ from typing import Any
 
 # Difficulty. The base model should be right on few problems, a stage-1 model on about half of them.
 # (With up to four steps, in a run that was given up, stage 1 got 0.28 of them right.)
-STEPS = (2, 3)  # calculations in a problem; all ranges include both ends
+STEPS = (2, 2)  # calculations in a problem; all ranges include both ends
 FIRST = (15, 90)  # a count at the start
 CHANGE = (6, 60)  # what comes or goes at once
 GROUPS, SIZE = (2, 9), (3, 12)  # so many bags with so many apples each

@@ -272,8 +272,8 @@ def small(tmp_path, monkeypatch, save_model_of, save_tokenizer) -> tuple[Path, R
     model = tmp_path / "model"
     save_model_of("Llama", model, max_position_embeddings=2048)
     save_tokenizer(model)
-    made_small = {"--max-length 512": "--max-length 2000", "--max-steps 25": "--max-steps 3"}
-    made_small |= {"--max-new-tokens 256": "--max-new-tokens 8"}
+    made_small = {"--max-length 512": "--max-length 2000", "--max-steps 36": "--max-steps 3"}
+    made_small |= {"--max-new-tokens 200": "--max-new-tokens 8"}
     for name in ("STAGE_1", "STAGE_2", "UNTRAINED"):
         flags = getattr(make_real_model, name)
         for long, short in made_small.items():
