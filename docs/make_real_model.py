@@ -94,7 +94,6 @@ def best_rate(out: Path, method: str) -> str:
 def run_all(stages: Stages, model: str) -> dict[str, str]:
     """Every stage. Returns the trained runs that are compared: name on the page -> folder."""
     stages.run("data/card.json", "redi prepare {out}/task/raw.jsonl --out {out}/data")
-    evaluate(stages, "test/base", model, "test", UNTRAINED)
     runs = {}
     for seed in SEEDS:
         name = runs[f"sft-{seed}"] = f"sft-{seed}"
@@ -116,6 +115,7 @@ def run_all(stages: Stages, model: str) -> dict[str, str]:
     runs["own-1"] = train_pairs(stages, "own", 1, best["redi"], "data_own")
     for name, run in runs.items():
         evaluate(stages, f"test/{name}", f"{{out}}/{run}", "test")
+    evaluate(stages, "test/base", model, "test", UNTRAINED)
     evaluations = " ".join(f"{{out}}/test/{name}" for name in ("base", *runs))
     stages.run("compared.json", f"redi report {evaluations} --out {{out}}/compared.json")
     return runs

@@ -52,7 +52,6 @@ def write_page(out: Path, runs: dict[str, str], rates: tuple[str, ...]) -> str:
     page.mkdir(exist_ok=True)
     parts = {
         "Models": f"{model_table(out, scores, runs)}\n\n{unboxed(out)}",
-        "By the number of calculations": steps_table(scores),
         "Paired tests": tests_table(out, graded),
         "Log-probs": log_prob_table(stage_2),
         "Learning rates": rates_table(out, rates),
@@ -132,14 +131,6 @@ def unboxed(out: Path) -> str:
         "If the last number of a text counts as its answer, boxed or not, the base model is right "
         f"in {percent(fmean(found))} % of its samples."
     )
-
-
-def steps_table(scores: dict[str, BenchmarkScore]) -> str:
-    groups = scores["base"].by_difficulty
-    rows = [("pass@1", *(f"{g.name} ({g.num_problems} problems)" for g in groups))]
-    for name, one in scores.items():
-        rows.append((label(name), *(percent(group.pass_at_1) for group in one.by_difficulty)))
-    return markdown_table(rows)
 
 
 def tests_table(out: Path, graded: dict[str, GradedBenchmark]) -> str:

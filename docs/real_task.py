@@ -1,12 +1,12 @@
 r"""The task of docs/make_real_model.py: word problems of two steps, and a teacher who errs.
 
-    Mia brings 3 bags with 12 pears each to the market. Then she sells 17 pears. How many ...?
+    Mia brings 3 bags with 6 pears each to the market. Then she sells 7 pears. How many ...?
 
     <think>
-    Let us count the pears. 3 bags hold 3 * 12 = 36 pears. She sells 17 pears: 36 - 17 = 19. The
-    count comes to 19.
+    Let us count the pears. 3 bags hold 3 * 6 = 18 pears. She sells 7 pears: 18 - 7 = 11. The
+    count comes to 11.
     </think>
-    The answer is \boxed{19}.
+    The answer is \boxed{11}.
 
 | fault | what a trace of it looks like |
 |---|---|
@@ -29,13 +29,14 @@ from pathlib import Path
 from typing import Any
 
 # Difficulty. The base model should be right on few problems, a stage-1 model on about half of them.
-# (With up to four steps, in a run that was given up, stage 1 got 0.28 of them right.)
+# In a run that was given up, with counts of 15 to 90 and changes of 6 to 60, stage 1 got 0.15 of
+# them right: nearly all of its subtractions and half of its additions were wrong.
 STEPS = (2, 2)  # calculations in a problem; all ranges include both ends
-FIRST = (15, 90)  # a count at the start
-CHANGE = (6, 60)  # what comes or goes at once
-GROUPS, SIZE = (2, 9), (3, 12)  # so many bags with so many apples each
+FIRST = (6, 20)  # a count at the start
+CHANGE = (2, 9)  # what comes or goes at once
+GROUPS, SIZE = (2, 5), (2, 6)  # so many bags with so many apples each
 TIMES = (2, 3)  # twice, three times
-SMALLEST, LARGEST = 2, 300  # of all counts
+SMALLEST, LARGEST = 2, 60  # of all counts
 GROUPED, MULTIPLIED = 0.3, 0.15  # chances: groups for a plain number, and a change that is "times"
 IN_WORDS = 0.25  # chance that a number up to twelve is a word in the problem
 
