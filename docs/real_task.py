@@ -3,8 +3,8 @@ r"""The task of docs/make_real_model.py: word problems of two steps, and a teach
     Mia brings 3 bags with 6 pears each to the market. Then she sells 7 pears. How many ...?
 
     <think>
-    Let us count the pears. 3 bags hold 3 * 6 = 18 pears. She sells 7 pears: 18 - 7 = 11. The
-    count comes to 11.
+    Let us count the pears, one step at a time. 3 bags hold 3 * 6 = 18 pears. She sells 7 pears:
+    18 - 7 = 11. All in all, that makes 11 pears.
     </think>
     The answer is \boxed{11}.
 
