@@ -271,7 +271,7 @@ def report_lost_ranks(world: World, timeout: str) -> Iterator[None]:
     try:
         yield
         leaving |= several
-    except Stopped:  # all ranks raise it
+    except (Stopped, SystemExit):  # all ranks raise it; the rank that they waited for has failed
         leaving |= several
         raise
     except RuntimeError as error:
@@ -293,5 +293,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has held: on the GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    per_gib = 2**30 if sys.platform == "darwin" else 2**20  # bytes, or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_gib

@@ -59,6 +59,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor):
         from redi import kernels
 
+        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         return kernels.swiglu(gate, up)
 
@@ -67,4 +68,4 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, d_product: Tensor):
         from redi import kernels
 
-        return kernels.swiglu_gradients(d_product, *ctx.saved_tensors)
+        return kernels.swiglu_gradients(d_product.contiguous(), *ctx.saved_tensors)

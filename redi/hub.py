@@ -59,9 +59,7 @@ def dataset_files(path_or_hub_id: str | Path, split: str = "train") -> list[Path
         found = sorted(file for file in path.iterdir() if not file.is_dir() and file.name != CARD)
         files = [file for file in found if file.name.lower().endswith(DATA_SUFFIXES)]
         if broken := [file for file in files if not _is_data(file)]:
-            raise UserError(
-                f"{broken[0]}: a broken link, or a suffix in capitals; mend or remove it"
-            )
+            raise UserError(f"{broken[0]}: a broken link, or a suffix in capitals; mend it")
         if others := [f.name for f in found if f not in files and not f.name.startswith(".")]:
             print(f"{path}: {len(others)} other files are not read: {others[0]}, ...")
         if not files:

@@ -79,15 +79,9 @@ def _load(
 
 
 def _train_and_save(
-    config: TrainConfig,
-    model: Transformer,
-    source: Source,
-    data: TrainData,
-    eval_data: TrainData | None,
-    how: Parallelism,
-    score: Scorer | None,
-    facts: dict[str, str],
-) -> None:
+    config: TrainConfig, model: Transformer, source: Source, data: TrainData,
+    eval_data: TrainData | None, how: Parallelism, score: Scorer | None, facts: dict[str, str],
+) -> None:  # fmt: skip
     world, folder, cache = data.world, source.folder, config.cache
     with local_rank_zero_first(world):
         # Held from here on: another process could remove the checkpoint that is chosen below.

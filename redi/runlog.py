@@ -50,6 +50,7 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
                 known = record["kind"] == "finished" or type(record["step"]) is int
+                known &= {type(record[key]) for key in record.keys() - {"kind"}} <= {int, float}
             except (ValueError, KeyError, TypeError, RecursionError):
                 known = False
             if not known:

@@ -85,6 +85,24 @@ def test_swiglu_and_its_gradients(tokens, size, dtype, triton, draw, use):
     assert_as_plain(fused.swiglu, lambda gate, up: F.silu(gate) * up, [gate, up], dtype)
 
 
+def test_the_kernels_take_tensors_and_gradients_that_are_not_contiguous(draw, use):
+    use(True)
+    dtype = torch.float32
+    gate, up, x = (draw(*shape, dtype=dtype) for shape in ((6, 4), (6, 4), (2, 4, 6)))
+    cos, sin = draw(4, 3, dtype=dtype).detach(), draw(4, 3, dtype=dtype).detach()
+
+    def turned(rotate, *angles):
+        return lambda x: rotate(x.transpose(0, 1), *angles).transpose(0, 1)
+
+    exact = turned(plain_rotate, cos.double(), sin.double())
+    assert_as_plain(turned(fused.rotate, cos, sin), exact, [x], dtype)
+
+    def product(gate, up):
+        return (F.silu(gate.T) * up.T).T
+
+    assert_as_plain(lambda gate, up: fused.swiglu(gate.T, up.T).T, product, [gate, up], dtype)
+
+
 def test_the_kernels_save_gate_up_and_angles_only(draw, use):
     use(True)
     gate, up, x = draw(4, 6), draw(4, 6), draw(4, 2, 6)

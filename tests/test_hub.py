@@ -67,7 +67,7 @@ def test_a_file_that_would_be_missed_in_a_folder_is_refused_by_name(tmp_path, na
     (tmp_path / "a.jsonl").touch()
     (tmp_path / name).symlink_to(tmp_path / target)
     message = refusal(dataset_files, tmp_path)
-    assert message.startswith(f"{tmp_path}/{name}: a broken link, or a suffix in capitals")
+    assert message.startswith(f"{tmp_path}/{name}: a broken link, or a suffix in capitals; mend it")
 
 
 NO_HUB_IDS = ["rows", "./a/b", "../b", "~/b", "/a/b", "a/b/c", "a/b/", "a/rows.jsonl", "a b/c"]

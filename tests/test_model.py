@@ -48,6 +48,7 @@ def test_logits_equal_transformers(save_qwen2, tmp_path, tied, heads, head_dim, 
         num_attention_heads=heads,
         head_dim=head_dim,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
+        rms_norm_eps=1e-3,  # no default, which would hide one that is not read
     )
     model, _ = load_model(tmp_path)
     for parts in (DOCUMENTS, *([part] for part in DOCUMENTS)):

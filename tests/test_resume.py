@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -207,6 +208,11 @@ def test_half_a_checkpoint_of_a_killed_save_is_replaced_and_a_users_copy_is_left
     assert_ends_in_the_same_bits()
     assert sorted(os.listdir("run/checkpoints")) == [OLDER.name, f"{OLDER.name}-good", NEWER.name]
     assert sorted(os.listdir(NEWER)) == ["rank-0.safetensors", "state.json"]
+
+
+def test_whoever_reads_the_folder_of_a_checkpoint_may_read_its_files(stopped_run):
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in NEWER.iterdir()}
+    assert modes["rank-0.safetensors"] == modes["state.json"]
 
 
 def test_records_reach_the_disk_before_their_checkpoint_gets_its_name(here, monkeypatch):

@@ -136,7 +136,7 @@ def test_a_last_line_cut_short_is_left_out_and_any_other_damaged_line_is_named(r
     settings, text = Settings(), whole.replace
     for damaged in (
         "{" + whole, "[" * 200_000 + "\n", text('"kind": "train", ', ""), text('"step": 1, ', ""),
-        text("1,", '"a",'), text("1,", "1e400,"),
+        text("1,", '"a",'), text("1,", "1e400,"), text("-1.0", '"abc"'), text("-1.0", "null"),
     ):  # fmt: skip
         path.write_text(damaged)
         expected = f"{path}:1: not a record of a run"

@@ -188,6 +188,24 @@ def test_a_run_grows_by_packs_and_exchanges_weights_once_per_step(small, tmp_pat
 
 
 @needs_fake
+def test_of_a_run_with_few_rows_for_many_gpus_no_cost_is_below_that_of_the_update(small, tmp_path):
+    run = ("train-sft", "--model", small, "--gpus", 64, "--rows-per-step", 1)
+    found, _ = trace(tmp_path, *run, "--max-steps", 1)
+    for kind, cost in found["run"]["kinds"].items():
+        assert min(cost.values()) >= 0, kind
+    update = found["run"]["kinds"]["clip and AdamW"]["seconds"]
+    assert 0 < update < found["run"]["total"]["seconds"]
+
+
+@needs_fake
+def test_an_evaluation_whose_cache_does_not_fit_says_so(small, tmp_path):
+    run = ("evaluate", "--model", small, "--gpu", "RTX 4090", "--gpus", 1, "--slots", 4096)
+    for gib, said in ((1, False), (100, True)):
+        _, shown = trace(tmp_path, *run, "--cache-gib", gib)
+        assert ("(DOES NOT FIT)" in shown) == said
+
+
+@needs_fake
 def test_rows_over_a_limit_are_dropped_and_answers_over_it_are_cut(small, tmp_path):
     found, shown = trace(tmp_path, "train-sft", "--model", small, "--max-length", 600)
     dropped = re.search(r"left out: ([\d,]+) prompt and response over 600 tokens", shown)[1]
@@ -258,12 +276,13 @@ def test_a_step_that_does_not_fit_says_so(small, tmp_path):
         (["train-sft", "--model", "MODEL", "--data", "data/mine.jsonl"], "a model folder needs"),
         (["train-sft", "--max-length", "8192", "--max-position-embeddings", "1000"],
          "--max-length: rows of 8192 tokens would be let in, but the model's context is 1000"),
+        (["train-sft", "--model", "MODEL", "--save", "MODEL/config.json"], "would overwrite "),
         (["train-sft", "--max-length", "64"], "no row is left to train on (77629 prompt and"),
         (["evaluate", "--benchmark", "mine.jsonl"], "mine.jsonl: no such benchmark or file"),
     ],
 )  # fmt: skip
 def test_a_mistake_ends_in_one_line(arguments, said, small):
-    arguments = [small if argument == "MODEL" else argument for argument in arguments]
+    arguments = [argument.replace("MODEL", str(small)) for argument in arguments]
     status, _, errors = run_command("-m", "redi", "trace", *arguments)
     assert status == 2
     [line] = errors.splitlines()
@@ -275,6 +294,7 @@ def test_a_mistake_ends_in_one_line(arguments, said, small):
     ("changes", "arguments", "said"),
     [
         ({"num_attention_heads": 128, "num_key_value_heads": 8}, ["train-sft"], "head size 12; "),
+        ({"num_attention_heads": 3, "num_key_value_heads": 1}, ["train-sft"], "head size 512; "),
         ({"max_position_embeddings": 120}, ["evaluate"], "leaves no room for an answer"),
         ({}, ["evaluate", "--cache-gib", "0.0001"], "GiB for keys and values are too few"),
         (

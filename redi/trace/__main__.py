@@ -24,7 +24,7 @@ from redi.checkpoint.config_json import read_config
 from redi.checkpoint.folder import Source
 from redi.config import UserError, parse, program, require
 from redi.data.dataset import Dataset, select
-from redi.data.files import read_json, write_aside
+from redi.data.files import read_json, refuse_overwriting, write_aside
 from redi.data.tokenizer import ChatTokenizer
 from redi.eval.benchmarks import load
 from redi.eval.protocol import EvalConfig
@@ -98,6 +98,8 @@ def main() -> None:
     config = parse(STAGES[stage], "A run on GPUs that are not there.")
     if missing := why_unavailable():
         raise UserError(missing)
+    data = config.benchmark if stage == "evaluate" else [config.data]
+    refuse_overwriting("save", config.save, [Path(config.model, "config.json"), *data])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel would run
     gpu = find_gpu(config.gpu)
@@ -125,10 +127,9 @@ def model_shape(config: Any) -> ModelConfig:
     else:
         path = model_folder(config.model, files=["config.json"]) / "config.json"
         shape = read_config(read_json(path), str(path))
-    if shape.head_dim % 8:
-        raise UserError(
-            f"{path}: head size {shape.head_dim}; flash attention needs a multiple of 8"
-        )
+    if shape.head_dim % 8 or shape.head_dim > 256:
+        wanted = "flash attention needs a multiple of 8 up to 256"
+        raise UserError(f"{path}: head size {shape.head_dim}; {wanted}")
     context = getattr(config, "max_position_embeddings", "keep")
     return shape if context == "keep" else replace(shape, max_positions=context)
 
@@ -185,15 +186,15 @@ def text_of_offload(trace: "TrainingTrace") -> str:
 
 
 def evaluation(config: TraceEvaluation, shape: ModelConfig, gpu: Gpu) -> "DecodingTrace":
-    names = config.benchmark
-    problems = sum(PROBLEMS.get(name) or len(load(name).problems) for name in names)
+    problems = sum(PROBLEMS.get(name) or len(load(name).problems) for name in config.benchmark)
     from redi.trace.runs import trace_decoding
 
     trace = trace_decoding(config, shape, problems, gpu, config.gpus)
+    too_large = " (DOES NOT FIT)" * (trace.peak_gib > trace.memory_gib)
     print(
         f"weights {trace.weights_gib:.2f} GiB; keys and values {trace.cached_token_bytes:,} bytes "
         f"per token, room for {trace.cache_tokens:,} tokens; traced peak {trace.peak_gib:.2f} of "
-        f"{trace.memory_gib:.1f} GiB\n\n"
+        f"{trace.memory_gib:.1f} GiB{too_large}\n\n"
         f"a decode step of {trace.traced_step.tokens} rows with {trace.context:,} tokens each "
         f"(assumed: answers of {trace.mean_answer:,.0f} tokens in the mean):\n"
         f"{text_of_step(trace.traced_step)}\n\n"
@@ -205,10 +206,8 @@ def evaluation(config: TraceEvaluation, shape: ModelConfig, gpu: Gpu) -> "Decodi
 
 def text_of_step(step: "Work") -> str:
     """Shares of the least time, by kind of kernel; tokens/s."""
-    table, total = (
-        [("kind", "kernels", "TFLOP", "GB", "least ms", "share", "likely ms")],
-        step.total,
-    )
+    total = step.total
+    table = [("kind", "kernels", "TFLOP", "GB", "least ms", "share", "likely ms")]
     for kind, cost in sorted(step.kinds.items(), key=lambda item: -item[1].seconds):
         numbers = cost.flops / 1e12, cost.bytes / 1e9, cost.seconds * 1e3
         shown = [f"{number:,.1f}" for number in numbers]

@@ -10,7 +10,7 @@ is. Ranks are taken as evenly loaded.
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,10 +180,14 @@ def trace_training(
     kinds, peak, peak_at = (one, two)[number - 1]
     growth = defaultdict(lambda: mean_tokens / tokens - 1)  # kind -> packs more than one
     growth["attention"] = mean_squares / (DOCUMENTS * document**2) - 1
-    run = {
-        kind: (cost + (two[0][kind] + cost * -1) * growth[kind]) * steps
-        for kind, cost in one[0].items()
-    }
+
+    def mean_step(kind: str, first: Cost) -> Cost:
+        pack = two[0][kind] + first * -1
+        if growth[kind] < 0:  # a first pack adds no gradients up, as a further one does
+            pack = Cost(*map(min, astuple(pack), astuple(first)))
+        return first + pack * growth[kind]
+
+    run = {kind: mean_step(kind, cost) * steps for kind, cost in one[0].items()}
     supervised = prepared.data.dataset.response_lengths[: number * DOCUMENTS].sum()
     expected, checkpointed = prepared.expected, prepared.checkpointed
     formula = expected.total(checkpointed)
