@@ -89,7 +89,7 @@ def write_shards(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write this rank's rows of `tensors` and flush them to disk. Returns the file's sha256. From a
     GPU, all are copied to the host first. Raises OSError or SafetensorError."""
     save_file({name: local_shard(tensor).cpu() for name, tensor in tensors.items()}, path)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # for all who read the folder, not its owner
+    path.chmod(path.parent.stat().st_mode & 0o666)  # else only the owner may read it
     with open(path, "rb") as file:
         to_disk(file)
     return hash_files([path])

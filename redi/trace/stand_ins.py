@@ -65,10 +65,7 @@ def replacements(fake: "FakeCuda") -> list[tuple[Any, dict[str, Any]]]:
         (FakeTensor, {"tolist": lambda tensor: tensor.cpu().tolist()}),
         (fake_tensor, {"init_gpu_context": lambda *_: None}),
         (dist, {"init_process_group": fake_init, "new_group": fake_group}),
-        (
-            JITFunction,
-            {"run": lambda kernel, *args, **_: fake.launch(kernel.fn.__name__, args)},
-        ),
+        (JITFunction, {"run": lambda kernel, *args, **_: fake.launch(kernel.fn.__name__, args)}),
     ]
 
 
