@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # So small a model runs slower on many threads than on two.
 export OMP_NUM_THREADS ?= 2
-# Threads that wait by spinning make a busy machine five times slower.
+# Threads that wait by spinning make a busy machine many times slower.
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= true
 # Demo and tests start many processes: without it, each would compile every module again.

@@ -63,7 +63,7 @@ from redi.monitor import training_flops
 from redi.objectives import Objective, make_objective, sft
 from redi.toy import initialize
 from redi.trace import published as law
-from redi.trace.published import QWEN
+from redi.trace.published import QWEN as SHAPE
 from redi.train import make_optimizer, train_step
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,6 @@ DENSE_FLOPS = 790e12  # per second: large bf16 matmuls on an H200; not measured 
 PROMPT = 120  # tokens of every row
 PROBLEMS, SAMPLES, MEAN_ANSWER = sum(law.PROBLEMS.values()), 16, 8192  # of the evaluation
 WARM_STEPS = 4  # of decoding: compiled, recorded, allocated; not timed
-SHAPE = replace(QWEN, max_positions=32_768)
 CHECKED = replace(checks.SMALL, num_layers=4, max_positions=4096)  # of G9
 SETTINGS = SimpleNamespace(lr=1e-5, weight_decay=1e-4, clip=1.0, reshard_after_forward=False)
 AT_LEAST = ("G4", "G4_tok_s", "G5", "G5_tok_s", "G7_4k", "G7_8k")

@@ -5,7 +5,7 @@
 
 The lines of torch in these two functions are the definitions, and what a CPU runs. CUDA runs Triton
 kernels (kernels.py), which save and move less. Norms are torch's own, which are fused already.
-Left out: kernels over more than one of these steps, which would have to know the block.
+Left out: kernels that fuse several of these steps; they would depend on the block's structure.
 """
 
 import os

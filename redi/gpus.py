@@ -2,7 +2,7 @@
 
 From NVIDIA's data sheets (RTX 4090: the Ada whitepaper): dense bf16 matmuls with fp32 sums, half
 the rate where a sheet states only that with 2:4 sparsity. Memory is what CUDA reports, which no
-sheet states: about one per cent below the nominal size, not looked up.
+sheet states: one to seven per cent below the nominal size, not looked up.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ GPUS = (  # the first whose words all occur in a device's name is that device
     Gpu("L40S", 362e12, 0.864e12, 44.5),
     Gpu("RTX 4090", 165e12, 1.008e12, 23.6),
 )
-SMALLER = {"laptop", "d", "mig"}  # words of a device that is less than the GPU that it is named for
+SMALLER = {"laptop", "d", "mig"}  # words that mark a slower device
 
 
 def find_gpu(name: str) -> Gpu | None:

@@ -9,7 +9,7 @@ recomputed in backward, which adds a third to its compute. The first blocks are 
 time they are recomputed, the activations of all later blocks have been freed.
 
 bench/ranks.py and bench/gpu.py compare the formula with measured peaks. Left out: buffers of the
-exchange between ranks, caches of libraries, and what ZeRO-3 and steps of a single pack save.
+exchange between ranks, caches of libraries, and what ZeRO-3 or a single pack spares.
 """
 
 import os

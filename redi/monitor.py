@@ -138,8 +138,8 @@ def squared_update_norm(optimizer: torch.optim.AdamW) -> Tensor:
 def _batches(
     optimizer: torch.optim.AdamW, parameters: list[Tensor]
 ) -> Iterator[list[list[Tensor]]]:
-    """This rank's weights, gradients, means and mean squares as lists of flat pieces, BATCH weights
-    at a time: few kernels do the work of many, and their results take little memory."""
+    """This rank's weights, gradients, means and mean squares as lists of flat pieces, about BATCH
+    weights at a time: few kernels do the work of many, and their results take little memory."""
     zero = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
     pieces, size = [], BATCH[zero.device.type]
     for parameter in parameters:
@@ -154,8 +154,8 @@ def _batches(
 
 # ---------------------------------------------------------------- collapse
 #
-# Minimizing the log-prob of rejected traces can pull that of the chosen ones down with it, and the
-# model with that (docs/curves.md; the paper's Figures 4 and 5).
+# Minimizing the log-prob of rejected traces can also lower that of the chosen ones and ruin the
+# model (docs/curves.md; the paper's Figures 4 and 5).
 #
 #     chosen log-prob    -0.5  -0.6  -0.9  -1.2  -1.4  ...     threshold 0.5 below the first step
 #     low                   0     0     0     1     2          when low == steps: a warning

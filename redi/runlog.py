@@ -1,9 +1,9 @@
-"""What a run writes beside its model: config.toml, metrics.jsonl and a progress line.
+"""What a run writes beside its model, config.toml and metrics.jsonl, and its progress line.
 
 metrics.jsonl has one JSON object per line: {"kind": "train", "step": 12, "loss": ..., ...}, also of
 kind "eval" (held-out data) and "benchmark" (scores during training), and finally "finished".
 `python -m redi.runlog RUN [RUN ...]` draws the records of one or several runs as RUN/curves.png.
-Left out: anything that needs a server. TensorBoard and W&B get the same records on request.
+Left out: a tracker of its own. TensorBoard and W&B get the same records on request.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ def why_unavailable() -> str:
     if version not in TESTED:
         return f"the fake CUDA device is tested with torch {', '.join(TESTED)}, not {version}"
     if not guard.library().exists() and not shutil.which("g++"):
-        return "the fake CUDA device needs g++"
+        return "the fake CUDA device needs g++; install it"
     if not importlib.util.find_spec("triton"):
-        return "the fake CUDA device needs triton"
+        return "the fake CUDA device needs triton; pip install triton"
     return ""

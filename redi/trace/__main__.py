@@ -4,10 +4,11 @@ redi trace train-sft [flags of train-sft]      redi trace train-redi [...]      
     --gpu "H100" --gpus 8                      on which GPUs (redi/gpus.py)
     --save FILE.json                           the same as JSON
 
-One real step runs on fake GPUs at its true size (redi/trace/fake.py): nothing is measured, and no
-GPU is used. Memory is exact but for what is inside kernels and for fragmentation. The tokens/s are
-an upper bound by the rules of redi/trace/costs.py. If a stage's own --model or --data is not on
-this disk, the published one takes its place.
+Steps of one and two packs run on fake GPUs at their true size (redi/trace/fake.py): nothing is
+measured, and no GPU is used. Memory leaves out the CUDA context, what is inside kernels, and
+fragmentation. The tokens/s are an upper bound by the rules of redi/trace/costs.py. If the default
+--model or --data is not in this folder, the published one takes its place. The default --data is
+read only beside a local model. Flags that change neither memory nor time have no effect.
 """
 
 import json
@@ -50,7 +51,7 @@ HOST_PASSES = 14
 
 @dataclass(kw_only=True)
 class Machine:
-    gpu: Annotated[str, "a GPU of redi/gpus.py"] = "A100"
+    gpu: Annotated[str, f"one of {', '.join(gpu.name for gpu in GPUS)}"] = "A100"
     gpus: Annotated[int, "how many; nodes have eight"] = 8
     save: Annotated[str | None, "file: the trace as JSON"] = None
 
@@ -60,13 +61,13 @@ class Machine:
         require(find_gpu(self.gpu) is not None, "gpu", self.gpu, f"one of {known}")
         whole = 1 <= self.gpus <= 8 or (self.gpus > 8 and self.gpus % 8 == 0)
         require(whole, "gpus", self.gpus, "1 to 8, or a multiple of 8")
-        path = Path(self.save or "trace.json")
-        is_file = path.parent.is_dir() and not path.is_dir()
+        path = self.save and Path(self.save)
+        is_file = not path or (path.parent.is_dir() and not path.is_dir())
         require(is_file, "save", self.save, "a file in a folder that is there")
         require(self.dtype != "float32", "dtype", self.dtype, "auto or bfloat16 in a trace")
         for name in ("completions", "export_prompts"):
             value = getattr(self, name, None)
-            require(not value, name, value, "nothing: a trace has redi's own eager kernels")
+            require(not value, name, value, "nothing: a trace samples with redi's own engine")
 
 
 @dataclass(kw_only=True)
@@ -122,8 +123,8 @@ def model_shape(config: Any) -> ModelConfig:
     UserError: no such model, a shape that flash attention does not take."""
     path = Path(config.model) / "config.json"
     if config.model == type(config).model and not path.is_file():
-        print(f"{config.model}: not on this disk; taken to have the shape of Qwen2.5-Math-1.5B")
-        shape = replace(QWEN, max_positions=32_768)
+        print(f"{config.model}: not in this folder; taken to have the shape of Qwen2.5-Math-1.5B")
+        shape = QWEN
     else:
         path = model_folder(config.model, files=["config.json"]) / "config.json"
         shape = read_config(read_json(path), str(path))
@@ -156,7 +157,7 @@ def training(config: Any, objective: Objective, shape: ModelConfig, gpu: Gpu) ->
 
     trace = trace_training(config, objective, shape, rows, gpu, config.gpus)
     fits, blocks = "fits" if trace.fits else "DOES NOT FIT", trace.kept + trace.checkpointed
-    again = trace.counted_flops / trace.model_flops - 1 > 1e-6
+    twice = trace.counted_flops / trace.model_flops - 1 > 1e-6
     steps, tokens = trace.steps, trace.run.tokens / trace.steps
     print(
         f"memory: {fits} into {trace.planned_gib:.2f} GiB, which a step may use ({SHARE:.0%} of "
@@ -165,8 +166,8 @@ def training(config: Any, objective: Objective, shape: ModelConfig, gpu: Gpu) ->
         f"activations kept in {trace.kept} of {blocks} blocks\n{text_of_offload(trace)}\n"
         f"a traced step of {trace.traced_step.tokens:,} tokens per GPU, in packs of "
         f"{trace.pack_tokens:,}:\n{text_of_step(trace.traced_step)}\n"
-        f"model FLOPs {trace.counted_flops / 1e12:,.1f} T; the MFU counts "
-        f"{trace.model_flops / 1e12:,.1f} T{', the logits once instead of twice' * again}\n\n"
+        f"FLOPs without recomputation {trace.counted_flops / 1e12:,.1f} T; the MFU counts "
+        f"{trace.model_flops / 1e12:,.1f} T{', the logits once instead of twice' * twice}\n\n"
         f"the run: {steps:,} steps of {tokens:,.0f} tokens per GPU\n{text_of_run(trace.run)}"
     )
     if objective.needs_reference:

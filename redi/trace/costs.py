@@ -10,7 +10,7 @@
                their indices only. A Triton kernel moves each of its tensor arguments once, so one
                that works in place is given the tensor twice; attention of a decode step reads the
                keys and values of the rows' tokens.
-    kernels    one per operator, also of those that take a list of tensors. Views and allocations
+    kernels    one per operator, even if it takes a list of tensors. Views and allocations
                are none.
     ranks      exchanges overlap with computing and take no time; the copies around them count.
 
@@ -75,18 +75,12 @@ class Cost:
 
 
 class Costs:
-    """The kernels that ran on a fake GPU: (kind, operator) -> Cost."""
+    """The kernels that ran on a fake GPU: kind -> Cost."""
 
     def __init__(self, gpu: Gpu):
         self.gpu, self.cached_tokens = gpu, 0
-        self.kind: str | None = None  # of all kernels from here on, if not each has its own
-        self.found: dict[tuple[str, str], Cost] = defaultdict(Cost)
-
-    def by_kind(self) -> dict[str, Cost]:
-        kinds: dict[str, Cost] = defaultdict(Cost)
-        for (kind, _), cost in self.found.items():
-            kinds[kind] += cost
-        return dict(kinds)
+        self.kind: str | None = None  # if set, of every kernel from now on
+        self.by_kind: dict[str, Cost] = defaultdict(Cost)
 
     def add_operator(self, operator: Any, args: tuple, kwargs: dict, results: Any) -> None:
         """Count what one operator launches."""
@@ -123,7 +117,7 @@ class Costs:
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and (torch.is_grad_enabled() or name == "_varlen_attn"):
             again = flops  # a forward pass inside backward: a checkpointed block
-        self._add(kind, name, flops, again, moved)
+        self._add(kind, flops, again, moved)
 
     def add_triton(self, name: str, args: Sequence[Any]) -> None:
         """Count a Triton kernel's launch."""
@@ -132,15 +126,14 @@ class Costs:
             _, kv_heads, _, size = args[1].shape
             per_token = kv_heads * size * args[1].element_size()
             sizes[1:3] = [self.cached_tokens * per_token] * 2
-        self._add(TRITON[name], name, 0.0, 0.0, sum(sizes))
+        self._add(TRITON[name], 0.0, 0.0, sum(sizes))
 
-    def _add(self, kind: str, name: str, flops: float, again: float, moved: float) -> None:
+    def _add(self, kind: str, flops: float, again: float, moved: float) -> None:
         computing, moving = flops / self.gpu.flops, moved / self.gpu.bandwidth
         seconds, by_bytes = max(computing, moving), moving if moving > computing else 0.0
         reached = computing / SHARES.get(kind, 1.0), moving / SHARES["bytes"]
         kind = self.kind or kind.partition(",")[0]
-        cost = Cost(1, flops, again, moved, seconds, by_bytes, max(*reached, LAUNCH))
-        self.found[kind, name] += cost
+        self.by_kind[kind] += Cost(1, flops, again, moved, seconds, by_bytes, max(*reached, LAUNCH))
 
 
 def _on_gpu(values: Any) -> Iterator[FakeTensor]:

@@ -13,7 +13,7 @@ no memory. Collectives of torch's fake process group return at once. Triton kern
 What the host reads from the device is 0.0, 1 or True.
 
 Not seen: memory inside kernels (flash attention, NCCL, cuBLAS workspaces) and fragmentation.
-It changes the process for good (guard.py), so each use gets a process of its own.
+It changes the process for good (guard.py), so it runs where nothing else needs torch.
 """
 
 import os
@@ -103,7 +103,7 @@ class FakeCuda:
             for owner, functions in replacements(self):
                 stack.enter_context(mock.patch.multiple(owner, create=True, **functions))
             stack.enter_context(mock.patch.dict(os.environ, torchrun))
-            if not torch.version.cuda:  # else torch decomposes these, which have no kernel
+            if not torch.version.cuda:  # a CPU build of torch has no CUDA kernel for these
                 kernels = torch.library.Library("aten", "IMPL")
                 for name, shapes in ONLY_ON_CUDA.items():
                     kernels.impl(name, shapes, "CUDA")
@@ -113,7 +113,7 @@ class FakeCuda:
             only_cpu = torch._C._only_lift_cpu_tensors()
             torch._C._set_only_lift_cpu_tensors(True)
             stack.callback(torch._C._set_only_lift_cpu_tensors, only_cpu)
-            # The update norm on a host takes as much as fits its cache, and there is no cache here.
+            # The update norm works in batches that fit a CPU's cache; a fake has none.
             stack.enter_context(mock.patch.dict(monitor.BATCH, cpu=monitor.BATCH["cuda"]))
             self.mode = stack.enter_context(_Dispatch(self))
             self._stack = stack.pop_all()

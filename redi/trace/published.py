@@ -1,7 +1,7 @@
 """The published run: its model's shape, and the lengths of its rows, which are assumed.
 
-The real lengths are not published. They are drawn from a log-normal law; what exceeds the recipe's
-longest is drawn again. So traces have a median of 4.4k tokens and a mean of 5.7k, pairs a mean of
+The real lengths are not published; these are drawn from a log-normal distribution, again if over
+the recipe's limit. So traces have a median of 4.4k tokens and a mean of 5.7k, pairs a mean of
 5.0k chosen and 6.1k rejected, and answers of an evaluation a mean of 8.3k.
 """
 
@@ -15,14 +15,14 @@ from redi.model import ModelConfig
 
 QWEN = ModelConfig(  # Qwen2.5-Math-1.5B
     vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12,
-    num_kv_heads=2, head_dim=128, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=4096,
+    num_kv_heads=2, head_dim=128, rope_theta=1e4, norm_eps=1e-6, tied=True, max_positions=32_768,
 )  # fmt: skip
 TRACES, PAIRS = 77_629, 53_175
 SIGMA = 0.75
-MEDIAN_TRACE, MEDIAN_CHOSEN, MEDIAN_REJECTED = 4430, 4040, 5260  # before the cut
+MEDIAN_TRACE, MEDIAN_CHOSEN, MEDIAN_REJECTED = 4430, 4040, 5260  # before redrawing
 LONGEST_TRACE, LONGEST_OF_PAIR = 32_768, 19_800
 MEDIAN_ANSWER, PROMPT = 6750, 120
-LONGEST_PROMPT = 800  # of pairs; others have PROMPT tokens
+LONGEST_PROMPT = 800  # of pairs, where a trace is longer than a response may be
 PROBLEMS = {name: counts[-1] for name, (_, _, counts) in KNOWN.items()}  # of each benchmark
 
 

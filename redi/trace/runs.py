@@ -1,7 +1,7 @@
 """A training step and a decode step at their true size, on a fake GPU, and the run they make up.
 
 A traced training step has two full packs of DOCUMENTS equal documents, or one if the run's steps
-need no more: that is what redi/memory.py's formula is for. Of a document as many tokens are prompt
+need only one. redi/memory.py's formula is for two or more. Of a document as many tokens are prompt
 as in the mean of the run's rows. Both steps are traced, and their difference is what a pack costs.
 In the mean step of the run that grows with the tokens, in attention with the sum of L^2 of the
 documents; the rest of a step (the exchange of weights and gradients, clipping, AdamW) stays as it
@@ -73,8 +73,8 @@ class Prepared:
 
 
 def prepare(
-    fake: FakeCuda, shape: ModelConfig, objective: Objective, config: TrainConfig, packs: int = 2,
-    prompt: int = PROMPT,
+    fake: FakeCuda, shape: ModelConfig, objective: Objective, config: TrainConfig, packs: int,
+    prompt: int,
 ) -> Prepared:  # fmt: skip
     """A step of `packs` packs per rank, each of config.pack_tokens. prompt: tokens of each
     document. AdamW has its moments."""
@@ -173,7 +173,7 @@ def trace_training(
         def trace_step(packs: int) -> tuple[dict[str, Cost], int, str]:
             fake.reset()
             prepared.step(packs)
-            return fake.costs.by_kind(), fake.peak, fake.peak_at
+            return dict(fake.costs.by_kind), fake.peak, fake.peak_at
 
         one, two = trace_step(1), trace_step(2)
     number = 2 if mean_tokens > tokens else 1
@@ -183,7 +183,7 @@ def trace_training(
 
     def mean_step(kind: str, first: Cost) -> Cost:
         pack = two[0][kind] + first * -1
-        if growth[kind] < 0:  # a first pack adds no gradients up, as a further one does
+        if growth[kind] < 0:  # only later packs add to gradients
             pack = Cost(*map(min, astuple(pack), astuple(first)))
         return first + pack * growth[kind]
 
@@ -260,7 +260,7 @@ def trace_decoding(
             fake.costs.cached_tokens = len(rows) * (context + 1)
             logits, keys = decoder.step(rows, [1] * len(rows)), np.arange(len(rows))
             sample(logits, keys, keys, Sampling(config.temperature, config.top_p, config.seed))
-    step = Work(len(rows), fake.costs.by_kind())
+    step = Work(len(rows), dict(fake.costs.by_kind))
     run_tokens = answers_of_gpu * answers.mean()
     run = {kind: cost * (run_tokens / step.tokens) for kind, cost in step.kinds.items()}
     return DecodingTrace(

@@ -37,7 +37,7 @@ from redi.trace.runs import Prepared
 from .aot import compiled_for
 
 LAYERS = 2  # of most cases
-SHAPE = replace(QWEN, num_layers=LAYERS, max_positions=32_768)
+SHAPE = replace(QWEN, num_layers=LAYERS)
 FAMILIES = {  # facts of ModelConfig
     "qwen2": {},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
