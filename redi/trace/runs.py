@@ -74,7 +74,7 @@ class Prepared:
 
 def prepare(
     fake: FakeCuda, shape: ModelConfig, objective: Objective, config: TrainConfig, packs: int,
-    prompt: int,
+    prompt: int = PROMPT,
 ) -> Prepared:  # fmt: skip
     """A step of `packs` packs per rank, each of config.pack_tokens. prompt: tokens of each
     document. AdamW has its moments."""
