@@ -117,8 +117,8 @@ def loss_arguments(token_logps: Tensor, batch: PackedBatch) -> dict[str, Tensor 
     """ARGUMENTS of a pack: those of pairs are right if its sequences are chosen, rejected, chosen,
     ...; the reference's are there only if the pack has them. token_logps (R,)."""
     traces = token_logps.split(batch.response_lengths)  # S of (|y|,)
-    sums = torch.stack([trace.sum() for trace in traces])  # (S,)
-    means = torch.stack([trace.mean() for trace in traces])
+    sums = torch.stack([trace.sum(dtype=torch.float64) for trace in traces])  # (S,)
+    means = torch.stack([trace.mean(dtype=torch.float64) for trace in traces])
     values = [("", "logps", traces), ("", "sum", sums), ("", "mean", means)]  # prefix, name, value
     if batch.reference is not None:
         ref_sums, ref_means = batch.reference.to(sums.dtype)  # (S,) each

@@ -113,7 +113,7 @@ class FakeCuda:
             only_cpu = torch._C._only_lift_cpu_tensors()
             torch._C._set_only_lift_cpu_tensors(True)
             stack.callback(torch._C._set_only_lift_cpu_tensors, only_cpu)
-            # The update norm works in batches that fit a CPU's cache; a fake has none.
+            # A fake has no cache, for which the update norm would work in small batches on a CPU.
             stack.enter_context(mock.patch.dict(monitor.BATCH, cpu=monitor.BATCH["cuda"]))
             self.mode = stack.enter_context(_Dispatch(self))
             self._stack = stack.pop_all()
